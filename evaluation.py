@@ -1,0 +1,252 @@
+"""Scores masks (png) or class maps (npz, npy) against ground-truth masks: IoU per class, mIoU, threshold curve.
+
+Masks: python evaluation.py --list val.txt --predict-dir runs/x/seg --gt-dir SegmentationClass --num-classes 21
+
+Maps: the same with --type npz, and --threshold 0.26 (a given background score) or --curve (the best of many).
+
+All images of the list must have a prediction of the right size with known values, or nothing is scored and the exit
+status is 1. Pixels that are 255 in the ground truth drop out. Option names take - and _ alike.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from misc.metrics import Convention, Maps
+from misc.score import EvaluationError, Scores, evaluate_cams, evaluate_masks
+from misc.store import read_cam, read_list, read_mask, write_json
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to score, against what, and how."""
+
+    list_file: Annotated[Path, tyro.conf.arg(name="list")]
+    """Text file of the images to score, one a line: an id, or a path whose file name is the id."""
+    predict_dir: Path
+    """Folder with one prediction ID.png, ID.npz or ID.npy an image."""
+    gt_dir: Path
+    """Folder with the ground-truth masks ID.png (palette or grey; 255: pixel not scored)."""
+    num_classes: int
+    """Number of classes INCLUDING the background, as in the field's scripts: 21 for VOC, 81 for COCO."""
+    type: Literal["png", "npz", "npy"] = "png"
+    """png: masks. npz: this project's maps. npy: the field's pickled dicts of maps (read without running code)."""
+    threshold: float | None = None
+    """Background score for maps, given beforehand: a pixel is background unless a map is above it."""
+    curve: bool = False
+    """Try all background scores and report the best, as "searched" on the ground truth of these very images."""
+    start: float = 0.0
+    """First background score of the curve."""
+    end: float = 0.59
+    """Last background score of the curve."""
+    step: float = 0.01
+    """Distance of the background scores of the curve."""
+    convention: Convention = "counting"
+    """Mean over all classes, absent as 0 (counting), those in truth or prediction (nanmean), or those in the truth."""
+    boundary: bool = True
+    """Boundary IoU as well (within 2 % of the image diagonal). With --curve it takes a second pass over the files."""
+    missing_as_background: bool = False
+    """Count an image without prediction as background everywhere, and say how many there were."""
+    split: str | None = None
+    """Name of the set of images for the report, such as train or val; by default the list's file name."""
+    classes: Path | None = None
+    """Text file of class names, one a line, with or without the background in front."""
+    json: Path | None = None
+    """Write all results to this file as well (in percent)."""
+    workers: int = 1
+    """Processes that read and count."""
+
+    def prediction(self, image_id: str) -> Path:
+        """The file with the prediction of an image."""
+        return self.predict_dir / f"{image_id}.{self.type}"
+
+    def truth(self, image_id: str) -> Path:
+        """The file with the ground truth of an image."""
+        return self.gt_dir / f"{image_id}.png"
+
+
+def _truth(options: Options, image_id: str) -> np.ndarray:
+    return read_mask(options.truth(image_id))
+
+
+def _mask(options: Options, image_id: str) -> np.ndarray | None:
+    path = options.prediction(image_id)
+    return None if options.missing_as_background and not path.is_file() else read_mask(path)
+
+
+def _maps(options: Options, image_id: str) -> Maps | None:
+    path = options.prediction(image_id)
+    if options.missing_as_background and not path.is_file():
+        return None
+    cam = read_cam(path)
+    return (cam.keys, cam.full()) if len(cam.keys) else None
+
+
+def _thresholds(options: Options) -> list[float]:
+    """Background scores to try: none for masks. ValueError for a combination of options that makes no sense."""
+    if options.type == "png":
+        if options.curve or options.threshold is not None:
+            raise ValueError("--curve and --threshold are for maps (--type npz or npy): masks have no background score")
+        return []
+    if options.curve == (options.threshold is not None):
+        raise ValueError(f"--type {options.type} needs a background score: give either --threshold T or --curve")
+    if options.threshold is not None:
+        return [options.threshold]
+    if options.step <= 0 or options.end <= options.start:
+        raise ValueError("--curve needs --end above --start and a positive --step")
+    count = int((options.end - options.start) / options.step + 1e-6) + 1
+    # rounded, so that a score is the number one writes (0.29, as i/100 gives in the published scripts)
+    return [round(options.start + i * options.step, 9) for i in range(count)]
+
+
+def _names(options: Options) -> list[str]:
+    """Names of all classes, background first."""
+    if options.classes is None:
+        return ["background", *(f"class {i}" for i in range(1, options.num_classes))]
+    names = [line.strip() for line in options.classes.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if len(names) == options.num_classes - 1:
+        names.insert(0, "background")
+    if len(names) != options.num_classes:
+        raise ValueError(
+            f"{options.classes} has {len(names)} names for --num-classes {options.num_classes}: "
+            f"give {options.num_classes - 1} names, or {options.num_classes} with the background first"
+        )
+    return names
+
+
+def _check_present(options: Options, ids: Sequence[str]) -> int:
+    """Number of missing predictions to be counted as background; FileNotFoundError for files that have to be there."""
+    absent_truth = [i for i in ids if not options.truth(i).is_file()]
+    absent = [i for i in ids if not options.prediction(i).is_file()]
+    remedies = [(absent_truth, "ground truths", options.gt_dir, "png", "check --gt-dir and --list")]
+    if not options.missing_as_background:
+        remedy = "run the step that makes them, or count them as background with --missing-as-background"
+        remedies.append((absent, "predictions", options.predict_dir, options.type, remedy))
+    faults = [
+        f"{len(lacking)} of {len(ids)} {what} are missing in {folder} (ID.{suffix}): {', '.join(lacking[:10])}"
+        f"{' ...' if len(lacking) > 10 else ''}. Remedy: {remedy}"
+        for lacking, what, folder, suffix, remedy in remedies
+        if lacking
+    ]
+    if faults:
+        raise FileNotFoundError("\n".join(faults))
+    return len(absent)
+
+
+def _score(options: Options, ids: Sequence[str]) -> Scores:
+    thresholds, truth = _thresholds(options), partial(_truth, options)
+    common: dict[str, Any] = {"boundary": options.boundary, "workers": options.workers}
+    try:
+        if not thresholds:
+            return evaluate_masks(ids, partial(_mask, options), truth, options.num_classes, **common)
+        common["convention"] = options.convention
+        return evaluate_cams(ids, partial(_maps, options), truth, options.num_classes, thresholds, **common)
+    except EvaluationError as error:
+        files = [(f"{options.prediction(i)} against {options.truth(i)}", text) for i, text in error.problems]
+        raise EvaluationError(files) from None
+
+
+def evaluate(options: Options) -> dict[str, Any]:
+    """Scores and their provenance, ready for JSON: ``Scores.to_dict`` and the files they come from.
+
+    Raises ValueError (options, EvaluationError for images) and OSError (missing files) before anything is written.
+    """
+    if not 2 <= options.num_classes <= 255:
+        raise ValueError(f"--num-classes {options.num_classes} is not in 2..255 (it counts the background)")
+    _thresholds(options)
+    names, ids = _names(options), read_list(options.list_file)
+    missing = _check_present(options, ids)
+    result = _score(options, ids).to_dict(names, options.split or options.list_file.stem, options.convention)
+    return {
+        "list": str(options.list_file),
+        "predictions": str(options.predict_dir),
+        "ground_truth": str(options.gt_dir),
+        "type": options.type,
+        "num_classes": options.num_classes,
+        "missing_as_background": missing,
+        **result,
+    }
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def class_table(result: dict[str, Any]) -> str:
+    """The scores of every class and their means as aligned text, in percent; "-": not in the mean."""
+    heads = {"iou": "IoU", "precision": "precision", "recall": "recall", "boundary_iou": "boundary IoU"}
+    keys = [key for key in heads if key in result["classes"][0]]
+    means = {"iou": "miou", "precision": "mean_precision", "recall": "mean_recall", "boundary_iou": "boundary_miou"}
+    rows = [["class", *(heads[key] for key in keys)]]
+    rows += [[c["name"], *(_percent(c[key]) for key in keys)] for c in result["classes"]]
+    rows.append(["mean", *(_percent(result[means[key]]) for key in keys)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        row[0].ljust(widths[0]) + "".join(f"  {cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    )
+
+
+def curve_text(result: dict[str, Any]) -> str:
+    """The curve, one "threshold  mIoU" a line, the best (the reported one) marked."""
+    return "\n".join(
+        f"{point['threshold']:<6g}  {_percent(point['miou']):>6}"
+        f"{'  <- best' if point['threshold'] == result['threshold'] else ''}"
+        for point in result["curve"]
+    )
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Overall scores and what they rest on, one a line."""
+    matrix = np.array(result["confusion"])
+    absent = int((matrix.sum(0) + matrix.sum(1) + result["predicted_void"] == 0).sum())
+    lines = {
+        "mIoU": _percent(result["miou"]),
+        "boundary mIoU": _percent(result["boundary_miou"]) if "boundary_miou" in result else "not computed",
+        "pixel accuracy": _percent(result["pixel_accuracy"]),
+        "class accuracy": _percent(result["class_accuracy"]),
+        "frequency-weighted IoU": _percent(result["frequency_weighted_iou"]),
+        "false positives / negatives": f"{_percent(result['false_positive'])} / {_percent(result['false_negative'])}",
+        "mean over classes": f"{result['convention']} ({absent} of {result['num_classes']} classes occur nowhere)",
+        "images": str(result["images"]),
+        "split": result["split"],
+        "list": result["list"],
+        "predictions": f"{result['predictions']} ({result['type']})",
+        "ground truth": result["ground_truth"],
+    }
+    if result["threshold"] is None:
+        lines["255 in predictions"] = f"{result['void_predictions']} ({sum(result['predicted_void'])} pixels)"
+    else:
+        lines["threshold"] = f"{result['threshold']:g}, {result['threshold_choice']}"
+        lines["255 in predictions"] = "none: maps are cut into background and the classes stored in each file"
+    if result["missing_as_background"]:
+        lines["missing predictions"] = f"{result['missing_as_background']} images counted as background"
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status: 0 scored, 1 not scored (the reason is on stderr)."""
+    options = tyro.cli(Options, args=argv, description=__doc__)
+    try:
+        result = evaluate(options)
+        if options.json is not None:
+            write_json(options.json, result)
+    except (ValueError, OSError) as error:
+        print(f"evaluation.py: {error}", file=sys.stderr)
+        return 1
+    parts = [class_table(result), *([curve_text(result)] if "curve" in result else []), summary(result)]
+    print("\n\n".join(parts))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What steps and networks share and that knows no method and no data set."""

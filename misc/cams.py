@@ -1,0 +1,128 @@
+"""Multi-scale inference of class maps: sizes of the inputs, merging, normalisation. Knows no method.
+
+The passes of an image are its scales, each with the mirrored image beside it. A method's geometry is what
+``input_sizes`` gives; how a method's sum becomes scores is an entry of ``NORMALISATIONS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from misc import imaging
+from misc.config import CamInference
+
+_EPSILON = 1e-5
+
+
+def input_sizes(size: tuple[int, int], infer: CamInference) -> list[tuple[int, int]]:
+    """(h, w) of every network input for an image of ``size`` (H, W), in the order of the scales."""
+    return [imaging.scaled_size(size, scale) for scale in infer.scales]
+
+
+def scaled_inputs(image: np.ndarray, infer: CamInference, normalisation: str) -> Iterator[Tensor]:
+    """Network inputs of one image, one batch a scale (psa.md section 2.4, seam.md section 5).
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        infer: scales and flip.
+        normalisation: a name of misc.imaging.NORMALISATIONS.
+
+    Yields:
+        (2, 3, h, w) float32, the image and its mirror image; (1, 3, h, w) without ``infer.flip``.
+    """
+    for size in input_sizes(image.shape[:2], infer):
+        pixels = imaging.to_tensor(imaging.normalise(imaging.resize_image(image, size), normalisation))  # (3, h, w)
+        yield torch.stack([pixels, pixels.flip(-1)]) if infer.flip else pixels[None]
+
+
+def merge(maps: Iterable[Tensor], size: tuple[int, int]) -> Tensor:
+    """Sum of the maps of all passes at image size.
+
+    Args:
+        maps: a map a scale, (1, K, h, w), or (2, K, h, w) where the second is of the mirrored image; any h and w.
+        size: (H, W) of the image.
+
+    Returns:
+        (K, H, W) float32. Bilinear with align_corners False (seam.md section 7.2).
+
+    Raises:
+        ValueError: there is no map.
+    """
+    total = None
+    for low in maps:
+        high = F.interpolate(low.float(), size=size, mode="bilinear", align_corners=False)  # (1 or 2, K, H, W)
+        merged = high[0] + high[1].flip(-1) if len(high) == 2 else high[0]
+        total = merged if total is None else total.add_(merged)
+    if total is None:
+        raise ValueError("There is no map to merge: the scales are empty.")
+    return total
+
+
+def by_maximum(total: Tensor) -> Tensor:
+    """(K, H, W) -> each class divided by (its maximum + 1e-5) (psa.md section 2.4)."""
+    return total / (total.amax((1, 2), keepdim=True) + _EPSILON)
+
+
+def shifted(total: Tensor) -> Tensor:
+    """(K, H, W) -> each class clipped at 0 and spread from its minimum m to its maximum M (seam.md section 5).
+
+    Entries below m + 1e-5 become 0 before m is taken off, so they come out negative, clearly so where m is not small:
+    published and kept, they act as "never this class".
+    """
+    total = total.clamp(min=0)
+    high, low = total.amax((1, 2), keepdim=True), total.amin((1, 2), keepdim=True)
+    total = total.masked_fill(total < low + _EPSILON, 0)
+    return (total - low - _EPSILON) / (high - low + _EPSILON)
+
+
+NORMALISATIONS: dict[str, Callable[[Tensor], Tensor]] = {"max": by_maximum, "shifted": shifted}
+"""By the name they have in ``CamInference.normalise``."""
+
+
+def normalise(total: Tensor, rule: str) -> Tensor:
+    """Merged sums (K, H, W) -> scores of about [0, 1], each class for itself, by a rule of ``NORMALISATIONS``."""
+    return NORMALISATIONS[rule](total)
+
+
+def infer_cam(
+    cam: Callable[[Tensor, Tensor], Tensor],
+    image: np.ndarray,
+    tags: np.ndarray,
+    infer: CamInference,
+    normalisation: str,
+    device: torch.device | str = "cpu",
+) -> np.ndarray:
+    """Merged, normalised class maps of one image.
+
+    Only maps of present classes are resized and summed, so the cost does not grow with the number of classes. The
+    caller decides on gradients (``inference_mode`` unless the map needs a backward pass) and on mixed precision.
+
+    Args:
+        cam: images (B, 3, h, w), tags (B, C) -> maps (B, C, h', w'): a network's ``cam``.
+        image: (H, W, 3) uint8 RGB.
+        tags: (C,) in {0, 1}.
+        infer: scales, flip, normalisation rule.
+        normalisation: how the network wants its images.
+        device: where the network is.
+
+    Returns:
+        (K, H, W) float32, present classes in ascending order; the rule ``shifted`` gives values below 0 too. For an
+        image without a tag K is 0 and the network does not run.
+    """
+    size = image.shape[:2]
+    keys = torch.from_numpy(np.flatnonzero(tags)).to(device)  # (K,)
+    if len(keys) == 0:
+        return np.zeros((0, *size), np.float32)
+    row = torch.tensor(tags, dtype=torch.float32, device=device)  # (C,)
+
+    def present() -> Iterator[Tensor]:
+        for images in scaled_inputs(image, infer, normalisation):
+            maps = cam(images.to(device), row.expand(len(images), -1))  # (1 or 2, C, h', w')
+            yield maps.detach()[:, keys]
+
+    return normalise(merge(present(), size), infer.normalise).cpu().numpy()

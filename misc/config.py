@@ -1,0 +1,222 @@
+"""Typed settings of a run: what a recipe says, what the command line can change, what ``run.json`` records.
+
+Every field has its explanation under it: the command line (built by tyro) shows these texts in ``--help``.
+A method's recipe is a set of instances of these classes in the method's own file, with the paper's numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+
+from misc.crf import CRFSettings
+
+T = TypeVar("T")
+
+REQUIRED_WEIGHTS = "required"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How one network is trained (read by misc/fit.py)."""
+
+    epochs: int = 8
+    """Passes over the training list; ignored where ``steps`` is given."""
+    steps: int | None = None
+    """Number of updates. None: epochs x floor(images / batch_size)."""
+    batch_size: int = 8
+    """Images in one update over ALL processes and accumulation steps together (the global batch)."""
+    micro_batch: int | None = None
+    """Most images that one process holds at a time; the rest of its share is accumulated. None: its whole share."""
+    sample_order: Literal["epochs", "stream"] = "epochs"
+    """epochs: shuffled anew each pass, the incomplete last batch dropped. stream: shuffled passes joined end to end,
+    batches cross their borders."""
+    optimiser: Literal["sgd", "adamw"] = "sgd"
+    """Update rule."""
+    lr: float = 0.01
+    """Base learning rate; parameter groups multiply it."""
+    momentum: float = 0.0
+    """SGD momentum. The published poly-SGD passes its weight decay here, so published recipes have tiny values."""
+    nesterov: bool = False
+    """Nesterov form of the SGD momentum."""
+    weight_decay: float = 5e-4
+    """Decay of the groups that are decayed at all."""
+    schedule: Literal["poly", "constant"] = "poly"
+    """poly: lr x (1 - step / (steps + schedule_extra)) ^ power, set before each update. constant: lr."""
+    power: float = 0.9
+    """Exponent of the poly schedule."""
+    schedule_extra: int = 0
+    """Steps added to the length in the poly schedule's denominator."""
+    clip_norm: float = 0.0
+    """Largest gradient norm; larger gradients are scaled down to it. 0: no clipping."""
+
+    def __post_init__(self) -> None:
+        _check(self.epochs > 0, "epochs", self.epochs, "at least 1")
+        _check(self.steps is None or self.steps > 0, "steps", self.steps, "at least 1, or None")
+        _check(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
+        _check(self.micro_batch is None or self.micro_batch > 0, "micro_batch", self.micro_batch, "at least 1, or None")
+        _check(self.lr > 0, "lr", self.lr, "positive")
+        _check(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        _check(not self.nesterov or self.momentum > 0, "nesterov", self.nesterov, "False where momentum is 0")
+        _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        _check(self.power > 0, "power", self.power, "positive")
+
+
+AugmentOp = Literal["long_side", "scale", "flip", "jitter", "hsv", "normalize", "crop"]
+_AUGMENT_ORDER = (
+    ("long_side", "normalize"), ("jitter", "normalize"), ("hsv", "normalize"),  # these act on 8-bit images
+    ("long_side", "crop"), ("scale", "crop"),  # crop gives the final size
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Augment:
+    """How a training image is made from a file (read by voc12/transforms.py)."""
+
+    order: tuple[AugmentOp, ...] = ("long_side", "flip", "jitter", "normalize", "crop")
+    """The operations that are applied, in this order; operations not named are not applied."""
+    long_side: tuple[int, int] = (448, 768)
+    """long_side: the longer side is resized to a random integer in [low, high], PIL bicubic. Pixels."""
+    scale: tuple[float, float] = (0.5, 1.5)
+    """scale: both sides are multiplied by a random factor in [low, high]; mask nearest."""
+    scale_filter: Literal["cubic", "linear"] = "cubic"
+    """OpenCV filter of the image in ``scale``."""
+    scale_per_batch: bool = False
+    """scale: one factor for all images of a batch instead of one for each."""
+    flip: float = 0.5
+    """flip: probability of a horizontal mirror."""
+    jitter: tuple[float, float, float, float] = (0.3, 0.3, 0.3, 0.1)
+    """jitter: strengths of the colour jitter in brightness, contrast, saturation, hue."""
+    hsv: int = 10
+    """hsv: largest integer shift of hue, saturation, value (OpenCV 8-bit HSV)."""
+    crop: int = 448
+    """crop: side of the square cut from (or, where the image is smaller, filled by) the image. Pixels."""
+    crop_place: Literal["random", "corner"] = "random"
+    """Where an image smaller than the crop lands on its canvas: a random place, or the top left corner. corner also
+    takes the published offset of a larger image, int(u x (side - crop)), never the very last one (deeplab.md B.2)."""
+    mask_fill: int = 255
+    """Label of the canvas where there is no image: 255 ignore, 0 background."""
+
+    def __post_init__(self) -> None:
+        _check(self.crop > 0, "crop", self.crop, "positive")
+        _check("normalize" in self.order, "order", self.order, "a list that contains normalize")
+        _check(len(set(self.order)) == len(self.order), "order", self.order, "a list without repetition")
+        unknown = set(self.order) - set(get_args(AugmentOp))
+        _check(not unknown, "order", self.order, f"made of {', '.join(get_args(AugmentOp))}")
+        place = {operation: number for number, operation in enumerate(self.order)}
+        for first, second in _AUGMENT_ORDER:
+            good = place.get(first, -1) < place.get(second, len(place))
+            _check(good, "order", self.order, f"a list with {first} before {second}")
+        _check(0 < self.long_side[0] <= self.long_side[1], "long_side", self.long_side, "two increasing sizes")
+        _check(0 < self.scale[0] <= self.scale[1], "scale", self.scale, "two increasing factors")
+        _check(0 <= self.flip <= 1, "flip", self.flip, "a probability")
+        _check(min(self.jitter) >= 0 and self.jitter[3] <= 0.5, "jitter", self.jitter, "0 or more, hue at most 0.5")
+        _check(0 <= self.hsv < 90, "hsv", self.hsv, "in [0, 90)")
+        _check(0 <= self.mask_fill <= 255, "mask_fill", self.mask_fill, "in 0 .. 255")
+
+
+@dataclass(frozen=True)
+class CamInference:
+    """How CAMs are inferred and merged over scales (read by step/make_cam.py)."""
+
+    scales: tuple[float, ...] = (1.0, 0.5, 1.5, 2.0)
+    """Factors of the image size; PIL bicubic, sizes rounded half to even."""
+    flip: bool = True
+    """Add the maps of the mirrored image."""
+    normalise: Literal["max", "shifted"] = "max"
+    """max: each class map divided by (its maximum + 1e-5) (psa.md 2.4).
+    shifted: clipped at 0, then (S - min - 1e-5) / (max - min + 1e-5) with entries below min + 1e-5 at 0 before
+    (seam.md 5)."""
+
+    def __post_init__(self) -> None:
+        _check(bool(self.scales) and min(self.scales) > 0, "scales", self.scales, "positive factors")
+
+
+@dataclass(frozen=True)
+class SegInference:
+    """How a segmentation network is tested (read by step/infer_seg.py)."""
+
+    scales: tuple[float, ...] = (1.0,)
+    """Factors of the image size."""
+    flip: bool = False
+    """Test the mirrored image too."""
+    resize: Literal["cubic", "linear"] = "cubic"
+    """Filter that scales the normalised image. cubic: OpenCV, sizes rounded. linear: bilinear with aligned corners,
+    sizes truncated."""
+    merge: Literal["mean_logits", "max_softmax"] = "mean_logits"
+    """How the results of all scales and mirrors become one: softmax of the mean logit, or maximum of the softmax."""
+    align_corners: bool = True
+    """Bilinear convention when logits are resized to the image."""
+    crf_truncates_image: bool = False
+    """Give the CRF the image recovered from the normalised one by truncation (up to one grey level lower)."""
+    crf: CRFSettings = dataclasses.field(default_factory=CRFSettings)
+    """Dense CRF on the merged scores; ``iterations`` 0 switches it off."""
+
+    def __post_init__(self) -> None:
+        _check(bool(self.scales) and min(self.scales) > 0, "scales", self.scales, "positive factors")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What concerns the machine and not the result; may change between two calls on one run folder."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where networks run; auto: a GPU where there is one."""
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    """Mixed precision. auto: bf16 on GPUs that have it, off elsewhere."""
+    workers: int = dataclasses.field(default_factory=lambda: min(8, os.cpu_count() or 1))
+    """Worker processes for reading training images and for per-image work on the CPU. 0: none."""
+    compile: bool = False
+    """Compile networks with torch.compile for training."""
+    channels_last: bool = False
+    """Store images and convolutions channels-last (often quicker on GPUs)."""
+    checkpoint_every: int | None = None
+    """Updates between two resume points. None: twenty times a training."""
+
+    def __post_init__(self) -> None:
+        _check(self.workers >= 0, "workers", self.workers, "0 or more")
+        _check(self.checkpoint_every is None or self.checkpoint_every > 0, "checkpoint_every", self.checkpoint_every,
+               "at least 1, or None")
+
+    def amp_dtype(self, device: torch.device) -> torch.dtype | None:
+        """The reduced precision that is used on a device, or None."""
+        if self.amp == "auto":
+            return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+        return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.amp]
+
+
+def _check(good: bool, name: str, value: object, wanted: str) -> None:
+    if not good:
+        raise ValueError(f"{name} = {value!r} is not possible: it must be {wanted}.")
+
+
+def override(instance: T, changes: Mapping[str, Any]) -> T:
+    """A copy of a (nested, frozen) dataclass with dotted fields replaced: ``{"fit.lr": 0.01, "walk.logt": 6}``.
+
+    Raises ValueError for a name that is no field, listing the fields there are.
+    """
+    for dotted, value in changes.items():
+        head, _, rest = dotted.partition(".")
+        names = [f.name for f in dataclasses.fields(instance)]  # type: ignore[arg-type]
+        if head not in names:
+            raise ValueError(f"{type(instance).__name__} has no field {head!r}; its fields are {', '.join(names)}.")
+        inner = override(getattr(instance, head), {rest: value}) if rest else value
+        instance = dataclasses.replace(instance, **{head: inner})  # type: ignore[type-var]
+    return instance
+
+
+def flatten(instance: Any, prefix: str = "") -> dict[str, Any]:
+    """All leaf fields of a nested dataclass as ``{dotted name: plain value}`` (tuples become lists), for run.json."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(instance):
+        value = getattr(instance, field.name)
+        if dataclasses.is_dataclass(value):
+            flat.update(flatten(value, f"{prefix}{field.name}."))
+        else:
+            flat[prefix + field.name] = list(value) if isinstance(value, tuple) else value
+    return flat

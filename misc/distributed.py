@@ -1,0 +1,73 @@
+"""Ranks and devices: the one place that knows how many processes there are (DESIGN.md section 7).
+
+Plain ``python`` is the one-process case of what ``torchrun`` starts; gloo on the CPU, nccl on GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def start(device: str) -> torch.device:
+    """Join the process group if torchrun started us, and choose this process's device.
+
+    Args:
+        device: 'auto' (a GPU where there is one), 'cpu' or 'cuda'.
+
+    Raises ValueError where 'cuda' is asked for and there is no GPU.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--machine.device cuda: PyTorch sees no GPU here. Leave the flag out to run on the CPU.")
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(chosen)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    return chosen
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Number of this process, 0-based."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes shared files and prints."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def total(value: Tensor) -> Tensor:
+    """Sum of a tensor over all processes."""
+    if not dist.is_initialized():
+        return value
+    value = value.clone()
+    dist.all_reduce(value)
+    return value
+
+
+def say(*parts: object) -> None:
+    """Print from the main process only."""
+    if is_main():
+        print(*parts, flush=True)

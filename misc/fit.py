@@ -1,0 +1,284 @@
+"""The training loop: trains whatever network a step gives it (DESIGN.md rule 3).
+
+AMP, DDP under torchrun, the global batch and its division, exact resume, TensorBoard and the finite-loss guard live
+here and nowhere else. A network's ``forward(batch, progress)`` returns named loss terms whose sum is minimised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from misc import distributed, store
+from misc.config import Fit, Machine
+
+Batch = dict[str, Tensor]
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss term became NaN or infinite; training stopped, the last resume point is kept."""
+
+
+class Groups(Protocol):
+    """What the loop reads of a parameter group (net.contract.Group)."""
+
+    params: list[nn.Parameter]
+    lr_scale: float
+    decay: bool
+
+
+class Trainable(Protocol):
+    """What the loop asks of a network (net.contract.Network)."""
+
+    finds_unused: bool
+
+    def __call__(self, batch: Batch, progress: float) -> dict[str, Tensor]: ...
+    def counts(self, batch: Batch) -> dict[str, Tensor]: ...
+    def param_groups(self) -> list[Any]: ...
+
+
+@dataclass(frozen=True)
+class Division:
+    """How the global batch is divided: ``per_process`` images each, in ``micro`` micro-batches of ``micro_size``."""
+
+    per_process: int
+    micro: int
+    micro_size: int
+
+
+def divide(fit: Fit, world: int) -> Division:
+    """Division of the global batch over processes and accumulation steps.
+
+    Raises ValueError where it does not come out even (the result would be another batch than the recipe's).
+    """
+    if fit.batch_size % world:
+        raise ValueError(f"The global batch of {fit.batch_size} images cannot be shared by {world} processes evenly.")
+    per_process = fit.batch_size // world
+    size = min(fit.micro_batch or per_process, per_process)
+    if per_process % size:
+        raise ValueError(f"A process's share of {per_process} images is no multiple of micro_batch = {size}.")
+    return Division(per_process, per_process // size, size)
+
+
+def lr_factor(fit: Fit, step: int, total: int) -> float:
+    """Factor of the base learning rate at update ``step`` (0-based) of ``total``; past the end the last one stays."""
+    if fit.schedule == "constant":
+        return 1.0
+    return (1 - min(step, total - 1) / (total + fit.schedule_extra)) ** fit.power
+
+
+def make_optimiser(groups: list[Any], fit: Fit, device: torch.device) -> torch.optim.Optimizer:
+    """The recipe's optimiser over a network's parameter groups; each group remembers its ``lr_scale``."""
+    listed = [
+        {
+            "params": group.params,
+            "lr_scale": group.lr_scale,
+            "lr": fit.lr * group.lr_scale,
+            "weight_decay": fit.weight_decay if group.decay else 0.0,
+        }
+        for group in groups
+        if group.params
+    ]
+    fused = device.type == "cuda"
+    if fit.optimiser == "adamw":
+        return torch.optim.AdamW(listed, lr=fit.lr, fused=fused)
+    return torch.optim.SGD(listed, lr=fit.lr, momentum=fit.momentum, nesterov=fit.nesterov, fused=fused)
+
+
+def set_lr(optimiser: torch.optim.Optimizer, fit: Fit, step: int, total: int) -> None:
+    """Set every group's rate for update ``step``, before the update."""
+    for group in optimiser.param_groups:
+        group["lr"] = fit.lr * group["lr_scale"] * lr_factor(fit, step, total)
+
+
+def autocast(machine: Machine, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The mixed-precision context of a run; does nothing where amp is off."""
+    kind = machine.amp_dtype(device)
+    if kind is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=kind)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Make the random stream of an update (dropout, drop path) a function of (seed, step, rank) alone, so that a
+    resumed training draws what an undisturbed one draws."""
+    mixed = (seed * 1_000_003 + step * 7919 + distributed.rank() * 104_729) % (2**32)
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
+
+
+def fit(
+    network: nn.Module,
+    batches: Callable[[int], Iterable[Batch]],
+    recipe: Fit,
+    total: int,
+    *,
+    machine: Machine,
+    device: torch.device,
+    seed: int,
+    weights: Path,
+    log: Path,
+    name: str,
+) -> None:
+    """Train a network and write its state dict to ``weights``.
+
+    Args:
+        network: a Trainable on any device; it is moved to ``device``.
+        batches: called with the first update to run; yields this process's micro-batches, ``divide(...).micro`` for
+            each update.
+        recipe: optimiser and schedule.
+        total: number of updates.
+        machine: precision, compilation, resume points.
+        seed: of dropout and the like.
+        weights: final file; ``NAME.resume.pt`` beside it holds the resume point while training goes on.
+        log: TensorBoard folder.
+        name: what the progress bar and the log say.
+
+    Raises:
+        NonFiniteLoss: a loss term is NaN or infinite; the batch is kept for a look.
+    """
+    division = divide(recipe, distributed.world())
+    network.to(device)
+    if machine.channels_last:
+        network.to(memory_format=torch.channels_last)
+    network.train()
+    optimiser = make_optimiser(network.param_groups(), recipe, device)  # type: ignore[operator]
+    scaler = torch.amp.GradScaler(device.type, enabled=machine.amp_dtype(device) == torch.float16)
+    resume = weights.with_name(f"{weights.stem}.resume.pt")
+    start = _resume(resume, network, optimiser, scaler, device)
+    model = _wrap(network, machine, device)
+    distributed.say(
+        f"{name}: {total} updates of {recipe.batch_size} images = {distributed.world()} process(es) x "
+        f"{division.micro} micro-batch(es) x {division.micro_size}"
+        + (f"; going on from update {start}" if start else "")
+    )
+    every = machine.checkpoint_every or max(1, total // 20)
+    writer = SummaryWriter(str(log), purge_step=start) if distributed.is_main() else None
+    stream = iter(batches(start))
+    with tqdm(total=total, initial=start, desc=name, unit="update", disable=not distributed.is_main(),
+              dynamic_ncols=True) as bar:
+        for step in range(start, total):
+            set_lr(optimiser, recipe, step, total)
+            seed_step(seed, step)
+            micro = [_to(batch, device, machine) for batch in _take(stream, division.micro)]
+            terms = _update(model, network, optimiser, scaler, micro, step / total, recipe, machine, device)
+            if not all(math.isfinite(v) for v in terms.values()):
+                _stop(micro, terms, step, log, name)
+            if writer is not None:
+                for term, value in terms.items():
+                    writer.add_scalar(f"{name}/{term}", value, step)
+                writer.add_scalar(f"{name}/lr", optimiser.param_groups[0]["lr"], step)
+            bar.set_postfix({k: f"{v:.4f}" for k, v in terms.items()}, refresh=False)
+            bar.update()
+            if (step + 1) % every == 0 and step + 1 < total:
+                _save(resume, network, optimiser, scaler, step + 1)
+    if writer is not None:
+        writer.close()
+    if distributed.is_main():
+        store.write_weights(weights, {k: v.cpu() for k, v in network.state_dict().items()})
+        resume.unlink(missing_ok=True)
+    distributed.barrier()
+
+
+def _wrap(network: nn.Module, machine: Machine, device: torch.device) -> nn.Module:
+    model: nn.Module = network
+    if machine.compile:
+        model = torch.compile(model)  # type: ignore[assignment]
+    if distributed.world() > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        model = DistributedDataParallel(model, device_ids=ids, find_unused_parameters=bool(network.finds_unused))
+    return model
+
+
+def _take(stream: Iterator[Batch], count: int) -> list[Batch]:
+    return [next(stream) for _ in range(count)]
+
+
+def _to(batch: Batch, device: torch.device, machine: Machine) -> Batch:
+    moved = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+    if machine.channels_last:
+        moved["image"] = moved["image"].contiguous(memory_format=torch.channels_last)
+    return moved
+
+
+def _update(
+    model: nn.Module, network: nn.Module, optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+    micro: list[Batch], progress: float, recipe: Fit, machine: Machine, device: torch.device,
+) -> dict[str, float]:
+    """One update from its micro-batches; returns the loss terms averaged over micro-batches and processes."""
+    _share_counts(network, micro)
+    optimiser.zero_grad(set_to_none=True)
+    sums: dict[str, Tensor] = {}
+    for number, batch in enumerate(micro):
+        # gradients travel between processes once an update, with the last micro-batch
+        quiet = isinstance(model, DistributedDataParallel) and number + 1 < len(micro)
+        with model.no_sync() if quiet else contextlib.nullcontext():  # type: ignore[operator]
+            with autocast(machine, device):
+                terms = model(batch, progress)
+            scaler.scale(sum(terms.values()) / len(micro)).backward()
+        for term, value in terms.items():
+            sums[term] = sums.get(term, torch.zeros((), device=device)) + value.detach().float() / len(micro)
+    stacked = distributed.total(torch.stack(list(sums.values()))) / distributed.world()
+    values = dict(zip(sums, stacked.tolist(), strict=True))
+    if all(math.isfinite(v) for v in values.values()):
+        if recipe.clip_norm:
+            scaler.unscale_(optimiser)
+            nn.utils.clip_grad_norm_(network.parameters(), recipe.clip_norm)
+        scaler.step(optimiser)
+        scaler.update()
+    return values
+
+
+def _share_counts(network: nn.Module, micro: list[Batch]) -> None:
+    """Give every micro-batch the mean count over all micro-batches of all processes (Network.counts)."""
+    counted = [network.counts(batch) for batch in micro]  # type: ignore[operator]
+    for key in counted[0]:
+        mean = distributed.total(torch.stack([c[key].float() for c in counted]).sum())
+        mean = mean / (len(micro) * distributed.world())
+        for batch in micro:
+            batch[f"counts/{key}"] = mean
+
+
+def _save(
+    path: Path, network: nn.Module, optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler, step: int
+) -> None:
+    if distributed.is_main():
+        state = {"network": network.state_dict(), "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict()}
+        store.write_weights(path, {**state, "step": step})
+
+
+def _resume(
+    path: Path, network: nn.Module, optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+    device: torch.device,
+) -> int:
+    distributed.barrier()
+    if not path.exists():
+        return 0
+    state = store.read_weights(path)
+    network.load_state_dict(state["network"])
+    optimiser.load_state_dict(state["optimiser"])
+    scaler.load_state_dict(state["scaler"])
+    return int(state["step"])
+
+
+def _stop(micro: list[Batch], terms: dict[str, float], step: int, log: Path, name: str) -> None:
+    kept = log / f"{name}_nonfinite_rank{distributed.rank()}.pt"
+    store.write_weights(kept, [{k: v.cpu() for k, v in batch.items()} for batch in micro])
+    shown = ", ".join(f"{k} = {v}" for k, v in terms.items())
+    raise NonFiniteLoss(
+        f"{name}: the loss is not finite at update {step} ({shown}). Nothing is lost: the last resume point stays. "
+        f"The batch is in {kept}. Try a smaller lr, or --machine.amp off."
+    )

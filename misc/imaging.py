@@ -1,0 +1,130 @@
+"""Images as arrays: normalisation, resizing as the published code does it, the VOC palette, overlays.
+
+Images are (H, W, 3) uint8 RGB arrays, masks (H, W) uint8 index arrays, network inputs (3, H, W) float32 tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """value = (x / scale - mean) / std, per channel, in RGB order unless ``bgr``."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    scale: float = 255.0
+    bgr: bool = False
+
+
+NORMALISATIONS: dict[str, Normalisation] = {
+    "imagenet": Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "caffe_bgr": Normalisation((104.008, 116.669, 122.675), (1.0, 1.0, 1.0), scale=1.0, bgr=True),
+}
+"""By name (a network names its own). caffe_bgr: psa.md 2.2, deeplab.md C.3."""
+
+
+def normalise(image: np.ndarray, name: str) -> np.ndarray:
+    """(H, W, 3) uint8 RGB -> (H, W, 3) float32 network values; zero is the mean colour."""
+    norm = NORMALISATIONS[name]
+    # in double precision and then rounded, as the published code: what `denormalise` truncates hangs on the last bit
+    table = (np.arange(256)[:, None] / norm.scale - np.array(norm.mean)) / np.array(norm.std)  # (256, 3)
+    values = np.ascontiguousarray(image[..., ::-1] if norm.bgr else image)
+    return cv2.LUT(values, table.astype(np.float32)[:, None])
+
+
+def denormalise(values: np.ndarray, name: str, *, truncate: bool = True) -> np.ndarray:
+    """(H, W, 3) float32 network values -> (H, W, 3) uint8 RGB, clipped.
+
+    ``truncate``: cut the fraction off, as the published code does before its CRF, so that values can come out one
+    grey level lower (psa.md 6, deeplab.md A.3); otherwise round.
+    """
+    norm = NORMALISATIONS[name]
+    pixels = (values * np.float32(norm.std) + np.float32(norm.mean)) * np.float32(norm.scale)
+    pixels = np.clip(pixels if truncate else np.rint(pixels), 0, 255).astype(np.uint8)
+    return np.ascontiguousarray(pixels[..., ::-1] if norm.bgr else pixels)
+
+
+def to_tensor(values: np.ndarray) -> Tensor:
+    """(H, W, 3) float32 -> (3, H, W) float32 tensor, contiguous."""
+    return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+
+
+def scaled_size(size: tuple[int, int], factor: float) -> tuple[int, int]:
+    """(H, W) times a factor, rounded half to even as Python does (seam.md 5), at least 1."""
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) uint8 -> (h, w, 3) uint8, PIL bicubic (antialiased when shrinking); ``size`` is (h, w)."""
+    if image.shape[:2] == tuple(size):
+        return image
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC))
+
+
+def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) uint8 -> (h, w) uint8, PIL nearest (pixel centres); ``size`` is (h, w)."""
+    return np.asarray(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
+
+
+def palette(n: int = 256) -> np.ndarray:
+    """The PASCAL VOC colour map: (n, 3) uint8 RGB; index bits b0, b3, b6 make red, b1, b4, b7 green, b2, b5 blue
+    (evaluation.md 3.3)."""
+    index = np.arange(n)
+    colours = np.zeros((n, 3), np.int64)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= ((index >> channel) & 1) << (7 - bit)
+        index = index >> 3
+    return colours.astype(np.uint8)
+
+
+def colour_mask(mask: np.ndarray) -> np.ndarray:
+    """(H, W) uint8 indices -> (H, W, 3) uint8 palette colours."""
+    return palette()[mask]
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.55) -> np.ndarray:
+    """The mask's colours on the image (background left clear, a white line round each region): (H, W, 3) uint8."""
+    colours = colour_mask(mask)
+    weight = np.where(mask == 0, 0.0, opacity)[..., None]
+    mixed = image * (1 - weight) + colours * weight
+    edge = np.zeros(mask.shape, bool)
+    edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
+    edge[1:] |= mask[1:] != mask[:-1]
+    mixed[edge] = 255
+    return mixed.astype(np.uint8)
+
+
+def heat(image: np.ndarray, score: np.ndarray) -> np.ndarray:
+    """A class map as a heat map on the image: score (H, W) in [0, 1] -> (H, W, 3) uint8 RGB."""
+    hot = cv2.applyColorMap((np.clip(score, 0, 1) * 255).astype(np.uint8), cv2.COLORMAP_JET)[..., ::-1]
+    return (0.5 * image + 0.5 * hot).astype(np.uint8)
+
+
+def tile(rows: Sequence[Sequence[np.ndarray]], height: int = 160, gap: int = 4) -> np.ndarray:
+    """A contact sheet: rows of (H, W, 3) uint8 pictures, each scaled to ``height``, on white."""
+    lines = []
+    for row in rows:
+        cells = [resize_image(p, (height, max(1, round(p.shape[1] * height / p.shape[0])))) for p in row]
+        width = sum(c.shape[1] + gap for c in cells)
+        line = np.full((height + gap, width, 3), 255, np.uint8)
+        x = 0
+        for cell in cells:
+            line[:height, x : x + cell.shape[1]] = cell
+            x += cell.shape[1] + gap
+        lines.append(line)
+    sheet = np.full((sum(x.shape[0] for x in lines), max(x.shape[1] for x in lines), 3), 255, np.uint8)
+    y = 0
+    for line in lines:
+        sheet[y : y + line.shape[0], : line.shape[1]] = line
+        y += line.shape[0]
+    return sheet

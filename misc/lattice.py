@@ -1,0 +1,266 @@
+"""The permutohedral lattice: high-dimensional Gaussian filtering in tensor operations, on CPU and GPU.
+
+The numbers are those of the lattice inside pydensecrf (Kraehenbuehl and Koltun's code after Adams et al., "Fast
+High-Dimensional Filtering Using the Permutohedral Lattice", 2010), on which every published CRF result of psa.md
+section 3 and the dense energy loss of getam.md section 5 stand. It is an approximation, so even a filter nearer to the
+true Gaussian would be another method: elevation, rounding, ties, blur order and scale follow that code to the letter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_BLOCK = 4
+"""Points the published code handles at once; it fills its last block up with points at the origin."""
+
+_CHUNK = 1 << 16
+"""Points whose simplices are found at once, so that what is only needed meanwhile stays in the processor's cache."""
+
+_FARTHEST = 1e6
+"""Beyond it float32 can no longer tell lattice coordinates apart."""
+
+
+class Lattice:
+    """Gaussian filter ``out_i = sum_j exp(-|f_i - f_j|^2 / 2) * value_j`` (j = i included), approximated on a lattice.
+
+    Built once, it serves any number of ``filter`` calls; cost and memory grow linearly with the number of points.
+    Everything lives on the device of ``features`` and nothing is differentiated. As published, the filter is not quite
+    symmetric in i and j: blur directions only commute where no neighbour is missing. Source: psa.md section 3, getam.md
+    section 5.
+
+    Args:
+        features: (N, d) positions of the points, already divided by the standard deviation of each axis; or (B, N, d)
+            for B sets of points that don't see each other. Converted to float32.
+        normalised: filter with the symmetrically normalised kernel k(i, j) / sqrt(sum_l k(i, l) * sum_l k(l, j)).
+
+    Raises:
+        ValueError: wrong number of axes, no points, NaN, or positions so far apart (in standard deviations) that
+            the lattice's cells can't be numbered with 63 bits.
+    """
+
+    @torch.no_grad()
+    def __init__(self, features: Tensor, normalised: bool = False) -> None:
+        if features.ndim not in (2, 3) or 0 in features.shape:
+            raise ValueError(f"features must be (N, d) or (B, N, d) without empty axes, got {tuple(features.shape)}")
+        if not features.abs().max() < _FARTHEST:
+            raise ValueError(f"features must be numbers below {_FARTHEST:g} standard deviations: check their scale")
+        self.shape = tuple(features.shape[:-1])
+        """(N,) or (B, N): the leading axes that values must have."""
+        points, d = features.shape[-2:]
+        # Published oddity: the filler points of the last block leave their (empty) vertices in the lattice, and the
+        # blur passes through them.
+        padded = F.pad(features.float().reshape(-1, points, d), (0, 0, 0, -points % _BLOCK))  # (B, N', d)
+        sets = len(padded)
+        parts = [_enclosing_simplices(chunk.t().contiguous()) for chunk in padded.reshape(-1, d).split(_CHUNK)]
+        cells, rank, weights = (torch.cat(tables, dim=-1) for tables in zip(*parts, strict=True))
+        vertices, packed, strides = _vertices(cells, rank, sets)
+        # The filler points end here: (B*N', d+1) -> (B*N, d+1)
+        vertices, weights = (
+            table.reshape(sets, -1, d + 1)[:, :points].reshape(-1, d + 1).contiguous()
+            for table in (vertices, weights.t())
+        )
+        self.vertices = len(packed)
+        """Number of lattice vertices, M."""
+        self._neighbours = _neighbours(packed, strides)
+        self._blur_weights = weights.new_tensor([1.0, 0.5, 0.5]).repeat(self.vertices + 1, 1)
+        self._splat_starts, self._splat_points, self._splat_weights = _by_vertex(vertices, weights, self.vertices)
+        self._slice_vertices, self._slice_weights = vertices, weights * (1 / (1 + 2.0**-d))
+        if normalised:
+            mass = self.filter(weights.new_ones(*self.shape, 1)).flatten()
+            scale = torch.rsqrt(mass + 1e-20)
+            self._splat_weights *= scale.index_select(0, self._splat_points)
+            self._slice_weights *= scale[:, None]
+
+    @torch.no_grad()
+    def filter(self, values: Tensor) -> Tensor:
+        """Filter K channels.
+
+        Args:
+            values: (N, K), or (B, N, K) for a batch of point sets; converted to float32.
+
+        Returns:
+            A new float32 tensor of the same shape, without gradient.
+
+        Raises:
+            ValueError: the leading axes are not those of the features.
+        """
+        if values.ndim != len(self.shape) + 1 or tuple(values.shape[:-1]) != self.shape:
+            raise ValueError(f"values must be {(*self.shape, 'K')} as the features were, got {tuple(values.shape)}")
+        return self._slice(self._blur(self._splat(values)))
+
+    # An embedding bag is a product with a sparse matrix given by rows: in torch the fastest there is on a CPU, and the
+    # same code on a GPU.
+
+    def _splat(self, values: Tensor) -> Tensor:
+        """Spread the points' values over the lattice: (N, K) or (B, N, K) -> (M + 1, K), the last row zero."""
+        return F.embedding_bag(
+            self._splat_points,
+            values.float().reshape(-1, values.shape[-1]),  # (B*N, K)
+            self._splat_starts,
+            mode="sum",
+            per_sample_weights=self._splat_weights,
+            include_last_offset=True,
+        )
+
+    def _blur(self, lattice: Tensor) -> Tensor:
+        """Blur the (M + 1, K) vertex values along each of the d + 1 lattice directions in turn, by (1/2, 1, 1/2)."""
+        for neighbours in self._neighbours:
+            lattice = F.embedding_bag(neighbours, lattice, mode="sum", per_sample_weights=self._blur_weights)
+        return lattice
+
+    def _slice(self, lattice: Tensor) -> Tensor:
+        """Read values back at the points: (M + 1, K) -> (N, K) or (B, N, K)."""
+        out = F.embedding_bag(self._slice_vertices, lattice, mode="sum", per_sample_weights=self._slice_weights)
+        return out.reshape(*self.shape, -1)
+
+
+def _enclosing_simplices(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the simplex that encloses each point, in the published code's order of float32 operations.
+
+    Equal results need equal rounding: a point on the border of a simplex may otherwise create other vertices.
+
+    Args:
+        features: (d, N).
+
+    Returns:
+        (d, N) int32 nearest remainder-0 vertex, in units of d + 1; (d, N) int32 rank of each coordinate's distance to
+        it, 0 = largest (the last coordinate of both follows from the others); (d+1, N) float32 barycentric weights of
+        the simplex's vertices with remainder 0..d.
+    """
+    d, n = features.shape
+    expected_std = float(np.float32(math.sqrt(2 / 3) * (d + 1)))
+    elevated = features.new_empty(d + 1, n)
+    total = features.new_zeros(n)
+    for j in range(d, 0, -1):
+        scaled = features[j - 1] * (expected_std / math.sqrt((j + 1) * j))
+        torch.sub(total, j * scaled, out=elevated[j])
+        total = total + scaled
+    elevated[0] = total
+
+    nearest = (elevated * (1 / (d + 1))).round_()
+    excess = nearest[0].clone()
+    for row in nearest[1:]:
+        excess += row
+    nearest *= d + 1
+
+    residual = elevated - nearest
+    rank = torch.arange(d + 1, device=features.device, dtype=torch.float32)[:, None].repeat(1, n)
+    for i in range(d):
+        # Rank i to begin with: of two coordinates the earlier one goes first, unless it is smaller.
+        for j in range(i + 1, d + 1):
+            smaller = (residual[i] < residual[j]).float()
+            rank[i] += smaller
+            rank[j] -= smaller
+    # Rounding may leave the plane sum = 0: the coordinates that were rounded furthest come back by one cell.
+    rank += excess
+    shift = ((rank < 0).float() - (rank > d).float()).mul_(d + 1)
+    rank += shift
+    nearest += shift
+
+    distance = elevated.sub_(nearest).mul_(1 / (d + 1))
+    by_rank = torch.empty_like(distance).scatter_(0, rank.long(), distance).flip(0)
+    weights = by_rank.clone()
+    weights[1:] -= by_rank[:-1]
+    weights[0] += 1 - by_rank[-1]
+    return torch.div(nearest[:d], d + 1).int(), rank[:d].int(), weights
+
+
+def _strides(spans: Sequence[int]) -> list[int]:
+    """Strides that pack coordinates of the given spans into one non-negative int64 without collisions."""
+    strides, size = [], 1
+    for span in reversed(spans):
+        strides.append(size)
+        size *= span
+    if size >= 2**63:
+        extent = " x ".join(map(str, spans))
+        raise ValueError(f"features span {extent} lattice cells, too many to number: use larger standard deviations")
+    return strides[::-1]
+
+
+def _pack(coordinates: Sequence[Tensor], strides: Sequence[int]) -> Tensor:
+    """Sum of coordinate times stride, as int64."""
+    packed = torch.zeros_like(coordinates[0], dtype=torch.int64)
+    for coordinate, stride in zip(coordinates, strides, strict=True):
+        packed.add_(coordinate, alpha=stride)
+    return packed
+
+
+def _vertices(cells: Tensor, rank: Tensor, sets: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Number the lattice vertices around all points.
+
+    Neighbouring pixels mostly share a simplex, so simplices are told apart first, and only their vertices sorted.
+
+    Args:
+        cells, rank: (d, N) as from ``_enclosing_simplices``.
+        sets: number of point sets, N / sets points each, that share no vertex.
+
+    Returns:
+        (N, d+1) int32 number 0..M-1 of the vertices around each point; (M,) sorted packed coordinates of the vertices;
+        the strides of that packing, set first.
+    """
+    d, n = rank.shape
+    group = torch.arange(sets, device=rank.device).repeat_interleave(n // sets)
+    low, high = cells.aminmax(dim=1, keepdim=True)
+    cells -= low
+    spans = (high - low + 1).flatten().tolist()
+
+    keys = _pack([group, *cells, *rank], _strides([sets, *spans, *[d + 1] * d]))
+    simplices, owner = torch.unique(keys, return_inverse=True)
+    # Any point of a simplex can speak for it.
+    example = torch.empty_like(simplices).scatter_(0, owner, torch.arange(n, device=rank.device))
+    group, cells, rank = (table.index_select(-1, example).long() for table in (group, cells, rank))
+
+    # A vertex lies up to d away from the remainder-0 one, its neighbours d further: margins keep packed sums unique.
+    strides = _strides([sets, *((d + 1) * (span + 3) for span in spans)])
+    keys = [_pack([group, *cells.add_(2).mul_(d + 1)], strides)]
+    # From one vertex of a simplex to the next: 1 up in all coordinates, d + 1 down in the one whose turn it is, from the
+    # last rank to the first. The coordinate that isn't stored has stride 0.
+    stride = torch.tensor(strides[1:], device=rank.device)[:, None].expand_as(rank)
+    turn = rank.new_zeros(d + 1, rank.shape[1]).scatter_(0, rank, stride)
+    for step in turn.flip(0)[:d]:
+        keys.append(torch.add(keys[-1] + sum(strides[1:]), step, alpha=-(d + 1)))
+    packed, numbers = torch.unique(torch.stack(keys, dim=1), return_inverse=True)  # (M,), (simplices, d+1)
+    return numbers.int().index_select(0, owner), packed, strides
+
+
+def _by_vertex(vertices: Tensor, weights: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Transpose the table of each point's vertices: which points contribute to a vertex, and how much.
+
+    Args:
+        vertices, weights: (N, d+1).
+        count: number of vertices, M.
+
+    Returns:
+        (M + 2,) int32 start of each vertex's list, an empty one for the zero row included; (N * (d+1),) int32 points;
+        (N * (d+1),) weights.
+    """
+    ordered, order = torch.sort(vertices.flatten(), stable=True)
+    rows = torch.arange(count + 2, device=vertices.device, dtype=torch.int32)
+    starts = torch.searchsorted(ordered, rows, out_int32=True)
+    weights = weights.flatten().index_select(0, order)
+    return starts, torch.div(order.int(), vertices.shape[1], rounding_mode="floor"), weights
+
+
+def _neighbours(packed: Tensor, strides: list[int]) -> list[Tensor]:
+    """For each of the d + 1 directions (M + 1, 3) int32: a vertex and its two neighbours, M where there is none."""
+    m = len(packed)
+    every = torch.arange(m + 1, device=packed.device)
+    tables = []
+    for direction in range(len(strides)):
+        # d up in one coordinate, 1 down in the others; the last direction goes up in the coordinate that isn't stored.
+        step = -sum(strides[1:])
+        if direction + 1 < len(strides):
+            step += len(strides) * strides[direction + 1]
+        found = torch.searchsorted(packed, packed + step).clamp_(max=m - 1)
+        up = torch.full_like(every, m)
+        up[:m] = torch.where(packed.index_select(0, found) == packed + step, found, m)
+        down = torch.full_like(every, m).scatter_(0, up, every)
+        down[m] = m  # every vertex without a neighbour has written there
+        tables.append(torch.stack([every, up, down], dim=1).int())
+    return tables

@@ -1,0 +1,184 @@
+"""The run folder: where every step's files are, what made them, and what they scored (DESIGN.md section 5)."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from misc import distributed, store
+
+
+class OtherConfiguration(ValueError):
+    """The run folder was made by another configuration."""
+
+
+class RunFolder:
+    """Paths and records of one run.
+
+    ``run.json``: configuration, command, seed, versions, git commit, fingerprint of the lists, time and peak memory of
+    every step. ``scores.json``: every score with its provenance.
+    """
+
+    def __init__(self, root: Path):
+        self.root = Path(root)
+
+    def weights(self, name: str) -> Path:
+        """State dict of a trained network: cam, aff, seg, or a phase of a method."""
+        return self.root / "weights" / f"{name}.pt"
+
+    def cam(self, image_id: str) -> Path:
+        """CAMs of an image (store.write_cam)."""
+        return self._file("cam", image_id, ".npz")
+
+    def aff_label(self, image_id: str) -> Path:
+        """Affinity label of an image, as a picture."""
+        return self._file("aff_label", image_id, ".png")
+
+    def aff_planes(self, image_id: str) -> Path:
+        """What the affinity network's training reads of an image."""
+        return self._file("aff_label", image_id, ".npz")
+
+    def label(self, image_id: str) -> Path:
+        """Pseudo mask of an image."""
+        return self._file("label", image_id, ".png")
+
+    def seg(self, image_id: str) -> Path:
+        """Predicted mask of an image."""
+        return self._file("seg", image_id, ".png")
+
+    @property
+    def log(self) -> Path:
+        """TensorBoard folder."""
+        return self.root / "log"
+
+    @property
+    def report(self) -> Path:
+        """The page that shows the run."""
+        return self.root / "report.html"
+
+    def _file(self, folder: str, image_id: str, suffix: str) -> Path:
+        return self.root / folder / (store.checked_id(image_id) + suffix)
+
+    # --- run.json -------------------------------------------------------------------------------------------------
+
+    def record(self) -> dict[str, Any]:
+        """What run.json holds ({} for a new folder)."""
+        path = self.root / "run.json"
+        return store.read_json(path) if path.exists() else {}
+
+    def begin(self, config: dict[str, Any], machine: dict[str, Any], data: dict[str, Any], force: bool) -> None:
+        """Record what this run is; called once before any work, by every process.
+
+        Args:
+            config: flat resolved configuration; it must equal the recorded one.
+            machine: flat settings that may differ between calls.
+            data: what the lists hold: name of list -> fingerprint and count; must equal the recorded one too.
+            force: record the present configuration over a differing one.
+
+        Raises:
+            OtherConfiguration: the folder holds a run of another configuration (the differing fields are listed).
+        """
+        record = self.record()
+        config = json.loads(json.dumps(config))
+        wanted = {**config, **{f"data.{k}": v for k, v in data.items()}}
+        there = {**record.get("config", {}), **{f"data.{k}": v for k, v in record.get("data", {}).items()}}
+        differing = [k for k in sorted({*wanted, *there}) if wanted.get(k) != there.get(k)] if record else []
+        if differing and not force:
+            lines = "\n".join(f"  {k}: {there.get(k)!r} there, {wanted.get(k)!r} now" for k in differing)
+            raise OtherConfiguration(
+                f"{self.root} holds a run of another configuration:\n{lines}\n"
+                "Use another --run folder, give the recorded settings, or say --force to go on in it (finished files "
+                "are kept as they are)."
+            )
+        distributed.barrier()
+        if distributed.is_main():
+            record.update(
+                config=config, data=data, machine=json.loads(json.dumps(machine)), world_size=distributed.world(),
+                command=[*record.get("command", []), " ".join(sys.argv)] if record else [" ".join(sys.argv)],
+                versions=_versions(), git_commit=_git_commit(),
+            )
+            record.setdefault("steps", {})
+            store.write_json(self.root / "run.json", record)
+        distributed.barrier()
+
+    def finished(self, step: str) -> bool:
+        """Whether a step is recorded as done."""
+        return bool(self.record().get("steps", {}).get(step, {}).get("done"))
+
+    def forget(self, step: str) -> None:
+        """Take back that a step is done."""
+        record = self.record()
+        if record.get("steps", {}).pop(step, None):
+            store.write_json(self.root / "run.json", record)
+
+    @contextmanager
+    def step(self, step: str, done: bool = True) -> Iterator[None]:
+        """Time a step and record it when the block ends without an error: as done, or (one shard of it) not yet."""
+        begin = time.perf_counter()
+        _reset_peak()
+        yield
+        seconds = time.perf_counter() - begin
+        if distributed.is_main():
+            record = self.record()
+            before = record["steps"].get(step, {}).get("seconds", 0.0)
+            record["steps"][step] = {"done": done, "seconds": round(before + seconds, 2), **_peak()}
+            store.write_json(self.root / "run.json", record)
+        distributed.barrier()
+
+    # --- scores.json ----------------------------------------------------------------------------------------------
+
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """Every recorded score by name."""
+        path = self.root / "scores.json"
+        return store.read_json(path) if path.exists() else {}
+
+    def add_score(self, name: str, score: dict[str, Any]) -> None:
+        """Record a score with its provenance under a name (replacing one of the same name)."""
+        store.write_json(self.root / "scores.json", {**self.scores(), name: score})
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+
+
+def _git_commit() -> str:
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        changed = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:  # Linux: start the high-water mark of this process anew
+        Path(f"/proc/{os.getpid()}/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def _peak() -> dict[str, float]:
+    peak: dict[str, float] = {}
+    try:
+        status = Path("/proc/self/status").read_text()
+        kib = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+        peak["peak_memory_mb"] = round(kib / 1024, 1)
+    except (OSError, StopIteration):
+        pass
+    if torch.cuda.is_available():
+        peak["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    return peak

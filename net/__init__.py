@@ -1,0 +1,1 @@
+"""The networks, one file a method: layers, losses, map and published recipe."""

@@ -1,0 +1,309 @@
+"""What every network promises, and the registries that the command line reads (DESIGN.md section 3).
+
+Adding a method is one new file in net/seed, net/refine or net/segment: its class is registered by a decorator and
+found by name. Networks are single-device code: they know no rank, no file and no data set.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from misc.config import Augment, CamInference, Fit, SegInference
+
+Batch = dict[str, Tensor]
+Preset = str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a learning rate: ``lr_scale`` times the base rate, decayed or not."""
+
+    params: list[nn.Parameter]
+    lr_scale: float = 1.0
+    decay: bool = True
+
+
+class Network(nn.Module, ABC):
+    """Anything that misc/fit.py trains.
+
+    ``forward(batch, progress)`` returns the named loss terms; their sum is minimised and each is logged.
+    """
+
+    normalisation: str = "imagenet"
+    """How images are normalised for this network: a name of misc.imaging.NORMALISATIONS."""
+    finds_unused: bool = False
+    """Whether some trainable parameters get no gradient in some steps (DistributedDataParallel must then search)."""
+
+    @abstractmethod
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """Loss terms (scalars) of a batch; ``progress`` in [0, 1) is the share of training that is done."""
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Denominators of loss terms that are means over more than images (valid pixels, pairs), from the batch alone.
+
+        The loop averages each over all micro-batches and processes of the update and hands them back as
+        ``batch["counts/NAME"]``, so that a term ``sum / count`` is the same number however the batch is divided.
+        """
+        return {}
+
+    def param_groups(self) -> list[Group]:
+        """Parameter groups; by default one of everything that is trained."""
+        return [Group([p for p in self.parameters() if p.requires_grad])]
+
+    def load_weights(self, weights: str) -> str:
+        """Start from a checkpoint file in one of the field's formats; returns a one-line report.
+
+        Raises ValueError where the file does not fit, FileNotFoundError where there is none.
+        """
+        raise ValueError(f"{type(self).__name__} reads no foreign weights: leave the weights option at 'none'.")
+
+
+@dataclass(frozen=True)
+class Options(ABC):
+    """Base of a network's own settings (a section of the command line), which also build the network."""
+
+    @abstractmethod
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> Network:
+        """The network for ``num_classes`` foreground classes; ``earlier`` holds the trained networks of the phases
+        before this one, by phase name."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training: a network and how it is trained."""
+
+    network: Options
+    """Options of the network itself."""
+    fit: Fit = field(default_factory=Fit)
+    """Training loop."""
+    augment: Augment = field(default_factory=Augment)
+    """Training images."""
+    weights: str = "none"
+    """Weights to start from: a checkpoint FILE, or 'none' for random ones."""
+
+
+@dataclass(frozen=True)
+class SeedRecipe(Phase):
+    """Recipe of a CAM method. A method trained in several phases subclasses this and lists them."""
+
+    infer: CamInference = field(default_factory=CamInference)
+    """Inference of the CAMs."""
+
+    def phases(self) -> tuple[tuple[str, Phase], ...]:
+        """The trainings in order, each with its name (weights/NAME.pt); the last is the CAM network, named cam."""
+        return (("cam", self),)
+
+
+@dataclass(frozen=True)
+class RefineRecipe(Phase):
+    """Recipe of a refiner: labels from CAMs, an affinity network, a random walk. Subclassed by each refiner, which
+    gives ``label`` and ``walk`` their own types."""
+
+    label: Any = None
+    """How affinity labels are made from CAMs."""
+    walk: Any = None
+    """The random walk."""
+
+
+@dataclass(frozen=True)
+class SegmentRecipe(Phase):
+    """Recipe of a segmentation network."""
+
+    infer: SegInference = field(default_factory=SegInference)
+    """Test-time scales, merging and CRF."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method's whole pipeline: its own part, and what it asks of the refiner and the segmenter it was published with.
+
+    ``refine`` and ``segment`` are dotted overrides of the named refiner's and segmenter's own recipe of the same
+    preset (a method's file does not import theirs).
+    """
+
+    cam: SeedRecipe
+    refiner: str = "psa"
+    refine: Mapping[str, Any] = field(default_factory=dict)
+    segmenter: str = "deeplabv1"
+    segment: Mapping[str, Any] = field(default_factory=dict)
+
+
+class SeedNetwork(Network):
+    """A CAM network: trained from tags, gives class maps."""
+
+    recipes: ClassVar[Mapping[Preset, Recipe]]
+    """'published' and 'sample'."""
+    map_needs_gradient: ClassVar[bool] = False
+    """Whether ``cam`` runs a backward pass (then it is called with gradients enabled)."""
+
+    @abstractmethod
+    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
+        """Class maps of one scale.
+
+        Args:
+            images: (B, 3, H, W) normalised, any H and W.
+            tags: (B, C) in {0, 1}.
+
+        Returns:
+            (B, C, h, w), C foreground classes, any resolution; the merging recipe resizes and adds them up.
+        """
+
+
+@dataclass(frozen=True)
+class SoftCam:
+    """The CAMs of one image as a refiner gets them.
+
+    keys (K,) int64, present classes, 0-based, ascending; maps (K, H, W) float32 in [0, 1] at image size.
+    K is 0 for an image without a tag.
+    """
+
+    keys: np.ndarray
+    maps: np.ndarray
+
+
+class AffinityNetwork(Network):
+    """A refiner: makes training labels from CAMs, learns affinities, refines the CAMs by a random walk."""
+
+    recipes: ClassVar[Mapping[Preset, RefineRecipe]]
+    """'published' and 'sample'."""
+    plane_fill: ClassVar[float] = 0.0
+    """What the label planes hold where a training crop shows no image."""
+
+    @classmethod
+    @abstractmethod
+    def make_label(cls, image: np.ndarray, cam: SoftCam, options: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Affinity label of one image.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            cam: its CAMs.
+            options: the recipe's ``label``.
+
+        Returns:
+            picture: (H, W) uint8, 0 background, class + 1, 255 ignore: what a person looks at.
+            planes: (P, H, W) float16 or uint8, what training reads; geometric augmentation acts on it as on the image.
+        """
+
+    @classmethod
+    @abstractmethod
+    def target(cls, planes: np.ndarray) -> np.ndarray:
+        """Training target of one sample from its augmented planes: (P, S, S) -> an array of the same shape for every
+        image (it becomes ``batch["target"]`` with the batch in front)."""
+
+    @abstractmethod
+    def refine(self, image: Tensor, cam: SoftCam, options: Any) -> np.ndarray:
+        """Scores after the random walk.
+
+        Args:
+            image: (3, H, W) normalised, any H and W.
+            cam: its CAMs, K classes (may be 0).
+            options: the recipe's ``walk``.
+
+        Returns:
+            (K + 1, H, W) float32, background first, then the classes in the order of ``cam.keys``: the arg-max is the
+            pseudo mask.
+        """
+
+
+class Segmenter(Network):
+    """A segmentation network trained on (pseudo) masks. Cross entropy over the non-ignored pixels of the batch."""
+
+    recipes: ClassVar[Mapping[Preset, SegmentRecipe]]
+    """'published' and 'sample'."""
+    loss_align_corners: ClassVar[bool] = True
+    """Bilinear convention when logits are resized to the mask for the loss."""
+
+    @abstractmethod
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised -> (B, C + 1, h, w), channel 0 background, any resolution."""
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Number of pixels with a label."""
+        return {"pixels": (batch["mask"] != 255).sum()}
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image (B, 3, H, W), mask (B, H, W) int64 with 255 = ignore -> {"ce": cross entropy}."""
+        logits = self.logits(batch["image"])
+        size = batch["mask"].shape[-2:]
+        if logits.shape[-2:] != size:
+            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=self.loss_align_corners)
+        total = F.cross_entropy(logits.float(), batch["mask"], ignore_index=255, reduction="sum")
+        return {"ce": total / batch["counts/pixels"].clamp(min=1e-5)}
+
+
+SEEDS: dict[str, type[SeedNetwork]] = {}
+REFINERS: dict[str, type[AffinityNetwork]] = {}
+SEGMENTERS: dict[str, type[Segmenter]] = {}
+
+C = TypeVar("C", bound=type)
+
+
+def _register(table: dict[str, Any], name: str) -> Callable[[C], C]:
+    def add(cls: C) -> C:
+        if name in table:
+            raise ValueError(f"Two classes are registered as {name!r}: {table[name].__name__} and {cls.__name__}.")
+        cls.name = name  # type: ignore[attr-defined]
+        table[name] = cls
+        return cls
+
+    return add
+
+
+def seed(name: str) -> Callable[[C], C]:
+    """Register a CAM network under the name it has on the command line."""
+    return _register(SEEDS, name)
+
+
+def refiner(name: str) -> Callable[[C], C]:
+    """Register an affinity network under the name it has on the command line."""
+    return _register(REFINERS, name)
+
+
+def segmenter(name: str) -> Callable[[C], C]:
+    """Register a segmentation network under the name it has on the command line."""
+    return _register(SEGMENTERS, name)
+
+
+def load_methods() -> None:
+    """Import every file of net/seed, net/refine and net/segment, which fills the registries."""
+    for room in ("seed", "refine", "segment"):
+        for module in pkgutil.iter_modules([str(Path(__file__).parent / room)]):
+            importlib.import_module(f"net.{room}.{module.name}")
+
+
+def multilabel_soft_margin(logits: Tensor, tags: Tensor) -> Tensor:
+    """Mean over batch and classes of the binary cross entropy with logits: logits and tags (B, C) -> scalar."""
+    return F.binary_cross_entropy_with_logits(logits.float(), tags.to(torch.float32))
+
+
+def conv_groups(network: nn.Module, new: Collection[str]) -> list[Group]:
+    """The four groups of the published ResNet38 and VGG16 trainings (seam.md section 4.2, psa.md section 2.3).
+
+    In this order: weights of the pre-trained layers (base rate, decayed), their biases (twice the rate, not decayed),
+    weights of the new layers (10 times, decayed), their biases (20 times, not decayed); a group may be empty. Only what
+    is trained is in them. Batch normalisation is frozen in the published trainings; where it is trained, its parameters
+    are a fifth group (base rate, not decayed).
+
+    Args:
+        network: its layers are sorted, in the order of its modules.
+        new: names of the layers (or of modules that hold them) that are not pre-trained.
+    """
+    groups = [Group([]), Group([], 2.0, False), Group([], 10.0), Group([], 20.0, False), Group([], 1.0, False)]
+    for name, module in network.named_modules():
+        is_new = any(name == n or name.startswith(f"{n}.") for n in new)
+        for kind, parameter in module.named_parameters(recurse=False):
+            place = 4 if isinstance(module, nn.BatchNorm2d) else 2 * is_new + (kind == "bias")
+            if parameter.requires_grad:
+                groups[place].params.append(parameter)
+    return groups if groups[4].params else groups[:4]

@@ -1,0 +1,493 @@
+"""PSA: pixel-level semantic affinity, AffinityNet and its random walk (Ahn and Kwak, CVPR 2018). psa.md.
+
+CAMs with a strong and with a weak background, sharpened by a CRF, give reliable labels; pairs of near cells teach a
+network whether two cells show the same class; its affinities spread the CAMs in a random walk. The copies in SEAM,
+MCTformer, AReAM and TransCAM are other numbers of the same options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from misc.config import REQUIRED_WEIGHTS, Augment, Fit
+from misc.crf import CRFSettings, DenseCRF
+from misc.imaging import denormalise
+from misc.walk import fitting_radius, half_circle, pair_cells, pair_views, transition, walk
+from net import weights as foreign
+from net.backbone.resnet38 import ResNet38, ResNet38Options
+from net.backbone.vgg16 import VGG16, VGG16Options
+from net.contract import AffinityNetwork, Batch, Group, Network, Options, RefineRecipe, SoftCam, refiner
+
+STRIDE = 8
+"""Pixels a feature cell, of both backbones."""
+IGNORE = 255
+_EPS = 1e-5
+_LEVELS = (3, 4, 5)
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+@dataclass(frozen=True)
+class PSAOptions(Options):
+    """AffinityNet (psa.md section 5.1)."""
+
+    backbone: Literal["resnet38", "vgg16"] = "resnet38"
+    """Network that the affinity layers stand on."""
+    resnet38: ResNet38Options = field(default_factory=lambda: ResNet38Options(frozen="b2"))
+    """Size and freezing of ResNet38, where that is the backbone."""
+    vgg16: VGG16Options = field(default_factory=lambda: VGG16Options(fc6_dilation=4))
+    """Size and freezing of VGG16, where that is the backbone."""
+    widths: tuple[int, int, int] = (64, 128, 256)
+    """Channels of f8_3, f8_4 and f8_5; f9 has their sum. Multiples of 8."""
+    radius: int = 5
+    """Pairs nearer than this are trained on. Cells of 8 pixels."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that make no network."""
+        if min(self.widths) < 8 or any(width % 8 for width in self.widths):
+            raise ValueError(f"widths = {self.widths} is not possible: they must be multiples of 8.")
+        if self.radius < 2:
+            raise ValueError(f"radius = {self.radius} is not possible: a circle with pairs has radius 2 or more.")
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> PSA:
+        """The affinity network; ``num_classes`` only matters to a CRF after the walk, ``earlier`` to nothing."""
+        return (PSAResNet38 if self.backbone == "resnet38" else PSAVGG16)(num_classes, self)
+
+
+Background = Literal["power", "constant"]
+
+
+@dataclass(frozen=True)
+class LabelOptions:
+    """Low/high-alpha labels (psa.md section 4; TransCAM's: transcam.md sections 5 and 6)."""
+
+    background: Background = "power"
+    """Background score. power: (1 - largest CAM)^alpha. constant: a threshold."""
+    alpha_low: float = 4.0
+    """power: the strong background; what remains foreground is reliable foreground."""
+    alpha_high: float = 32.0
+    """power: the weak background; what remains background is reliable background."""
+    threshold_low: float = 0.6
+    """constant: the strong background."""
+    threshold_high: float = 0.25
+    """constant: the weak background."""
+    crf: CRFSettings = field(default_factory=CRFSettings)
+    """Dense CRF on the scores of background and present classes."""
+    crf_unary: Literal["scores", "labels"] = "scores"
+    """What the CRF starts from. labels: the arg-max, held with confidence 0.7; training then reads label maps, where
+    the canvas round an image counts as background (TransCAM)."""
+    crf_labels: int = 0
+    """crf_unary labels: number of labels that the confidence is shared among, background included (TransCAM: all 21
+    of VOC). 0: those of the image."""
+
+
+@dataclass(frozen=True)
+class WalkOptions:
+    """Random walk (psa.md section 6)."""
+
+    beta: float = 8.0
+    """Exponent of the affinities."""
+    logt: int = 8
+    """The walk has 2^logt steps."""
+    radius: int = 5
+    """Pairs nearer than this are joined. Cells of 8 pixels."""
+    shrink_early: bool = False
+    """Shrink the radius on grids 9 and 10 cells wide too, as SEAM and TransCAM do; PSA only below 9."""
+    background: Background = "power"
+    """Background score. power: (1 - largest CAM)^alpha. constant: the threshold."""
+    alpha: float = 16.0
+    """power: exponent of the background score."""
+    threshold: float = 0.39
+    """constant: the background score."""
+    crf: CRFSettings = field(default_factory=lambda: CRFSettings(iterations=0))
+    """Dense CRF after the walk; iterations 0 switches it off (SEAM: 1)."""
+    crf_unary: Literal["scores", "labels"] = "scores"
+    """What the CRF starts from. labels: the arg-max, held with confidence 0.7 (TransCAM)."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that make no walk."""
+        if not 0 <= self.logt <= 16:
+            raise ValueError(f"logt = {self.logt} is not possible: it must be 0 to 16, the walk has 2^logt steps.")
+        if self.beta <= 0:
+            raise ValueError(f"beta = {self.beta} is not possible: it must be positive.")
+
+
+@dataclass(frozen=True)
+class PSARecipe(RefineRecipe):
+    """Recipe of PSA."""
+
+    network: PSAOptions = field(default_factory=PSAOptions)
+    """Options of the network itself."""
+    label: LabelOptions = field(default_factory=LabelOptions)
+    """How affinity labels are made from CAMs."""
+    walk: WalkOptions = field(default_factory=WalkOptions)
+    """The random walk."""
+
+
+# ------------------------------------------------------------------------------------------------ labels
+
+
+def with_background(maps: np.ndarray, rule: Background, alpha: float, threshold: float) -> np.ndarray:
+    """Score stack of an image: background first, then its class maps.
+
+    Args:
+        maps: (K, H, W) in [0, 1], K >= 1.
+        rule, alpha, threshold: power gives (1 - largest map)^alpha, constant gives the threshold everywhere.
+
+    Returns:
+        (K + 1, H, W) float32.
+    """
+    largest = maps.max(axis=0)
+    background = (1 - largest) ** alpha if rule == "power" else np.full_like(largest, threshold)
+    return np.concatenate([background[None], maps]).astype(np.float32)
+
+
+def confident(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Merge two label maps (..., int): ``low``'s classes, background where ``high`` is 0, 255 elsewhere.
+
+    Background wins where both speak (psa.md section 5.3). Returns uint8 of the same shape.
+    """
+    label = np.where(low == 0, IGNORE, low)
+    return np.where(high == 0, 0, label).astype(np.uint8)
+
+
+def pair_labels(target: Tensor, radius: int) -> dict[str, Tensor]:
+    """What is known about every pair of cells (psa.md section 5.3).
+
+    Args:
+        target: (B, h, w) local class indices, 0 background, 255 unknown.
+        radius: of the circle, fitting the grid.
+
+    Returns:
+        {"bg", "fg", "neg"}: (B, D, P) bool, D displacements and P sources: both background, both of one class, of
+        different ones.
+    """
+    views = [pair_views(target, displacement, radius) for displacement in half_circle(radius)]
+    if not views:
+        nothing = target.new_zeros((len(target), 0, 0), dtype=torch.bool)
+        return {"bg": nothing, "fg": nothing, "neg": nothing}
+    source = torch.stack([s.flatten(1) for s, _ in views], dim=1)  # (B, D, P)
+    other = torch.stack([t.flatten(1) for _, t in views], dim=1)
+    known = (source != IGNORE) & (other != IGNORE)
+    same = known & (source == other)
+    return {"bg": same & (source == 0), "fg": same & (source != 0), "neg": known & (source != other)}
+
+
+# ------------------------------------------------------------------------------------------------ affinities
+
+
+class _PairDistance(torch.autograd.Function):
+    """Mean absolute difference of the features of all pairs: (B, C, h, w) -> (B, D, P).
+
+    One displacement at a time, and the backward pass makes the differences again: the plain form keeps
+    (B, C, D, P) floats, 1.2 GB for a batch of 8 crops of 448 (psa.md section 8, trap 8), this one (B, C, P).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, radius: int) -> Tensor:
+        ctx.save_for_backward(features)
+        ctx.radius = radius
+        distances = []
+        for displacement in half_circle(radius):
+            source, target = pair_views(features, displacement, radius)
+            distances.append((source - target).abs_().mean(dim=1).flatten(1))  # (B, P)
+        return torch.stack(distances, dim=1) if distances else features.new_zeros((len(features), 0, 0))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (features,) = ctx.saved_tensors
+        total = torch.zeros_like(features)
+        for index, displacement in enumerate(half_circle(ctx.radius)):
+            source, target = pair_views(features, displacement, ctx.radius)
+            to_source, to_target = pair_views(total, displacement, ctx.radius)
+            scale = gradient[:, index].reshape(len(source), 1, *source.shape[2:]) / features.shape[1]
+            change = (source - target).sign_().mul_(scale)  # (B, C, a, b)
+            to_source.add_(change)
+            to_target.sub_(change)
+        return total, None
+
+
+def pair_affinity(features: Tensor, radius: int) -> Tensor:
+    """Affinities of PSA's pairs: exp(-mean over channels of |F_i - F_j|), in float32 (psa.md section 5.2).
+
+    Args:
+        features: (B, C, h, w).
+        radius: of the circle, fitting the grid.
+
+    Returns:
+        (B, D, P) in (0, 1], in the order of ``misc.walk.pair_cells``.
+    """
+    return torch.exp(-_PairDistance.apply(features.float(), radius))
+
+
+def affinity_losses(affinity: Tensor, labels: Mapping[str, Tensor], counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The three weighted loss terms (psa.md section 5.4).
+
+    Args:
+        affinity: (B, D, P) float32 in [0, 1].
+        labels: of ``pair_labels``.
+        counts: number of pairs of each kind, by the same names; over the whole batch, or its mean over micro-batches.
+
+    Returns:
+        {"bg", "fg", "neg"}: scalars, weighted 1/4, 1/4 and 1/2; the loss is their sum.
+    """
+    alike, unlike = torch.log(affinity + _EPS), torch.log(1 + _EPS - affinity)
+    parts = {"bg": (alike, 0.25), "fg": (alike, 0.25), "neg": (unlike, 0.5)}
+    return {
+        name: -weight * (log * labels[name]).sum() / (counts[name] + _EPS) for name, (log, weight) in parts.items()
+    }
+
+
+# ------------------------------------------------------------------------------------------------ walk
+
+
+def pad_to_stride(x: Tensor) -> Tensor:
+    """(..., H, W) with zeros at the bottom and right up to multiples of 8."""
+    height, width = x.shape[-2:]
+    return F.pad(x, (0, -width % STRIDE, 0, -height % STRIDE))
+
+
+def pool(scores: Tensor) -> Tensor:
+    """Scores of the cells: (n, H, W) -> (n, ceil(H/8), ceil(W/8)).
+
+    The padding counts as zero in all channels, the background's too, so border cells are darker than they should be:
+    published behaviour (psa.md section 8, trap 3).
+    """
+    return F.avg_pool2d(pad_to_stride(scores), STRIDE)
+
+
+def spread(scores: Tensor, transition: Tensor, steps: int) -> Tensor:
+    """Random walk of score maps (psa.md section 6, steps 3 and 4).
+
+    Args:
+        scores: (n, H, W) float32.
+        transition: of ``misc.walk.transition`` for the grid of ceil(H/8) x ceil(W/8) cells.
+        steps: number of steps.
+
+    Returns:
+        (n, 8 ceil(H/8), 8 ceil(W/8)): the padded size.
+    """
+    cells = pool(scores)  # (n, h, w)
+    walked = walk(transition, cells.flatten(1), steps).view_as(cells)
+    return F.interpolate(walked[None], scale_factor=STRIDE, mode="bilinear", align_corners=False)[0]
+
+
+# ------------------------------------------------------------------------------------------------ network
+
+
+@refiner("psa")
+class PSA(AffinityNetwork):
+    """What both backbones share; a subclass is a backbone too, so that state dicts have the official names."""
+
+    tapped: ClassVar[tuple[str, str, str]]
+    """Backbone taps under f8_3, f8_4 and f8_5."""
+    new_layers: ClassVar[tuple[str, ...]]
+    """Layers that come on top of the backbone; a group norm gn8_N follows f8_N where it is among them."""
+
+    def _add_layers(self, num_classes: int, options: PSAOptions) -> None:
+        """What a subclass adds to its backbone, in the official order."""
+        self.num_classes, self.radius = num_classes, options.radius
+        widths = options.widths
+        for level, tap, width in zip(_LEVELS, self.tapped, widths, strict=True):
+            layer = nn.Conv2d(self.channels[tap], width, 1, bias=False)
+            nn.init.kaiming_normal_(layer.weight)
+            self.add_module(f"f8_{level}", layer)
+        for level, width in zip(_LEVELS, widths, strict=True):
+            if f"gn8_{level}" in self.new_layers:
+                self.add_module(f"gn8_{level}", nn.GroupNorm(width // 8, width))
+        self.f9 = nn.Conv2d(sum(widths), sum(widths), 1, bias=False)
+        nn.init.xavier_uniform_(self.f9.weight, gain=4)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised, any size -> (B, sum of the widths, ceil(H/8), ceil(W/8)), psa.md section 5.1."""
+        taps, parts = self.taps(images), []
+        for level, tap in zip(_LEVELS, self.tapped, strict=True):
+            part = self.get_submodule(f"f8_{level}")(taps[tap])
+            if f"gn8_{level}" in self.new_layers:
+                part = self.get_submodule(f"gn8_{level}")(part)
+            parts.append(F.elu(part))
+        return F.elu(self.f9(torch.cat(parts, dim=1)))
+
+    @classmethod
+    def make_label(cls, image: np.ndarray, cam: SoftCam, options: LabelOptions) -> tuple[np.ndarray, np.ndarray]:
+        """Low/high-alpha label (psa.md section 4): CRF posteriors of the present classes under two backgrounds.
+
+        The planes are the low and then the high posteriors, (2 (K + 1), H, W) float16; with ``crf_unary`` labels the
+        two label maps, (2, H, W) uint8. Both count classes by their place in ``cam.keys``, from 1: only equality
+        matters. The picture is the merged label at full resolution. An image without a tag is all background.
+        """
+        if len(cam.keys) == 0:
+            picture = np.zeros(image.shape[:2], np.uint8)
+            hard = options.crf_unary == "labels"
+            return picture, np.stack([picture, picture] if hard else [np.ones_like(picture, np.float16)] * 2)
+        crf = DenseCRF(image, options.crf)  # its lattices serve both backgrounds
+        posteriors = []
+        for alpha, threshold in (
+            (options.alpha_low, options.threshold_low),
+            (options.alpha_high, options.threshold_high),
+        ):
+            scores = with_background(cam.maps, options.background, alpha, threshold)
+            if options.crf_unary == "scores":
+                posteriors.append(crf(scores))
+            else:
+                posteriors.append(crf.from_labels(scores.argmax(axis=0), max(options.crf_labels, len(scores))))
+        low, high = (posterior.argmax(axis=0) for posterior in posteriors)  # (H, W)
+        if options.crf_unary == "scores":
+            planes = np.concatenate(posteriors).astype(np.float16)
+        else:
+            planes = np.stack([low, high]).astype(np.uint8)
+            high = np.maximum(low, high)
+        values = np.full(IGNORE + 1, IGNORE, np.uint8)
+        values[: len(cam.keys) + 1] = [0, *(cam.keys + 1)]
+        return values[confident(low, high)], planes
+
+    @classmethod
+    def target(cls, planes: np.ndarray) -> np.ndarray:
+        """Confident label of every cell (psa.md section 5.3): (P, S, S) -> (S/8, S/8) uint8, 255 unknown.
+
+        Made from the averaged posteriors, not by averaging labels; where there are none (the canvas round the image)
+        it is unknown. Label maps (TransCAM) are sampled, and background only wins where both maps say so.
+
+        Raises ValueError where a side is no multiple of 8.
+        """
+        height, width = planes.shape[-2:]
+        if height % STRIDE or width % STRIDE:
+            raise ValueError(f"A crop of {height} x {width} has no whole cells: set augment.crop to a multiple of 8.")
+        if planes.dtype == np.uint8:
+            low, high = planes[:, ::STRIDE, ::STRIDE]
+            return confident(low, np.maximum(low, high))
+        blocks = planes.astype(np.float32).reshape(len(planes), height // STRIDE, STRIDE, width // STRIDE, STRIDE)
+        cells = blocks.mean(axis=(2, 4))  # (P, S/8, S/8)
+        low, high = cells.reshape(2, -1, *cells.shape[1:]).argmax(axis=1)
+        return np.where(cells.max(axis=0) < _EPS, IGNORE, confident(low, high)).astype(np.uint8)
+
+    def _pair_labels(self, batch: Batch) -> dict[str, Tensor]:
+        target = batch["target"]
+        return pair_labels(target, fitting_radius(self.radius, *target.shape[-2:]))
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Number of background, foreground and negative pairs."""
+        return {name: pairs.sum() for name, pairs in self._pair_labels(batch).items()}
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image (B, 3, S, S), target (B, S/8, S/8) -> the terms of ``affinity_losses``."""
+        features = self.features(batch["image"])
+        radius = fitting_radius(self.radius, *features.shape[-2:])
+        counts = {name: batch[f"counts/{name}"] for name in ("bg", "fg", "neg")}
+        return affinity_losses(pair_affinity(features, radius), self._pair_labels(batch), counts)
+
+    @torch.no_grad()
+    def transition(self, image: Tensor, options: WalkOptions) -> Tensor:
+        """One step of the walk over an image: (3, H, W) normalised -> (N, N) of ``misc.walk.transition``,
+        N = ceil(H/8) ceil(W/8) cells (psa.md section 6, steps 1 and 2)."""
+        features = self.features(pad_to_stride(image)[None])
+        height, width = features.shape[-2:]
+        radius = fitting_radius(options.radius, height, width, early=options.shrink_early)
+        source, target = pair_cells(half_circle(radius), height, width, radius=radius)
+        return transition(source, target, pair_affinity(features, radius).flatten(), height * width, options.beta)
+
+    @torch.no_grad()
+    def refine(self, image: Tensor, cam: SoftCam, options: WalkOptions) -> np.ndarray:
+        """Random walk, and the CRF where there is one, cut to the image; see ``spread_cam``. An image without a tag is
+        all background. Raises ValueError where image and CAM differ in size."""
+        height, width = image.shape[-2:]
+        if len(cam.keys) == 0:
+            return np.ones((1, height, width), np.float32)
+        if cam.maps.shape[1:] != (height, width):
+            raise ValueError(f"The CAM is {cam.maps.shape[1:]}, the image {(height, width)}: make the CAM again.")
+        return np.ascontiguousarray(self.spread_cam(image, cam, options)[:, :height, :width])
+
+    @torch.no_grad()
+    def spread_cam(self, image: Tensor, cam: SoftCam, options: WalkOptions) -> np.ndarray:
+        """``refine`` before the cut: (K + 1, 8 ceil(H/8), 8 ceil(W/8)) float32 (psa.md section 6, transcam.md section
+        6). Absent classes are left out of the walk: theirs would stay zero."""
+        scores = with_background(cam.maps, options.background, options.alpha, options.threshold)
+        step = self.transition(image, options)
+        walked = spread(torch.from_numpy(scores).to(image.device), step, 2**options.logt).cpu().numpy()
+        return self._crf(image, walked, options) if options.crf.iterations else walked
+
+    def _crf(self, image: Tensor, scores: np.ndarray, options: WalkOptions) -> np.ndarray:
+        """The CRF takes part in the padding, and its image is recovered with truncation (psa.md section 6); absent
+        classes take part as well: (K + 1, H, W) scores of the padded size -> posteriors of the same labels."""
+        values = pad_to_stride(image).permute(1, 2, 0).float().cpu().numpy()  # (H, W, 3)
+        crf = DenseCRF(denormalise(values, self.normalisation), options.crf, image.device)
+        labels = len(scores)
+        if options.crf_unary == "labels":
+            return crf.from_labels(scores.argmax(axis=0), self.num_classes + 1)[:labels]
+        absent = np.zeros((self.num_classes + 1 - labels, *scores.shape[1:]), np.float32)
+        return crf(np.concatenate([scores, absent]))[:labels]
+
+    def param_groups(self) -> list[Group]:
+        """Backbone at the base rate, new layers at 10 times it; biases at twice that, without decay (seam.md section
+        4.2). Group normalisation counts as a new layer. Batch normalisation, where it is trained, isn't decayed."""
+        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        for name, module in self.named_modules():
+            scale = 10.0 if name in self.new_layers else 1.0
+            norm = isinstance(module, nn.BatchNorm2d)
+            for part, parameter in module.named_parameters(recurse=False):
+                if parameter.requires_grad:
+                    double = part == "bias" and not norm
+                    key = (2 * scale if double else scale, part == "weight" and not norm)
+                    groups.setdefault(key, []).append(parameter)
+        return [Group(parameters, scale, decay) for (scale, decay), parameters in groups.items()]
+
+    def load_weights(self, weights: str) -> str:
+        """A released affinity network (strictly), or a backbone: ImageNet's ``.params`` or caffemodel, PSA's
+        classifier, any network here that stands on the same backbone; the new layers then start anew."""
+        whole = "f8_5.weight" in foreign.read(weights)
+        return str(foreign.load(self, weights, allow_missing=() if whole else self.new_layers))
+
+    recipes: ClassVar[Mapping[str, PSARecipe]] = {
+        # README row "random walk, ResNet38, alpha 4/16/32" (61.0 train, 60.2 val; psa.md section 1). ResNet38 needs lr
+        # 0.01, the README's 0.1 is for VGG16 (section 5.5). The momentum is the published poly-SGD's, which passes its
+        # weight decay there (seam.md section 7, trap 1).
+        "published": PSARecipe(
+            fit=Fit(epochs=8, batch_size=8, lr=0.01, momentum=5e-4, weight_decay=5e-4),
+            augment=Augment(order=("jitter", "normalize", "crop", "flip"), crop=448),
+            weights=REQUIRED_WEIGHTS,
+        ),
+        # from random weights, so nothing is frozen and the momentum is a real one
+        "sample": PSARecipe(
+            network=PSAOptions(
+                resnet38=ResNet38Options(
+                    width=0.125, depth=(1, 1, 1, 1), dropout=(0.0, 0.0), freeze_bn=False, frozen="none"
+                ),
+                widths=(16, 16, 32),
+            ),
+            fit=Fit(epochs=8, batch_size=8, lr=0.01, momentum=0.9),
+            augment=Augment(order=("jitter", "normalize", "crop", "flip"), crop=96),
+            walk=WalkOptions(logt=6),
+        ),
+    }
+
+
+class PSAResNet38(PSA, ResNet38):
+    """AffinityNet on ResNet38 (psa.md section 5.1)."""
+
+    normalisation = ResNet38.normalisation
+    tapped = ("conv4", "conv5", "conv6")
+    new_layers = ("f8_3", "f8_4", "f8_5", "f9")
+
+    def __init__(self, num_classes: int, options: PSAOptions) -> None:
+        ResNet38.__init__(self, options.resnet38)
+        self._add_layers(num_classes, options)
+
+
+class PSAVGG16(PSA, VGG16):
+    """AffinityNet on VGG16, with group normalisation, 8 channels a group, before the first ELUs (psa.md 5.1)."""
+
+    normalisation = VGG16.normalisation
+    tapped = ("conv4_3", "conv5_3", "fc7")
+    new_layers = ("f8_3", "f8_4", "f8_5", "gn8_3", "gn8_4", "gn8_5", "f9")
+
+    def __init__(self, num_classes: int, options: PSAOptions) -> None:
+        VGG16.__init__(self, options.vgg16)
+        self._add_layers(num_classes, options)

@@ -1,0 +1,173 @@
+"""PSA's plain CAM networks: a classifier on ResNet38 or VGG16 whose class weights give the maps (psa.md section 2)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from misc.config import REQUIRED_WEIGHTS, Augment, CamInference, Fit
+from net.backbone.resnet38 import ResNet38, ResNet38Options
+from net.backbone.vgg16 import VGG16, VGG16Options
+from net.contract import (
+    Batch,
+    Group,
+    Network,
+    Options,
+    Recipe,
+    SeedNetwork,
+    SeedRecipe,
+    conv_groups,
+    multilabel_soft_margin,
+    seed,
+)
+from net.weights import load
+
+
+@dataclass(frozen=True)
+class CamOptions(Options):
+    """Network; the defaults are the published ones."""
+
+    backbone: Literal["resnet38", "vgg16"] = "resnet38"
+    """Network below the classifier; the section of this name applies, the other is not used. With vgg16 the published
+    learning rate is 0.1."""
+    resnet38: ResNet38Options = field(default_factory=lambda: ResNet38Options(frozen="b2"))
+    """ResNet38."""
+    vgg16: VGG16Options = field(default_factory=VGG16Options)
+    """VGG16."""
+    dropout: float = 0.5
+    """Channel dropout probability before the classifier."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that make no network."""
+        if self.backbone not in ("resnet38", "vgg16"):
+            raise ValueError(f"backbone must be resnet38 or vgg16, got {self.backbone!r}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}.")
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> PlainCam:
+        """The classifier for ``num_classes`` foreground classes."""
+        return {"resnet38": CamResNet38, "vgg16": CamVGG16}[self.backbone](self, num_classes)
+
+
+_PUBLISHED = Recipe(
+    cam=SeedRecipe(
+        network=CamOptions(),
+        # lr: published is 0.1, which is for VGG16 only; ResNet38 needs 0.01 (psa.md section 2.3).
+        # momentum: the published optimiser takes the weight decay for it (seam.md section 7.1).
+        fit=Fit(epochs=15, batch_size=16, lr=0.01, momentum=5e-4, weight_decay=5e-4, schedule="poly", power=0.9),
+        augment=Augment(
+            order=("long_side", "flip", "jitter", "normalize", "crop"),
+            long_side=(256, 512),
+            flip=0.5,
+            jitter=(0.3, 0.3, 0.3, 0.1),
+            crop=448,
+        ),
+        weights=REQUIRED_WEIGHTS,
+        infer=CamInference(scales=(1.0, 0.5, 1.5, 2.0), flip=True, normalise="max"),
+    ),
+    # psa.md sections 4 to 6, the rows of PSA's code
+    refiner="psa",
+    refine={
+        "label.alpha_low": 4.0,
+        "label.alpha_high": 32.0,
+        "walk.background": "power",
+        "walk.alpha": 16.0,
+        "walk.beta": 8.0,
+        "walk.logt": 8,
+        "fit.epochs": 8,
+    },
+    segmenter="deeplabv1",
+)
+
+# trained from random weights: nothing frozen, and no dropout, which for so few steps only adds noise
+_SAMPLE = Recipe(
+    cam=SeedRecipe(
+        network=CamOptions(
+            resnet38=ResNet38Options(
+                width=0.25, depth=(1, 1, 1, 1), dropout=(0.0, 0.0), freeze_bn=False, frozen="none"
+            ),
+            vgg16=VGG16Options(width=0.25, dropout=0.0, frozen="none"),
+            dropout=0.0,
+        ),
+        fit=Fit(epochs=12, batch_size=16, lr=0.05, momentum=0.9, weight_decay=5e-4),
+        augment=Augment(long_side=(112, 160), crop=112),
+        infer=CamInference(scales=(1.0, 1.5), flip=True, normalise="max"),
+    ),
+    refiner="psa",
+    segmenter="deeplabv1",
+)
+
+
+@seed("psa")
+class PlainCam(SeedNetwork):
+    """What both classifiers have in common; ``CamOptions.build`` makes one of them.
+
+    State-dict names are those of the official checkpoints.
+    """
+
+    recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
+
+    @abstractmethod
+    def logits(self, images: Tensor) -> Tensor:
+        """Class scores: (B, 3, H, W) -> (B, C)."""
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image (B, 3, S, S), tags (B, C) -> {"cls": multi-label soft margin loss}."""
+        return {"cls": multilabel_soft_margin(self.logits(batch["image"]), batch["tags"])}
+
+    def param_groups(self) -> list[Group]:
+        """The published four groups; the classifier is the new layer."""
+        return conv_groups(self, ("fc8",))
+
+    def load_weights(self, weights: str) -> str:
+        """ImageNet weights of the backbone (``.params``, ``.caffemodel``) or a whole classifier.
+
+        ``fc8`` may be absent or be of other classes: then it stays random, and the report says so.
+        """
+        return str(load(self, weights, allow_missing=("fc8",)))
+
+
+class CamResNet38(PlainCam, ResNet38):
+    """The classifier on ResNet38 (psa.md section 2.1)."""
+
+    normalisation = ResNet38.normalisation
+
+    def __init__(self, options: CamOptions, num_classes: int) -> None:
+        super().__init__(options.resnet38)
+        self.dropout7 = nn.Dropout2d(options.dropout)
+        self.fc8 = nn.Conv2d(self.channels["conv6"], num_classes, 1, bias=False)
+        nn.init.xavier_uniform_(self.fc8.weight)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Class scores: the features are pooled, then classified; (B, 3, H, W) -> (B, C)."""
+        pooled = self.dropout7(self.taps(images)["conv6"]).mean((2, 3), keepdim=True)  # (B, 4096, 1, 1)
+        return self.fc8(pooled).flatten(1)
+
+    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
+        """Rectified maps of all classes: (B, 3, H, W) -> (B, C, ceil(H/8), ceil(W/8)) float32."""
+        return F.relu(self.fc8(self.taps(images)["conv6"]).float())
+
+
+class CamVGG16(PlainCam, VGG16):
+    """The classifier on VGG16 (psa.md section 2.2)."""
+
+    normalisation = VGG16.normalisation
+
+    def __init__(self, options: CamOptions, num_classes: int) -> None:
+        super().__init__(options.vgg16)
+        self.drop7 = nn.Dropout2d(options.dropout)
+        self.fc8 = nn.Conv2d(self.channels["fc7"], num_classes, 1, bias=False)
+        nn.init.xavier_uniform_(self.fc8.weight)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Class scores: the maps are pooled; (B, 3, H, W) -> (B, C)."""
+        return self.fc8(self.drop7(self.taps(images)["fc7"])).mean((2, 3))
+
+    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
+        """Square root of the rectified maps: (B, 3, H, W) -> (B, C, ceil(H/8), ceil(W/8)) float32."""
+        return F.relu(self.fc8(self.taps(images)["fc7"]).float()).sqrt()

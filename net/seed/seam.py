@@ -1,0 +1,330 @@
+"""SEAM: self-supervised equivariant attention (Wang et al., CVPR 2020; seam.md).
+
+One network sees an image and its 0.3x copy. Both class maps are to agree after rescaling (ER); a pixel correlation
+module (PCM) spreads each map along pixel similarity, and what it gives is supervised by the other branch's plain map
+(ECR). The map used afterwards is the PCM's. In all maps here channel 0 is the background.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from misc.config import REQUIRED_WEIGHTS, Augment, CamInference, Fit
+from net.backbone.resnet38 import ResNet38, ResNet38Options
+from net.contract import (
+    Batch,
+    Group,
+    Network,
+    Options,
+    Recipe,
+    SeedNetwork,
+    SeedRecipe,
+    conv_groups,
+    multilabel_soft_margin,
+    seed,
+)
+from net.weights import load
+
+_EPSILON = 1e-5
+# columns of the similarity matrix that inference holds at a time
+_COLUMNS = 1024
+
+
+@dataclass(frozen=True)
+class SeamOptions(Options):
+    """Network and loss; the defaults are the published ones."""
+
+    backbone: ResNet38Options = field(default_factory=lambda: ResNet38Options(frozen="b2"))
+    """Backbone."""
+    dropout: float = 0.5
+    """Channel dropout probability before the classifier."""
+    second_scale: float = 0.3
+    """Size of the second branch's image relative to the first's."""
+    hardest: float = 0.2
+    """Share of the entries of a map, the hardest, that ECR keeps."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for shares outside their range."""
+        for name, low, high in (("dropout", 0, 0.999), ("second_scale", 0.01, 1), ("hardest", 0.001, 1)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must be in [{low}, {high}], got {getattr(self, name)}.")
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> Seam:
+        """SEAM for ``num_classes`` foreground classes."""
+        return Seam(self, num_classes)
+
+
+def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear with aligned corners, as everywhere inside SEAM (seam.md section 7.2)."""
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=True)
+
+
+def _keep_strongest(maps: Tensor) -> Tensor:
+    """(B, C + 1, h, w) -> foreground values below their pixel's foreground maximum at 0; ties keep several classes."""
+    foreground = maps[:, 1:]
+    strongest = foreground.amax(1, keepdim=True)
+    return torch.cat([maps[:, :1], foreground.masked_fill(foreground < strongest, 0)], 1)
+
+
+# ------------------------------------------------------------------------------------- pixel correlation module
+
+
+@torch.no_grad()
+def attention_values(cam: Tensor) -> Tensor:
+    """What the PCM spreads: plain maps (B, C + 1, h, w), raw -> (B, C + 1, h, w) float32 in [0, 1], without gradient.
+
+    Every class is divided by its maximum over the pixels; background is one minus the strongest class; of the
+    foreground only the strongest class of a pixel stays. Image tags play no part. seam.md section 3, step 2.
+    """
+    scores = F.relu(cam.float())
+    scores = F.relu(scores - _EPSILON) / (scores.amax((2, 3), keepdim=True) + _EPSILON)
+    background = 1 - scores[:, 1:].amax(1, keepdim=True)
+    return _keep_strongest(torch.cat([background, scores[:, 1:]], 1))
+
+
+def correlate(values: Tensor, features: Tensor) -> Tensor:
+    """PCM: each pixel gets the mean of all pixels' values, weighted by the positive cosine of their features.
+
+    The similarity matrix has N x N entries, N = h x w: 0.55 GB for one image of 1000 x 750 (seam.md section 7.11).
+    Where no gradient is asked for, it is made and used up some columns at a time. Always in float32.
+
+    Args:
+        values: (B, K, h, w).
+        features: (B, D, h, w).
+
+    Returns:
+        (B, K, h, w) float32, a convex combination of ``values`` at every pixel. seam.md section 3, step 4.
+    """
+    with torch.autocast(values.device.type, enabled=False):
+        vectors = features.float().flatten(2)  # (B, D, N)
+        vectors = vectors / (vectors.norm(dim=1, keepdim=True) + _EPSILON)
+        rows = vectors.transpose(1, 2)  # (B, N, D)
+        flat = values.float().flatten(2)  # (B, K, N)
+
+        def spread(columns: Tensor) -> Tensor:
+            similarity = F.relu(rows @ columns, inplace=True)  # (B, N, n)
+            # the column sums divide the small product instead of the matrix: same numbers, one copy of it less
+            return flat @ similarity / (similarity.sum(1, keepdim=True) + _EPSILON)  # (B, K, n)
+
+        if features.requires_grad:
+            revised = spread(vectors)
+        else:
+            revised = torch.cat([spread(columns) for columns in vectors.split(_COLUMNS, dim=2)], 2)
+    return revised.unflatten(2, values.shape[-2:])  # (B, K, h, w)
+
+
+# ------------------------------------------------------------------------------------- losses (seam.md section 4.1)
+
+
+def _with_background(tags: Tensor) -> Tensor:
+    """(B, C) -> (B, C + 1, 1, 1) float32 with a background that is always present."""
+    return F.pad(tags.float(), (1, 0), value=1.0)[:, :, None, None]
+
+
+def class_loss(cam: Tensor, tags: Tensor) -> Tensor:
+    """Multi-label soft margin loss of the pooled raw map: cam (B, C + 1, H, W), tags (B, C) -> scalar."""
+    return multilabel_soft_margin(cam.float().mean((2, 3))[:, 1:], tags)
+
+
+def min_pooling_loss(revised: Tensor, tags: Tensor) -> Tensor:
+    """Mean of the weakest quarter of the pixels' foreground maxima: revised (B, C + 1, H, W), tags (B, C) -> scalar.
+
+    The authors remark that it moves the best background score, not the best mIoU.
+    """
+    strongest = (revised.float() * _with_background(tags))[:, 1:].amax(1).flatten(1)  # (B, H * W)
+    weakest = strongest.topk(strongest.shape[1] // 4, dim=1, largest=False, sorted=False).values
+    return F.relu(weakest).mean()
+
+
+def max_norm(maps: Tensor) -> Tensor:
+    """(B, C + 1, H, W) -> the same in [0, 1), each channel from its minimum to its maximum, differentiable."""
+    maps = F.relu(maps.float())
+    flat = maps.flatten(2)  # (B, C + 1, H * W)
+    high = flat.max(2).values[:, :, None, None]
+    low = flat.min(2).values[:, :, None, None]
+    return F.relu(maps - low - _EPSILON) / (high - low + _EPSILON)
+
+
+def _hardest(target: Tensor, revised: Tensor, share: float) -> Tensor:
+    """Mean over each image's largest differences, all channels and pixels together: two (B, C + 1, h, w) -> scalar."""
+    errors = (target - revised).abs().flatten(1)  # (B, (C + 1) * h * w)
+    return errors.topk(int(errors.shape[1] * share), dim=1, sorted=False).values.mean()
+
+
+def equivariance_losses(
+    cam1: Tensor, revised1: Tensor, cam2: Tensor, revised2: Tensor, tags: Tensor, hardest: float = 0.2
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ER, and ECR in both directions, of the maps of both branches; arguments as ``seam_losses``.
+
+    ECR reaches only the PCM's own layers, because the values it spreads and the features it reads carry no gradient.
+    """
+    size, labels = cam2.shape[-2:], _with_background(tags)
+    plain1, plain2 = _resize(max_norm(cam1), size) * labels, max_norm(cam2) * labels
+    spread1, spread2 = _resize(max_norm(revised1), size) * labels, max_norm(revised2) * labels
+    er = (plain1[:, 1:] - plain2[:, 1:]).abs().mean()  # absent classes count as zeros in the mean
+    # the plain maps get a background out of their foreground, the spread ones keep their own
+    target1, target2 = (
+        _keep_strongest(torch.cat([1 - plain[:, 1:].amax(1, keepdim=True), plain[:, 1:]], 1))
+        for plain in (plain1.detach(), plain2.detach())
+    )
+    return er, _hardest(target2, spread1, hardest), _hardest(target1, spread2, hardest)
+
+
+def seam_losses(
+    cam1: Tensor, revised1: Tensor, cam2: Tensor, revised2: Tensor, tags: Tensor, hardest: float = 0.2
+) -> dict[str, Tensor]:
+    """The four terms whose sum is SEAM's loss.
+
+    Args:
+        cam1, revised1: (B, C + 1, H, W), plain and spread map of the image, at its size, raw.
+        cam2, revised2: (B, C + 1, h, w), those of its small copy.
+        tags: (B, C) in {0, 1}.
+        hardest: share of the entries that ECR keeps.
+
+    Returns:
+        Scalars cls, min, er and ecr. (The published log shows cls and min as one number, "loss_cls".)
+    """
+    er, ecr1, ecr2 = equivariance_losses(cam1, revised1, cam2, revised2, tags, hardest)
+    return {
+        "cls": (class_loss(cam1, tags) + class_loss(cam2, tags)) / 2,
+        "min": (min_pooling_loss(revised1, tags) + min_pooling_loss(revised2, tags)) / 2,
+        "er": er,
+        "ecr": ecr1 + ecr2,
+    }
+
+
+# ------------------------------------------------------------------------------------- recipes (seam.md section 4.2)
+
+_PUBLISHED = Recipe(
+    cam=SeedRecipe(
+        network=SeamOptions(),
+        # momentum: the published optimiser takes the weight decay for it, so there is practically none (seam.md 7.1)
+        fit=Fit(epochs=8, batch_size=8, lr=0.01, momentum=5e-4, weight_decay=5e-4, schedule="poly", power=0.9),
+        augment=Augment(
+            order=("long_side", "flip", "jitter", "normalize", "crop"),
+            long_side=(448, 768),
+            flip=0.5,
+            jitter=(0.3, 0.3, 0.3, 0.1),
+            crop=448,
+        ),
+        weights=REQUIRED_WEIGHTS,
+        infer=CamInference(scales=(0.5, 1.0, 1.5, 2.0), flip=True, normalise="shifted"),
+    ),
+    # psa.md sections 4 to 6, the rows of SEAM
+    refiner="psa",
+    refine={
+        "label.alpha_low": 4.0,
+        "label.alpha_high": 24.0,
+        "walk.background": "power",
+        "walk.alpha": 6.0,
+        "walk.beta": 8.0,
+        "walk.logt": 6,
+        "walk.shrink_early": True,
+        "fit.lr": 0.01,
+        "fit.epochs": 8,
+    },
+    segmenter="deeplabv1",
+)
+
+# trained from random weights: nothing frozen, and no dropout, which for so few steps only adds noise
+_SAMPLE = Recipe(
+    cam=SeedRecipe(
+        network=SeamOptions(
+            backbone=ResNet38Options(
+                width=0.25, depth=(1, 1, 1, 1), dropout=(0.0, 0.0), freeze_bn=False, frozen="none"
+            ),
+            dropout=0.0,
+            second_scale=0.5,
+        ),
+        fit=Fit(epochs=12, batch_size=16, lr=0.05, momentum=0.9, weight_decay=5e-4),
+        augment=Augment(long_side=(112, 160), crop=112),
+        infer=CamInference(scales=(1.0, 1.5), flip=True, normalise="shifted"),
+    ),
+    refiner="psa",
+    segmenter="deeplabv1",
+)
+
+
+@seed("seam")
+class Seam(SeedNetwork, ResNet38):
+    """ResNet38 with a classifier ``fc8`` (C + 1 maps) and the PCM's layers ``f8_3``, ``f8_4``, ``f9``.
+
+    State-dict names are those of the official checkpoints. seam.md section 3.
+    """
+
+    recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
+    normalisation = ResNet38.normalisation
+    head = ("fc8", "f8_3", "f8_4", "f9")
+
+    def __init__(self, options: SeamOptions, num_classes: int) -> None:
+        super().__init__(options.backbone)
+        self.second_scale = options.second_scale
+        self.hardest = options.hardest
+        self.dropout7 = nn.Dropout2d(options.dropout)
+        self.fc8 = nn.Conv2d(self.channels["conv6"], num_classes + 1, 1, bias=False)
+        self.f8_3 = nn.Conv2d(self.channels["conv4"], 64, 1, bias=False)
+        self.f8_4 = nn.Conv2d(self.channels["conv5"], 128, 1, bias=False)
+        self.f9 = nn.Conv2d(3 + 64 + 128, 192, 1, bias=False)
+        nn.init.xavier_uniform_(self.fc8.weight)
+        nn.init.kaiming_normal_(self.f8_3.weight)
+        nn.init.kaiming_normal_(self.f8_4.weight)
+        nn.init.xavier_uniform_(self.f9.weight, gain=4)
+
+    def maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Plain and spread maps on the feature grid: (B, 3, H, W) -> two (B, C + 1, h, w) float32.
+
+        The plain map is raw and signed, the spread one in [0, 1]; h = ceil(H/8), w = ceil(W/8).
+        """
+        taps = self.taps(images)
+        cam = self.fc8(self.dropout7(taps["conv6"])).float()
+        features = torch.cat(
+            [
+                _resize(images.float(), cam.shape[-2:]),
+                F.relu(self.f8_3(taps["conv4"].detach())).float(),
+                F.relu(self.f8_4(taps["conv5"].detach())).float(),
+            ],
+            1,
+        )  # (B, 195, h, w)
+        return cam, correlate(attention_values(cam), self.f9(features))
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image (B, 3, S, S), tags (B, C) -> the terms of ``seam_losses``; ``progress`` is not used."""
+        image = batch["image"]
+        size = image.shape[-2:]
+        small_size = tuple(int(side * self.second_scale) for side in size)
+        small = _resize(image, small_size)
+        first = [_resize(m, size) for m in self.maps(image)]
+        second = [_resize(m, small_size) for m in self.maps(small)]
+        return seam_losses(*first, *second, batch["tags"], self.hardest)
+
+    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
+        """The spread maps of all classes at the size of the images: (B, 3, H, W) -> (B, C, H, W) in [0, 1].
+
+        They are brought to the input's size here, with aligned corners, and to the image's by the merging, without:
+        the published two steps (seam.md sections 3.5 and 5).
+        """
+        _, revised = self.maps(images)
+        return _resize(revised[:, 1:], images.shape[-2:])
+
+    def param_groups(self) -> list[Group]:
+        """The published four groups; the head's layers are the new ones."""
+        return conv_groups(self, self.head)
+
+    def load_weights(self, weights: str) -> str:
+        """ImageNet weights (``.params``) or a PSA classifier without their heads, or a whole SEAM checkpoint.
+
+        PSA's ``fc8`` has another shape (no background) and is left out. Raises ValueError for a checkpoint that has
+        the PCM's layers and doesn't fit in all its parts.
+        """
+        report = load(self, weights, allow_missing=self.head)
+        if "f9.weight" not in report.missing and (report.missing or report.wrong_shape):
+            raise ValueError(
+                f"{report}. It has the pixel correlation layers of SEAM, so everything must fit: is it SEAM's "
+                "checkpoint, and for this number of classes?"
+            )
+        return str(report)

@@ -1,0 +1,312 @@
+"""DeepLab v1 on ResNet38, in the two published forms (deeplab.md A and B).
+
+``deeplabv1`` is the network of SEAM's (and TransCAM's) re-training: a dilated 3x3 and a 1x1 convolution with batch
+normalisation before the classifier. ``deeplabv1_largefov`` is that of MCTformer and AReAM: two dilated 3x3
+convolutions, nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from misc.config import REQUIRED_WEIGHTS, Augment, Fit, SegInference
+from misc.crf import CRFSettings
+from net.backbone.resnet38 import ResNet38, ResNet38Options
+from net.contract import Group, Network, Options, Preset, Segmenter, SegmentRecipe, segmenter
+from net.weights import load, resnet38_from_mxnet
+
+# small enough to learn the sample set from random weights within a minute or two on two CPU cores
+_SAMPLE_BACKBONE = ResNet38Options(
+    width=0.25, depth=(1, 1, 1, 1), dropout=(0.0, 0.1), freeze_bn=False, frozen="none", bn_momentum=0.1
+)
+
+
+@dataclass(frozen=True)
+class DeepLabV1Options(Options):
+    """Network of ``deeplabv1``; the defaults are the published ones (deeplab.md A.1)."""
+
+    backbone: ResNet38Options = field(
+        default_factory=lambda: ResNet38Options(freeze_bn=False, frozen="none", bn_momentum=0.0003)
+    )
+    """ResNet38; its bn_momentum is that of the head too."""
+    fov_channels: int = 512
+    """Channels of the head."""
+    fov_dilation: int = 12
+    """Dilation of the head's 3x3 convolution, in cells of 8 pixels."""
+    dropout: float = 0.5
+    """Dropout before the classifier."""
+    train_affine: bool = False
+    """Train the weights and biases of batch normalisation. The published optimiser has none of them."""
+    head_lr: float = 10.0
+    """Learning rate of the head's weights relative to the backbone's; the classifier's bias learns twice as fast."""
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> DeepLabV1:
+        """The network for ``num_classes`` foreground classes."""
+        return DeepLabV1(num_classes, self)
+
+
+@segmenter("deeplabv1")
+class DeepLabV1(Segmenter):
+    """SEAM's DeepLab v1 (deeplab.md A).
+
+    In training all batch normalisation uses batch statistics, conv1a learns and all dropout is active: the published
+    loop never calls ``train()``, so that the backbone's freezing is not run; nor is any batch normalisation parameter
+    in its optimiser (deeplab.md A.2). Both are options here.
+
+    Args:
+        num_classes: foreground classes.
+        options: size and training behaviour.
+    """
+
+    recipes: ClassVar[Mapping[Preset, SegmentRecipe]] = {
+        "published": SegmentRecipe(
+            network=DeepLabV1Options(),
+            fit=Fit(
+                steps=20000,
+                batch_size=10,
+                micro_batch=5,  # batch statistics of 5 images, as on the two GPUs of the paper without synchronisation
+                lr=0.001,
+                momentum=0.9,
+                weight_decay=5e-4,
+                power=0.9,
+                schedule_extra=1,
+            ),
+            augment=Augment(
+                order=("hsv", "flip", "scale", "normalize", "crop"),
+                hsv=10,
+                flip=0.5,
+                scale=(0.5, 1.5),
+                scale_filter="cubic",
+                crop=448,
+                crop_place="random",
+                mask_fill=255,
+            ),
+            weights=REQUIRED_WEIGHTS,  # ImageNet: ilsvrc-cls_rna-a1_cls1000_ep-0001.params
+            infer=SegInference(
+                scales=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75),
+                flip=True,
+                resize="cubic",
+                merge="mean_logits",
+                align_corners=True,
+                crf_truncates_image=True,
+                crf=CRFSettings(
+                    iterations=1,
+                    gauss_sxy=3,
+                    gauss_weight=3,
+                    bilateral_sxy=32,
+                    bilateral_srgb=13,
+                    bilateral_weight=10,
+                ),
+            ),
+        ),
+        "sample": SegmentRecipe(
+            network=DeepLabV1Options(
+                backbone=_SAMPLE_BACKBONE,
+                fov_channels=64,
+                fov_dilation=3,
+                dropout=0.1,
+                train_affine=True,
+                head_lr=1.0,
+            ),
+            fit=Fit(epochs=20, batch_size=16, lr=0.05, momentum=0.9, weight_decay=5e-4),
+            augment=Augment(
+                order=("hsv", "flip", "scale", "normalize", "crop"),
+                scale=(0.75, 1.25),
+                scale_filter="cubic",
+                crop=112,
+            ),
+            infer=SegInference(
+                scales=(0.75, 1.0, 1.25),
+                flip=True,
+                crf_truncates_image=True,
+                crf=CRFSettings(iterations=1, bilateral_sxy=32),
+            ),
+        ),
+    }
+
+    def __init__(self, num_classes: int, options: DeepLabV1Options | None = None) -> None:
+        super().__init__()
+        options = options or DeepLabV1Options()
+        momentum = options.backbone.bn_momentum
+        channels, dilation = options.fov_channels, options.fov_dilation
+        self.head_lr = options.head_lr
+        self.backbone = ResNet38(options.backbone)
+        self.conv_fov = nn.Conv2d(
+            self.backbone.channels["conv6"], channels, 3, padding=dilation, dilation=dilation, bias=False
+        )
+        self.bn_fov = nn.BatchNorm2d(channels, momentum=momentum)
+        self.conv_fov2 = nn.Conv2d(channels, channels, 1, bias=False)
+        self.bn_fov2 = nn.BatchNorm2d(channels, momentum=momentum)
+        self.drop = nn.Dropout(options.dropout)
+        self.cls_conv = nn.Conv2d(channels, num_classes + 1, 1)
+        for convolution in (self.conv_fov, self.conv_fov2, self.cls_conv):
+            nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+        if not options.train_affine:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.requires_grad_(False)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, C + 1, H, W): upsampled inside the network, with aligned corners."""
+        x = self.backbone(images)["conv6"]  # (B, 4096, h, w), h = ceil(H / 8)
+        x = F.relu(self.bn_fov(self.conv_fov(x)))
+        x = F.relu(self.bn_fov2(self.conv_fov2(x)))
+        x = self.cls_conv(self.drop(x))  # (B, C + 1, h, w)
+        return F.interpolate(x, size=images.shape[-2:], mode="bilinear", align_corners=True)
+
+    def param_groups(self) -> list[Group]:
+        """Backbone convolutions, head convolutions, the classifier's bias (deeplab.md A.2; the published group of
+        backbone biases is empty), and the affine parameters of batch normalisation where they are trained."""
+        affine = [p for m in self.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()]
+        groups = [
+            Group([m.weight for m in self.backbone.modules() if isinstance(m, nn.Conv2d)]),
+            Group([self.conv_fov.weight, self.conv_fov2.weight, self.cls_conv.weight], lr_scale=self.head_lr),
+            Group([self.cls_conv.bias], lr_scale=2 * self.head_lr, decay=False),
+            Group(affine, decay=False),
+        ]
+        trained = [Group([p for p in g.params if p.requires_grad], g.lr_scale, g.decay) for g in groups]
+        return [group for group in trained if group.params]
+
+    def load_weights(self, weights: str) -> str:
+        """Start from a ResNet38 file (ImageNet ``.params``, PSA's or SEAM's classifier) or a whole ``deeplabv1``."""
+        head = ("conv_fov", "bn_fov", "conv_fov2", "bn_fov2", "cls_conv")
+
+        def rename(name: str) -> str | None:
+            if name.split(".")[0] in ("backbone", *head):
+                return name
+            inner = resnet38_from_mxnet(name)
+            return None if inner is None else f"backbone.{inner}"
+
+        return str(load(self, weights, rename=rename, allow_missing=head))
+
+
+@dataclass(frozen=True)
+class LargeFOVOptions(Options):
+    """Network of ``deeplabv1_largefov``; the defaults are the published ones (deeplab.md B.1)."""
+
+    backbone: ResNet38Options = field(default_factory=lambda: ResNet38Options(freeze_bn=True, frozen="conv1a"))
+    """ResNet38."""
+    fov_channels: int = 512
+    """Channels between the two convolutions of the head."""
+    fov_dilation: int = 12
+    """Dilation of both convolutions of the head, in cells of 8 pixels."""
+    head_lr: float = 10.0
+    """Learning rate of the head relative to the backbone's."""
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> LargeFOV:
+        """The network for ``num_classes`` foreground classes."""
+        return LargeFOV(num_classes, self)
+
+
+@segmenter("deeplabv1_largefov")
+class LargeFOV(Segmenter, ResNet38):
+    """LargeFOV of MCTformer and AReAM (deeplab.md B); the backbone's tensors carry no prefix.
+
+    conv1a and all batch normalisation are frozen, b2 is trained.
+
+    Args:
+        num_classes: foreground classes.
+        options: size and training behaviour.
+    """
+
+    recipes: ClassVar[Mapping[Preset, SegmentRecipe]] = {
+        "published": SegmentRecipe(
+            network=LargeFOVOptions(),
+            fit=Fit(
+                epochs=30,
+                batch_size=4,
+                sample_order="stream",
+                lr=0.0007,
+                # 1e-5 was meant as weight decay; the published optimiser takes it for the momentum, and its groups
+                # carry no decay (deeplab.md B.2, seam.md 7.1)
+                momentum=1e-5,
+                weight_decay=0.0,
+                power=0.9,
+            ),
+            augment=Augment(
+                order=("scale", "flip", "normalize", "crop"),
+                scale=(0.7, 1.3),
+                scale_filter="linear",
+                scale_per_batch=True,
+                flip=0.5,
+                crop=321,
+                crop_place="corner",
+                mask_fill=0,  # the published padding is background, not ignored (deeplab.md B.2)
+            ),
+            weights=REQUIRED_WEIGHTS,  # PSA's VOC classifier: res38_cls.pth
+            infer=SegInference(
+                scales=(0.5, 0.75, 1.0, 1.25, 1.5),
+                flip=False,
+                resize="linear",
+                merge="max_softmax",
+                align_corners=False,
+                crf=CRFSettings(
+                    iterations=10,
+                    gauss_sxy=4,
+                    gauss_weight=3,
+                    bilateral_sxy=83,
+                    bilateral_srgb=5,
+                    bilateral_weight=3,
+                ),
+            ),
+        ),
+        "sample": SegmentRecipe(
+            network=LargeFOVOptions(backbone=_SAMPLE_BACKBONE, fov_channels=64, fov_dilation=3, head_lr=1.0),
+            fit=Fit(epochs=20, batch_size=16, sample_order="stream", lr=0.05, momentum=0.9, weight_decay=5e-4),
+            augment=Augment(
+                order=("scale", "flip", "normalize", "crop"),
+                scale=(0.75, 1.25),
+                scale_filter="linear",
+                scale_per_batch=True,
+                crop=112,
+                crop_place="corner",
+                mask_fill=0,
+            ),
+            infer=SegInference(
+                scales=(0.75, 1.0, 1.25),
+                resize="linear",
+                merge="max_softmax",
+                align_corners=False,
+                crf=CRFSettings(
+                    iterations=10,
+                    gauss_sxy=4,
+                    gauss_weight=3,
+                    bilateral_sxy=83,
+                    bilateral_srgb=5,
+                    bilateral_weight=3,
+                ),
+            ),
+        ),
+    }
+    loss_align_corners = False
+
+    def __init__(self, num_classes: int, options: LargeFOVOptions | None = None) -> None:
+        options = options or LargeFOVOptions()
+        super().__init__(options.backbone)
+        channels, dilation = options.fov_channels, options.fov_dilation
+        self.head_lr = options.head_lr
+        self.fc8_seg_conv1 = nn.Conv2d(self.channels["conv6"], channels, 3, padding=dilation, dilation=dilation)
+        self.fc8_seg_conv2 = nn.Conv2d(channels, num_classes + 1, 3, padding=dilation, dilation=dilation)
+        for convolution in (self.fc8_seg_conv1, self.fc8_seg_conv2):
+            nn.init.xavier_uniform_(convolution.weight)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, C + 1, ceil(H / 8), ceil(W / 8))."""
+        return self.fc8_seg_conv2(F.relu(self.fc8_seg_conv1(self.taps(images)["conv6"])))
+
+    def param_groups(self) -> list[Group]:
+        """What is trained of the backbone, and the head at ``head_lr`` times its rate (deeplab.md B.2)."""
+        backbone, head = [], []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                (head if name.startswith("fc8_seg_") else backbone).append(parameter)
+        return [Group(backbone), Group(head, lr_scale=self.head_lr)]
+
+    def load_weights(self, weights: str) -> str:
+        """Start from PSA's or SEAM's classifier (its fc8 is left out), ImageNet ``.params`` or a whole LargeFOV."""
+        return str(load(self, weights, allow_missing=("fc8_seg_conv1", "fc8_seg_conv2")))

@@ -1,0 +1,156 @@
+"""The driver: one method, one data set, the numbered steps in order (see --help)."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+from collections.abc import Sequence
+
+import torch
+import tyro
+
+from misc import distributed
+from misc.config import REQUIRED_WEIGHTS, flatten
+from misc.each import EachFailed
+from misc.fit import NonFiniteLoss, divide
+from misc.runfolder import OtherConfiguration
+from net import contract
+from step import STEPS, Step, select
+from step.config import Config, Job, default_config, open_job
+from voc12 import sample
+
+PROBLEMS = (ValueError, FileNotFoundError, FileExistsError, EachFailed, NonFiniteLoss, OtherConfiguration, OSError)
+"""Errors that tell the user what to do; anything else is a defect and shows its traceback."""
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """The configuration that a command line asks for. METHOD, if given, comes first; --preset, --refiner and
+    --segmenter decide which defaults the other flags have."""
+    contract.load_methods()
+    method = argv[0] if argv and not argv[0].startswith("-") else "seam"
+    preset = _value(argv, "--preset") or "sample"
+    if preset not in ("published", "sample"):
+        raise ValueError(f"--preset {preset}: there are published and sample.")
+    base = default_config(method, preset, _value(argv, "--refiner"), _value(argv, "--segmenter"))
+    if _value(argv, "--voc12_root") and not _value(argv, "--data"):
+        base = dataclasses.replace(base, data="voc12")
+    cfg = tyro.cli(Config, default=base, args=list(argv), description=_description(base), prog="run_sample.py")
+    if cfg.method != method:
+        raise ValueError(f"METHOD comes first: python run_sample.py {cfg.method} ...")
+    return cfg
+
+
+def _value(argv: Sequence[str], flag: str) -> str | None:
+    for i, word in enumerate(argv):
+        if word == flag and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(flag + "="):
+            return word.split("=", 1)[1]
+    return None
+
+
+def _description(base: Config) -> str:
+    steps = "\n".join(f"  {i} {s.name}: {s.does}" for i, s in enumerate(STEPS, 1))
+    return (
+        "Semantic masks from image-level tags: trains a CAM network, refines its maps, trains a segmentation network, "
+        f"step by step.\n\nSteps:\n{steps}\n\nMethods: {', '.join(sorted(contract.SEEDS))}. "
+        f"Refiners: {', '.join(sorted(contract.REFINERS))}. Segmenters: {', '.join(sorted(contract.SEGMENTERS))}.\n"
+        f"The defaults below are those of {base.method}, preset {base.preset}, refiner {base.refiner}, segmenter "
+        f"{base.segmenter}.\n\nExamples:\n"
+        "  python run_sample.py\n"
+        "  python run_sample.py seam --preset published --data voc12 --root VOCdevkit/VOC2012 --cam.weights FILE ...\n"
+        "  python run_sample.py seam --steps 5-7 --aff.walk.beta 10 --run runs/beta10\n"
+        "  torchrun --nproc-per-node 4 run_sample.py seam ..."
+    )
+
+
+def check(job: Job, steps: Sequence[Step]) -> None:
+    """Everything that can be known to fail before any work starts. Raises ValueError or FileNotFoundError."""
+    cfg = job.cfg
+    cfg.shard_part()
+    names = {s.name for s in steps}
+    phases = [("cam." if n == "cam" else f"cam.{n}.", p) for n, p in cfg.cam.phases()] if "train_cam" in names else []
+    phases += [("aff.", cfg.aff)] if "train_aff" in names else []
+    phases += [("seg.", cfg.seg)] if "train_seg" in names else []
+    for prefix, phase in phases:
+        divide(phase.fit, distributed.world())
+        if phase.weights == REQUIRED_WEIGHTS:
+            raise ValueError(
+                f"This recipe starts from trained weights: give --{prefix}weights FILE (scripts/{cfg.method}.sh says "
+                f"which), or --{prefix}weights none to start from random ones (the published scores are out of reach "
+                "then)."
+            )
+        if phase.weights != "none":
+            with open(phase.weights, "rb"):
+                pass
+    lists = {job.train_list: cfg.masks == "truth" and "train_seg" in names}
+    if "infer_seg" in names:
+        lists.setdefault(cfg.val_list, False)
+    for split, need_masks in lists.items():
+        for warning in job.catalog.check(split, need_masks=need_masks):
+            distributed.say(f"Note ({split}): {warning}")
+
+
+def remove(job: Job, steps: Sequence[Step]) -> None:
+    """Remove what the named steps and all later ones made: later files rest on earlier ones."""
+    first = min(STEPS.index(s) for s in steps)
+    for step in STEPS[first:]:
+        for made in step.makes:
+            path = job.run.root / made
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        job.run.forget(step.name)
+    if first == 0:
+        shutil.rmtree(job.run.root / "weights", ignore_errors=True)
+
+
+def run(cfg: Config, device: torch.device) -> None:
+    """Run the steps of a configuration."""
+    steps = select(cfg.steps)
+    if cfg.data == "sample" and cfg.root is None and distributed.is_main():
+        s = cfg.sample
+        sample.generate(cfg.data_root(), images=s.images, val=s.val, classes=s.classes, seed=s.seed)
+    distributed.barrier()
+    job = open_job(cfg)
+    check(job, [s for s in steps if cfg.redo or not job.run.finished(s.name)])
+    lists = {name: job.catalog.fingerprint(name) for name in {job.train_list, cfg.val_list} if job.catalog.has_list(name)}
+    job.run.begin(cfg.recorded(), flatten(cfg.machine), lists, cfg.force)
+    if cfg.redo:
+        distributed.barrier()
+        if distributed.is_main():
+            remove(job, steps)
+        distributed.barrier()
+    for number, step in enumerate(steps):
+        title = f"[{STEPS.index(step) + 1}/{len(STEPS)}] {step.name}"
+        if job.run.finished(step.name):
+            distributed.say(f"{title}: done already (--redo does it again).")
+            continue
+        distributed.say(f"\n{title}: {step.does}")
+        partial = cfg.shard_part()[1] > 1
+        with job.run.step(step.name, done=not partial):
+            step.run()(job, device)
+        distributed.say(f"    files: {', '.join(str(job.run.root / m) for m in step.makes)}")
+        if number + 1 == len(steps) and step is not STEPS[-1]:
+            following = STEPS[STEPS.index(step) + 1]
+            distributed.say(f"    next: python run_sample.py {cfg.method} ... --steps {following.name}")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Command line; returns the exit status."""
+    try:
+        cfg = parse(argv)
+        run(cfg, distributed.start(cfg.machine.device))
+    except PROBLEMS as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    finally:
+        distributed.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")
+    sys.exit(main(sys.argv[1:]))

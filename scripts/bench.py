@@ -1,0 +1,190 @@
+"""Speed and memory of the fast forms beside the published ones, in one run: ``python scripts/bench.py [CASE ...]``.
+
+Every form runs in a process of its own: the best of its repeats counts as its time, the growth of the process's peak
+resident memory over what it was before the first repeat, inputs included there, as its memory. Both forms get the
+same inputs; the largest difference of their results is printed and must stay below the case's bound.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # run from anywhere; the plain forms live with the tests
+
+import plain  # noqa: E402
+import torch  # noqa: E402
+import tyro  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from misc.walk import half_circle, pair_cells, transition, walk  # noqa: E402
+from net.refine.psa import pair_affinity  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: what it is, its inputs, both forms of it, how far they may be apart."""
+
+    what: str
+    prepare: Callable[[], tuple[Any, ...]]
+    """Inputs of both forms, from a fixed seed."""
+    ours: Callable[..., Any]
+    """Returns an array or a tensor, as ``published`` does."""
+    published: Callable[..., Any] | None = None
+    """None where the published form takes minutes or more memory than a common machine has."""
+    bound: float = 1e-4
+    """Largest absolute difference that is the same result."""
+    repeats: int = 3
+    """Runs of our form; the published form runs once."""
+
+
+# ------------------------------------------------------------------------------------------------ random walk
+
+
+@dataclass(frozen=True)
+class WalkInputs:
+    """Pairs and scores on the grid of a 375 x 500 image at a stride, with its background and three classes."""
+
+    stride: int
+    radius: int | None
+    """PSA's restriction of the pairs to inner sources; None for all pairs (IRNet)."""
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        height, width = -(-375 // self.stride), -(-500 // self.stride)
+        source, target = pair_cells(half_circle(5), height, width, radius=self.radius)
+        seeded = torch.Generator().manual_seed(0)
+        affinity = torch.rand(len(source), generator=seeded)
+        return source, target, affinity, torch.rand(4, height * width, generator=seeded)
+
+
+@dataclass(frozen=True)
+class SparseWalk:
+    """misc/walk.py."""
+
+    beta: float
+    logt: int
+
+    def __call__(self, source: Tensor, target: Tensor, affinity: Tensor, scores: Tensor) -> Tensor:
+        step = transition(source, target, affinity, scores.shape[1], self.beta)
+        return walk(step, scores, 2**self.logt)
+
+
+@dataclass(frozen=True)
+class DenseWalk:
+    """The published form: N x N, squared logt times."""
+
+    beta: float
+    logt: int
+
+    def __call__(self, source: Tensor, target: Tensor, affinity: Tensor, scores: Tensor) -> Tensor:
+        dense = plain.dense_affinity(source, target, affinity, scores.shape[1])
+        return scores @ plain.dense_transition(dense, self.beta, self.logt)
+
+
+# ------------------------------------------------------------------------------------------------ PSA's pair features
+
+
+def pair_inputs() -> tuple[Tensor, ...]:
+    """Features of one 448 x 448 crop and the pairs of its grid."""
+    source, target = pair_cells(half_circle(5), 56, 56, radius=5)
+    features = torch.randn(1, 448, 56, 56, generator=torch.Generator().manual_seed(0))
+    return features, source.view(34, -1), target.view(34, -1)
+
+
+def pairs_ours(features: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """Affinities and the gradient of their sum, one displacement at a time."""
+    features = features.detach().requires_grad_()
+    pair_affinity(features, 5).sum().backward()
+    return features.grad
+
+
+def pairs_published(features: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """The same with the (B, C, D, P) differences kept for the backward pass."""
+    features = features.detach().requires_grad_()
+    plain.pair_affinity(features, source, target).sum().backward()
+    return features.grad
+
+
+CASES: dict[str, Case] = {
+    "walk_psa": Case(
+        "random walk, 375 x 500 at stride 8, radius 5, 2^8 steps, 4 maps",
+        WalkInputs(stride=8, radius=5), SparseWalk(beta=8, logt=8), DenseWalk(beta=8, logt=8),
+    ),
+    "walk_irn": Case(
+        "random walk, 375 x 500 at stride 4, radius 5, 2^8 steps, 4 maps",
+        WalkInputs(stride=4, radius=None), SparseWalk(beta=10, logt=8),
+    ),
+    "pairs_psa": Case(
+        "pair affinities and their gradient, one crop of 448, 448 channels, radius 5",
+        pair_inputs, pairs_ours, pairs_published,
+    ),
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+
+
+def _measure(name: str, form: str, threads: int) -> tuple[float, float, np.ndarray]:
+    """Seconds, MB and result of one form; runs in a process of its own."""
+    torch.set_num_threads(threads)
+    case = CASES[name]
+    inputs = case.prepare()
+    compute = getattr(case, form)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = float("inf")
+    for _ in range(case.repeats if form == "ours" else 1):
+        start = time.perf_counter()
+        result = compute(*inputs)
+        seconds = min(seconds, time.perf_counter() - start)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit
+    return seconds, grown, np.asarray(result)
+
+
+def compare(name: str, threads: int) -> str:
+    """The lines of one case. Raises ValueError where the two forms disagree."""
+    case = CASES[name]
+    lines, measured = [f"{name}: {case.what}"], {}
+    for form in ("published", "ours"):
+        if getattr(case, form) is None:
+            lines.append(f"  {form:10} not run: minutes, or more memory than there may be")
+            continue
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            measured[form] = process.submit(_measure, name, form, threads).result()
+        seconds, grown, _ = measured[form]
+        lines.append(f"  {form:10} {seconds:9.3f} s {grown:9.1f} MB")
+    if "published" in measured:
+        (slow, _, expected), (fast, _, got) = measured["published"], measured["ours"]
+        apart = float(np.abs(got - expected).max())
+        lines.append(f"  {slow / fast:.1f} times as fast, results at most {apart:.1e} apart")
+        if not apart <= case.bound:
+            raise ValueError(f"{name}: the forms are {apart:.1e} apart, more than {case.bound}")
+    return "\n".join(lines)
+
+
+def main(cases: tyro.conf.Positional[tuple[str, ...]] = (), threads: int = 1) -> None:
+    """Compare fast and published forms.
+
+    Args:
+        cases: Names of the cases; all of them by default.
+        threads: Threads of every measured process.
+    """
+    unknown = set(cases) - set(CASES)
+    if unknown:
+        raise SystemExit(f"No case {', '.join(sorted(unknown))}; the cases are {', '.join(CASES)}.")
+    for name in cases or CASES:
+        print(compare(name, threads), flush=True)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

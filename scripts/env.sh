@@ -1,0 +1,26 @@
+# Sourced by the other scripts: makes .venv once and installs what is asked for; a second call installs nothing.
+# usage: . scripts/env.sh REQUIREMENTS_FILE...
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+find_python() {
+    for name in python3.12 python3.11 python3.10 python3.13 python3 python; do
+        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            echo "$name"
+            return
+        fi
+    done
+    echo "error: Python 3.10 or newer is needed and was not found on the PATH." >&2
+    exit 1
+}
+if [ ! -x .venv/bin/python ]; then
+    python=$(find_python) || exit 1
+    echo "== making .venv with $($python --version)"
+    "$python" -m venv .venv || exit 1
+fi
+for file in "$@"; do
+    stamp=".venv/installed-$file"
+    if ! cmp -s "$file" "$stamp"; then
+        echo "== installing $file into .venv (the first time this downloads several GB)"
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$file" || exit 1
+        cp "$file" "$stamp"
+    fi
+done

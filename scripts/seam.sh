@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# SEAM as published (Wang et al., CVPR 2020) on PASCAL VOC 2012. NOT RUN by this project yet: no VOC, weights or GPU were
+# at hand. Expected scores are the paper's and the public repository's.
+#
+#   command    scripts/seam.sh VOC_ROOT IMAGENET_PARAMS [flags of run_sample.py]
+#              VOC_ROOT         VOCdevkit/VOC2012 with JPEGImages, Annotations, SegmentationClass(Aug) and
+#                               ImageSets/Segmentation/{train,train_aug,val}.txt
+#              IMAGENET_PARAMS  ilsvrc-cls_rna-a1_cls1000_ep-0001.params (ResNet38 A1, MXNet file of ademxapp)
+#   hardware   the authors: 4 GPUs of 12 GB, batch 8 in all. With N GPUs put
+#              "torchrun --nproc-per-node N" before run_sample.py; the batch stays the recipe's.
+#
+#   step           list        expected                                   source
+#   2 make_cam     train       55.41 mIoU (best background score)         paper
+#   5 random_walk  train       63.61 (a user's re-run: 63.42)             paper, repository
+#   7 infer_seg    val         64.5 (released re-training: 64.75)         paper, codebase
+set -euo pipefail
+if [ $# -lt 2 ]; then
+    sed -n '2,/^set/p' "$0" | sed '$d'
+    exit 2
+fi
+root=$1
+params=$2
+shift 2
+. "$(dirname "$0")/env.sh" requirements.txt
+exec .venv/bin/python run_sample.py seam --preset published --data voc12 --root "$root" \
+    --cam.weights "$params" --aff.weights "$params" --seg.weights "$params" "$@"

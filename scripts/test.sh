@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Sets everything up and runs the linter and the tests. Further arguments go to pytest.
+set -euo pipefail
+. "$(dirname "$0")/env.sh" requirements.txt requirements-test.txt
+echo "== ruff check ."
+.venv/bin/ruff check .
+echo "== pytest $*"
+exec .venv/bin/python -m pytest -q "$@"

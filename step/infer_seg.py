@@ -1,0 +1,48 @@
+"""Step 7: test the segmentation network over scales, with CRF: predictions seg/ID.png."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from misc.config import SegInference
+from misc.each import each
+from misc.fit import autocast
+from misc.store import read_image, write_mask
+from misc.testtime import segment, with_crf
+from net.contract import Segmenter
+from step.config import Job
+from step.scoring import score_masks
+from step.training import trained
+
+
+def predict(network: Segmenter, image: np.ndarray, infer: SegInference, device: torch.device) -> np.ndarray:
+    """Predicted mask (H, W) uint8 of one image (H, W, 3) uint8."""
+    scores = segment(network.logits, image, infer, network.normalisation, device)
+    return with_crf(scores, image, infer, network.normalisation, device).argmax(0).astype(np.uint8)
+
+
+def run(job: Job, device: torch.device) -> None:
+    """Predict and score the validation list. No tags are used."""
+    network = trained(job, "seg", job.cfg.seg, device)
+    assert isinstance(network, Segmenter)
+    infer = job.cfg.seg.infer
+
+    def prepare(image_id: str) -> np.ndarray:
+        return read_image(job.catalog.image_path(image_id))
+
+    def work(image_id: str, image: np.ndarray) -> None:
+        with autocast(job.cfg.machine, device):
+            mask = predict(network, image, infer, device)
+        write_mask(job.run.seg(image_id), mask)
+
+    each(
+        "infer_seg", job.catalog.ids(job.cfg.val_list), work, prepare=prepare,
+        done=lambda i: job.run.seg(i).exists(), workers=job.cfg.machine.workers, part=job.cfg.shard_part(),
+    )
+    trained_on = "pseudo masks" if job.cfg.masks == "pseudo" else "true masks"
+    score_masks(
+        job, f"predictions ({job.cfg.segmenter} trained on {trained_on})", job.cfg.val_list, job.run.seg, tags="none",
+        scales=list(infer.scales), flip=infer.flip, crf_iterations=infer.crf.iterations,
+        start_weights=job.cfg.seg.weights,
+    )

@@ -1,0 +1,45 @@
+"""Step 3: make affinity labels from the CAMs: aff_label/ID.npz for the training, aff_label/ID.png to look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from misc.each import each
+from misc.store import read_cam, read_image, write_arrays, write_mask
+from net.contract import SoftCam
+from step.config import Job
+
+
+@dataclass(frozen=True)
+class _MakeLabel:
+    """Work of one image; picklable for worker processes."""
+
+    job: Job
+
+    def __call__(self, image_id: str) -> None:
+        job = self.job
+        image = read_image(job.catalog.image_path(image_id))
+        cam = soft_cam(job, image_id, image.shape[:2])
+        picture, planes = job.refine_method().make_label(image, cam, job.cfg.aff.label)
+        write_arrays(job.run.aff_planes(image_id), planes=planes)
+        write_mask(job.run.aff_label(image_id), picture)
+
+
+def soft_cam(job: Job, image_id: str, size: tuple[int, int]) -> SoftCam:
+    """The CAMs of an image at image size; ValueError where the file belongs to an image of another size."""
+    path = job.run.cam(image_id)
+    cam = read_cam(path)
+    if cam.size != tuple(size):
+        raise ValueError(f"{path} was made from an image of {cam.size}, the image is {tuple(size)} now. Delete it.")
+    return SoftCam(cam.keys, cam.full())
+
+
+def run(job: Job, device: torch.device) -> None:
+    """Make the labels of the training list, in worker processes."""
+    each(
+        "make_aff_label", job.train_ids(), _MakeLabel(job),
+        done=lambda i: job.run.aff_label(i).exists(),  # written last
+        workers=job.cfg.machine.workers, part=job.cfg.shard_part(),
+    )

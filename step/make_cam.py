@@ -1,0 +1,54 @@
+"""Step 2: infer the CAMs of the training images over scales and mirrors: cam/ID.npz."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import torch
+
+from misc.cams import infer_cam
+from misc.each import each
+from misc.fit import autocast
+from misc.store import read_image, write_cam
+from net.contract import Network, SeedNetwork
+from step.config import Job
+from step.scoring import score_cams
+from step.training import trained
+
+
+def cam_network(job: Job, device: torch.device) -> SeedNetwork:
+    """The trained CAM network (the last phase), in evaluation mode."""
+    earlier: dict[str, Network] = {}
+    for name, phase in job.cfg.cam.phases():
+        earlier[name] = trained(job, name, phase, device, earlier)
+    return earlier["cam"]  # type: ignore[return-value]
+
+
+def run(job: Job, device: torch.device) -> None:
+    """Infer and score the CAMs of the training list and of the scored list.
+
+    An image without a tag gets a file without maps: it holds background only.
+    """
+    network = cam_network(job, device)
+    infer = job.cfg.cam.infer
+
+    def prepare(image_id: str) -> tuple[np.ndarray, np.ndarray]:
+        return read_image(job.catalog.image_path(image_id)), job.catalog.tags(image_id)
+
+    def work(image_id: str, prepared: tuple[np.ndarray, np.ndarray]) -> None:
+        image, tags = prepared
+        keys = np.flatnonzero(tags)
+        size = image.shape[:2]
+        maps = np.zeros((0, *size), np.float32)
+        if len(keys):
+            grad = contextlib.nullcontext() if network.map_needs_gradient else torch.inference_mode()
+            with grad, autocast(job.cfg.machine, device):
+                maps = infer_cam(network.cam, image, tags, infer, network.normalisation, device)
+        write_cam(job.run.cam(image_id), keys, maps, size)
+
+    each(
+        "make_cam", job.cam_ids(), work, prepare=prepare, done=lambda i: job.run.cam(i).exists(),
+        workers=job.cfg.machine.workers, part=job.cfg.shard_part(),
+    )
+    score_cams(job)

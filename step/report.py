@@ -1,0 +1,243 @@
+"""Step 8: one self-contained page that shows a run: scores with their provenance, curve, pictures, configuration."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from misc import distributed, imaging, store
+from net.contract import Segmenter
+from step.config import Job
+from step.infer_seg import predict
+from step.training import trained
+
+ROWS = 12
+"""Images of each gallery."""
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; margin: 2rem auto; max-width: 75rem; padding: 0 1rem }
+table { border-collapse: collapse; margin: .5rem 0 1.5rem } td, th { padding: .25rem .8rem; text-align: left;
+border-bottom: 1px solid #d8dee4; vertical-align: top } th { font-weight: 600 } td.n { text-align: right;
+font-variant-numeric: tabular-nums } .small { color: #57606a; font-size: 13px } pre { background: #f6f8fa;
+padding: .8rem; overflow-x: auto; font-size: 12.5px } .row { display: flex; gap: 4px; margin-bottom: 4px }
+figure { margin: 0 } figure img { height: 130px; display: block } figcaption { font-size: 12px; color: #57606a }
+.key span { display: inline-block; padding: 0 .5rem; margin: 0 .3rem .3rem 0; border-radius: 3px; font-size: 13px }
+"""
+
+
+@dataclass(frozen=True)
+class _Picture:
+    caption: str
+    pixels: np.ndarray
+
+
+def run(job: Job, device: torch.device) -> None:
+    """Write report.html and pictures.png (rows of image, CAM, affinity label, pseudo mask, prediction, truth)."""
+    if not distributed.is_main():
+        return
+    network = None
+    if job.run.weights("seg").exists():
+        network = trained(job, "seg", job.cfg.seg, device)
+        assert isinstance(network, Segmenter)
+    train = [_train_row(job, i, network, device) for i in _spread(_scored(job), ROWS)]
+    val = [_val_row(job, i) for i in _spread(_val(job), ROWS)]
+    page = _page(job, train, val)
+    store.write_bytes(job.run.report, page.encode())
+    if train:
+        sheet = imaging.tile([[p.pixels for p in row] for row in train[:4]], height=150)
+        store.write_bytes(job.run.root / "pictures.png", store.png_bytes(sheet))
+    print(score_table(job.run.scores()))
+    print(f"pictures: {job.run.report}, {job.run.root / 'pictures.png'}")
+
+
+def score_table(scores: dict[str, dict[str, Any]]) -> str:
+    """The recorded scores as aligned text: name, mIoU, list, number of images, how the threshold was chosen, tags."""
+    rows = [("score", "mIoU", "list", "images", "background score", "tags used")]
+    rows += [(n, f"{s['miou']:.2f}", s["split"], str(s["images"]), _threshold(s), s["tags"]) for n, s in scores.items()]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _threshold(score: dict[str, Any]) -> str:
+    if score["threshold"] is None:
+        return "-"
+    return f"{score['threshold']:.2f}, {score['threshold_choice']}"
+
+
+def _scored(job: Job) -> list[str]:
+    name = job.cfg.score_list if job.catalog.has_list(job.cfg.score_list) else job.train_list
+    return [i for i in job.catalog.ids(name) if job.run.cam(i).exists()]
+
+
+def _val(job: Job) -> list[str]:
+    if not job.catalog.has_list(job.cfg.val_list):
+        return []
+    return [i for i in job.catalog.ids(job.cfg.val_list) if job.run.seg(i).exists()]
+
+
+def _spread(ids: Sequence[str], count: int) -> list[str]:
+    """``count`` ids at equal distances: a fixed choice, not a flattering one."""
+    return [ids[i] for i in np.unique(np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(int))] if ids else []
+
+
+def _train_row(job: Job, image_id: str, network: Segmenter | None, device: torch.device) -> list[_Picture]:
+    image = store.read_image(job.catalog.image_path(image_id))
+    cam = store.read_cam(job.run.cam(image_id))
+    score = cam.full().max(0) if len(cam.keys) else np.zeros(image.shape[:2], np.float32)
+    names = ", ".join(job.catalog.classes[k] for k in cam.keys)
+    row = [_Picture(f"{image_id}: {names or 'no tag'}", image), _Picture("CAM", imaging.heat(image, score))]
+    row += _mask_picture("affinity label", image, job.run.aff_label(image_id))
+    row += _mask_picture("after the walk", image, job.run.label(image_id))
+    if network is not None:
+        mask = predict(network, image, job.cfg.seg.infer, device)
+        row.append(_Picture("prediction", imaging.overlay(image, mask)))
+    return row + _mask_picture("truth", image, job.catalog.mask_path(image_id))
+
+
+def _val_row(job: Job, image_id: str) -> list[_Picture]:
+    image = store.read_image(job.catalog.image_path(image_id))
+    row = [_Picture(image_id, image), *_mask_picture("prediction", image, job.run.seg(image_id))]
+    return row + _mask_picture("truth", image, job.catalog.mask_path(image_id))
+
+
+def _mask_picture(caption: str, image: np.ndarray, path: Path | None) -> list[_Picture]:
+    if path is None or not path.exists():
+        return []
+    return [_Picture(caption, imaging.overlay(image, store.read_mask(path)))]
+
+
+def _page(job: Job, train: list[list[_Picture]], val: list[list[_Picture]]) -> str:
+    record, scores = job.run.record(), job.run.scores()
+    title = f"{job.cfg.method} on {job.cfg.data}"
+    parts = [
+        f"<h1>{_text(title)}</h1><p class=small>{_text(record['command'][-1])}<br>seed {job.cfg.seed}, commit "
+        f"{_text(record['git_commit'])}, {_text(_versions(record))}</p>",
+        "<h2>Scores</h2>" + _scores(scores),
+    ]
+    curves = [(name, s["curve"]) for name, s in scores.items() if "curve" in s]
+    if curves:
+        parts.append("<h2>Background score</h2>" + "".join(_curve(*curve) for curve in curves))
+    parts.append("<h2>Classes</h2>" + _classes(scores))
+    key = "".join(
+        f'<span style="background: rgb{tuple(int(v) for v in colour)}; color: {_ink(colour)}">{_text(name)}</span>'
+        for name, colour in zip(job.catalog.classes, imaging.palette()[1:], strict=False)
+    )
+    if train:
+        parts.append(f"<h2>Training images</h2><div class=key>{key}</div>" + _gallery(train))
+    if val:
+        parts.append("<h2>Validation images</h2>" + _gallery(val))
+    parts.append("<h2>Steps</h2>" + _steps(record))
+    configuration = "\n".join(f"{k} = {v}" for k, v in record["config"].items())
+    lists = "\n".join(f"list {k} = {v}" for k, v in record["data"].items())
+    parts.append(f"<h2>Configuration</h2><pre>{_text(configuration)}\n{_text(lists)}</pre>")
+    body = "\n".join(parts)
+    return (
+        f"<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>{_text(title)}</title><style>{_STYLE}</style>\n{body}\n</html>\n"
+    )
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _ink(colour: np.ndarray) -> str:
+    return "#fff" if colour @ np.array([0.299, 0.587, 0.114]) < 140 else "#000"
+
+
+def _versions(record: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in record["versions"].items())
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], numbers: Callable[[int], bool]) -> str:
+    def cells(row: Sequence[Any], tag: str) -> str:
+        marks = (f"<{tag}{' class=n' if numbers(i) else ''}>{_text(v)}</{tag}>" for i, v in enumerate(row))
+        return "<tr>" + "".join(marks) + "</tr>"
+
+    return "<table>" + cells(head, "th") + "".join(cells(row, "td") for row in rows) + "</table>"
+
+
+def _scores(scores: dict[str, dict[str, Any]]) -> str:
+    if not scores:
+        return "<p>Nothing was scored: the data set has no masks, or no step that makes masks has run.</p>"
+    known = {"scales", "flip", "crf_iterations", "start_weights"}
+    rows = [
+        (
+            name, f"{s['miou']:.2f}", _number(s.get("boundary_miou")), s["split"], s["images"], _threshold(s),
+            s["tags"], ", ".join(f"{k.replace('_', ' ')}: {s[k]}" for k in s if k in known),
+        )
+        for name, s in scores.items()
+    ]
+    head = ("", "mIoU %", "boundary mIoU %", "list", "images", "background score", "tags used", "test settings")
+    return _table(head, rows, lambda i: i in (1, 2, 4))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _classes(scores: dict[str, dict[str, Any]]) -> str:
+    if not scores:
+        return ""
+    columns = list(scores)
+    names = [c["name"] for c in scores[columns[0]]["classes"]]
+    rows = [(n, *(_number(scores[c]["classes"][i]["iou"]) for c in columns)) for i, n in enumerate(names)]
+    return _table(("IoU %", *columns), rows, lambda i: i > 0)
+
+
+def _curve(name: str, curve: list[dict[str, float]]) -> str:
+    """The threshold curve as an SVG drawing."""
+    width, height, left, bottom = 620, 220, 40, 30
+    xs, ys = [p["threshold"] for p in curve], [p["miou"] for p in curve]
+    top = max(10.0, 10 * np.ceil(max(ys) / 10))
+    last = max(xs) or 1.0
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return left + x / last * (width - left - 10), height - bottom - y / top * (height - bottom - 15)
+
+    points = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in zip(xs, ys, strict=True))
+    best = int(np.argmax(ys))
+    bx, by = place(xs[best], ys[best])
+    grid = ""
+    for y in np.arange(0, top + 1, 10):
+        x0, y0 = place(0, y)
+        grid += (
+            f'<line x1="{x0}" y1="{y0:.1f}" x2="{width - 10}" y2="{y0:.1f}" stroke="#d8dee4"/>'
+            f'<text x="{left - 6}" y="{y0 + 4:.1f}" text-anchor="end">{y:.0f}</text>'
+        )
+    for x in np.arange(0, last + 0.01, 0.1):
+        x0, y0 = place(x, 0)
+        grid += f'<text x="{x0:.1f}" y="{y0 + 18:.1f}" text-anchor="middle">{x:.1f}</text>'
+    return (
+        f'<figure><svg width="{width}" height="{height}" font-size="12" fill="#57606a" role="img">{grid}'
+        f'<polyline points="{points}" fill="none" stroke="#0969da" stroke-width="2"/>'
+        f'<circle cx="{bx:.1f}" cy="{by:.1f}" r="4" fill="#cf222e"/></svg><figcaption>{_text(name)}: mIoU in % over '
+        f"the background score; best {ys[best]:.2f} at {xs[best]:.2f}</figcaption></figure>"
+    )
+
+
+def _gallery(rows: list[list[_Picture]]) -> str:
+    return "".join("<div class=row>" + "".join(_figure(p) for p in row) + "</div>" for row in rows)
+
+
+def _figure(picture: _Picture) -> str:
+    data = base64.b64encode(store.png_bytes(picture.pixels)).decode()
+    return (
+        f'<figure><img src="data:image/png;base64,{data}" alt="{_text(picture.caption)}">'
+        f"<figcaption>{_text(picture.caption)}</figcaption></figure>"
+    )
+
+
+def _steps(record: dict[str, Any]) -> str:
+    rows = [
+        (name, f"{s['seconds']:.1f}", s.get("peak_memory_mb", "-"), s.get("peak_gpu_memory_mb", "-"))
+        for name, s in record["steps"].items()
+    ]
+    return _table(("step", "seconds", "peak memory MB", "peak GPU memory MB"), rows, lambda i: i > 0)

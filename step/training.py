@@ -1,0 +1,83 @@
+"""What the three training steps share: build a network, its samples, and hand both to the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from misc import distributed
+from misc.fit import Batch, divide, fit
+from misc.store import read_weights
+from net.contract import Network, Phase
+from step.config import Job
+from voc12.loader import Draws, TrainSet, make_loader
+
+
+def build(job: Job, phase: Phase, earlier: Mapping[str, Network] | None = None) -> Network:
+    """The network of a phase with its random initial weights, a function of the run's seed."""
+    torch.manual_seed(job.cfg.seed)
+    return phase.network.build(job.catalog.num_classes, earlier or {})
+
+
+def trained(job: Job, name: str, phase: Phase, device: torch.device, earlier: Mapping[str, Network] | None = None
+            ) -> Network:
+    """The network of a phase with the weights that its training wrote, in evaluation mode on ``device``.
+
+    Raises FileNotFoundError before its step has run; ValueError if the file belongs to another network.
+    """
+    network = build(job, phase, earlier)
+    path = job.run.weights(name)
+    try:
+        network.load_state_dict(read_weights(path))
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise ValueError(
+            f"{path} belongs to another network ({first[:200]}). Train this one with --redo, or use its run folder."
+        ) from None
+    return network.to(device).eval()
+
+
+def train(
+    job: Job,
+    name: str,
+    phase: Phase,
+    network: Network,
+    device: torch.device,
+    *,
+    ids: list[str],
+    mask: Callable[[str], np.ndarray] | None = None,
+    planes: Callable[[str], np.ndarray] | None = None,
+    plane_fill: float = 0.0,
+    target: Callable[[np.ndarray], Any] | None = None,
+) -> None:
+    """Train a network on the images ``ids`` as its phase says and write weights/NAME.pt.
+
+    Args:
+        mask: reads the (H, W) uint8 mask of an image, for segmentation networks.
+        planes: reads the label planes of an image, for affinity networks, filled with ``plane_fill`` outside it.
+        target: turns augmented planes into the training target.
+    """
+    recipe = phase.fit
+    if phase.weights != "none":
+        distributed.say(f"{name}: starts from {phase.weights}: {network.load_weights(phase.weights)}")
+    division = divide(recipe, distributed.world())
+    draws = Draws(len(ids), recipe.batch_size, recipe.sample_order, job.cfg.seed)
+    total = recipe.steps or recipe.epochs * draws.steps_per_epoch
+    samples = TrainSet(
+        job.catalog, ids, phase.augment, network.normalisation, job.cfg.seed,
+        with_mask=mask, planes=planes, plane_fill=plane_fill, target=target,
+    )
+
+    def batches(start: int) -> Iterable[Batch]:
+        return make_loader(
+            samples, draws, rank=distributed.rank(), world=distributed.world(), micro_batch=division.micro_size,
+            start_step=start, total_steps=total, workers=job.cfg.machine.workers,
+        )
+
+    fit(
+        network, batches, recipe, total, machine=job.cfg.machine, device=device, seed=job.cfg.seed,
+        weights=job.run.weights(name), log=job.run.log, name=name,
+    )

@@ -1,0 +1,74 @@
+"""A golden case as its checker sees it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def load_fill(folder: Path) -> ModuleType:
+    """The module fill.py of a folder of golden cases."""
+    spec = importlib.util.spec_from_file_location("golden_fill", folder / "fill.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Case:
+    """``meta`` is the JSON, ``arrays`` the npz, ``fill`` the module that makes weights and inputs."""
+
+    def __init__(self, path: Path):
+        self.name = path.stem
+        self.path = path
+        self.meta: dict[str, Any] = json.loads(path.read_text())
+        self.tolerance = float(self.meta["tolerance"])
+
+    @cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        with np.load(self.path.with_suffix(".npz")) as stored:
+            return {k: stored[k] for k in stored.files}
+
+    @cached_property
+    def fill(self) -> ModuleType:
+        here = self.path.parent
+        return load_fill(here if (here / "fill.py").exists() else Path(__file__).parent / "golden")
+
+    def evaluate(self, text: str) -> torch.Tensor:
+        """The tensor that an expression of the JSON describes, such as ``2 * fill.image('a', 1, 3, 8, 8)``."""
+        names = {"fill": self.fill, "np": np, "torch": torch, "zeros": torch.zeros, "sigmoid": torch.sigmoid,
+                 "relu": torch.relu}
+        return eval(text, {"__builtins__": {}}, names)  # noqa: S307 - our own test data
+
+    def sample(self, name: str, value: Any) -> np.ndarray:
+        """The stored part of a full value: all of it, or the strided sample that the JSON names."""
+        value = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+        stored = self.meta["outputs"].get(name, {}).get("stored")
+        if stored:
+            assert list(value.shape) == self.meta["outputs"][name]["shape"], f"{name}: {value.shape}"
+            text = re.search(r"\[(.*?)\]", stored)
+            assert text
+            value = value[tuple(_index(part.strip()) for part in text[1].split(","))]
+        return value
+
+    def check(self, name: str, value: Any, tolerance: float | None = None) -> None:
+        """Compare a full value with the stored output of that name, at the case's tolerance."""
+        tolerance = self.tolerance if tolerance is None else tolerance
+        expected = self.arrays[name]
+        got = self.sample(name, value)
+        assert got.shape == expected.shape, f"{name}: shape {got.shape}, expected {expected.shape}"
+        np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance, err_msg=f"{self.name}: {name}")
+
+
+def _index(part: str) -> slice | int:
+    if ":" not in part:
+        return int(part)
+    return slice(*(int(v) if v else None for v in part.split(":")))

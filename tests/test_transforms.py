@@ -1,0 +1,212 @@
+"""Augmentation against plain expectations: image, mask, planes and box stay together."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import functional
+
+from misc.config import Augment
+from misc.imaging import normalise
+from voc12 import transforms
+from voc12.transforms import Sample, augment
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def located(height: int = 40, width: int = 60) -> Sample:
+    """Colour (row + 50, column + 50, 100), mask the row, planes row and column as whole numbers and as scores."""
+    rows, columns = np.mgrid[:height, :width].astype(np.uint8)
+    image = np.stack([rows + 50, columns + 50, np.full_like(rows, 100)], -1)
+    return Sample(image, rows.copy(), np.stack([rows, columns]))
+
+
+def aligned(sample: Sample, fill: int) -> None:
+    """Wherever there is a photograph, colour, mask and planes tell of the same place; elsewhere there is filling."""
+    top, bottom, left, right = sample.box
+    inside = np.zeros(sample.image.shape[:2], bool)
+    inside[top:bottom, left:right] = True
+    assert sample.mask is not None and sample.planes is not None
+    assert np.array_equal(sample.image[inside][:, 0].astype(int) - 50, sample.mask[inside])
+    assert np.array_equal(sample.planes[0][inside], sample.mask[inside])
+    assert np.array_equal(sample.image[inside][:, 1].astype(int) - 50, sample.planes[1][inside])
+    assert not sample.image[~inside].any()
+    assert (sample.mask[~inside] == 255).all() and (sample.planes[:, ~inside] == fill).all()
+
+
+@pytest.mark.parametrize("corner", [False, True])
+@pytest.mark.parametrize("size", [24, 50, 80])
+@pytest.mark.parametrize("mirror_first", [False, True])
+def test_crop_and_flip_keep_everything_together(size: int, corner: bool, mirror_first: bool) -> None:
+    for seed in range(8):
+        sample = located()
+        if mirror_first:
+            transforms.flip(sample)
+        transforms.crop(sample, size, rng(seed), corner=corner, plane_fill=77)
+        assert sample.image.shape == (size, size, 3) and sample.planes is not None
+        assert sample.planes.shape == (2, size, size)
+        aligned(sample, 77)
+        top, bottom, left, right = sample.box
+        assert (bottom - top, right - left) == (min(40, size), min(60, size))
+        if corner:
+            assert (top, left) == (0, 0)
+        transforms.flip(sample)
+        aligned(sample, 77)
+        assert sample.box == (top, bottom, size - right, size - left)
+
+
+def test_crop_places_are_uniform_over_all_that_are_possible() -> None:
+    starts, places, corner_starts = set(), set(), set()
+    for seed in range(300):
+        sample = located(3, 9)
+        transforms.crop(sample, 6, rng(seed))
+        starts.add(int(sample.planes[1][sample.box[0], 0]))  # type: ignore[index]
+        places.add(sample.box[0])
+        sample = located(3, 9)
+        transforms.crop(sample, 6, rng(seed), corner=True)
+        corner_starts.add(int(sample.planes[1][0, 0]))  # type: ignore[index]
+    assert starts == {0, 1, 2, 3} and places == {0, 1, 2, 3}
+    assert corner_starts == {0, 1, 2}  # int(u * 3): the published form never reaches the last offset
+
+
+def test_mask_fill() -> None:
+    sample = located(4, 4)
+    transforms.crop(sample, 6, rng(), corner=True, mask_fill=0)
+    assert sample.mask is not None and not sample.mask[4:].any() and not sample.mask[:, 4:].any()
+
+
+def test_flip_is_a_mirror() -> None:
+    sample = located()
+    transforms.flip(sample)
+    assert sample.planes is not None and np.array_equal(sample.planes, located().planes[..., ::-1])  # type: ignore
+    aligned(sample, 0)
+
+
+@pytest.mark.parametrize(
+    ("size", "length", "wanted"), [((30, 50), 33, (20, 33)), ((50, 30), 33, (33, 20)), ((1, 90), 20, (1, 20))]
+)
+def test_long_side(size: tuple[int, int], length: int, wanted: tuple[int, int]) -> None:
+    sample = located(*size)
+    before = sample.image
+    transforms.long_side(sample, length)
+    assert sample.image.shape[:2] == wanted == sample.mask.shape == sample.planes.shape[1:]  # type: ignore[union-attr]
+    assert sample.box == (0, wanted[0], 0, wanted[1])
+    plain = Image.fromarray(before).resize(wanted[::-1], Image.Resampling.BICUBIC)
+    assert np.array_equal(sample.image, np.asarray(plain))
+
+
+@pytest.mark.parametrize(("factor", "wanted"), [(0.5, (20, 30)), (1.26, (50, 75)), (0.71, (28, 42))])
+@pytest.mark.parametrize("image_filter", ["cubic", "linear"])
+def test_scale_cuts_sizes_and_keeps_places(factor: float, wanted: tuple[int, int], image_filter: str) -> None:
+    sample = located()
+    transforms.scale(sample, factor, image_filter)
+    assert sample.image.shape[:2] == wanted == sample.mask.shape == sample.planes.shape[1:]  # type: ignore[union-attr]
+    assert set(np.unique(sample.mask)) <= set(range(40))
+    away = np.abs(sample.image[..., 0].astype(int) - 50 - sample.mask)  # type: ignore[operator]
+    assert away.max() <= 1.5 / factor
+    assert np.abs(sample.image[..., 1].astype(int) - 50 - sample.planes[1]).max() <= 1.5 / factor  # type: ignore[index]
+
+
+@pytest.mark.parametrize("way", ["long_side", "scale"])
+def test_labels_are_never_mixed(way: str) -> None:
+    labels = np.where(np.arange(60) % 7 < 3, 255, 1).astype(np.uint8)[None].repeat(40, 0)
+    sample = Sample(np.zeros((40, 60, 3), np.uint8), labels, labels[None])
+    if way == "scale":
+        transforms.scale(sample, 0.77, "cubic")
+    else:
+        transforms.long_side(sample, 47)
+    assert set(np.unique(sample.mask)) == set(np.unique(sample.planes)) == {1, 255}  # type: ignore[arg-type]
+
+
+def test_scores_are_scaled_smoothly_in_half_precision() -> None:
+    planes = np.linspace(0, 1, 60, dtype=np.float16)[None, None].repeat(40, 1)
+    sample = Sample(np.zeros((40, 60, 3), np.uint8), planes=planes)
+    transforms.scale(sample, 0.5, "linear")
+    assert sample.planes is not None and sample.planes.dtype == np.float16 and sample.planes.shape == (1, 20, 30)
+    assert np.abs(np.diff(sample.planes[0, 0].astype(float)) - 2 / 59).max() < 2e-3
+
+
+def test_jitter_does_what_torchvision_does() -> None:
+    image = np.random.default_rng(3).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    strengths = (0.3, 0.4, 0.2, 0.1)
+    orders = set()
+    for seed in range(6):
+        sample = Sample(image)
+        transforms.jitter(sample, strengths, rng(seed))
+        numbers = rng(seed)
+        plain = Image.fromarray(image)
+        order = numbers.permutation(4).tolist()
+        orders.add(tuple(order))
+        for number in order:
+            low, high = (-0.1, 0.1) if number == 3 else (1 - strengths[number], 1 + strengths[number])
+            name = ("brightness", "contrast", "saturation", "hue")[number]
+            plain = getattr(functional, f"adjust_{name}")(plain, numbers.uniform(low, high))
+        assert np.array_equal(sample.image, np.asarray(plain))
+    assert len(orders) > 1
+
+
+def test_jitter_with_strength_0_is_nothing() -> None:
+    sample = located()
+    transforms.jitter(sample, (0, 0, 0, 0), rng())
+    assert np.array_equal(sample.image, located().image)
+
+
+def test_hsv() -> None:
+    red = Sample(np.full((2, 2, 3), (200, 20, 20), np.uint8))
+    transforms.hsv(red, (60, 0, 0))  # a third of OpenCV's half circle: green
+    assert red.image[0, 0].tolist() == [20, 200, 20]
+    red = Sample(np.full((2, 2, 3), (200, 20, 20), np.uint8))
+    transforms.hsv(red, (-60, 0, 100))  # backwards over zero: blue; the value is cut at 255
+    assert red.image[0, 0, 2] == 255 and red.image[0, 0, 0] < 40 and red.image[0, 0, 1] < 40
+
+
+def test_operations_come_in_the_order_of_the_recipe() -> None:
+    image = np.full((4, 4, 3), 200, np.uint8)
+    black = augment(Sample(image), Augment(order=("crop", "normalize"), crop=6), "imagenet", rng(), rng())
+    zero = augment(Sample(image), Augment(order=("normalize", "crop"), crop=6), "imagenet", rng(), rng())
+    assert black.image.dtype == zero.image.dtype == np.float32 and black.box == zero.box
+    canvas = np.ones((6, 6), bool)
+    canvas[zero.box[0] : zero.box[1], zero.box[2] : zero.box[3]] = False
+    assert np.array_equal(black.image[~canvas], zero.image[~canvas])
+    assert not zero.image[canvas].any()
+    assert np.allclose(black.image[canvas], normalise(np.zeros((1, 1, 3), np.uint8), "imagenet")[0, 0])
+
+
+def test_scale_of_a_batch_is_common_and_the_rest_is_not() -> None:
+    recipe = Augment(order=("scale", "normalize"), scale_per_batch=True)
+    shapes = {augment(located(), recipe, "imagenet", rng(i), rng(7)).image.shape for i in range(5)}
+    assert len(shapes) == 1
+    shapes = {augment(located(), recipe, "imagenet", rng(0), rng(i)).image.shape for i in range(5)}
+    assert len(shapes) > 1
+
+
+def test_no_global_random_state_is_touched() -> None:
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    wanted = (random.random(), np.random.rand(), torch.rand(1).item())
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    order = ("long_side", "hsv", "jitter", "scale", "flip", "normalize", "crop")
+    augment(located(), Augment(order=order, long_side=(30, 50), crop=32), "imagenet", rng(), rng())
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == wanted
+
+
+def test_mask_of_another_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="mask is 40 x 30 .* image 30 x 40"):
+        Sample(np.zeros((30, 40, 3), np.uint8), np.zeros((40, 30), np.uint8))
+
+
+@pytest.mark.parametrize(
+    "order", [("normalize", "jitter", "crop"), ("crop", "scale", "normalize"), ("zoom", "normalize"), ("crop",)]
+)
+def test_impossible_orders(order: tuple) -> None:
+    with pytest.raises(ValueError, match="order"):
+        Augment(order=order)

@@ -1,0 +1,1 @@
+"""The data: which images, tags and masks there are, and how a batch is made of them."""

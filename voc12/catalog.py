@@ -1,0 +1,322 @@
+"""Which images, tags and masks a data set has: all that the steps know of it.
+
+A further data set is a subclass of Catalog in its own file and one line in READERS. VOC 2012's layout is the native one
+(evaluation.md section 3); with a ``classes.txt`` it holds any classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from misc import store
+from voc12 import tags as tags_of
+from voc12.tags import IMAGE_SUFFIXES, DataError
+
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+"""PASCAL VOC's classes in the order of their mask values 1 to 20 (evaluation.md 3.2)."""
+
+_SHOWN = 10
+_CHUNK = 128
+
+
+class Catalog(ABC):
+    """A data set. Its files are looked up in one pass over the folders, so ``check`` is quick for any number of images.
+
+    Attributes:
+        name: of the data set, as on the command line.
+        root: its folder.
+        classes: names of the foreground classes; mask value c + 1 is class c.
+        tag_source: where tags come from, in words.
+    """
+
+    def __init__(self, name: str, root: Path, classes: Iterable[str], tag_source: str) -> None:
+        self.name = name
+        self.root = root
+        self.classes = tuple(classes)
+        self.tag_source = tag_source
+        self._rows: dict[str, np.ndarray] = {}
+        self._strange: dict[str, list[str]] = {}
+
+    # What a data set says of itself.
+    @abstractmethod
+    def named_list(self, split: str) -> list[str]:
+        """Ids of a split by its name; DataError where there is no such split, listing those there are."""
+
+    @abstractmethod
+    def index_images(self) -> Mapping[str, str]:
+        """All images there are: {id: path below ``root``}, made without touching each file."""
+
+    @abstractmethod
+    def index_masks(self) -> Mapping[str, str]:
+        """All true masks there are: {id: path below ``root``}."""
+
+    @abstractmethod
+    def read_tags(self, image_id: str) -> np.ndarray:
+        """(C,) float32 tags of an image, read anew; DataError where they are missing or damaged."""
+
+    # What the steps ask.
+    @property
+    def num_classes(self) -> int:
+        """Number of foreground classes C."""
+        return len(self.classes)
+
+    @cached_property
+    def images(self) -> Mapping[str, str]:
+        """``index_images``, looked up once."""
+        return self.index_images()
+
+    @cached_property
+    def masks(self) -> Mapping[str, str]:
+        """``index_masks``, looked up once."""
+        return self.index_masks()
+
+    def ids(self, split: str) -> list[str]:
+        """Image ids of a split, in the order of the list.
+
+        Args:
+            split: name of a list of the data set (``train``), or path of a list file (has a ``/`` or ends in .txt).
+
+        Raises DataError: no such list, an empty one, an id twice.
+        """
+        if split.endswith(".txt") or "/" in split or os.sep in split:
+            return _read_list(Path(split))
+        return self.named_list(split)
+
+    def has_list(self, split: str) -> bool:
+        """Whether ``ids(split)`` finds a list."""
+        try:
+            return bool(self.ids(split))
+        except DataError:
+            return False
+
+    def default_train_list(self) -> str:
+        """The list that networks are trained on unless another is named: train_aug where there is one, else train."""
+        return "train_aug" if self.has_list("train_aug") else "train"
+
+    def image_path(self, image_id: str) -> Path:
+        """File of an image; DataError for an id without one."""
+        if image_id not in self.images:
+            raise DataError(f"There is no image {image_id!r} in {self.root}: add it, or take it off the list.")
+        return self.root / self.images[image_id]
+
+    def mask_path(self, image_id: str) -> Path | None:
+        """File of the true mask of an image, None where there is none."""
+        return self.root / self.masks[image_id] if image_id in self.masks else None
+
+    def tags(self, image_id: str) -> np.ndarray:
+        """Tags of an image: (C,) float32 of 0 and 1, kept and read-only; DataError where there are none."""
+        row = self._rows.get(image_id)
+        if row is None:
+            row = self.read_tags(image_id)
+            row.setflags(write=False)
+            self._rows[image_id] = row
+        return row
+
+    def fingerprint(self, split: str) -> str:
+        """sha256 (hex) over class names, ids in order, and tags: two runs with the same one had the same data list."""
+        ids = self.ids(split)
+        failures = self._read_all_tags(ids)
+        digest = hashlib.sha256("\n".join(self.classes).encode())
+        for image_id in ids:
+            digest.update(b"\0" + image_id.encode() + b"\0")
+            digest.update(b"?" if image_id in failures else self.tags(image_id).astype(np.uint8).tobytes())
+        return digest.hexdigest()
+
+    def check(self, split: str, need_masks: bool = False, need_tags: bool = True) -> list[str]:
+        """Look whether everything that a step will read of a split is there, before any work starts.
+
+        Args:
+            split: as for ``ids``.
+            need_masks: whether every image must have a true mask.
+            need_tags: whether every image must have (possibly empty) tags.
+
+        Returns:
+            Warnings, one sentence or two each.
+
+        Raises:
+            DataError: with all problems at once, the first ten images of each, and what to do.
+        """
+        ids = self.ids(split)
+        problems: list[str] = []
+        warnings: list[str] = []
+        missing = [i for i in ids if i not in self.images]
+        if missing:
+            problems.append(f"{len(missing)} have no image file ({_some(missing)}). Add them, or shorten the list.")
+        unmasked = [i for i in ids if i not in self.masks] if need_masks else []
+        if unmasked:
+            problems.append(f"{len(unmasked)} have no mask ({_some(unmasked)}). Add the masks, or use another list.")
+        if need_tags:
+            failures = self._read_all_tags(ids)
+            if failures:
+                causes = _some([f"{i}: {cause}" for i, cause in failures.items()], "\n    ")
+                problems.append(f"{len(failures)} have no readable tags (from {self.tag_source}):\n    {causes}")
+            empty = [i for i in ids if i not in failures and not self.tags(i).any()]
+            if empty and len(empty) == len(ids):
+                problems.append(
+                    f"no image has a tag (from {self.tag_source}). Are these the right class names: "
+                    f"{_some(self.classes)}?"
+                )
+            elif empty:
+                warnings.append(f"{len(empty)} images have no tag ({_some(empty)}): taken as background only.")
+            strange = Counter(name for i in ids for name in self._strange.get(i, ()))
+            if strange:
+                shown = _some([f"{name!r} ({count})" for name, count in strange.most_common()])
+                warnings.append(f"Objects whose names are no class are passed over: {shown}.")
+        if problems:
+            lines = "\n  ".join(problems)
+            raise DataError(f"{self.name} in {self.root}, list {split!r}: of {len(ids)} images\n  {lines}")
+        return warnings
+
+    def _read_all_tags(self, ids: Iterable[str]) -> dict[str, str]:
+        """Read the tags that are not known yet; returns {id: cause} of those that failed."""
+        failures: dict[str, str] = {}
+
+        def read(chunk: list[str]) -> None:
+            for image_id in chunk:
+                try:
+                    self.tags(image_id)
+                except (ValueError, OSError) as error:
+                    failures[image_id] = str(error)
+
+        unread = [i for i in ids if i not in self._rows]
+        chunks = [unread[i : i + _CHUNK] for i in range(0, len(unread), _CHUNK)]
+        with ThreadPoolExecutor() as pool:  # tens of thousands of small files: waiting for the disk is what takes time
+            list(pool.map(read, chunks))
+        return {i: failures[i] for i in unread if i in failures}
+
+
+class VocCatalog(Catalog):
+    """VOC 2012's layout: JPEGImages, ImageSets/Segmentation, and what there is of Annotations, SegmentationClass,
+    SegmentationClassAug, ``classes.txt`` and ``labels.csv``.
+
+    Classes are VOC's 20 unless ``classes.txt`` names others. Tags come from Annotations; without these from
+    ``labels.csv``; without that from the masks. Masks of SegmentationClass go before those of SegmentationClassAug.
+
+    Raises DataError where ``root`` is no such folder, nor a parent of one as the official archive has it.
+    """
+
+    def __init__(self, name: str, root: Path) -> None:
+        root = _find_root(root)
+        listed = root / "classes.txt"
+        classes = tags_of.read_classes(listed) if listed.is_file() else VOC_CLASSES
+        self._table: dict[str, np.ndarray] = {}
+        if _holds(root / "Annotations", ".xml"):
+            source = "Annotations"
+        elif (root / "labels.csv").is_file():
+            source = "labels.csv"
+            self._table = tags_of.read_csv(root / "labels.csv", classes)
+        else:
+            source = "masks"
+        super().__init__(name, root, classes, source)
+
+    def named_list(self, split: str) -> list[str]:
+        """The list ImageSets/Segmentation/SPLIT.txt; train_aug and trainaug are one name."""
+        folder = self.root / "ImageSets" / "Segmentation"
+        spellings = ("train_aug", "trainaug") if split in ("train_aug", "trainaug") else (split,)
+        for spelling in spellings:
+            if (folder / f"{spelling}.txt").is_file():
+                return _read_list(folder / f"{spelling}.txt")
+        there = ", ".join(sorted(p.stem for p in folder.glob("*.txt"))) or "none"
+        raise DataError(
+            f"There is no list {split!r} in {folder} (there: {there}). Name one of these, give the path of a list "
+            "file (one image id a line), or put the list there."
+        )
+
+    def index_images(self) -> dict[str, str]:
+        """JPEGImages in one pass; where an id has several files, the suffix that comes first in IMAGE_SUFFIXES."""
+        return _index(self.root, "JPEGImages", IMAGE_SUFFIXES)
+
+    def index_masks(self) -> dict[str, str]:
+        """SegmentationClass, and SegmentationClassAug for the ids that the former lacks."""
+        return {
+            **_index(self.root, "SegmentationClassAug", (".png",)),
+            **_index(self.root, "SegmentationClass", (".png",)),
+        }
+
+    def read_tags(self, image_id: str) -> np.ndarray:
+        """(C,) float32 from the data set's one source of tags; DataError where it has none for this image."""
+        if self.tag_source == "Annotations":
+            names = tags_of.read_xml(self.root / "Annotations" / f"{image_id}.xml")
+            strange = [name for name in names if name not in self.classes]
+            if strange:
+                self._strange[image_id] = strange
+            return tags_of.encode(names, self.classes)
+        if self.tag_source == "labels.csv":
+            if image_id not in self._table:
+                raise DataError(f"{self.root / 'labels.csv'} has no line for it (no object: write '{image_id},').")
+            return self._table[image_id]
+        path = self.mask_path(image_id)
+        if path is None:
+            raise DataError("neither Annotations nor labels.csv nor a mask tells its classes.")
+        try:
+            return tags_of.tags_from_mask(store.read_mask(path), self.num_classes)
+        except DataError as error:
+            raise DataError(f"Mask {path} {error} List them in classes.txt, or replace the mask.") from None
+
+
+READERS: dict[str, Callable[[str, Path], Catalog]] = {"voc12": VocCatalog, "sample": VocCatalog}
+"""By the name that the command line knows; each makes a Catalog from that name and the root folder."""
+
+
+def open_catalog(data: str, root: Path) -> Catalog:
+    """The data set ``data`` (a name in READERS) in folder ``root``; DataError says what is missing."""
+    if data not in READERS:
+        raise DataError(f"There is no data set {data!r}; known: {', '.join(READERS)}.")
+    return READERS[data](data, Path(root))
+
+
+def _find_root(root: Path) -> Path:
+    tried = (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012")
+    for folder in tried:
+        if (folder / "JPEGImages").is_dir():
+            return folder
+    state = "" if root.is_dir() else " (which does not exist)"
+    raise DataError(
+        f"No data set in VOC's layout in {root}{state}: looked for {', '.join(str(t / 'JPEGImages') for t in tried)}. "
+        "Give the folder that holds JPEGImages, ImageSets and the masks."
+    )
+
+
+def _holds(folder: Path, suffix: str) -> bool:
+    return folder.is_dir() and any(entry.name.lower().endswith(suffix) for entry in os.scandir(folder))
+
+
+def _index(root: Path, folder: str, suffixes: tuple[str, ...]) -> dict[str, str]:
+    """{id: path below root} of the files with one of the suffixes; earlier suffixes win."""
+    if not (root / folder).is_dir():
+        return {}
+    rank = {suffix: number for number, suffix in enumerate(suffixes)}
+    found: dict[str, tuple[int, str]] = {}
+    with os.scandir(root / folder) as entries:
+        for entry in entries:
+            stem, suffix = os.path.splitext(entry.name)
+            place = rank.get(suffix.lower())
+            if place is not None and not stem.startswith(".") and (stem not in found or place < found[stem][0]):
+                found[stem] = (place, f"{folder}/{entry.name}")
+    return {stem: path for stem, (_, path) in found.items()}
+
+
+def _read_list(path: Path) -> list[str]:
+    try:
+        return store.read_list(path)
+    except (OSError, ValueError) as error:
+        raise DataError(str(error)) from None
+
+
+def _some(items: Iterable[str], between: str = ", ") -> str:
+    """The first ten of them, and how many more."""
+    items = list(items)
+    more = [f"... {len(items) - _SHOWN} more"] if len(items) > _SHOWN else []
+    return between.join([*items[:_SHOWN], *more])

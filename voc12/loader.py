@@ -1,0 +1,251 @@
+"""Training batches: which image comes when, how it is read and augmented, and the processes that do it.
+
+The sample at position p of a training (p = update x batch size + place in the batch) depends on the seed and p alone:
+not on the number of processes, workers or micro-batches, nor on where a training was taken up again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from misc import store
+from misc.config import Augment
+from misc.imaging import to_tensor
+from voc12.catalog import Catalog
+from voc12.tags import IGNORE, DataError
+from voc12.transforms import Sample, augment
+
+Draw = tuple[int, int, int]
+"""One sample to make: (index into the list of ids, position in the training, number of the update)."""
+
+_SHUFFLE, _SAMPLE, _BATCH = range(3)
+
+
+class WorkerDied(RuntimeError):
+    """A worker process that reads training images ended by itself or was killed."""
+
+
+def _stream(seed: int, kind: int, number: int) -> np.random.Generator:
+    """Independent random stream for each (seed, kind, number)."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(kind, number)))
+
+
+class Draws:
+    """Order of the samples of a training, without state: any position can be asked for at any time.
+
+    Args:
+        images: length of the list.
+        batch_size: global batch.
+        order: Fit.sample_order. epochs: each epoch a permutation of its own, the incomplete last batch dropped;
+            a list shorter than a batch is streamed. stream: permutations joined end to end (deeplab.md B.2).
+        seed: of the permutations.
+    """
+
+    def __init__(self, images: int, batch_size: int, order: Literal["epochs", "stream"], seed: int) -> None:
+        if images < 1 or batch_size < 1:
+            raise ValueError(f"{images} images in batches of {batch_size}: both must be at least 1.")
+        self.images = images
+        self.batch_size = batch_size
+        self.seed = seed
+        drop = images % batch_size if order == "epochs" and images >= batch_size else 0
+        self._pass_length = images - drop
+        self._kept: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates that count as an epoch: floor(images / batch size), at least 1."""
+        return max(1, self.images // self.batch_size)
+
+    def draw(self, position: int) -> Draw:
+        """(index, position, update) at a position from 0 on."""
+        number, place = divmod(position, self._pass_length)
+        if self._kept[0] != number:  # kept because asked for again and again, not because anything depends on it
+            self._kept = (number, _stream(self.seed, _SHUFFLE, number).permutation(self.images))
+        return int(self._kept[1][place]), position, position // self.batch_size
+
+    def micro_batches(
+        self, rank: int, world: int, micro_batch: int, start_step: int, total_steps: int
+    ) -> Iterator[list[Draw]]:
+        """What one process makes: the micro-batches of updates ``start_step`` to ``total_steps`` - 1.
+
+        Each process takes an equal, connected part of every global batch, in micro-batches of ``micro_batch``.
+        Raises ValueError where that does not come out even.
+        """
+        share = self.batch_size // world
+        if self.batch_size % world or share % micro_batch:
+            raise ValueError(
+                f"A global batch of {self.batch_size} cannot be shared by {world} processes in micro-batches of "
+                f"{micro_batch} evenly: change one of them."
+            )
+        for step in range(start_step, total_steps):
+            first = step * self.batch_size + rank * share
+            for begin in range(first, first + share, micro_batch):
+                yield [self.draw(position) for position in range(begin, begin + micro_batch)]
+
+
+class TrainSet(Dataset[dict[str, Tensor]]):
+    """Training samples by Draw.
+
+    Args:
+        catalog: the data set.
+        ids: its list.
+        recipe: augmentation; must contain ``crop``, which gives all samples one size S.
+        normalisation: name in misc.imaging.NORMALISATIONS.
+        seed: of the augmentation.
+        with_mask: reads the (pseudo or true) mask of an id, (H, W) uint8; None: samples have no mask.
+        planes: reads the label planes of an id, (P, H, W); None: samples have no target.
+        plane_fill: what the planes hold where a crop shows no image.
+        target: makes the target of a sample from its augmented planes (P, S, S); needed with ``planes``.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        ids: Sequence[str],
+        recipe: Augment,
+        normalisation: str,
+        seed: int,
+        *,
+        with_mask: Callable[[str], np.ndarray] | None = None,
+        planes: Callable[[str], np.ndarray] | None = None,
+        plane_fill: float = 0.0,
+        target: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> None:
+        if "crop" not in recipe.order:
+            raise ValueError(f"The augmentation {', '.join(recipe.order)} lacks crop, so images have no common size.")
+        if (planes is None) != (target is None):
+            raise ValueError("planes and target belong together: give both or neither.")
+        self.catalog = catalog
+        self.ids = list(ids)
+        self.recipe = recipe
+        self.normalisation = normalisation
+        self.seed = seed
+        self.with_mask = with_mask
+        self.planes = planes
+        self.plane_fill = plane_fill
+        self.target = target
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.ids)
+
+    def __getitem__(self, draw: Draw) -> dict[str, Tensor]:
+        """One sample: image (3, S, S) float32 normalised; tags (C,) float32; box (4,) int64, the part of the crop that
+        shows the image (top, bottom, left, right); mask (S, S) int64 and target, where asked for.
+
+        Raises DataError with the id and the file where anything goes wrong.
+        """
+        index, position, batch = draw
+        image_id = self.ids[index]
+        path = self.catalog.image_path(image_id)
+        try:
+            return self._make(image_id, store.read_image(path), position, batch)
+        except Exception as error:
+            kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+            file = "" if str(path) in str(error) else f" ({path})"
+            raise DataError(f"Image {image_id!r}{file}: {kind}{error}") from error
+
+    def _make(self, image_id: str, image: np.ndarray, position: int, batch: int) -> dict[str, Tensor]:
+        sample = augment(
+            Sample(
+                image,
+                self.with_mask(image_id) if self.with_mask else None,
+                self.planes(image_id) if self.planes else None,
+            ),
+            self.recipe,
+            self.normalisation,
+            _stream(self.seed, _SAMPLE, position),
+            _stream(self.seed, _BATCH, batch),
+            self.plane_fill,
+        )
+        made = {
+            "image": to_tensor(sample.image),  # (3, S, S)
+            "tags": torch.tensor(self.catalog.tags(image_id)),
+            "box": torch.tensor(sample.box),
+        }
+        if sample.mask is not None:
+            strange = sample.mask[(sample.mask > self.catalog.num_classes) & (sample.mask != IGNORE)]
+            if len(strange):
+                raise DataError(
+                    f"its mask holds the value {strange[0]}, but there are {self.catalog.num_classes} classes. Make "
+                    "the mask again, or correct the class list."
+                )
+            made["mask"] = torch.from_numpy(sample.mask.astype(np.int64))
+        if sample.planes is not None and self.target is not None:
+            made["target"] = torch.from_numpy(np.ascontiguousarray(self.target(sample.planes)))
+        return made
+
+
+class _MicroBatches(Sampler[list[Draw]]):
+    """``Draws.micro_batches`` in the form that DataLoader asks for."""
+
+    def __init__(self, draws: Draws, *share: int) -> None:
+        self.draws = draws
+        self.share = share
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        return self.draws.micro_batches(*self.share)
+
+
+class _Loader(DataLoader[dict[str, Tensor]]):
+    """A DataLoader whose errors say what to do."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except DataError as error:  # from a worker it comes with the worker's traceback in its text
+            raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise WorkerDied(
+                f"A process that reads training images was killed or crashed ({str(error).strip()}). Most often the "
+                "memory, or the shared memory of a container, is too small: use fewer workers, or 0."
+            ) from error
+
+
+def _start_worker(_: int) -> None:
+    store.quiet_threads()
+
+
+def make_loader(
+    dataset: TrainSet,
+    draws: Draws,
+    rank: int,
+    world: int,
+    micro_batch: int,
+    start_step: int,
+    total_steps: int,
+    workers: int,
+) -> DataLoader[dict[str, Tensor]]:
+    """The micro-batches of one process, for updates ``start_step`` to ``total_steps`` - 1, in one pass.
+
+    Args:
+        dataset: makes the samples.
+        draws: their order.
+        rank, world: this process, and how many there are.
+        micro_batch: images in each batch that comes; divides ``draws.batch_size / world``.
+        start_step, total_steps: updates.
+        workers: processes that make samples (they live as long as the pass, which is the whole training); 0: none.
+
+    Returns:
+        Iterable of TrainSet's samples, stacked: image (b, 3, S, S), tags (b, C), box (b, 4) ...
+
+    Raises (while iterating):
+        ValueError: shares do not come out even. DataError: a sample cannot be made. WorkerDied.
+    """
+    return _Loader(
+        dataset,
+        batch_sampler=_MicroBatches(draws, rank, world, micro_batch, start_step, total_steps),
+        num_workers=workers,
+        worker_init_fn=_start_worker,
+        pin_memory=torch.cuda.is_available(),
+        # its own generator: the default one would take a number from the global stream, which networks draw from
+        generator=torch.Generator().manual_seed(draws.seed),
+    )

@@ -1,0 +1,143 @@
+"""The generated sample set in VOC 2012's own layout, so that it is read like VOC (`sample_draw.py` draws its pictures).
+
+Deterministic: the same parameters give the same bytes, and a smaller set is a prefix of a larger one.
+
+    python -m voc12.sample OUT --images 240 --val 80 --classes 5 --seed 0 --saliency
+"""
+
+from __future__ import annotations
+
+import os
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import cv2
+import numpy as np
+import tyro
+from PIL import Image
+
+from misc import store
+from voc12.sample_draw import SPLITS, Picture, draw_picture, draw_saliency
+from voc12.sample_marks import MARKS, class_names
+
+FORMAT = 1  # raise it when the same parameters begin to give other pictures
+JPEG_QUALITY = 90
+SHORTEST = 64  # below this long side no mark is readable
+
+
+def _annotation(name: str, picture: Picture) -> str:
+    """The VOC annotation of a picture; boxes are of the seen pixels, 1-based, both ends included."""
+    h, w = picture.instances.shape
+    root = ET.Element("annotation")
+    for key, text in (("folder", "VOC2012"), ("filename", f"{name}.jpg")):
+        ET.SubElement(root, key).text = text
+    size = ET.SubElement(root, "size")
+    for key, value in (("width", w), ("height", h), ("depth", 3)):
+        ET.SubElement(size, key).text = str(value)
+    ET.SubElement(root, "segmented").text = "1"
+    for number, (label, difficult) in enumerate(zip(picture.labels, picture.difficult, strict=True), 1):
+        x, y, bw, bh = cv2.boundingRect((picture.instances == number).astype(np.uint8))
+        thing = ET.SubElement(root, "object")
+        cut = x == 0 or y == 0 or x + bw == w or y + bh == h
+        for key, text in (
+            ("name", MARKS[label - 1].name),
+            ("pose", "Unspecified"),
+            ("truncated", cut),
+            ("difficult", difficult),
+        ):
+            ET.SubElement(thing, key).text = text if isinstance(text, str) else str(int(text))
+        box = ET.SubElement(thing, "bndbox")
+        for key, value in (("xmin", x + 1), ("ymin", y + 1), ("xmax", x + bw), ("ymax", y + bh)):
+            ET.SubElement(box, key).text = str(value)
+    ET.indent(root, "\t")
+    return ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _write(root: Path, name: str, picture: Picture, saliency: np.ndarray | None) -> None:
+    """Write one picture's files below `root`."""
+    with store.writing(root / "JPEGImages" / f"{name}.jpg") as file:
+        Image.fromarray(picture.rgb).save(file, "JPEG", quality=JPEG_QUALITY)
+    store.write_bytes(root / "Annotations" / f"{name}.xml", _annotation(name, picture).encode())
+    for folder, mask in zip(("SegmentationClass", "SegmentationObject"), picture.masks(), strict=True):
+        store.write_mask(root / folder / f"{name}.png", mask)
+    if saliency is not None:
+        store.write_bytes(root / "Saliency" / f"{name}.png", store.png_bytes(saliency))
+
+
+def _claim(root: Path, wanted: dict[str, object]) -> bool:
+    """Take the folder for these parameters; True if the set is there, FileExistsError where anything else is."""
+    remedy = "give another folder, or delete this one first"
+    for record in (root / "sample.json", root / "sample.json.part"):
+        if record.is_file():
+            found = store.read_json(record)
+            if found != wanted:
+                fields = [k for k in {**found, **wanted} if found.get(k) != wanted.get(k)]
+                told = ", ".join(f"{k} is {found.get(k)}, asked for {wanted.get(k)}" for k in fields)
+                raise FileExistsError(f"{root}: a sample set with other parameters ({told}); {remedy}")
+            return record.suffix == ".json"
+    if root.exists() and any(root.iterdir()):
+        raise FileExistsError(f"{root}: neither empty nor a sample set; {remedy}")
+    store.write_json(root / "sample.json.part", wanted)
+    return False
+
+
+def generate(
+    root: tyro.conf.Positional[Path],
+    images: int = 240,
+    val: int = 80,
+    classes: int = 5,
+    seed: int = 0,
+    saliency: bool = False,
+    long_side: tuple[int, int] = (100, 160),
+) -> None:
+    """Write the sample set in VOC 2012's layout; a finished set of the same parameters is left as it is.
+
+    Writes JPEGImages, Annotations, SegmentationClass, SegmentationObject, ImageSets/Segmentation, classes.txt (line n
+    names class n), Saliency if asked for, and last sample.json, the parameters. An interrupted run is done again.
+
+    Raises ValueError for impossible parameters and FileExistsError for a folder that holds anything else.
+
+    Args:
+        root: Folder to write to; made if need be.
+        images: Number of training images, at least 1.
+        val: Number of validation images, at least 1.
+        classes: Number of classes, 1 to 14.
+        seed: Seed, not negative; the same seed gives the same bytes.
+        saliency: Also write a noisy object saliency for every image (8 bit, one channel).
+        long_side: Least and greatest length of an image's longer side, pixels.
+    """
+    names = class_names(classes)
+    if min(images, val) < 1 or seed < 0:
+        raise ValueError(
+            f"images = {images}, val = {val}, seed = {seed}: at least one image a split and a seed of 0 or more"
+        )
+    if not SHORTEST <= long_side[0] <= long_side[1]:
+        raise ValueError(f"long_side = {long_side}: give a smallest (>= {SHORTEST}) and a largest length")
+    wanted = dict(
+        images=images, val=val, classes=classes, seed=seed, saliency=saliency, long_side=list(long_side), format=FORMAT
+    )
+    if _claim(root, wanted):
+        return
+    lists: dict[str, list[str]] = {}
+    for split, count in (("train", images), ("val", val)):
+        lists[split] = [f"{SPLITS[split]}_{index + 1:06d}" for index in range(count)]
+        for index, name in enumerate(lists[split]):
+            picture = draw_picture(seed, split, index, classes, long_side)
+            _write(root, name, picture, draw_saliency(seed, split, index, picture) if saliency else None)
+    lists["trainval"] = lists["train"] + lists["val"]
+    for split, ids in lists.items():
+        store.write_bytes(root / "ImageSets" / "Segmentation" / f"{split}.txt", "".join(f"{i}\n" for i in ids).encode())
+    store.write_bytes(root / "classes.txt", "".join(f"{name}\n" for name in names).encode())
+    os.replace(root / "sample.json.part", root / "sample.json")
+
+
+def main() -> None:
+    """The command line of `generate`."""
+    try:
+        tyro.cli(generate)
+    except (ValueError, FileExistsError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

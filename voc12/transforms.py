@@ -1,0 +1,211 @@
+"""Augmentation of one training sample, driven by a recipe's Augment (misc/config.py) and a random generator passed in.
+
+Whatever moves the image moves its mask, its label planes and its box in the same way. Nothing here draws from a global
+random state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import cv2
+import numpy as np
+from PIL import Image
+from torchvision.transforms import functional
+
+from misc.config import Augment
+from misc.imaging import normalise, resize_image, resize_mask
+
+Size = tuple[int, int]
+
+
+@dataclass
+class Sample:
+    """What augmentation acts on.
+
+    image (H, W, 3) uint8 RGB, after ``normalize`` float32; mask (H, W) uint8 or None; planes (P, H, W) of any dtype or
+    None: integer planes are label maps (resized PIL nearest), floating ones scores (OpenCV bilinear). ``box`` (top,
+    bottom, left, right), half-open: the part of the image that shows the photograph, the rest is canvas.
+
+    Raises ValueError where the mask or the planes have another size than the image.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray | None = None
+    planes: np.ndarray | None = None
+    box: tuple[int, int, int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        height, width = self.image.shape[:2]
+        self.box = (0, height, 0, width)
+        for name, found in (("mask", self.mask), ("label", self.planes)):
+            if found is not None and found.shape[-2:] != (height, width):
+                high, wide = found.shape[-2:]
+                raise ValueError(
+                    f"its {name} is {high} x {wide} pixels (height x width), the image {height} x {width}: they do not "
+                    f"belong together. Make the {name} again."
+                )
+
+
+def long_side(sample: Sample, length: int) -> None:
+    """Resize so that the longer side has ``length`` pixels, the other one rounded: image PIL bicubic, mask PIL nearest
+    (seam.md 4.2)."""
+    height, width = sample.image.shape[:2]
+    longer = max(height, width)
+    size = (max(1, round(height * length / longer)), max(1, round(width * length / longer)))
+    sample.image = resize_image(sample.image, size)
+    if sample.mask is not None:
+        sample.mask = resize_mask(sample.mask, size)
+    _resized(sample, size)
+
+
+def scale(sample: Sample, factor: float, image_filter: str) -> None:
+    """Multiply both sides by ``factor``, cut to whole pixels: image OpenCV cubic or linear, mask OpenCV nearest
+    (deeplab.md A.2, B.2)."""
+    height, width = sample.image.shape[:2]
+    size = (max(1, int(height * factor)), max(1, int(width * factor)))
+    kind = {"cubic": cv2.INTER_CUBIC, "linear": cv2.INTER_LINEAR}[image_filter]
+    sample.image = cv2.resize(sample.image, size[::-1], interpolation=kind)
+    if sample.mask is not None:
+        sample.mask = cv2.resize(sample.mask, size[::-1], interpolation=cv2.INTER_NEAREST)
+    _resized(sample, size)
+
+
+def _resized(sample: Sample, size: Size) -> None:
+    sample.box = (0, size[0], 0, size[1])
+    if sample.planes is None:
+        return
+    if np.issubdtype(sample.planes.dtype, np.integer):
+        planes = [resize_mask(plane, size) for plane in sample.planes]
+    else:  # OpenCV has no half precision
+        planes = [cv2.resize(plane.astype(np.float32), size[::-1]) for plane in sample.planes]
+    sample.planes = np.stack(planes).astype(sample.planes.dtype)  # (P, h, w)
+
+
+def flip(sample: Sample) -> None:
+    """Mirror everything left to right."""
+    width = sample.image.shape[1]
+    sample.image = sample.image[:, ::-1]
+    if sample.mask is not None:
+        sample.mask = sample.mask[:, ::-1]
+    if sample.planes is not None:
+        sample.planes = sample.planes[..., ::-1]
+    top, bottom, left, right = sample.box
+    sample.box = (top, bottom, width - right, width - left)
+
+
+def jitter(sample: Sample, strengths: tuple[float, float, float, float], rng: np.random.Generator) -> None:
+    """torchvision's ColorJitter on the 8-bit image: brightness, contrast and saturation factors uniform in
+    [max(0, 1 - s), 1 + s], hue shift uniform in [-s, s], applied in random order; strength 0 leaves one out."""
+    image = Image.fromarray(np.ascontiguousarray(sample.image))
+    adjust = (
+        functional.adjust_brightness,
+        functional.adjust_contrast,
+        functional.adjust_saturation,
+        functional.adjust_hue,
+    )
+    for number in rng.permutation(4):
+        strength = strengths[number]
+        if strength:
+            centre = 0.0 if number == 3 else 1.0
+            low = centre - strength if number == 3 else max(0.0, centre - strength)
+            image = adjust[number](image, float(rng.uniform(low, centre + strength)))
+    sample.image = np.asarray(image)
+
+
+def hsv(sample: Sample, shifts: tuple[int, int, int]) -> None:
+    """Add integers to hue (modulo 180), saturation and value (clipped) in OpenCV's 8-bit HSV (deeplab.md A.2)."""
+    values = cv2.cvtColor(np.ascontiguousarray(sample.image), cv2.COLOR_RGB2HSV).astype(np.int16)
+    values += np.array(shifts, np.int16)
+    values[..., 0] %= 180
+    sample.image = cv2.cvtColor(np.clip(values, 0, 255).astype(np.uint8), cv2.COLOR_HSV2RGB)
+
+
+def crop(
+    sample: Sample,
+    size: int,
+    rng: np.random.Generator,
+    *,
+    corner: bool = False,
+    mask_fill: int = 255,
+    plane_fill: float = 0.0,
+) -> None:
+    """Cut a square of side ``size``; where the image is smaller, it lies on a canvas: image 0 (the mean colour after
+    ``normalize``, black before), mask ``mask_fill``, planes ``plane_fill``.
+
+    An axis longer than the square starts at a uniform offset; a shorter one lands at a uniform place (seam.md 4.2), or
+    with ``corner`` at 0 (deeplab.md B.2).
+    """
+    height, width = sample.image.shape[:2]
+    rows, high = _place(height, size, rng, corner)
+    columns, wide = _place(width, size, rng, corner)
+
+    def paste(source: np.ndarray, canvas: np.ndarray) -> np.ndarray:
+        canvas[..., high, wide] = source[..., rows, columns]
+        return canvas
+
+    # the image's channels come last: (H, W, 3) is seen as (3, H, W) for pasting
+    image = np.zeros((size, size, 3), sample.image.dtype)
+    paste(sample.image.transpose(2, 0, 1), image.transpose(2, 0, 1))
+    sample.image = image
+    if sample.mask is not None:
+        sample.mask = paste(sample.mask, np.full((size, size), mask_fill, sample.mask.dtype))
+    if sample.planes is not None:
+        shape = (len(sample.planes), size, size)
+        sample.planes = paste(sample.planes, np.full(shape, plane_fill, sample.planes.dtype))
+    sample.box = (high.start, high.stop, wide.start, wide.stop)
+
+
+def _place(length: int, size: int, rng: np.random.Generator, corner: bool) -> tuple[slice, slice]:
+    """One axis of ``crop``: which part of the image goes where on the canvas."""
+    space = length - size
+    if space > 0:
+        # published for the corner form: int(u * space), u < 1, so that the very last offset never occurs (B.2)
+        start = int(rng.random() * space) if corner else int(rng.integers(space + 1))
+        return slice(start, start + size), slice(0, size)
+    at = 0 if corner else int(rng.integers(-space + 1))
+    return slice(0, length), slice(at, at + length)
+
+
+def augment(
+    sample: Sample,
+    recipe: Augment,
+    normalisation: str,
+    rng: np.random.Generator,
+    batch_rng: np.random.Generator,
+    plane_fill: float = 0.0,
+) -> Sample:
+    """Apply the operations of a recipe in its order, in place.
+
+    Args:
+        sample: with a uint8 image.
+        recipe: which operations, and how strong.
+        normalisation: name in misc.imaging.NORMALISATIONS.
+        rng: random stream of this sample.
+        batch_rng: random stream that all samples of the batch have in common (``scale_per_batch``).
+        plane_fill: what planes hold on the canvas.
+
+    Returns:
+        ``sample``: image (S, S, 3) float32, mask (S, S), planes (P, S, S), with S = ``recipe.crop``.
+    """
+    for operation in recipe.order:
+        match operation:
+            case "long_side":
+                long_side(sample, int(rng.integers(recipe.long_side[0], recipe.long_side[1] + 1)))
+            case "scale":
+                source = batch_rng if recipe.scale_per_batch else rng
+                scale(sample, float(source.uniform(*recipe.scale)), recipe.scale_filter)
+            case "flip":
+                if rng.random() < recipe.flip:
+                    flip(sample)
+            case "jitter":
+                jitter(sample, recipe.jitter, rng)
+            case "hsv":
+                hue, saturation, value = rng.integers(-recipe.hsv, recipe.hsv + 1, 3).tolist()
+                hsv(sample, (hue, saturation, value))
+            case "normalize":
+                sample.image = normalise(sample.image, normalisation)
+            case "crop":
+                corner = recipe.crop_place == "corner"
+                crop(sample, recipe.crop, rng, corner=corner, mask_fill=recipe.mask_fill, plane_fill=plane_fill)
+    return sample
