@@ -93,10 +93,11 @@ def colour_mask(mask: np.ndarray) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.55) -> np.ndarray:
-    """The mask's colours on the image (background left clear, a white line round each region): (H, W, 3) uint8."""
-    colours = colour_mask(mask)
+    """The mask's colours on the image, background and ignored pixels left clear, a white line round each class:
+    (H, W, 3) uint8."""
+    mask = np.where(mask == 255, 0, mask)
     weight = np.where(mask == 0, 0.0, opacity)[..., None]
-    mixed = image * (1 - weight) + colours * weight
+    mixed = image * (1 - weight) + colour_mask(mask) * weight
     edge = np.zeros(mask.shape, bool)
     edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
     edge[1:] |= mask[1:] != mask[:-1]

@@ -219,8 +219,8 @@ def _vertices(cells: Tensor, rank: Tensor, sets: int) -> tuple[Tensor, Tensor, l
     # A vertex lies up to d away from the remainder-0 one, its neighbours d further: margins keep packed sums unique.
     strides = _strides([sets, *((d + 1) * (span + 3) for span in spans)])
     keys = [_pack([group, *cells.add_(2).mul_(d + 1)], strides)]
-    # From one vertex of a simplex to the next: 1 up in all coordinates, d + 1 down in the one whose turn it is, from the
-    # last rank to the first. The coordinate that isn't stored has stride 0.
+    # From one vertex of a simplex to the next: 1 up in all coordinates, d + 1 down in the one whose turn it is, from
+    # the last rank to the first. The coordinate that isn't stored has stride 0.
     stride = torch.tensor(strides[1:], device=rank.device)[:, None].expand_as(rank)
     turn = rank.new_zeros(d + 1, rank.shape[1]).scatter_(0, rank, stride)
     for step in turn.flip(0)[:d]:

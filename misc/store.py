@@ -14,6 +14,7 @@ import pickle
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,6 +92,16 @@ def read_weights(path: Path) -> Any:
         raise ValueError(f"{path} is damaged or no checkpoint ({error}). Delete it and train again.") from error
 
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+"""Image files, the preferred one first where an id has several."""
+
+
+def image_id(file: str) -> str:
+    """Id of an image file: its name without folders and without an image extension (``a.b`` stays ``a.b``)."""
+    name = PurePosixPath(file.strip().replace("\\", "/")).name
+    return name.rsplit(".", 1)[0] if name.lower().endswith(IMAGE_SUFFIXES) else name
+
+
 def checked_id(image_id: str) -> str:
     """The id itself; ValueError where it would leave its folder (``../``, absolute, drive, backslash) or is empty."""
     parts = PurePosixPath(image_id).parts
@@ -118,19 +129,16 @@ def read_list(path: Path) -> list[str]:
         try:
             # a path is cut to its file name, but one that climbs is refused rather than quietly tamed
             checked_id(word.lstrip("/"))
-            name = PurePosixPath(word).name
-            ids.append(checked_id(name.rsplit(".", 1)[0] if name.lower().endswith(_IMAGE_SUFFIXES) else name))
+            ids.append(checked_id(image_id(word)))
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
     if not ids:
         raise ValueError(f"{path} is empty: put one image id a line.")
-    if len(set(ids)) != len(ids):
-        twice = sorted({i for i in ids if ids.count(i) > 1})[:5] if len(ids) < 20000 else []
-        raise ValueError(f"{path} names images twice: {', '.join(twice)}{' ...' if twice else ''}. Remove the copies.")
+    twice = [name for name, count in Counter(ids).items() if count > 1]
+    if twice:
+        more = " ..." if len(twice) > 5 else ""
+        raise ValueError(f"{path} names images twice: {', '.join(twice[:5])}{more}. Remove the copies.")
     return ids
-
-
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
 
 def read_image(path: Path) -> np.ndarray:

@@ -156,6 +156,13 @@ def test_same_numbers_each_time_and_no_side_effects() -> None:
     assert torch.equal(features, kept_features) and torch.equal(values, kept_values)
 
 
+def test_built_in_pieces_or_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, values = smooth_pixels(12, 15), random_values(180, 4)
+    expected = Lattice(features).filter(values)
+    monkeypatch.setattr("misc.lattice._CHUNK", 37)
+    assert torch.equal(Lattice(features).filter(values), expected)
+
+
 def test_no_gradient_any_layout_and_precision() -> None:
     features, values = smooth_pixels(6, 8), random_values(48, 3)
     expected = Lattice(features).filter(values)

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from misc import store
+from misc.store import IMAGE_SUFFIXES
 from voc12 import tags as tags_of
-from voc12.tags import IMAGE_SUFFIXES, DataError
+from voc12.tags import DataError
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",

@@ -17,6 +17,7 @@ import tyro
 from PIL import Image
 
 from misc import store
+from misc.imaging import palette
 from voc12.sample_draw import SPLITS, Picture, draw_picture, draw_saliency
 from voc12.sample_marks import MARKS, class_names
 
@@ -39,13 +40,10 @@ def _annotation(name: str, picture: Picture) -> str:
         x, y, bw, bh = cv2.boundingRect((picture.instances == number).astype(np.uint8))
         thing = ET.SubElement(root, "object")
         cut = x == 0 or y == 0 or x + bw == w or y + bh == h
-        for key, text in (
-            ("name", MARKS[label - 1].name),
-            ("pose", "Unspecified"),
-            ("truncated", cut),
-            ("difficult", difficult),
-        ):
-            ET.SubElement(thing, key).text = text if isinstance(text, str) else str(int(text))
+        ET.SubElement(thing, "name").text = MARKS[label - 1].name
+        ET.SubElement(thing, "pose").text = "Unspecified"
+        ET.SubElement(thing, "truncated").text = str(int(cut))
+        ET.SubElement(thing, "difficult").text = str(int(difficult))
         box = ET.SubElement(thing, "bndbox")
         for key, value in (("xmin", x + 1), ("ymin", y + 1), ("xmax", x + bw), ("ymax", y + bh)):
             ET.SubElement(box, key).text = str(value)
@@ -54,14 +52,15 @@ def _annotation(name: str, picture: Picture) -> str:
 
 
 def _write(root: Path, name: str, picture: Picture, saliency: np.ndarray | None) -> None:
-    """Write one picture's files below `root`."""
-    with store.writing(root / "JPEGImages" / f"{name}.jpg") as file:
-        Image.fromarray(picture.rgb).save(file, "JPEG", quality=JPEG_QUALITY)
-    store.write_bytes(root / "Annotations" / f"{name}.xml", _annotation(name, picture).encode())
+    """Write one picture's files below `root`; without syncing, as a set counts only once sample.json stands."""
+    Image.fromarray(picture.rgb).save(root / "JPEGImages" / f"{name}.jpg", quality=JPEG_QUALITY)
+    (root / "Annotations" / f"{name}.xml").write_bytes(_annotation(name, picture).encode())
     for folder, mask in zip(("SegmentationClass", "SegmentationObject"), picture.masks(), strict=True):
-        store.write_mask(root / folder / f"{name}.png", mask)
+        image = Image.fromarray(mask)
+        image.putpalette(palette().tobytes())
+        image.save(root / folder / f"{name}.png")
     if saliency is not None:
-        store.write_bytes(root / "Saliency" / f"{name}.png", store.png_bytes(saliency))
+        Image.fromarray(saliency).save(root / "Saliency" / f"{name}.png")
 
 
 def _claim(root: Path, wanted: dict[str, object]) -> bool:
@@ -118,6 +117,9 @@ def generate(
     )
     if _claim(root, wanted):
         return
+    folders = ["JPEGImages", "Annotations", "SegmentationClass", "SegmentationObject", "ImageSets/Segmentation"]
+    for folder in folders + ["Saliency"] * saliency:
+        (root / folder).mkdir(parents=True, exist_ok=True)
     lists: dict[str, list[str]] = {}
     for split, count in (("train", images), ("val", val)):
         lists[split] = [f"{SPLITS[split]}_{index + 1:06d}" for index in range(count)]

@@ -8,23 +8,17 @@ from __future__ import annotations
 import csv
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
+from misc.store import image_id
+
 IGNORE = 255
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-"""Image files, the preferred one first where an id has several."""
 
 
 class DataError(ValueError):
     """The data set is not what it should be; the message says what, where, and what to do."""
-
-
-def image_id(file: str) -> str:
-    """Id of an image file: its name without folders and without an image extension (``a.b`` stays ``a.b``)."""
-    name = PurePosixPath(file.strip().replace("\\", "/")).name
-    return name.rsplit(".", 1)[0] if name.lower().endswith(IMAGE_SUFFIXES) else name
 
 
 def encode(names: Iterable[str], classes: Sequence[str]) -> np.ndarray:
