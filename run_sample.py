@@ -6,21 +6,22 @@ import dataclasses
 import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import tyro
 
 from misc import distributed
-from misc.config import REQUIRED_WEIGHTS, flatten
-from misc.each import EachFailed
-from misc.fit import NonFiniteLoss, divide
+from misc.config import PRETRAINED_WEIGHTS, REQUIRED_WEIGHTS, flatten
+from misc.each import EachFailed, WorkerDied
+from misc.fit import NonFiniteLoss, divide, resume_point
 from misc.runfolder import OtherConfiguration
 from net import contract
 from step import STEPS, Step, select
 from step.config import Config, Job, default_config, open_job
-from voc12 import sample
+from voc12 import loader, sample
 
-PROBLEMS = (ValueError, FileNotFoundError, FileExistsError, EachFailed, NonFiniteLoss, OtherConfiguration, OSError)
+PROBLEMS = (ValueError, OSError, EachFailed, WorkerDied, loader.WorkerDied, NonFiniteLoss, OtherConfiguration)
 """Errors that tell the user what to do; anything else is a defect and shows its traceback."""
 
 
@@ -33,7 +34,7 @@ def parse(argv: Sequence[str]) -> Config:
     if preset not in ("published", "sample"):
         raise ValueError(f"--preset {preset}: there are published and sample.")
     base = default_config(method, preset, _value(argv, "--refiner"), _value(argv, "--segmenter"))
-    if _value(argv, "--voc12_root") and not _value(argv, "--data"):
+    if _value(argv, "--voc12-root") and not _value(argv, "--data"):
         base = dataclasses.replace(base, data="voc12")
     cfg = tyro.cli(Config, default=base, args=list(argv), description=_description(base), prog="run_sample.py")
     if cfg.method != method:
@@ -43,10 +44,9 @@ def parse(argv: Sequence[str]) -> Config:
 
 def _value(argv: Sequence[str], flag: str) -> str | None:
     for i, word in enumerate(argv):
-        if word == flag and i + 1 < len(argv):
-            return argv[i + 1]
-        if word.startswith(flag + "="):
-            return word.split("=", 1)[1]
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == flag and (equals or i + 1 < len(argv)):
+            return value if equals else argv[i + 1]
     return None
 
 
@@ -68,7 +68,8 @@ def _description(base: Config) -> str:
 def check(job: Job, steps: Sequence[Step]) -> None:
     """Everything that can be known to fail before any work starts. Raises ValueError or FileNotFoundError."""
     cfg = job.cfg
-    cfg.shard_part()
+    if cfg.shard_part()[1] > 1 and cfg.redo:
+        raise ValueError("--redo with --shard would remove the files of the other parts too: call it once without.")
     names = {s.name for s in steps}
     phases = [("cam." if n == "cam" else f"cam.{n}.", p) for n, p in cfg.cam.phases()] if "train_cam" in names else []
     phases += [("aff.", cfg.aff)] if "train_aff" in names else []
@@ -81,14 +82,17 @@ def check(job: Job, steps: Sequence[Step]) -> None:
                 f"which), or --{prefix}weights none to start from random ones (the published scores are out of reach "
                 "then)."
             )
-        if phase.weights != "none":
-            with open(phase.weights, "rb"):
-                pass
-    lists = {job.train_list: cfg.masks == "truth" and "train_seg" in names}
+        if phase.weights not in ("none", "cam", PRETRAINED_WEIGHTS):
+            if not Path(phase.weights).is_file():
+                raise FileNotFoundError(f"--{prefix}weights {phase.weights}: there is no such file.")
+    lists = {job.train_list: {"need_masks": cfg.masks == "truth" and "train_seg" in names}}
+    scored = cfg.score_list != Config.score_list or job.catalog.has_list(cfg.score_list)
+    if scored and {"make_cam", "random_walk"} & names:
+        lists.setdefault(cfg.score_list, {})
     if "infer_seg" in names:
-        lists.setdefault(cfg.val_list, False)
-    for split, need_masks in lists.items():
-        for warning in job.catalog.check(split, need_masks=need_masks):
+        lists.setdefault(cfg.val_list, {"need_tags": False})
+    for split, needs in lists.items():
+        for warning in job.catalog.check(split, **needs):
             distributed.say(f"Note ({split}): {warning}")
 
 
@@ -96,15 +100,22 @@ def remove(job: Job, steps: Sequence[Step]) -> None:
     """Remove what the named steps and all later ones made: later files rest on earlier ones."""
     first = min(STEPS.index(s) for s in steps)
     for step in STEPS[first:]:
-        for made in step.makes:
-            path = job.run.root / made
+        job.run.forget(step.name)
+        for path in (job.run.root / made for made in step.makes):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        job.run.forget(step.name)
+                resume_point(path).unlink(missing_ok=True)
     if first == 0:
         shutil.rmtree(job.run.root / "weights", ignore_errors=True)
+
+
+def finished(job: Job, step: Step) -> bool:
+    """Whether a step is recorded as done and all its files are there. To be called by all processes."""
+    done = job.run.finished(step.name) and all(path.exists() for path in step.files(job))
+    distributed.barrier()  # all have looked before one of them makes or removes files
+    return done
 
 
 def run(cfg: Config, device: torch.device) -> None:
@@ -115,23 +126,28 @@ def run(cfg: Config, device: torch.device) -> None:
         sample.generate(cfg.data_root(), images=s.images, val=s.val, classes=s.classes, seed=s.seed)
     distributed.barrier()
     job = open_job(cfg)
-    check(job, [s for s in steps if cfg.redo or not job.run.finished(s.name)])
-    lists = {name: job.catalog.fingerprint(name) for name in {job.train_list, cfg.val_list} if job.catalog.has_list(name)}
+    check(job, [s for s in steps if cfg.redo or not finished(job, s)])
+    names = [name for name in {job.train_list, cfg.score_list, cfg.val_list} if job.catalog.has_list(name)]
+    lists = {name: job.catalog.fingerprint(name) for name in sorted(names)}
     job.run.begin(cfg.recorded(), flatten(cfg.machine), lists, cfg.force)
     if cfg.redo:
         distributed.barrier()
         if distributed.is_main():
             remove(job, steps)
         distributed.barrier()
+    parts, partly = cfg.shard_part()[1], False
     for number, step in enumerate(steps):
         title = f"[{STEPS.index(step) + 1}/{len(STEPS)}] {step.name}"
-        if job.run.finished(step.name):
+        if finished(job, step):
             distributed.say(f"{title}: done already (--redo does it again).")
             continue
+        if partly and not step.per_image:
+            distributed.say(f"\n{title}: needs all {parts} parts. When they are there, call without --shard.")
+            return
         distributed.say(f"\n{title}: {step.does}")
-        partial = cfg.shard_part()[1] > 1
-        with job.run.step(step.name, done=not partial):
+        with job.run.step(step.name, done=parts == 1 or not step.per_image):
             step.run()(job, device)
+        partly |= parts > 1 and step.per_image
         distributed.say(f"    files: {', '.join(str(job.run.root / m) for m in step.makes)}")
         if number + 1 == len(steps) and step is not STEPS[-1]:
             following = STEPS[STEPS.index(step) + 1]
@@ -146,6 +162,9 @@ def main(argv: Sequence[str]) -> int:
     except PROBLEMS as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted: start the same command again to go on.", file=sys.stderr)
+        return 130
     finally:
         distributed.stop()
     return 0

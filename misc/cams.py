@@ -21,7 +21,7 @@ _EPSILON = 1e-5
 
 def input_sizes(size: tuple[int, int], infer: CamInference) -> list[tuple[int, int]]:
     """(h, w) of every network input for an image of ``size`` (H, W), in the order of the scales."""
-    return [imaging.scaled_size(size, scale) for scale in infer.scales]
+    return [imaging.scaled_size((1, 1) if infer.square else size, scale) for scale in infer.scales]
 
 
 def scaled_inputs(image: np.ndarray, infer: CamInference, normalisation: str) -> Iterator[Tensor]:
@@ -80,7 +80,13 @@ def shifted(total: Tensor) -> Tensor:
     return (total - low - _EPSILON) / (high - low + _EPSILON)
 
 
-NORMALISATIONS: dict[str, Callable[[Tensor], Tensor]] = {"max": by_maximum, "shifted": shifted}
+def by_range(total: Tensor) -> Tensor:
+    """(K, H, W) -> each class from its minimum, which becomes 0, to its maximum (mctformer.md section 4)."""
+    high, low = total.amax((1, 2), keepdim=True), total.amin((1, 2), keepdim=True)
+    return (total - low) / (high - low + 1e-8)
+
+
+NORMALISATIONS: dict[str, Callable[[Tensor], Tensor]] = {"max": by_maximum, "shifted": shifted, "minmax": by_range}
 """By the name they have in ``CamInference.normalise``."""
 
 

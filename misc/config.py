@@ -19,6 +19,7 @@ from misc.crf import CRFSettings
 T = TypeVar("T")
 
 REQUIRED_WEIGHTS = "required"
+PRETRAINED_WEIGHTS = "pretrained"
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,22 @@ class Fit:
     """Nesterov form of the SGD momentum."""
     weight_decay: float = 5e-4
     """Decay of the groups that are decayed at all."""
-    schedule: Literal["poly", "constant"] = "poly"
-    """poly: lr x (1 - step / (steps + schedule_extra)) ^ power, set before each update. constant: lr."""
+    schedule: Literal["poly", "constant", "cosine", "timm_cosine"] = "poly"
+    """poly: lr x (1 - step / (steps + schedule_extra)) ^ power, set before each update. constant: lr.
+    cosine: linear from warmup_lr to lr over the warm-up, both included, then by a cosine towards final_lr (aream.md 8).
+    timm_cosine: set once an epoch, one epoch late: epoch e has f(e - 1), the first f(0); f(t) rises linearly from
+    warmup_lr at 0 to lr at warmup_epochs, from there on it is the cosine from lr at 0 to final_lr at the last epoch
+    (mctformer.md 6)."""
     power: float = 0.9
     """Exponent of the poly schedule."""
     schedule_extra: int = 0
     """Steps added to the length in the poly schedule's denominator."""
+    warmup_epochs: int = 5
+    """Length of the warm-up of the cosine schedules. An epoch is 1 / epochs of the training, with steps too."""
+    warmup_lr: float = 1e-6
+    """Rate at the beginning of the cosine schedules."""
+    final_lr: float = 1e-5
+    """Rate that the cosine schedules end at."""
     clip_norm: float = 0.0
     """Largest gradient norm; larger gradients are scaled down to it. 0: no clipping."""
 
@@ -65,12 +76,21 @@ class Fit:
         _check(not self.nesterov or self.momentum > 0, "nesterov", self.nesterov, "False where momentum is 0")
         _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         _check(self.power > 0, "power", self.power, "positive")
+        _check(0 <= self.warmup_epochs <= self.epochs or "cosine" not in self.schedule, "warmup_epochs",
+               self.warmup_epochs, "in 0 .. epochs")
+        _check(self.warmup_lr >= 0, "warmup_lr", self.warmup_lr, "0 or more")
+        _check(self.final_lr >= 0, "final_lr", self.final_lr, "0 or more")
 
 
-AugmentOp = Literal["long_side", "scale", "flip", "jitter", "hsv", "normalize", "crop"]
+AugmentOp = Literal[
+    "long_side", "scale", "resized_crop", "flip", "jitter", "hsv", "rand_augment", "normalize", "erase", "crop"
+]
 _AUGMENT_ORDER = (
-    ("long_side", "normalize"), ("jitter", "normalize"), ("hsv", "normalize"),  # these act on 8-bit images
-    ("long_side", "crop"), ("scale", "crop"),  # crop gives the final size
+    # these act on 8-bit images
+    ("long_side", "normalize"), ("resized_crop", "normalize"), ("jitter", "normalize"), ("hsv", "normalize"),
+    ("rand_augment", "normalize"),
+    ("normalize", "erase"),  # the noise has the scale of normalised values
+    ("long_side", "crop"), ("scale", "crop"), ("resized_crop", "crop"),  # crop gives the final size
 )  # fmt: skip
 
 
@@ -94,8 +114,16 @@ class Augment:
     """jitter: strengths of the colour jitter in brightness, contrast, saturation, hue."""
     hsv: int = 10
     """hsv: largest integer shift of hue, saturation, value (OpenCV 8-bit HSV)."""
+    area: tuple[float, float] = (0.08, 1.0)
+    """resized_crop: a random part of the image, this share of its area and of aspect 3/4 to 4/3, is resized to the
+    square of side ``crop``, PIL bicubic."""
+    policy: str = "rand-m9-mstd0.5-inc1"
+    """rand_augment: timm's RandAugment by the name that timm gives its settings. It moves no mask."""
+    erase: float = 0.25
+    """erase: probability that a box of 2 to 33 % of the area is replaced by normal noise (timm's random erasing)."""
     crop: int = 448
-    """crop: side of the square cut from (or, where the image is smaller, filled by) the image. Pixels."""
+    """crop, resized_crop: side of the square that becomes the training image. crop cuts it from the image (or, where
+    the image is smaller, lays it on a canvas). Pixels."""
     crop_place: Literal["random", "corner"] = "random"
     """Where an image smaller than the crop lands on its canvas: a random place, or the top left corner. corner also
     takes the published offset of a larger image, int(u x (side - crop)), never the very last one (deeplab.md B.2)."""
@@ -117,6 +145,9 @@ class Augment:
         _check(0 <= self.flip <= 1, "flip", self.flip, "a probability")
         _check(min(self.jitter) >= 0 and self.jitter[3] <= 0.5, "jitter", self.jitter, "0 or more, hue at most 0.5")
         _check(0 <= self.hsv < 90, "hsv", self.hsv, "in [0, 90)")
+        _check(0 < self.area[0] <= self.area[1] <= 1, "area", self.area, "two increasing shares")
+        _check(self.policy.startswith("rand-"), "policy", self.policy, "a name such as rand-m9-mstd0.5-inc1")
+        _check(0 <= self.erase <= 1, "erase", self.erase, "a probability")
         _check(0 <= self.mask_fill <= 255, "mask_fill", self.mask_fill, "in 0 .. 255")
 
 
@@ -126,15 +157,19 @@ class CamInference:
 
     scales: tuple[float, ...] = (1.0, 0.5, 1.5, 2.0)
     """Factors of the image size; PIL bicubic, sizes rounded half to even."""
+    square: bool = False
+    """Scales are not factors but sides in pixels of a square that the image is stretched to (transcam.md 5)."""
     flip: bool = True
     """Add the maps of the mirrored image."""
-    normalise: Literal["max", "shifted"] = "max"
+    normalise: Literal["max", "shifted", "minmax"] = "max"
     """max: each class map divided by (its maximum + 1e-5) (psa.md 2.4).
     shifted: clipped at 0, then (S - min - 1e-5) / (max - min + 1e-5) with entries below min + 1e-5 at 0 before
-    (seam.md 5)."""
+    (seam.md 5).
+    minmax: (S - min) / (max - min + 1e-8) (mctformer.md 4)."""
 
     def __post_init__(self) -> None:
         _check(bool(self.scales) and min(self.scales) > 0, "scales", self.scales, "positive factors")
+        _check(not self.square or min(self.scales) >= 8, "scales", self.scales, "sides of 8 pixels or more for square")
 
 
 @dataclass(frozen=True)
@@ -174,7 +209,8 @@ class Machine:
     compile: bool = False
     """Compile networks with torch.compile for training."""
     channels_last: bool = False
-    """Store images and convolutions channels-last (often quicker on GPUs)."""
+    """Store images and convolutions channels-last on GPUs (often quicker there; on the CPU it is left out, where the
+    backward pass of some PyTorch builds crashes with it)."""
     checkpoint_every: int | None = None
     """Updates between two resume points. None: twenty times a training."""
 

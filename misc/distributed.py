@@ -6,10 +6,17 @@ Plain ``python`` is the one-process case of what ``torchrun`` starts; gloo on th
 from __future__ import annotations
 
 import os
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
+
+# processes wait for each other at the end of a step, where their shares of the images can be hours apart
+_LONGEST_WAIT = timedelta(days=7)
 
 
 def start(device: str) -> torch.device:
@@ -18,16 +25,21 @@ def start(device: str) -> torch.device:
     Args:
         device: 'auto' (a GPU where there is one), 'cpu' or 'cuda'.
 
-    Raises ValueError where 'cuda' is asked for and there is no GPU.
+    Raises ValueError where 'cuda' is asked for and there is no GPU, or fewer than processes.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--machine.device cuda: PyTorch sees no GPU here. Leave the flag out to run on the CPU.")
     on_gpu = device != "cpu" and torch.cuda.is_available()
     chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    if on_gpu and chosen.index >= torch.cuda.device_count():
+        raise ValueError(
+            f"There are {torch.cuda.device_count()} GPUs but more processes: lower --nproc-per-node, or give "
+            "--machine.device cpu."
+        )
     if on_gpu:
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_LONGEST_WAIT)
     return chosen
 
 
@@ -65,6 +77,15 @@ def total(value: Tensor) -> Tensor:
     value = value.clone()
     dist.all_reduce(value)
     return value
+
+
+def joined(items: list[T]) -> list[T]:
+    """The lists of all processes, one after the other; on every process. Waits for all."""
+    if not dist.is_initialized():
+        return items
+    lists: list[list[T]] = [[] for _ in range(world())]
+    dist.all_gather_object(lists, items)
+    return [item for listed in lists for item in listed]
 
 
 def say(*parts: object) -> None:

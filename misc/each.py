@@ -7,6 +7,9 @@ and a per-image report of what failed live here and nowhere else.
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -43,6 +46,10 @@ class EachFailed(RuntimeError):
         )
 
 
+class WorkerDied(RuntimeError):
+    """A worker process was killed or crashed; finished images are kept."""
+
+
 def shard(ids: Sequence[str], part: tuple[int, int] = (0, 1)) -> list[str]:
     """This process's share of the ids: every n-th, over jobs (``part`` = (i, n)) and then over ranks."""
     return list(ids[part[0] :: part[1]])[distributed.rank() :: distributed.world()]
@@ -72,8 +79,8 @@ def each(
         part: (i, n): only every n-th id, from the i-th on (``--shard``).
 
     Raises:
-        EachFailed: after all other images are finished.
-        store.DiskFull: at once.
+        EachFailed: after all other images are finished, in all processes of a torchrun alike.
+        store.DiskFull, WorkerDied: at once.
     """
     mine = shard(ids, part)
     left = [i for i in mine if not done(i)]
@@ -89,9 +96,10 @@ def each(
             for image_id in left:
                 _guarded(image_id, lambda i=image_id: work(i), failures)
                 bar.update()
-    distributed.barrier()
+    reports = distributed.joined([(failures, len(left))])
+    failures = [failure for listed, _ in reports for failure in listed]
     if failures:
-        raise EachFailed(name, failures, len(left))
+        raise EachFailed(name, failures, sum(count for _, count in reports))
 
 
 def _guarded(image_id: str, action: Callable[[], Any], failures: list[Failure]) -> None:
@@ -141,23 +149,36 @@ def _processes(
                 waiting.append((image_id, pool.submit(_in_worker, image_id)))
             if not waiting:
                 break
-            image_id, result = waiting.popleft()
+            image_id, result = waiting[0]
+            if isinstance(result.exception(), BrokenProcessPool):
+                raise result.exception()
+            waiting.popleft()
             _guarded(image_id, result.result, failures)
-            if failures and isinstance(result.exception(), BrokenProcessPool):
-                at = ", ".join([image_id, *(i for i, _ in waiting)][: 2 * workers])
-                raise RuntimeError(
-                    f"A worker process died (often: out of memory) at one of the images {at}. Finished images are "
-                    "kept: start the same command again, with fewer --machine.workers if it happens again."
-                )
             bar.update()
+    except BrokenProcessPool:
+        begun = [i for i, r in waiting if not r.done() or r.exception()] or [image_id]
+        raise WorkerDied(
+            f"A worker process died (often: out of memory) at one of the images {', '.join(begun[: 2 * workers])}. "
+            "Finished images are kept: start the same command again, with fewer --machine.workers if it happens again."
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start_worker(work: Callable[[str], None]) -> None:
     """The function reaches a worker process once, not with every image."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which lets begun images finish
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     store.quiet_threads()
     _in_worker.work = work  # type: ignore[attr-defined]
+
+
+def _end_with_parent() -> None:
+    """A killed parent would leave its workers waiting for images for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _in_worker(image_id: str) -> None:

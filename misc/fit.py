@@ -7,9 +7,10 @@ here and nowhere else. A network's ``forward(batch, progress)`` returns named lo
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,7 +77,32 @@ def lr_factor(fit: Fit, step: int, total: int) -> float:
     """Factor of the base learning rate at update ``step`` (0-based) of ``total``; past the end the last one stays."""
     if fit.schedule == "constant":
         return 1.0
+    if fit.schedule == "cosine":
+        return _cosine(fit, step, total) / fit.lr
+    if fit.schedule == "timm_cosine":
+        # published: the rate is set after an epoch with the index of that epoch, so all lags by one (mctformer.md 6)
+        return _timm_cosine(fit, max(0, min(step, total - 1) * fit.epochs // total - 1)) / fit.lr
     return (1 - min(step, total - 1) / (total + fit.schedule_extra)) ** fit.power
+
+
+def _half_wave(high: float, low: float, share: float) -> float:
+    """From ``high`` at 0 to ``low`` at 1."""
+    return low + (high - low) / 2 * (1 + math.cos(math.pi * share))
+
+
+def _cosine(fit: Fit, step: int, total: int) -> float:
+    """Rate of an update where the warm-up is a prefix of the cosine (aream.md section 8, Conformer)."""
+    step, warmup = min(step, total - 1), round(total * fit.warmup_epochs / fit.epochs)
+    if step < warmup:
+        return fit.warmup_lr + (fit.lr - fit.warmup_lr) * step / max(1, warmup - 1)
+    return _half_wave(fit.lr, fit.final_lr, (step - warmup) / (total - warmup))
+
+
+def _timm_cosine(fit: Fit, t: int) -> float:
+    """timm's rate for epoch ``t``: the warm-up is no prefix, the cosine counts from 0 on (mctformer.md section 6)."""
+    if t < fit.warmup_epochs:
+        return fit.warmup_lr + t * (fit.lr - fit.warmup_lr) / fit.warmup_epochs
+    return _half_wave(fit.lr, fit.final_lr, t / fit.epochs)
 
 
 def make_optimiser(groups: list[Any], fit: Fit, device: torch.device) -> torch.optim.Optimizer:
@@ -120,6 +146,11 @@ def seed_step(seed: int, step: int) -> None:
     torch.manual_seed(mixed)
 
 
+def resume_point(weights: Path) -> Path:
+    """The file beside a training's weights that holds its resume point while it goes on."""
+    return weights.with_name(f"{weights.stem}.resume.pt")
+
+
 def fit(
     network: nn.Module,
     batches: Callable[[int], Iterable[Batch]],
@@ -132,6 +163,7 @@ def fit(
     weights: Path,
     log: Path,
     name: str,
+    made_by: Mapping[str, Any],
 ) -> None:
     """Train a network and write its state dict to ``weights``.
 
@@ -143,22 +175,25 @@ def fit(
         total: number of updates.
         machine: precision, compilation, resume points.
         seed: of dropout and the like.
-        weights: final file; ``NAME.resume.pt`` beside it holds the resume point while training goes on.
-        log: TensorBoard folder.
+        weights: final file.
+        log: TensorBoard folder; this training's curves are in its sub-folder ``name``.
         name: what the progress bar and the log say.
+        made_by: plain values that decide the result (settings, data); a resume point of other ones is refused.
 
     Raises:
         NonFiniteLoss: a loss term is NaN or infinite; the batch is kept for a look.
+        ValueError: the resume point belongs to another training.
     """
     division = divide(recipe, distributed.world())
     network.to(device)
-    if machine.channels_last:
+    if machine.channels_last and device.type == "cuda":
         network.to(memory_format=torch.channels_last)
     network.train()
     optimiser = make_optimiser(network.param_groups(), recipe, device)  # type: ignore[operator]
     scaler = torch.amp.GradScaler(device.type, enabled=machine.amp_dtype(device) == torch.float16)
-    resume = weights.with_name(f"{weights.stem}.resume.pt")
-    start = _resume(resume, network, optimiser, scaler, device)
+    resume = resume_point(weights)
+    identity = json.dumps({**made_by, "updates": total, "seed": seed}, default=str)
+    start = _resume(resume, network, optimiser, scaler, identity)
     model = _wrap(network, machine, device)
     distributed.say(
         f"{name}: {total} updates of {recipe.batch_size} images = {distributed.world()} process(es) x "
@@ -166,10 +201,13 @@ def fit(
         + (f"; going on from update {start}" if start else "")
     )
     every = machine.checkpoint_every or max(1, total // 20)
-    writer = SummaryWriter(str(log), purge_step=start) if distributed.is_main() else None
     stream = iter(batches(start))
-    with tqdm(total=total, initial=start, desc=name, unit="update", disable=not distributed.is_main(),
-              dynamic_ncols=True) as bar:
+    main = distributed.is_main()
+    with (
+        # a folder for each training: what purge_step takes back of an interrupted one, it takes from the whole folder
+        SummaryWriter(str(log / name), purge_step=start) if main else contextlib.nullcontext() as writer,
+        tqdm(total=total, initial=start, desc=name, unit="update", disable=not main, dynamic_ncols=True) as bar,
+    ):
         for step in range(start, total):
             set_lr(optimiser, recipe, step, total)
             seed_step(seed, step)
@@ -184,10 +222,8 @@ def fit(
             bar.set_postfix({k: f"{v:.4f}" for k, v in terms.items()}, refresh=False)
             bar.update()
             if (step + 1) % every == 0 and step + 1 < total:
-                _save(resume, network, optimiser, scaler, step + 1)
-    if writer is not None:
-        writer.close()
-    if distributed.is_main():
+                _save(resume, network, optimiser, scaler, identity, step + 1)
+    if main:
         store.write_weights(weights, {k: v.cpu() for k, v in network.state_dict().items()})
         resume.unlink(missing_ok=True)
     distributed.barrier()
@@ -209,7 +245,7 @@ def _take(stream: Iterator[Batch], count: int) -> list[Batch]:
 
 def _to(batch: Batch, device: torch.device, machine: Machine) -> Batch:
     moved = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-    if machine.channels_last:
+    if machine.channels_last and device.type == "cuda":
         moved["image"] = moved["image"].contiguous(memory_format=torch.channels_last)
     return moved
 
@@ -253,24 +289,33 @@ def _share_counts(network: nn.Module, micro: list[Batch]) -> None:
 
 
 def _save(
-    path: Path, network: nn.Module, optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler, step: int
+    path: Path, network: nn.Module, optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler, identity: str,
+    step: int,
 ) -> None:
     if distributed.is_main():
         state = {"network": network.state_dict(), "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict()}
-        store.write_weights(path, {**state, "step": step})
+        store.write_weights(path, {**state, "identity": identity, "step": step})
 
 
 def _resume(
-    path: Path, network: nn.Module, optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-    device: torch.device,
+    path: Path, network: nn.Module, optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler, identity: str
 ) -> int:
     distributed.barrier()
     if not path.exists():
         return 0
     state = store.read_weights(path)
+    there, now = json.loads(state.get("identity", "{}")), json.loads(identity)
+    differing = [k for k in {**there, **now} if there.get(k) != now.get(k)]
+    if differing:
+        shown = "; ".join(f"{k} was {there.get(k)!r}, is {now.get(k)!r}" for k in differing[:5])
+        raise ValueError(
+            f"{path} is the resume point of another training ({shown}). Delete it to train from the start, or give the "
+            "settings it was made with."
+        )
     network.load_state_dict(state["network"])
     optimiser.load_state_dict(state["optimiser"])
-    scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty where it was saved without fp16
+        scaler.load_state_dict(state["scaler"])
     return int(state["step"])
 
 
@@ -279,6 +324,7 @@ def _stop(micro: list[Batch], terms: dict[str, float], step: int, log: Path, nam
     store.write_weights(kept, [{k: v.cpu() for k, v in batch.items()} for batch in micro])
     shown = ", ".join(f"{k} = {v}" for k, v in terms.items())
     raise NonFiniteLoss(
-        f"{name}: the loss is not finite at update {step} ({shown}). Nothing is lost: the last resume point stays. "
-        f"The batch is in {kept}. Try a smaller lr, or --machine.amp off."
+        f"{name}: the loss is not finite at update {step} ({shown}). A resume point made before stays; the batch is in "
+        f"{kept}. Start the same command again with --machine.amp off, or train anew with a smaller fit.lr in another "
+        "run folder."
     )

@@ -53,6 +53,15 @@ def denormalise(values: np.ndarray, name: str, *, truncate: bool = True) -> np.n
     return np.ascontiguousarray(pixels[..., ::-1] if norm.bgr else pixels)
 
 
+def truncated(image: np.ndarray, name: str) -> np.ndarray:
+    """What is left of an image that torchvision normalised (in single precision) and that is brought back with the
+    fraction cut off: (H, W, 3) uint8 RGB -> the same, some grey levels one lower (mctformer.md section 4)."""
+    norm = NORMALISATIONS[name]
+    grey = np.arange(256, dtype=np.float32)[:, None, None] / np.float32(norm.scale)
+    table = denormalise((grey - np.float32(norm.mean)) / np.float32(norm.std), name)  # (256, 1, 3)
+    return cv2.LUT(np.ascontiguousarray(image), table)
+
+
 def to_tensor(values: np.ndarray) -> Tensor:
     """(H, W, 3) float32 -> (3, H, W) float32 tensor, contiguous."""
     return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))

@@ -32,6 +32,7 @@ class RunFolder:
 
     def __init__(self, root: Path):
         self.root = Path(root)
+        self._step: str | None = None
 
     def weights(self, name: str) -> Path:
         """State dict of a trained network: cam, aff, seg, or a phase of a method."""
@@ -117,16 +118,21 @@ class RunFolder:
         return bool(self.record().get("steps", {}).get(step, {}).get("done"))
 
     def forget(self, step: str) -> None:
-        """Take back that a step is done."""
+        """Take back that a step is done, and its scores."""
         record = self.record()
         if record.get("steps", {}).pop(step, None):
             store.write_json(self.root / "run.json", record)
+        scores = self.scores()
+        kept = {name: score for name, score in scores.items() if score.get("step") != step}
+        if len(kept) < len(scores):
+            store.write_json(self.root / "scores.json", kept)
 
     @contextmanager
     def step(self, step: str, done: bool = True) -> Iterator[None]:
         """Time a step and record it when the block ends without an error: as done, or (one shard of it) not yet."""
         begin = time.perf_counter()
         _reset_peak()
+        self._step = step
         yield
         seconds = time.perf_counter() - begin
         if distributed.is_main():
@@ -144,8 +150,8 @@ class RunFolder:
         return store.read_json(path) if path.exists() else {}
 
     def add_score(self, name: str, score: dict[str, Any]) -> None:
-        """Record a score with its provenance under a name (replacing one of the same name)."""
-        store.write_json(self.root / "scores.json", {**self.scores(), name: score})
+        """Record a score with its provenance, and the step that runs, under a name (replacing one of the same name)."""
+        store.write_json(self.root / "scores.json", {**self.scores(), name: {**score, "step": self._step}})
 
 
 def _versions() -> dict[str, str]:

@@ -11,11 +11,8 @@ import io
 import json
 import os
 import pickle
-import struct
-import zipfile
-import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,7 +21,7 @@ from typing import Any, BinaryIO
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from misc.imaging import palette
 
@@ -34,27 +31,42 @@ class DiskFull(OSError):
 
 
 @contextmanager
-def writing(path: Path):
-    """A binary file to write; it takes its name only when the block ends without an error."""
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write; it takes its name only when the block ends without an error. Raises DiskFull."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except OSError as error:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(
-                error.errno, f"No disk space left while writing {path}. Free some and start the same command again"
-            ) from error
+        cause: BaseException | None = error
+        while cause is not None:  # zip writers put an error of their own over the disk's
+            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DiskFull(
+                    cause.errno, f"No disk space left while writing {path}. Free some and start the same command again"
+                ) from error
+            cause = cause.__context__
         raise
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+
+
+@contextmanager
+def _reading(path: Path, what: str, missing: str, damaged: str) -> Iterator[None]:
+    """FileNotFoundError where there is no file; a ValueError for whatever else a decoder raises, which for damaged
+    bytes can be anything. ``what`` begins both messages, ``missing`` and ``damaged`` end them."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{what} {path} does not exist{missing}.".lstrip()) from None
+    except Exception as error:
+        # torch's message advises to read the file unsafely and says only later what is wrong with it
+        lines = [line.strip() for line in str(error).splitlines() if "weights_only" not in line and line.strip()]
+        cause = lines[0].rstrip(".") if lines else type(error).__name__
+        raise ValueError(f"{what} {path} cannot be read ({cause}): {damaged}.".lstrip()) from error
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -69,11 +81,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; ValueError names a damaged file."""
-    try:
+    """Read JSON; FileNotFoundError, ValueError for a damaged file."""
+    with _reading(path, "", "", "delete it and run again"):
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}). Delete it and run again.") from error
 
 
 def write_weights(path: Path, value: Any) -> None:
@@ -83,13 +93,12 @@ def write_weights(path: Path, value: Any) -> None:
 
 
 def read_weights(path: Path) -> Any:
-    """Read what ``write_weights`` wrote, to the CPU; never unpickles arbitrary objects."""
-    try:
+    """Read what ``write_weights`` wrote, to the CPU; never unpickles arbitrary objects.
+
+    Raises FileNotFoundError; ValueError for a damaged file and for one that holds more than tensors.
+    """
+    with _reading(path, "", ": run the step that trains it first", "delete it and start the same command again"):
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist: run the step that trains it first.") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint ({error}). Delete it and train again.") from error
 
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
@@ -116,13 +125,12 @@ def read_list(path: Path) -> list[str]:
     """Image ids of a list file: the first word of each line, its file name without extension (evaluation.md 3.1).
 
     Bare ids and lines such as ``/JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png`` are understood.
-    Raises FileNotFoundError, ValueError (an empty list, an id that leaves the folder, an id twice).
+    Raises FileNotFoundError, ValueError (an empty list, an id that leaves the folder, an id twice, no text).
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"List file {path} does not exist.")
+    with _reading(path, "List file", "", "save it as UTF-8 text, one image id a line"):
+        text = Path(path).read_text(encoding="utf-8-sig")
     ids: list[str] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         word = line.split()[0]
@@ -147,18 +155,13 @@ def read_image(path: Path) -> np.ndarray:
     Grey, palette, CMYK and 16-bit images are converted; of an animation the first frame is taken.
     Raises FileNotFoundError; ValueError for a damaged file.
     """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16") or image.mode == "I":
-                values = np.asarray(image).astype(np.int64)
-                image = Image.fromarray(np.clip(values >> 8, 0, 255).astype(np.uint8))
-            return np.array(image.convert("RGB"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"Image {path} does not exist.") from None
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError, EOFError) as error:
-        raise ValueError(f"Image {path} cannot be read ({error}): replace it, or take it off the list.") from error
+    with _reading(path, "Image", "", "replace it, or take it off the list"), Image.open(path) as opened:
+        opened.load()
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I;16") or image.mode == "I":
+            values = np.asarray(image).astype(np.int64)
+            image = Image.fromarray(np.clip(values >> 8, 0, 255).astype(np.uint8))
+        return np.array(image.convert("RGB"))
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -166,19 +169,15 @@ def read_mask(path: Path) -> np.ndarray:
 
     Raises FileNotFoundError; ValueError for a damaged file and for a colour image (indices would be lost).
     """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            if image.mode not in ("P", "L", "1"):
-                raise ValueError(
-                    f"Mask {path} is a {image.mode} image: masks hold class indices in one 8-bit channel "
-                    "(palette or grey). Convert it."
-                )
-            return np.array(image.convert("L") if image.mode == "1" else image)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"Mask {path} does not exist.") from None
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise ValueError(f"Mask {path} cannot be read ({error}): replace it.") from error
+    with _reading(path, "Mask", "", "replace it"), Image.open(path) as image:
+        image.load()
+        mode, mask = image.mode, np.array(image)
+    if mode not in ("P", "L", "1"):
+        raise ValueError(
+            f"Mask {path} is a {mode} image: masks hold class indices in one 8-bit channel (palette or grey). "
+            "Convert it."
+        )
+    return mask.astype(np.uint8)
 
 
 def write_mask(path: Path, mask: np.ndarray) -> None:
@@ -204,14 +203,11 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Read an npz file of plain arrays; ValueError for a damaged file or one that holds objects."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:
+    """Read an npz file of plain arrays; FileNotFoundError, ValueError for a damaged file or one with objects."""
+    remedy = "delete it and start the command that makes it again"
+    with _reading(path, "", ": run the step that makes it first", remedy), open(path, "rb") as file:
+        with np.lib.npyio.NpzFile(file, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist: run the step that makes it first.") from None
-    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({error}). Delete it and run the step that makes it again.") from error
 
 
 @dataclass(frozen=True)
@@ -237,7 +233,10 @@ def write_cam(path: Path, keys: np.ndarray, maps: np.ndarray, size: tuple[int, i
     """Write ``cam/ID.npz``: maps are clipped to [0, 1] and stored as float16.
 
     SEAM's rule gives negative values where a class is ruled out (seam.md 5); as 0 they lose every arg-max alike.
+    Raises ValueError for values that are not finite: no later step could tell.
     """
+    if not np.isfinite(maps).all():
+        raise ValueError(f"{path} is not written, its maps are not finite: train again, or try --machine.amp off.")
     write_arrays(
         path,
         keys=np.asarray(keys, np.int64),
@@ -277,19 +276,42 @@ def _foreign_cam(path: Path, stored: Any) -> Cam:
     return Cam(keys.astype(np.int64), maps.astype(np.float32), (maps.shape[1], maps.shape[2]))
 
 
-# what NumPy itself names when an array or a scalar is pickled, whatever module it lives in
-_REBUILD = {"_reconstruct": np.zeros(0).__reduce__()[0], "scalar": np.float32(0).__reduce__()[0]}
+class _Dtype:
+    """Stands for a pickled NumPy dtype: takes its kind and byte order, not its flags, which could break NumPy."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        self.code = code
+        self.order = "="
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = state[1]
+
+    def real(self) -> np.dtype:
+        dtype = np.dtype(self.code)
+        if dtype.kind not in "biufOU":
+            raise pickle.UnpicklingError(f"it holds an array of {dtype}, which is not read from data files")
+        return dtype.newbyteorder(self.order)
+
+
+class _Array(np.ndarray):
+    """An array being unpickled."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        *version, shape, dtype, fortran, content = state
+        super().__setstate__((*version, shape, dtype.real(), fortran, content))
+
+
+def _scalar(dtype: _Dtype, content: bytes) -> Any:
+    return np.frombuffer(content, dtype.real())[0]
 
 
 class _Unpickler(pickle.Unpickler):
     """Knows NumPy arrays, scalars and dtypes, and the plain containers that pickle builds in; nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] == "numpy":
-            if name in _REBUILD and module.endswith("multiarray"):
-                return _REBUILD[name]
-            if name in ("ndarray", "dtype") and module == "numpy":
-                return getattr(np, name)
+        known = {"_reconstruct": lambda *_: _Array(0), "scalar": _scalar, "ndarray": _Array, "dtype": _Dtype}
+        if module.split(".")[0] == "numpy" and name in known:  # NumPy 1 and 2 have them in modules of other names
+            return known[name]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not read from data files")
 
 
@@ -298,19 +320,13 @@ def read_pickled(path: Path) -> Any:
 
     Raises FileNotFoundError; ValueError for a damaged file or any object but arrays, dicts, strings and numbers.
     """
-    try:
-        with open(path, "rb") as file:
-            version = np.lib.format.read_magic(file)
-            shape, _, dtype = _header(file, version)
-            if not dtype.hasobject:
-                file.seek(0)
-                return np.load(file, allow_pickle=False)
-            value = _Unpickler(file).load()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist.") from None
-    except (ValueError, EOFError, OSError, struct.error, pickle.UnpicklingError, AttributeError, TypeError,
-            IndexError, KeyError, ImportError) as error:
-        raise ValueError(f"{path} is damaged or holds what is not read from data files: {error}.") from error
+    with _reading(path, "", "", "replace it"), open(path, "rb") as file:
+        version = np.lib.format.read_magic(file)
+        shape, _, dtype = _header(file, version)
+        if not dtype.hasobject:
+            file.seek(0)
+            return np.load(file, allow_pickle=False)
+        value = _Unpickler(file).load()
     return value.item() if isinstance(value, np.ndarray) and shape == () else value
 
 

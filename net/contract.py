@@ -90,7 +90,9 @@ class Phase:
     augment: Augment = field(default_factory=Augment)
     """Training images."""
     weights: str = "none"
-    """Weights to start from: a checkpoint FILE, or 'none' for random ones."""
+    """Weights to start from: a checkpoint FILE; 'none' for random ones; 'cam' for the CAM network that this run trained
+    (refiners and segmenters of the same backbone); 'pretrained' for those that timm fetches from
+    the internet, in networks that have some there (transformers)."""
 
 
 @dataclass(frozen=True)
@@ -287,19 +289,35 @@ def multilabel_soft_margin(logits: Tensor, tags: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits.float(), tags.to(torch.float32))
 
 
-def conv_groups(network: nn.Module, new: Collection[str]) -> list[Group]:
+def decay_groups(network: nn.Module, no_decay: Collection[str]) -> list[Group]:
+    """The two groups of timm's AdamW trainings, all at the base rate (mctformer.md section 6, aream.md section 8).
+
+    First what is not decayed: one-dimensional parameters, biases and those named exactly as one of ``no_decay``; then
+    the rest. Only what is trained is in them.
+    """
+    groups = [Group([], decay=False), Group([])]
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            plain = parameter.ndim > 1 and not name.endswith(".bias") and name not in no_decay
+            groups[plain].params.append(parameter)
+    return groups
+
+
+def conv_groups(network: nn.Module, new: Collection[str], head_lr: float = 10.0) -> list[Group]:
     """The four groups of the published ResNet38 and VGG16 trainings (seam.md section 4.2, psa.md section 2.3).
 
     In this order: weights of the pre-trained layers (base rate, decayed), their biases (twice the rate, not decayed),
-    weights of the new layers (10 times, decayed), their biases (20 times, not decayed); a group may be empty. Only what
-    is trained is in them. Batch normalisation is frozen in the published trainings; where it is trained, its parameters
-    are a fifth group (base rate, not decayed).
+    weights of the new layers (``head_lr`` times, decayed), their biases (twice that, not decayed); a group may be
+    empty. Only what is trained is in them. Batch normalisation is frozen in the published trainings; where it is
+    trained, its parameters are a fifth group (base rate, not decayed).
 
     Args:
         network: its layers are sorted, in the order of its modules.
         new: names of the layers (or of modules that hold them) that are not pre-trained.
+        head_lr: their learning rate relative to the base rate.
     """
-    groups = [Group([]), Group([], 2.0, False), Group([], 10.0), Group([], 20.0, False), Group([], 1.0, False)]
+    slow = [Group([]), Group([], 2.0, False)]
+    groups = [*slow, Group([], head_lr), Group([], 2 * head_lr, False), Group([], 1.0, False)]
     for name, module in network.named_modules():
         is_new = any(name == n or name.startswith(f"{n}.") for n in new)
         for kind, parameter in module.named_parameters(recurse=False):

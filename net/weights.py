@@ -25,6 +25,9 @@ State = dict[str, Tensor]
 Rename = Callable[[str], str | None]
 """Name in the file -> name in the module, None to drop the tensor."""
 
+TIMM = "timm:"
+"""Before the name of one of timm's models, in place of a file."""
+
 # wrappers that leave their name before every key: data parallel training, torch.compile
 _WRAPPERS = ("module.", "_orig_mod.")
 # where training scripts put the state dict among their other things
@@ -257,8 +260,29 @@ def _format(path: Path) -> str:
     )
 
 
+def read_timm(name: str) -> State:
+    """Tensors of one of timm's pretrained models by its name there, such as "deit_small_patch16_224".
+
+    Needs the internet the first time. Raises ValueError where there is no such model or it can't be fetched.
+    """
+    import timm  # slow to import, and most runs don't need it
+
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}. Give a name of timm.list_models(pretrained=True), or a file.")
+    try:
+        return dict(timm.create_model(name, pretrained=True).state_dict())
+    except Exception as error:  # no connection, a proxy, a full disk: each layer of the download has its own
+        config = timm.get_pretrained_cfg(name)
+        url = config.url if config is not None and config.url else f"the weights of {name}"
+        raise ValueError(
+            f"timm's weights {name} can't be fetched ({type(error).__name__}: {str(error)[:200]}). Is there a way to "
+            f"the internet? If not, bring the file ({url}) and give its path as the weights instead of 'pretrained'."
+        ) from error
+
+
 def read(path: str | Path) -> State:
-    """Tensors of a weight file by their names in the file, recognised by content, not by suffix.
+    """Tensors of a weight file by their names in the file, recognised by content, not by suffix; of ``timm:NAME`` those
+    of ``read_timm``.
 
     Nested dictionaries ("state_dict", "model") and wrapper prefixes ("module.") are taken away.
 
@@ -266,6 +290,8 @@ def read(path: str | Path) -> State:
         FileNotFoundError: there is no such file.
         ValueError: its format is unknown, it is damaged, or it holds objects that would have to be unpickled.
     """
+    if str(path).startswith(TIMM):
+        return read_timm(str(path).removeprefix(TIMM))
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weight file. Give the path of a downloaded checkpoint.")
@@ -329,7 +355,7 @@ class Report:
     """What ``load`` did, by names of the module (of the file, renamed, for ``unexpected``)."""
 
     source: str
-    """The file, or "state dict"."""
+    """The file, or what the caller called it."""
     loaded: tuple[str, ...]
     """Tensors that took the file's values."""
     missing: tuple[str, ...]
@@ -359,6 +385,7 @@ def load(
     *,
     rename: Rename | None = None,
     allow_missing: Sequence[str] = (),
+    label: str | None = None,
 ) -> Report:
     """Load foreign weights into a module: everything but its head must be there and fit.
 
@@ -371,13 +398,14 @@ def load(
         rename: name in the file -> name in the module or None; by default what ``FORMATS`` recognises.
         allow_missing: names or prefixes, with ``*`` and ``?`` ("fc8", "f8_*"), of what the file may lack or hold in
             another shape, i.e. the head that is trained anew.
+        label: what report and errors call a checkpoint that is loaded already: the file it came from.
 
     Raises:
         FileNotFoundError, ValueError: as ``read``.
         ValueError: two names in the file become one; more than ``allow_missing`` is missing or has another shape.
     """
     from_file = isinstance(source, str | Path)
-    label = str(source) if from_file else "state dict"
+    label = label or (str(source) if from_file else "state dict")
     state = _renamed(read(source) if from_file else unwrap(source), rename, label)
     own = module.state_dict()
 

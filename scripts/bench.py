@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,14 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # run from anywhere; the plain forms live with the tests
 
+import cv2  # noqa: E402
 import plain  # noqa: E402
 import torch  # noqa: E402
 import tyro  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from misc.crf import CRFSettings, DenseCRF  # noqa: E402
+from misc.metrics import Confusion, ThresholdCurve, mask_at  # noqa: E402
 from misc.walk import half_circle, pair_cells, transition, walk  # noqa: E402
 from net.refine.psa import pair_affinity  # noqa: E402
 
@@ -115,6 +119,83 @@ def pairs_published(features: Tensor, source: Tensor, target: Tensor) -> Tensor:
     return features.grad
 
 
+# ------------------------------------------------------------------------------------------------ threshold curve
+
+
+def curve_inputs() -> tuple[Any, ...]:
+    """Truth and class maps of 20 images of 375 x 500 with two classes each."""
+    rng = np.random.default_rng(0)
+    truths = [np.repeat(np.repeat(rng.integers(0, 21, (15, 20)), 25, 0), 25, 1).astype(np.uint8) for _ in range(20)]
+    maps = [cv2.GaussianBlur(rng.random((375, 500, 2), np.float32), (0, 0), 9).transpose(2, 0, 1) for _ in range(20)]
+    maps = [(m - m.min()) / (m.max() - m.min()) for m in maps]
+    return truths, [(np.array([3, 11]), m) for m in maps]
+
+
+@dataclass(frozen=True)
+class OnePassCurve:
+    """misc/metrics.py: confusion matrices at all thresholds from one histogram."""
+
+    thresholds: tuple[float, ...]
+
+    def __call__(self, truths: list[np.ndarray], cams: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        curve = ThresholdCurve(21, self.thresholds)
+        for truth, (keys, maps) in zip(truths, cams, strict=True):
+            curve.add(truth, keys, maps)
+        return curve.mious()
+
+
+@dataclass(frozen=True)
+class PassPerThreshold:
+    """The published form: all images again for every threshold (without its reading of the files)."""
+
+    thresholds: tuple[float, ...]
+
+    def __call__(self, truths: list[np.ndarray], cams: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        mious = []
+        for threshold in self.thresholds:
+            confusion = Confusion(21)
+            for truth, maps in zip(truths, cams, strict=True):
+                confusion.add(truth, mask_at(maps, threshold))
+            mious.append(confusion.miou())
+        return np.array(mious)
+
+
+# ------------------------------------------------------------------------------------------------ dense CRF
+
+
+def crf_inputs() -> tuple[Any, ...]:
+    """A smooth 375 x 500 picture and score stacks of four labels for two alphas."""
+    rng = np.random.default_rng(0)
+    image = cv2.GaussianBlur(rng.integers(0, 256, (375, 500, 3)).astype(np.float32), (0, 0), 6)
+    image = ((image - image.min()) / (image.max() - image.min()) * 255).astype(np.uint8)
+    scores = cv2.GaussianBlur(rng.random((375, 500, 4), np.float32), (0, 0), 12).transpose(2, 0, 1)
+    return image, [np.ascontiguousarray(scores), np.ascontiguousarray(scores[::-1])]
+
+
+def crf_ours(image: np.ndarray, stacks: list[np.ndarray]) -> np.ndarray:
+    """misc/crf.py: the lattices are built once for both stacks."""
+    crf = DenseCRF(image, CRFSettings())
+    return np.stack([crf(scores) for scores in stacks])
+
+
+def crf_pydensecrf(image: np.ndarray, stacks: list[np.ndarray]) -> np.ndarray:
+    """pydensecrf, a CRF of its own for each stack (needs the package pydensecrf2)."""
+    from pydensecrf import densecrf
+
+    results = []
+    for scores in stacks:
+        n, height, width = scores.shape
+        crf = densecrf.DenseCRF2D(width, height, n)
+        unary = -np.log(np.clip(scores, 1e-5, 1)).reshape(n, -1)
+        crf.setUnaryEnergy(np.ascontiguousarray(unary, dtype=np.float32))
+        crf.addPairwiseGaussian(sxy=3, compat=3)
+        crf.addPairwiseBilateral(sxy=80, srgb=13, rgbim=image, compat=10)
+        results.append(np.array(crf.inference(10)).reshape(n, height, width))
+    return np.stack(results)
+
+
+THRESHOLDS = tuple(i / 100 for i in range(60))
+
 CASES: dict[str, Case] = {
     "walk_psa": Case(
         "random walk, 375 x 500 at stride 8, radius 5, 2^8 steps, 4 maps",
@@ -127,6 +208,18 @@ CASES: dict[str, Case] = {
     "pairs_psa": Case(
         "pair affinities and their gradient, one crop of 448, 448 channels, radius 5",
         pair_inputs, pairs_ours, pairs_published,
+    ),
+    "curve_60": Case(
+        "mIoU at 60 background scores, 20 images of 375 x 500 in memory, 2 classes each",
+        curve_inputs, OnePassCurve(THRESHOLDS), PassPerThreshold(THRESHOLDS), bound=1e-12,
+    ),
+    "curve_1": Case(
+        "the same at one background score",
+        curve_inputs, OnePassCurve((0.3,)), PassPerThreshold((0.3,)), bound=1e-12,
+    ),
+    "crf": Case(
+        "dense CRF, 375 x 500, 4 labels, 10 iterations, two alphas",
+        crf_inputs, crf_ours, crf_pydensecrf if find_spec("pydensecrf") else None, bound=5e-3,
     ),
 }  # fmt: skip
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step: its name (that of its file), what it does, and the folders or files of the run folder that it makes."""
+    """A step: its name (that of its file), what it does, the folders or files of the run folder that it makes, and
+    every file that is there when it is done (of a job). Steps over images can be done in parts."""
 
     name: str
     does: str
     makes: tuple[str, ...]
+    files: Callable[[Any], Iterable[Path]]
+    per_image: bool = False
 
     def run(self) -> Callable[[Any, Any], None]:
         """The step's function (imported when it is needed)."""
@@ -22,15 +26,22 @@ class Step:
 
 
 STEPS: tuple[Step, ...] = (
-    Step("train_cam", "train the CAM network from tags", ("weights/cam.pt",)),
-    Step("make_cam", "infer the CAMs of the training images", ("cam",)),
-    Step("make_aff_label", "make affinity labels from the CAMs", ("aff_label",)),
-    Step("train_aff", "train the affinity network", ("weights/aff.pt",)),
-    Step("random_walk", "spread the CAMs by a random walk: pseudo masks", ("label",)),
-    Step("train_seg", "train the segmentation network on the pseudo masks", ("weights/seg.pt",)),
-    Step("infer_seg", "predict the validation images", ("seg",)),
-    Step("report", "write the page that shows it all", ("report.html",)),
-)
+    Step("train_cam", "train the CAM network from tags", ("weights/cam.pt",),
+         lambda job: [job.run.weights(name) for name, _ in job.cfg.cam.phases()]),
+    Step("make_cam", "infer the CAMs of the training images", ("cam",),
+         lambda job: map(job.run.cam, job.cam_ids()), per_image=True),
+    Step("make_aff_label", "make affinity labels from the CAMs", ("aff_label",),
+         lambda job: map(job.run.aff_label, job.train_ids()), per_image=True),
+    Step("train_aff", "train the affinity network", ("weights/aff.pt",), lambda job: [job.run.weights("aff")]),
+    Step("random_walk", "spread the CAMs by a random walk: pseudo masks", ("label",),
+         lambda job: map(job.run.label, job.cam_ids()), per_image=True),
+    Step("train_seg", "train the segmentation network on the pseudo masks", ("weights/seg.pt",),
+         lambda job: [job.run.weights("seg")]),
+    Step("infer_seg", "predict the validation images", ("seg",),
+         lambda job: map(job.run.seg, job.catalog.ids(job.cfg.val_list)), per_image=True),
+    Step("report", "write the page that shows it all", ("report.html", "pictures.png"),
+         lambda job: [job.run.report]),
+)  # fmt: skip
 
 
 def select(wanted: Sequence[str]) -> list[Step]:
@@ -43,7 +54,7 @@ def select(wanted: Sequence[str]) -> list[Step]:
     def number(text: str) -> int:
         if text in names:
             return names.index(text)
-        if text.isdigit() and 1 <= int(text) <= len(STEPS):
+        if text.isdecimal() and 1 <= int(text) <= len(STEPS):
             return int(text) - 1
         listed = ", ".join(f"{i} {n}" for i, n in enumerate(names, 1))
         raise ValueError(f"--steps {text}: there is no such step. The steps are: {listed}.")

@@ -39,13 +39,13 @@ class Sample:
 class Config:
     """Everything a run is made of."""
 
-    method: tyro.conf.Positional[str] = "seam"
+    method: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="METHOD")] = "seam"
     """The CAM method."""
     preset: Literal["published", "sample"] = "sample"
     """published: the paper's recipe. sample: tiny networks, minutes on two CPU cores."""
     data: str = "sample"
     """Data set: sample (generated), voc12 (VOC 2012 or any folder in its layout)."""
-    root: Annotated[Path | None, tyro.conf.arg(aliases=["--voc12_root"])] = None
+    root: Annotated[Path | None, tyro.conf.arg(aliases=["--voc12-root"])] = None
     """Folder of the data set. Default for the sample set: data/sample-..., named after its settings."""
     run: Path | None = None
     """Run folder: everything is written here. Default: runs/METHOD-DATA."""

@@ -60,7 +60,7 @@ def run(job: Job, device: torch.device) -> None:
 def score_table(scores: dict[str, dict[str, Any]]) -> str:
     """The recorded scores as aligned text: name, mIoU, list, number of images, how the threshold was chosen, tags."""
     rows = [("score", "mIoU", "list", "images", "background score", "tags used")]
-    rows += [(n, f"{s['miou']:.2f}", s["split"], str(s["images"]), _threshold(s), s["tags"]) for n, s in scores.items()]
+    rows += [(n, _number(s["miou"]), s["split"], str(s["images"]), _threshold(s), s["tags"]) for n, s in scores.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -170,7 +170,7 @@ def _scores(scores: dict[str, dict[str, Any]]) -> str:
     known = {"scales", "flip", "crf_iterations", "start_weights"}
     rows = [
         (
-            name, f"{s['miou']:.2f}", _number(s.get("boundary_miou")), s["split"], s["images"], _threshold(s),
+            name, _number(s["miou"]), _number(s.get("boundary_miou")), s["split"], s["images"], _threshold(s),
             s["tags"], ", ".join(f"{k.replace('_', ' ')}: {s[k]}" for k in s if k in known),
         )
         for name, s in scores.items()

@@ -13,6 +13,5 @@ def run(job: Job, device: torch.device) -> None:
     """Train every phase of the method on the training list: writes weights/PHASE.pt, the last one weights/cam.pt."""
     earlier: dict[str, Network] = {}
     for name, phase in job.cfg.cam.phases():
-        if not job.run.weights(name).exists():
-            train(job, name, phase, build(job, phase, earlier), device, ids=job.train_ids())
+        train(job, name, phase, build(job, phase, earlier), device, ids=job.train_ids())
         earlier[name] = trained(job, name, phase, device, earlier)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from misc import distributed
+from misc.config import flatten
 from misc.fit import Batch, divide, fit
 from misc.store import read_weights
 from net.contract import Network, Phase
@@ -53,7 +54,7 @@ def train(
     plane_fill: float = 0.0,
     target: Callable[[np.ndarray], Any] | None = None,
 ) -> None:
-    """Train a network on the images ``ids`` as its phase says and write weights/NAME.pt.
+    """Train a network on the images ``ids`` as its phase says and write weights/NAME.pt, unless it is there.
 
     Args:
         mask: reads the (H, W) uint8 mask of an image, for segmentation networks.
@@ -61,8 +62,14 @@ def train(
         target: turns augmented planes into the training target.
     """
     recipe = phase.fit
+    if job.run.weights(name).exists():
+        distributed.say(f"{name}: trained already.")
+        return
     if phase.weights != "none":
-        distributed.say(f"{name}: starts from {phase.weights}: {network.load_weights(phase.weights)}")
+        start = str(job.run.weights("cam")) if phase.weights == "cam" else phase.weights
+        if phase.weights == "cam" and not job.run.weights("cam").exists():
+            raise FileNotFoundError(f"{name} starts from {start}, which does not exist: run train_cam first.")
+        distributed.say(f"{name}: starts from {start}: {network.load_weights(start)}")
     division = divide(recipe, distributed.world())
     draws = Draws(len(ids), recipe.batch_size, recipe.sample_order, job.cfg.seed)
     total = recipe.steps or recipe.epochs * draws.steps_per_epoch
@@ -80,4 +87,5 @@ def train(
     fit(
         network, batches, recipe, total, machine=job.cfg.machine, device=device, seed=job.cfg.seed,
         weights=job.run.weights(name), log=job.run.log, name=name,
+        made_by={**flatten(phase), "images": job.catalog.fingerprint(job.train_list)},
     )

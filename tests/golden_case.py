@@ -30,7 +30,7 @@ class Case:
         self.name = path.stem
         self.path = path
         self.meta: dict[str, Any] = json.loads(path.read_text())
-        self.tolerance = float(self.meta["tolerance"])
+        self.tolerance, self.of_largest = _tolerance(self.meta["tolerance"])
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
@@ -51,24 +51,34 @@ class Case:
     def sample(self, name: str, value: Any) -> np.ndarray:
         """The stored part of a full value: all of it, or the strided sample that the JSON names."""
         value = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-        stored = self.meta["outputs"].get(name, {}).get("stored")
-        if stored:
-            assert list(value.shape) == self.meta["outputs"][name]["shape"], f"{name}: {value.shape}"
-            text = re.search(r"\[(.*?)\]", stored)
-            assert text
+        output = self.meta["outputs"].get(name, {})
+        if "stored" in output:  # then the shape is that of the full value
+            assert list(value.shape) == output["shape"], f"{name}: {value.shape}"
+        stored = output.get("stored") or output.get("sampled")
+        if stored and (text := re.search(r"\[(.*?)\]", stored)):
             value = value[tuple(_index(part.strip()) for part in text[1].split(","))]
         return value
 
     def check(self, name: str, value: Any, tolerance: float | None = None) -> None:
-        """Compare a full value with the stored output of that name, at the case's tolerance."""
+        """Compare a full value with the stored output of that name, at the case's tolerance: absolute plus relative to
+        each entry, or (``of_largest``) relative to the largest of them."""
         tolerance = self.tolerance if tolerance is None else tolerance
         expected = self.arrays[name]
         got = self.sample(name, value)
         assert got.shape == expected.shape, f"{name}: shape {got.shape}, expected {expected.shape}"
-        np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance, err_msg=f"{self.name}: {name}")
+        rtol, atol = (0, tolerance * abs(expected).max()) if self.of_largest else (tolerance, tolerance)
+        np.testing.assert_allclose(got, expected, rtol=rtol, atol=atol, err_msg=f"{self.name}: {name}")
 
 
-def _index(part: str) -> slice | int:
+def _tolerance(stated: Any) -> tuple[float, bool]:
+    """The number in what a case states, NaN (which nothing meets) where there is none, and whether it is relative to
+    the largest value of an output."""
+    number = re.search(r"[\d.]+e-\d+", stated) if isinstance(stated, str) else None
+    value = stated if isinstance(stated, int | float) else number[0] if number else "nan"
+    return float(value), isinstance(stated, str) and stated.startswith("relative")
+
+
+def _index(part: str) -> Any:
     if ":" not in part:
-        return int(part)
+        return ... if part == "..." else int(part)
     return slice(*(int(v) if v else None for v in part.split(":")))

@@ -12,8 +12,9 @@ import pytest
 from golden_case import Case
 
 PENDING = (
-    "aream_", "caae_", "caffemodel_", "conformer_", "crt_", "deeplabv2_", "getam_", "irn_",
-    "mctformer_", "par_", "puzzlecam_", "semformer_", "transcam_", "tscam_", "wsol_",
+    "aream_aff", "aream_conformer", "aream_crf", "aream_e", "aream_infer", "aream_m", "aream_pseudo", "aream_train",
+    "caae_", "caffemodel_", "crt_", "deeplabv2_", "getam_", "irn_",
+    "par_", "puzzlecam_", "semformer_", "tscam_", "wsol_",
 )
 """Families whose methods are not built yet; this list only shrinks."""
 

@@ -196,7 +196,68 @@ def test_no_global_random_state_is_touched() -> None:
     torch.manual_seed(1)
     order = ("long_side", "hsv", "jitter", "scale", "flip", "normalize", "crop")
     augment(located(), Augment(order=order, long_side=(30, 50), crop=32), "imagenet", rng(), rng())
+    order = ("resized_crop", "rand_augment", "normalize", "erase")
+    augment(Sample(located().image), Augment(order=order, erase=1.0, crop=32), "imagenet", rng(), rng())
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == wanted
+
+
+def test_resized_crop_keeps_everything_together() -> None:
+    """Where the crop only enlarges, colour, mask and planes of a place are of the same row and column, nearly."""
+    shares = []
+    for seed in range(12):
+        sample = located(80, 120)
+        transforms.resized_crop(sample, 128, (0.2, 0.5), rng(seed))
+        assert sample.image.shape == (128, 128, 3) and sample.box == (0, 128, 0, 128)
+        assert sample.mask is not None and sample.planes is not None
+        assert sample.mask.shape == (128, 128) and sample.planes.shape == (2, 128, 128)
+        assert np.abs(sample.image[..., 0].astype(int) - 50 - sample.mask).max() <= 1
+        assert np.abs(sample.image[..., 1].astype(int) - 50 - sample.planes[1]).max() <= 1
+        height, width = (int(np.ptp(plane)) + 1 for plane in sample.planes)
+        shares.append(height * width / (80 * 120))
+        assert 0.7 < width / height < 1.4
+    assert 0.18 < min(shares) < 0.3 and 0.4 < max(shares) < 0.52
+
+
+def seeded(seed: int) -> None:
+    """The global streams as a sample with the generator ``rng(seed)`` lends them."""
+    number = int(rng(seed).integers(2**32))
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+
+
+def test_rand_augment_and_erase_are_those_of_timms_training_transform() -> None:
+    from timm.data import create_transform
+
+    policy = Augment().policy
+    whole = create_transform(
+        40, is_training=True, auto_augment=policy, interpolation="bicubic", re_prob=0.5, re_mode="pixel"
+    )
+    policy_op, final = (
+        next(op for op in whole.transforms if type(op).__name__ == name) for name in ("RandAugment", "RandomErasing")
+    )
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    values = normalise(image, "imagenet")
+    changed = erased = 0
+    for seed in range(30):
+        seeded(seed)
+        expected = np.asarray(policy_op(Image.fromarray(image)))
+        sample = Sample(image)
+        transforms.rand_augment(sample, policy, "imagenet", rng(seed))
+        assert np.array_equal(sample.image, expected)
+        changed += not np.array_equal(expected, image)
+        seeded(seed)
+        expected = final(torch.from_numpy(values.transpose(2, 0, 1).copy())).permute(1, 2, 0).numpy()
+        sample = Sample(values)
+        transforms.erase(sample, 0.5, rng(seed))
+        assert np.array_equal(sample.image, expected)
+        erased += not np.array_equal(expected, values)
+    assert 10 < changed < 30 and 5 < erased < 25
+
+
+def test_rand_augment_refuses_what_it_would_not_move() -> None:
+    with pytest.raises(ValueError, match="rand_augment"):
+        transforms.rand_augment(located(), "rand-m9", "imagenet", rng())
 
 
 def test_mask_of_another_size_is_refused() -> None:
@@ -205,7 +266,8 @@ def test_mask_of_another_size_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "order", [("normalize", "jitter", "crop"), ("crop", "scale", "normalize"), ("zoom", "normalize"), ("crop",)]
+    "order", [("normalize", "jitter", "crop"), ("crop", "scale", "normalize"), ("zoom", "normalize"), ("crop",),
+              ("erase", "normalize"), ("normalize", "rand_augment"), ("normalize", "resized_crop")]
 )
 def test_impossible_orders(order: tuple) -> None:
     with pytest.raises(ValueError, match="order"):

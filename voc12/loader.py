@@ -95,7 +95,7 @@ class TrainSet(Dataset[dict[str, Tensor]]):
     Args:
         catalog: the data set.
         ids: its list.
-        recipe: augmentation; must contain ``crop``, which gives all samples one size S.
+        recipe: augmentation; must contain ``crop`` or ``resized_crop``, which give all samples one size S.
         normalisation: name in misc.imaging.NORMALISATIONS.
         seed: of the augmentation.
         with_mask: reads the (pseudo or true) mask of an id, (H, W) uint8; None: samples have no mask.
@@ -117,8 +117,10 @@ class TrainSet(Dataset[dict[str, Tensor]]):
         plane_fill: float = 0.0,
         target: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
-        if "crop" not in recipe.order:
-            raise ValueError(f"The augmentation {', '.join(recipe.order)} lacks crop, so images have no common size.")
+        if not {"crop", "resized_crop"} & set(recipe.order):
+            raise ValueError(
+                f"The augmentation {', '.join(recipe.order)} lacks crop or resized_crop, so images have no common size."
+            )
         if (planes is None) != (target is None):
             raise ValueError("planes and target belong together: give both or neither.")
         self.catalog = catalog

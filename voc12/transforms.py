@@ -1,20 +1,25 @@
 """Augmentation of one training sample, driven by a recipe's Augment (misc/config.py) and a random generator passed in.
 
-Whatever moves the image moves its mask, its label planes and its box in the same way. Nothing here draws from a global
-random state.
+Whatever moves the image moves its mask, its label planes and its box in the same way. Nothing here leaves a trace in a
+global random state.
 """
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import cv2
 import numpy as np
+import torch
 from PIL import Image
-from torchvision.transforms import functional
+from torchvision.transforms import RandomResizedCrop, functional
 
 from misc.config import Augment
-from misc.imaging import normalise, resize_image, resize_mask
+from misc.imaging import denormalise, normalise, resize_image, resize_mask, to_tensor
 
 Size = tuple[int, int]
 
@@ -167,6 +172,75 @@ def _place(length: int, size: int, rng: np.random.Generator, corner: bool) -> tu
     return slice(0, length), slice(at, at + length)
 
 
+# ------------------------------------------------------------------------- operations of torchvision and timm
+
+
+@contextmanager
+def _lent(rng: np.random.Generator) -> Iterator[None]:
+    """Inside, the global streams of Python, NumPy and torch (of the CPU), which timm and torchvision draw from, come
+    from ``rng``; they are put back afterwards."""
+    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = int(rng.integers(2**32))
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU's stream too
+    try:
+        yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+        torch.set_rng_state(kept[2])
+
+
+def resized_crop(sample: Sample, size: int, area: tuple[float, float], rng: np.random.Generator) -> None:
+    """Cut a random part, of a share of the area in ``area`` and of aspect 3/4 to 4/3, and resize it to a square of
+    side ``size``: image PIL bicubic, mask PIL nearest (mctformer.md section 6)."""
+    with _lent(rng):
+        top, left, height, width = RandomResizedCrop.get_params(
+            Image.fromarray(np.ascontiguousarray(sample.image)), list(area), [3 / 4, 4 / 3]
+        )
+    rows, columns = slice(top, top + height), slice(left, left + width)
+    sample.image = resize_image(np.ascontiguousarray(sample.image[rows, columns]), (size, size))
+    if sample.mask is not None:
+        sample.mask = resize_mask(np.ascontiguousarray(sample.mask[rows, columns]), (size, size))
+    if sample.planes is not None:
+        sample.planes = np.ascontiguousarray(sample.planes[:, rows, columns])
+    _resized(sample, (size, size))
+
+
+@lru_cache
+def _rand_augment(policy: str, normalisation: str, side: int) -> Callable[[Image.Image], Image.Image]:
+    """timm's RandAugment as its ImageNet training transform sets it up."""
+    from timm.data.auto_augment import rand_augment_transform  # slow to import, and few recipes need it
+
+    mean = denormalise(np.zeros((1, 1, 3), np.float32), normalisation, truncate=False)[0, 0].tolist()
+    options = {"translate_const": int(side * 0.45), "img_mean": tuple(mean), "interpolation": Image.Resampling.BICUBIC}
+    return rand_augment_transform(policy, options)
+
+
+def rand_augment(sample: Sample, policy: str, normalisation: str, rng: np.random.Generator) -> None:
+    """timm's RandAugment on the 8-bit image; what it uncovers has the mean colour (mctformer.md section 6).
+
+    Raises ValueError where there is a mask or planes: its rotations and shears would not move them.
+    """
+    if sample.mask is not None or sample.planes is not None:
+        raise ValueError("rand_augment moves the image without its mask: take it out of augment.order.")
+    operation = _rand_augment(policy, normalisation, min(sample.image.shape[:2]))
+    with _lent(rng):
+        sample.image = np.asarray(operation(Image.fromarray(np.ascontiguousarray(sample.image))))
+
+
+def erase(sample: Sample, probability: float, rng: np.random.Generator) -> None:
+    """timm's random erasing on the normalised image: one box of 2 to 33 % of the area, aspect 0.3 to 3.3, filled with
+    standard normal noise (mctformer.md section 6)."""
+    from timm.data.random_erasing import RandomErasing
+
+    values = to_tensor(sample.image)  # (3, H, W)
+    with _lent(rng):
+        values = RandomErasing(probability, mode="pixel", device="cpu")(values)
+    sample.image = values.permute(1, 2, 0).numpy()
+
+
 def augment(
     sample: Sample,
     recipe: Augment,
@@ -203,6 +277,12 @@ def augment(
             case "hsv":
                 hue, saturation, value = rng.integers(-recipe.hsv, recipe.hsv + 1, 3).tolist()
                 hsv(sample, (hue, saturation, value))
+            case "resized_crop":
+                resized_crop(sample, recipe.crop, recipe.area, rng)
+            case "rand_augment":
+                rand_augment(sample, recipe.policy, normalisation, rng)
+            case "erase":
+                erase(sample, recipe.erase, rng)
             case "normalize":
                 sample.image = normalise(sample.image, normalisation)
             case "crop":

@@ -22,8 +22,13 @@ class ResNet38Options:
 
     width: float = 1.0
     """Channel multiplier; channels are rounded to multiples of 8. 1 is the published network."""
+    late_width: float | None = None
+    """Channel multiplier inside and after b6 and b7, where most of the cost of a narrow network is. None: ``width``."""
     depth: tuple[int, int, int, int] = (3, 3, 6, 3)
     """Number of residual blocks in the stages b2, b3, b4 and b5."""
+    dilation: int = 4
+    """Dilation of the 3x3 convolutions of b6 and b7, in cells of 8 pixels; b5 has half of it. Published is 4, for crops
+    of 448 pixels."""
     dropout: tuple[float, float] = (0.3, 0.5)
     """Channel dropout probability inside b6 and b7."""
     freeze_bn: bool = True
@@ -35,8 +40,11 @@ class ResNet38Options:
 
     def __post_init__(self) -> None:
         """Raises ValueError for values that make no network."""
-        if self.width <= 0:
-            raise ValueError(f"width must be above 0, got {self.width}.")
+        for name, width in (("width", self.width), ("late_width", self.late_width)):
+            if width is not None and width <= 0:
+                raise ValueError(f"{name} must be above 0, got {width}.")
+        if self.dilation < 1:
+            raise ValueError(f"dilation must be at least 1, got {self.dilation}.")
         if len(self.depth) != 4 or min(self.depth) < 1:
             raise ValueError(f"depth needs four numbers of at least 1 (stages b2 to b5), got {self.depth}.")
         if len(self.dropout) != 2 or not all(0 <= p < 1 for p in self.dropout):
@@ -45,6 +53,13 @@ class ResNet38Options:
             raise ValueError(f"frozen must be none, conv1a or b2, got {self.frozen!r}.")
         if not 0 < self.bn_momentum <= 1:
             raise ValueError(f"bn_momentum must be in (0, 1], got {self.bn_momentum}.")
+
+
+SAMPLE_RESNET38 = ResNet38Options(
+    width=0.25, late_width=0.0625, depth=(1, 1, 1, 1), dilation=1, dropout=(0.0, 0.0), freeze_bn=False, frozen="none"
+)
+"""The backbone of the sample recipes: learns small pictures from random weights within minutes on two CPU cores. One for
+all, so that a refiner or segmenter can start from the CAM network."""
 
 
 def _bn_relu(x: Tensor, bn: nn.BatchNorm2d) -> Tensor:
@@ -125,7 +140,10 @@ class ResNet38(nn.Module):
         super().__init__()
         self.options = options = options or ResNet38Options()
         momentum = options.bn_momentum
-        c64, c128, c256, c512, c1024, c2048, c4096 = (scaled_channels(64 << i, options.width) for i in range(7))
+        c64, c128, c256, c512, c1024 = (scaled_channels(64 << i, options.width) for i in range(5))
+        late = options.width if options.late_width is None else options.late_width
+        m512, m1024, c2048, c4096 = (scaled_channels(512 << i, late) for i in range(4))
+        half = max(1, options.dilation // 2)
         self.channels = {"conv3": c256, "conv4": c512, "conv5": c1024, "conv6": c4096}
         self.conv1a = _conv3x3(3, c64)
         # (input, middle, output channels), stride, dilation of the first block and of the others
@@ -133,7 +151,7 @@ class ResNet38(nn.Module):
             "b2": ((c64, c128, c128), 2, (1, 1), (1, 1)),
             "b3": ((c128, c256, c256), 2, (1, 1), (1, 1)),
             "b4": ((c256, c512, c512), 2, (1, 1), (1, 1)),
-            "b5": ((c512, c512, c1024), 1, (1, 2), (2, 2)),
+            "b5": ((c512, c512, c1024), 1, (1, half), (half, half)),
         }
         self._names = {"b6": ["b6"], "b7": ["b7"]}
         for count, (stage, ((cin, cmid, cout), stride, first, rest)) in zip(options.depth, stages.items(), strict=True):
@@ -142,8 +160,9 @@ class ResNet38(nn.Module):
             for name in self._names[stage][1:]:
                 self.add_module(name, ResBlock(cout, cmid, cout, dilation=rest, momentum=momentum))
         drop6, drop7 = options.dropout
-        self.b6 = BottleneckBlock((c1024, c512, c1024, c2048), dilation=4, dropout=drop6, momentum=momentum)
-        self.b7 = BottleneckBlock((c2048, c1024, c2048, c4096), dilation=4, dropout=drop7, momentum=momentum)
+        dilation = options.dilation
+        self.b6 = BottleneckBlock((c1024, m512, m1024, c2048), dilation=dilation, dropout=drop6, momentum=momentum)
+        self.b7 = BottleneckBlock((c2048, m1024, c2048, c4096), dilation=dilation, dropout=drop7, momentum=momentum)
         self.bn7 = nn.BatchNorm2d(c4096, momentum=momentum)
         self._initialise()
         self.freeze()

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from misc.config import REQUIRED_WEIGHTS, Augment, Fit
 from misc.crf import CRFSettings, DenseCRF
-from misc.imaging import denormalise
+from misc.imaging import denormalise, truncated
 from misc.walk import fitting_radius, half_circle, pair_cells, pair_views, transition, walk
 from net import weights as foreign
-from net.backbone.resnet38 import ResNet38, ResNet38Options
+from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
 from net.backbone.vgg16 import VGG16, VGG16Options
 from net.contract import AffinityNetwork, Batch, Group, Network, Options, RefineRecipe, SoftCam, refiner
 
@@ -83,6 +83,9 @@ class LabelOptions:
     crf_unary: Literal["scores", "labels"] = "scores"
     """What the CRF starts from. labels: the arg-max, held with confidence 0.7; training then reads label maps, where
     the canvas round an image counts as background (TransCAM)."""
+    crf_truncates_image: bool = False
+    """Give the CRF the image recovered from the normalised one by truncation, which loses a grey level here and there
+    (MCTformer: mctformer.md section 4)."""
     crf_labels: int = 0
     """crf_unary labels: number of labels that the confidence is shared among, background included (TransCAM: all 21
     of VOC). 0: those of the image."""
@@ -328,6 +331,8 @@ class PSA(AffinityNetwork):
             picture = np.zeros(image.shape[:2], np.uint8)
             hard = options.crf_unary == "labels"
             return picture, np.stack([picture, picture] if hard else [np.ones_like(picture, np.float16)] * 2)
+        if options.crf_truncates_image:
+            image = truncated(image, cls.normalisation)
         crf = DenseCRF(image, options.crf)  # its lattices serve both backgrounds
         posteriors = []
         for alpha, threshold in (
@@ -457,9 +462,7 @@ class PSA(AffinityNetwork):
         # from random weights, so nothing is frozen and the momentum is a real one
         "sample": PSARecipe(
             network=PSAOptions(
-                resnet38=ResNet38Options(
-                    width=0.125, depth=(1, 1, 1, 1), dropout=(0.0, 0.0), freeze_bn=False, frozen="none"
-                ),
+                resnet38=SAMPLE_RESNET38,
                 widths=(16, 16, 32),
             ),
             fit=Fit(epochs=8, batch_size=8, lr=0.01, momentum=0.9),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.config import REQUIRED_WEIGHTS, Augment, CamInference, Fit
-from net.backbone.resnet38 import ResNet38, ResNet38Options
+from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
 from net.backbone.vgg16 import VGG16, VGG16Options
 from net.contract import (
     Batch,
@@ -41,6 +41,8 @@ class CamOptions(Options):
     """VGG16."""
     dropout: float = 0.5
     """Channel dropout probability before the classifier."""
+    head_lr: float = 10.0
+    """Learning rate of the new layers relative to the pre-trained ones."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for values that make no network."""
@@ -88,18 +90,19 @@ _PUBLISHED = Recipe(
 _SAMPLE = Recipe(
     cam=SeedRecipe(
         network=CamOptions(
-            resnet38=ResNet38Options(
-                width=0.25, depth=(1, 1, 1, 1), dropout=(0.0, 0.0), freeze_bn=False, frozen="none"
-            ),
+            resnet38=SAMPLE_RESNET38,
             vgg16=VGG16Options(width=0.25, dropout=0.0, frozen="none"),
             dropout=0.0,
+            head_lr=1.0,
         ),
-        fit=Fit(epochs=12, batch_size=16, lr=0.05, momentum=0.9, weight_decay=5e-4),
-        augment=Augment(long_side=(112, 160), crop=112),
+        fit=Fit(epochs=25, batch_size=16, optimiser="adamw", lr=0.003, weight_decay=0.01),
+        augment=Augment(long_side=(112, 160), jitter=(0.2, 0.2, 0.2, 0.02), crop=112),
         infer=CamInference(scales=(1.0, 1.5), flip=True, normalise="max"),
     ),
     refiner="psa",
+    refine={"weights": "cam"},
     segmenter="deeplabv1",
+    segment={"weights": "cam"},
 )
 
 
@@ -111,6 +114,7 @@ class PlainCam(SeedNetwork):
     """
 
     recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
+    head_lr: float
 
     @abstractmethod
     def logits(self, images: Tensor) -> Tensor:
@@ -122,7 +126,7 @@ class PlainCam(SeedNetwork):
 
     def param_groups(self) -> list[Group]:
         """The published four groups; the classifier is the new layer."""
-        return conv_groups(self, ("fc8",))
+        return conv_groups(self, ("fc8",), self.head_lr)
 
     def load_weights(self, weights: str) -> str:
         """ImageNet weights of the backbone (``.params``, ``.caffemodel``) or a whole classifier.
@@ -139,6 +143,7 @@ class CamResNet38(PlainCam, ResNet38):
 
     def __init__(self, options: CamOptions, num_classes: int) -> None:
         super().__init__(options.resnet38)
+        self.head_lr = options.head_lr
         self.dropout7 = nn.Dropout2d(options.dropout)
         self.fc8 = nn.Conv2d(self.channels["conv6"], num_classes, 1, bias=False)
         nn.init.xavier_uniform_(self.fc8.weight)
@@ -160,6 +165,7 @@ class CamVGG16(PlainCam, VGG16):
 
     def __init__(self, options: CamOptions, num_classes: int) -> None:
         super().__init__(options.vgg16)
+        self.head_lr = options.head_lr
         self.drop7 = nn.Dropout2d(options.dropout)
         self.fc8 = nn.Conv2d(self.channels["fc7"], num_classes, 1, bias=False)
         nn.init.xavier_uniform_(self.fc8.weight)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.config import REQUIRED_WEIGHTS, Augment, CamInference, Fit
-from net.backbone.resnet38 import ResNet38, ResNet38Options
+from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
 from net.contract import (
     Batch,
     Group,
@@ -43,6 +43,8 @@ class SeamOptions(Options):
     """Backbone."""
     dropout: float = 0.5
     """Channel dropout probability before the classifier."""
+    head_lr: float = 10.0
+    """Learning rate of the new layers relative to the pre-trained ones."""
     second_scale: float = 0.3
     """Size of the second branch's image relative to the first's."""
     hardest: float = 0.2
@@ -235,18 +237,16 @@ _PUBLISHED = Recipe(
 _SAMPLE = Recipe(
     cam=SeedRecipe(
         network=SeamOptions(
-            backbone=ResNet38Options(
-                width=0.25, depth=(1, 1, 1, 1), dropout=(0.0, 0.0), freeze_bn=False, frozen="none"
-            ),
-            dropout=0.0,
-            second_scale=0.5,
+            backbone=SAMPLE_RESNET38, dropout=0.0, second_scale=0.6, head_lr=1.0
         ),
-        fit=Fit(epochs=12, batch_size=16, lr=0.05, momentum=0.9, weight_decay=5e-4),
-        augment=Augment(long_side=(112, 160), crop=112),
+        fit=Fit(epochs=30, batch_size=16, optimiser="adamw", lr=0.003, weight_decay=0.01),
+        augment=Augment(long_side=(112, 160), jitter=(0.2, 0.2, 0.2, 0.02), crop=112),
         infer=CamInference(scales=(1.0, 1.5), flip=True, normalise="shifted"),
     ),
     refiner="psa",
+    refine={"weights": "cam"},
     segmenter="deeplabv1",
+    segment={"weights": "cam"},
 )
 
 
@@ -265,6 +265,7 @@ class Seam(SeedNetwork, ResNet38):
         super().__init__(options.backbone)
         self.second_scale = options.second_scale
         self.hardest = options.hardest
+        self.head_lr = options.head_lr
         self.dropout7 = nn.Dropout2d(options.dropout)
         self.fc8 = nn.Conv2d(self.channels["conv6"], num_classes + 1, 1, bias=False)
         self.f8_3 = nn.Conv2d(self.channels["conv4"], 64, 1, bias=False)
@@ -313,7 +314,7 @@ class Seam(SeedNetwork, ResNet38):
 
     def param_groups(self) -> list[Group]:
         """The published four groups; the head's layers are the new ones."""
-        return conv_groups(self, self.head)
+        return conv_groups(self, self.head, self.head_lr)
 
     def load_weights(self, weights: str) -> str:
         """ImageNet weights (``.params``) or a PSA classifier without their heads, or a whole SEAM checkpoint.

@@ -16,14 +16,9 @@ from torch import Tensor, nn
 
 from misc.config import REQUIRED_WEIGHTS, Augment, Fit, SegInference
 from misc.crf import CRFSettings
-from net.backbone.resnet38 import ResNet38, ResNet38Options
+from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
 from net.contract import Group, Network, Options, Preset, Segmenter, SegmentRecipe, segmenter
 from net.weights import load, resnet38_from_mxnet
-
-# small enough to learn the sample set from random weights within a minute or two on two CPU cores
-_SAMPLE_BACKBONE = ResNet38Options(
-    width=0.25, depth=(1, 1, 1, 1), dropout=(0.0, 0.1), freeze_bn=False, frozen="none", bn_momentum=0.1
-)
 
 
 @dataclass(frozen=True)
@@ -106,14 +101,14 @@ class DeepLabV1(Segmenter):
         ),
         "sample": SegmentRecipe(
             network=DeepLabV1Options(
-                backbone=_SAMPLE_BACKBONE,
+                backbone=SAMPLE_RESNET38,
                 fov_channels=64,
                 fov_dilation=3,
                 dropout=0.1,
                 train_affine=True,
                 head_lr=1.0,
             ),
-            fit=Fit(epochs=20, batch_size=16, lr=0.05, momentum=0.9, weight_decay=5e-4),
+            fit=Fit(epochs=30, batch_size=16, optimiser="adamw", lr=0.002, weight_decay=0.01),
             augment=Augment(
                 order=("hsv", "flip", "scale", "normalize", "crop"),
                 scale=(0.75, 1.25),
@@ -256,8 +251,8 @@ class LargeFOV(Segmenter, ResNet38):
             ),
         ),
         "sample": SegmentRecipe(
-            network=LargeFOVOptions(backbone=_SAMPLE_BACKBONE, fov_channels=64, fov_dilation=3, head_lr=1.0),
-            fit=Fit(epochs=20, batch_size=16, sample_order="stream", lr=0.05, momentum=0.9, weight_decay=5e-4),
+            network=LargeFOVOptions(backbone=SAMPLE_RESNET38, fov_channels=64, fov_dilation=3, head_lr=1.0),
+            fit=Fit(epochs=30, batch_size=16, sample_order="stream", optimiser="adamw", lr=0.002, weight_decay=0.01),
             augment=Augment(
                 order=("scale", "flip", "normalize", "crop"),
                 scale=(0.75, 1.25),

@@ -1,0 +1,240 @@
+"""Conformer: a ResNet-like and a ViT branch side by side, which exchange features in every block (transcam.md 2).
+
+Names are those of the official checkpoints. A method subclasses ``Conformer`` and adds its heads. There is no position
+embedding: any image whose sides are multiples of the patch will do, square or not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from net.backbone.transformer import See, TransformerBlock, Visit
+
+# of all but the stem's batch norm and the final layer norm, which have PyTorch's 1e-5 (transcam.md section 8, trap 3)
+_BN_EPSILON = 1e-6
+_LN_EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class ConformerOptions:
+    """Size and wiring of a Conformer; the defaults are Conformer-S as TransCAM has it."""
+
+    patch: Literal[4, 8, 16] = 16
+    """Pixels a side of a token and of a cell of the last map. The stages' maps have 4, 8 and 16 pixels a cell, but none
+    is coarser than this. 16 is the published network."""
+    base: int = 64
+    """Channels of the stem."""
+    ratio: int = 4
+    """Channels of the first stage over those of the stem; the second and third stage double them. Published: 1 tiny,
+    4 small, 6 base."""
+    width: int = 384
+    """Width of a token."""
+    depth: int = 12
+    """Number of blocks, a third of them in each stage."""
+    heads: int = 6
+    """Attention heads of a transformer block."""
+    mlp_ratio: float = 4.0
+    """Width inside a transformer block's MLP over that of a token."""
+    drop_path: float = 0.1
+    """Stochastic depth of the last transformer block; it grows from 0 at the first."""
+    last_stride: Literal[1, 2] = 1
+    """Stride of the last fusion: 1 in CAM networks, 2 in the ImageNet classifier. The weights are the same, the last
+    map is not."""
+    double_class_token: bool = True
+    """Double the class token on entering each block but the first, as the ImageNet classifier and TransCAM do. Without
+    (AReAM) the same weights are another function."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that make no network."""
+        for name, possible in (("patch", (4, 8, 16)), ("last_stride", (1, 2))):
+            if getattr(self, name) not in possible:
+                raise ValueError(f"{name} must be one of {possible}, got {getattr(self, name)}.")
+        if self.depth < 3 or self.depth % 3:
+            raise ValueError(f"depth must be a multiple of 3, got {self.depth}: the three stages share the blocks.")
+        if min(self.base, self.ratio) < 1 or self.base * self.ratio % 4:
+            raise ValueError(f"base x ratio must be a multiple of 4, got {self.base} x {self.ratio}.")
+        if self.heads < 1 or self.width < 1 or self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}.")
+        if self.mlp_ratio <= 0:
+            raise ValueError(f"mlp_ratio must be above 0, got {self.mlp_ratio}.")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}.")
+
+
+class ConvBlock(nn.Module):
+    """Bottleneck: (B, cin, h, w) -> (B, cout, ceil(h/stride), ceil(w/stride)) (transcam.md section 2.2).
+
+    ``projected``: the shortcut is a convolution with the block's stride, otherwise the identity.
+    """
+
+    def __init__(self, cin: int, cout: int, *, stride: int = 1, projected: bool = False) -> None:
+        super().__init__()
+        middle = cout // 4
+        self.conv1 = nn.Conv2d(cin, middle, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(middle, eps=_BN_EPSILON)
+        self.conv2 = nn.Conv2d(middle, middle, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(middle, eps=_BN_EPSILON)
+        self.conv3 = nn.Conv2d(middle, cout, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(cout, eps=_BN_EPSILON)
+        self.projected = projected
+        if projected:
+            self.residual_conv = nn.Conv2d(cin, cout, 1, stride, bias=False)
+            self.residual_bn = nn.BatchNorm2d(cout, eps=_BN_EPSILON)
+
+    def forward(self, x: Tensor, x_t: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns the block's output and its middle activation, (B, cout / 4, ...), which goes to the tokens.
+
+        ``x_t`` (B, cout / 4, h, w): what comes from the tokens, added before the 3x3 convolution.
+        """
+        middle = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        middle = F.relu(self.bn2(self.conv2(middle if x_t is None else middle + x_t)), inplace=True)
+        shortcut = self.residual_bn(self.residual_conv(x)) if self.projected else x
+        return F.relu(self.bn3(self.conv3(middle)) + shortcut, inplace=True), middle
+
+
+class Squeeze(nn.Module):
+    """Map to patch tokens: (B, cin, h * cells, w * cells) -> (B, h * w, D) (transcam.md section 2.4)."""
+
+    def __init__(self, cin: int, width: int, cells: int) -> None:
+        super().__init__()
+        self.cells = cells
+        self.conv_project = nn.Conv2d(cin, width, 1)
+        self.ln = nn.LayerNorm(width, eps=_LN_EPSILON)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pooled before the projection, published after it: the two commute, and this is cells^2 times cheaper."""
+        x = self.conv_project(F.avg_pool2d(x, self.cells))  # (B, D, h, w)
+        return F.gelu(self.ln(x.flatten(2).transpose(1, 2)))
+
+
+class Expand(nn.Module):
+    """Patch tokens to a map: (B, h * w, D) -> (B, cout, h * cells, w * cells) (transcam.md section 2.4)."""
+
+    def __init__(self, width: int, cout: int, cells: int) -> None:
+        super().__init__()
+        self.cells = cells
+        self.conv_project = nn.Conv2d(width, cout, 1)
+        self.bn = nn.BatchNorm2d(cout, eps=_BN_EPSILON)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """``grid``: h and w. Upsampled to the nearest (transcam.md section 8, trap 4)."""
+        x = tokens.transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
+        x = F.relu(self.bn(self.conv_project(x)), inplace=True)
+        return F.interpolate(x, scale_factor=self.cells, mode="nearest") if self.cells > 1 else x
+
+
+class ConvTransBlock(nn.Module):
+    """One step of both branches (transcam.md section 2.5).
+
+    ``stride`` is that of the first convolution block, ``last_stride`` that of the fusion, which is None for the
+    identity shortcut; ``cells``: cells of the map a side of a token.
+    """
+
+    def __init__(
+        self, cin: int, cout: int, options: ConformerOptions, *,
+        stride: int, cells: int, last_stride: int | None, drop_path: float,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.doubled = options.double_class_token
+        self.cnn_block = ConvBlock(cin, cout, stride=stride, projected=cin != cout)
+        self.fusion_block = ConvBlock(cout, cout, stride=last_stride or 1, projected=last_stride is not None)
+        self.squeeze_block = Squeeze(cout // 4, options.width, cells)
+        self.expand_block = Expand(options.width, cout // 4, cells)
+        self.trans_block = TransformerBlock(options.width, options.heads, options.mlp_ratio, drop_path)
+
+    def forward(
+        self, x: Tensor, tokens: Tensor, grid: tuple[int, int], see: See | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Map (B, cin, ...) and tokens (B, 1 + h * w, D), class token first -> the same after the block."""
+        x, middle = self.cnn_block(x)
+        first, patches = tokens[:, :1], tokens[:, 1:]
+        # published coupling puts the class token before what comes from the map and adds that to all tokens: it doubles
+        first = 2 * first if self.doubled else first
+        tokens = self.trans_block(torch.cat([first, patches + self.squeeze_block(middle)], 1), see)
+        x, _ = self.fusion_block(x, self.expand_block(tokens[:, 1:], grid))
+        return x, tokens
+
+
+class Conformer(nn.Module):
+    """The body of a Conformer, without heads.
+
+    ``channels``: of the last map; ``width``: of a token; ``patch``: what an image's sides must be multiples of.
+    """
+
+    normalisation = "imagenet"
+
+    def __init__(self, options: ConformerOptions | None = None) -> None:
+        super().__init__()
+        options = options or ConformerOptions()
+        self.patch, self.width, self.depth = options.patch, options.width, options.depth
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, options.width))
+        self.trans_norm = nn.LayerNorm(options.width)
+        self.conv1 = nn.Conv2d(3, options.base, 7, 2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(options.base)
+        # channels and pixels a cell of the three stages
+        widths = [options.base * options.ratio << stage for stage in range(3)]
+        pixels = [min(4 << stage, options.patch) for stage in range(3)]
+        self.conv_1 = ConvBlock(options.base, widths[0], projected=True)
+        self.trans_patch_conv = nn.Conv2d(options.base, options.width, options.patch // 4, options.patch // 4)
+        self.trans_1 = TransformerBlock(options.width, options.heads, options.mlp_ratio, 0.0)
+        for number in range(2, options.depth + 1):
+            before, stage = ((block - 1) * 3 // options.depth for block in (number - 1, number))
+            block = ConvTransBlock(
+                widths[before],
+                widths[stage],
+                options,
+                stride=pixels[stage] // pixels[before],
+                cells=options.patch // pixels[stage],
+                last_stride=options.last_stride if number == options.depth else None,
+                drop_path=options.drop_path * (number - 1) / (options.depth - 1),
+            )
+            self.add_module(f"conv_trans_{number}", block)
+        self.channels = widths[-1]
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Published: linear layers and class token truncated normal 0.02, convolutions Kaiming normal by fan-out
+        (transcam.md section 2.6)."""
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def features(self, images: Tensor, visit: Visit | None = None) -> tuple[Tensor, Tensor]:
+        """Both branches' results for normalised images (ImageNet mean and standard deviation, RGB).
+
+        Args:
+            images: (B, 3, H, W), H and W multiples of ``patch``.
+            visit: gets every layer's queries and keys; without it no attention matrix is made.
+
+        Returns:
+            The last map, (B, channels, H / patch, W / patch), half of it, rounded up, with ``last_stride`` 2; the
+            class token after the final layer norm, (B, width).
+
+        Raises:
+            ValueError: a side is no multiple of ``patch``.
+        """
+        height, width = images.shape[-2:]
+        if height % self.patch or width % self.patch:
+            raise ValueError(
+                f"Conformer needs sides that are multiples of {self.patch}, got {height} x {width}: pad or resize."
+            )
+        grid = (height // self.patch, width // self.patch)
+        watchers = [visit and partial(visit, layer) for layer in range(self.depth)]
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(images)), inplace=True), 3, 2, padding=1)  # (B, base, H/4, W/4)
+        patches = self.trans_patch_conv(x).flatten(2).transpose(1, 2)  # (B, h * w, D), from the stem
+        x, _ = self.conv_1(x)
+        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], 1)
+        tokens = self.trans_1(tokens, watchers[0])
+        for layer in range(1, self.depth):
+            x, tokens = self.get_submodule(f"conv_trans_{layer + 1}")(x, tokens, grid, watchers[layer])
+        return x, self.trans_norm(tokens[:, 0])

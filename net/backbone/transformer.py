@@ -1,0 +1,107 @@
+"""Transformer blocks as ViT, DeiT and Conformer have them, under timm's names, and a look at their attention.
+
+Attention is fused; the matrix is made only for who asks, layer by layer, from queries and keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+_EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class QueryKey:
+    """Queries and keys of one attention layer: what its attention matrix is made of, (B, n, T, d) each.
+
+    Nothing of size T x T exists until it is asked for. The means over the heads never hold more than one head's matrix
+    (12 layers x 6 heads of a 768 px image would take 1.5 GB: transcam.md section 8, trap 6).
+    """
+
+    query: Tensor
+    key: Tensor
+
+    @property
+    def _scaled(self) -> Tensor:
+        return self.query * self.query.shape[-1] ** -0.5
+
+    def logits(self) -> Tensor:
+        """Scaled dot products before the softmax: (B, n, T, T), rows attend to columns."""
+        return self._scaled @ self.key.transpose(2, 3)
+
+    def mean_logits(self) -> Tensor:
+        """Mean over heads of the logits: (B, T, T). One product over the joined heads, differentiable."""
+        query, key = (x.transpose(1, 2).flatten(2) for x in (self._scaled, self.key))  # (B, T, n * d)
+        return query @ key.transpose(1, 2) / self.query.shape[1]
+
+    def mean_weights(self) -> Tensor:
+        """Mean over heads of the softmax over keys: (B, T, T) float32, rows sum to one."""
+        batch, heads, tokens, _ = self.query.shape
+        total = self.query.new_zeros((batch, tokens, tokens), dtype=torch.float32)
+        for query, key in zip(self._scaled.unbind(1), self.key.unbind(1), strict=True):  # (B, T, d) each
+            total.add_((query @ key.transpose(1, 2)).softmax(-1, dtype=torch.float32))
+        return total.div_(heads)
+
+
+See = Callable[[QueryKey], None]
+Visit = Callable[[int, QueryKey], None]
+"""Called with every layer (from 0) and its queries and keys, in order, while the network runs."""
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, fused: the matrix itself is never made here. (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, see: See | None = None) -> Tensor:
+        """``see`` gets the queries and keys."""
+        query, key, value = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, n, T, d) each
+        if see is not None:
+            see(QueryKey(query, key))
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between them: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Plain."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm transformer block: (B, T, D) -> (B, T, D) (mctformer.md section 2.1, transcam.md section 2.3).
+
+    Args:
+        width: D. heads: divide it. mlp_ratio: width inside the MLP over D.
+        drop_path: probability that a sample skips the attention, and the same for the MLP, in training.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=_EPSILON)
+        self.attn = Attention(width, heads)
+        self.drop_path = StochasticDepth(drop_path, "row")
+        self.norm2 = nn.LayerNorm(width, eps=_EPSILON)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+
+    def forward(self, x: Tensor, see: See | None = None) -> Tensor:
+        """``see`` gets the queries and keys."""
+        x = x + self.drop_path(self.attn(self.norm1(x), see))
+        return x + self.drop_path(self.mlp(self.norm2(x)))

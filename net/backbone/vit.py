@@ -1,0 +1,270 @@
+"""Vision transformers with any number of class tokens (mctformer.md section 2), and the multi-class-token network that
+MCTformer and AReAM stand on.
+
+Names are those of timm's ViT and DeiT and of the official MCTformer checkpoints. A method subclasses what it needs and
+looks at the attention by a visitor, which gets the queries and keys of one layer at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from misc.config import PRETRAINED_WEIGHTS
+from net.backbone.transformer import QueryKey, TransformerBlock, Visit
+from net.weights import State, load, read
+
+Grid = tuple[int, int]
+"""Rows and columns of the patches."""
+
+
+@dataclass(frozen=True)
+class ViTOptions:
+    """Size of a vision transformer; the defaults are DeiT-S for images of 224 pixels."""
+
+    image_size: int = 224
+    """Side of the square training images, for which the position embedding is made. Pixels."""
+    patch: int = 16
+    """Side of a patch. Pixels."""
+    width: int = 384
+    """Channels of a token."""
+    depth: int = 12
+    """Number of blocks."""
+    heads: int = 6
+    """Attention heads; they divide the width."""
+    mlp_ratio: float = 4.0
+    """Width inside a block's MLP over that of a token."""
+    drop_path: float = 0.1
+    """Stochastic depth of the last block; it grows from 0 at the first."""
+    pretrained: str = "deit_small_patch16_224"
+    """timm's name of the classifier that the weights 'pretrained' come from."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that make no network."""
+        if min(self.patch, self.width, self.depth, self.heads) < 1 or self.mlp_ratio <= 0:
+            raise ValueError("patch, width, depth, heads and mlp_ratio must be positive.")
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}.")
+        if self.image_size < self.patch:
+            raise ValueError(f"image_size must hold a patch of {self.patch} pixels, got {self.image_size}.")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}.")
+
+    @property
+    def grid(self) -> Grid:
+        """Grid of a training image."""
+        return (self.image_size // self.patch,) * 2
+
+
+def resize_positions(
+    table: Tensor, source: Grid, target: Grid, *, offset: float = 0.0, mode: Literal["bicubic", "nearest"] = "bicubic"
+) -> Tensor:
+    """A position embedding for another grid: (1, h0 * w0, D), row-major -> (1, h * w, D).
+
+    Args:
+        offset: the target is sampled as if it were larger by this many cells: at (i + 0.5) * h0 / (h + offset) - 0.5.
+            0.1 is the published oddity of MCTformer and AReAM (mctformer.md section 2.2). With 0 the wanted size comes
+            out for every grid (mctformer.md section 9, trap 6).
+        mode: bicubic (a = -0.75, not antialiased) or nearest.
+    """
+    maps = table.unflatten(1, source).permute(0, 3, 1, 2)  # (1, D, h0, w0)
+    align = {"align_corners": False} if mode == "bicubic" else {}
+    if offset:
+        factors = tuple((side + offset) / old for side, old in zip(target, source, strict=True))
+        maps = F.interpolate(maps, scale_factor=factors, mode=mode, **align)
+    else:
+        maps = F.interpolate(maps, size=target, mode=mode, **align)
+    return maps.flatten(2).transpose(1, 2)
+
+
+class PatchEmbed(nn.Module):
+    """Patches as tokens: (B, 3, H, W) -> (B, N, D), row-major, and their grid (H // patch, W // patch)."""
+
+    def __init__(self, patch: int, width: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv2d(3, width, patch, patch)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Grid]:
+        """Rows and columns beyond the last whole patch are cut off. ValueError for images smaller than a patch."""
+        if min(images.shape[-2:]) < self.patch:
+            height, width = images.shape[-2:]
+            raise ValueError(f"An image of {height} x {width} is smaller than a patch of {self.patch}: enlarge it.")
+        maps = self.proj(images)  # (B, D, h, w)
+        return maps.flatten(2).transpose(1, 2), (maps.shape[2], maps.shape[3])
+
+
+class ViT(nn.Module):
+    """Body of a vision transformer with ``tokens`` class tokens in front of the patches.
+
+    The final ``norm`` is in the state dict; whether it is applied, the method decides (MCTformer does not).
+    """
+
+    normalisation = "imagenet"
+    position_offset = 0.0
+    """See ``resize_positions``."""
+
+    def __init__(self, options: ViTOptions, tokens: int) -> None:
+        super().__init__()
+        self.tokens, self.width, self.grid = tokens, options.width, options.grid
+        self.pretrained = options.pretrained
+        self.cls_token = nn.Parameter(torch.zeros(1, tokens, options.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens + self.grid[0] * self.grid[1], options.width))
+        self.patch_embed = PatchEmbed(options.patch, options.width)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(
+                options.width, options.heads, options.mlp_ratio, options.drop_path * i / max(1, options.depth - 1)
+            )
+            for i in range(options.depth)
+        )
+        self.norm = nn.LayerNorm(options.width, eps=1e-6)
+        for module in self.modules():  # convolutions keep PyTorch's default (mctformer.md section 2.1)
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        for parameter in (self.cls_token, self.pos_embed):
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+    def positions(self, grid: Grid, as_trained: bool) -> Tensor:
+        """Position embedding of all tokens, (1, T, D), float32; ``as_trained``: the grid needs no resize."""
+        if as_trained:
+            return self.pos_embed
+        first, patches = self.pos_embed.split([self.tokens, self.grid[0] * self.grid[1]], dim=1)
+        return torch.cat([first, resize_positions(patches, self.grid, grid, offset=self.position_offset)], 1)
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
+        """Normalised images (B, 3, H, W) -> [class tokens; patches] with their positions (B, T, D), and the grid."""
+        patches, grid = self.patch_embed(images)
+        # published: the same number of patches from an image that is not square is resized all the same
+        as_trained = grid == self.grid and images.shape[2] == images.shape[3]
+        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], 1)
+        return tokens + self.positions(grid, as_trained), grid
+
+    def run(self, x: Tensor, visit: Visit | None = None) -> Tensor:
+        """All blocks, without the final norm: (B, T, D) -> the same; ``visit`` gets every layer's queries and keys."""
+        for number, block in enumerate(self.blocks):
+            x = block(x, None if visit is None else partial(visit, number))
+        return x
+
+    def features(self, images: Tensor, visit: Visit | None = None) -> tuple[Tensor, Grid]:
+        """Images (B, 3, H, W) -> tokens after the last block (B, T, D), and the grid; ``visit`` as ``run``."""
+        x, grid = self.embed(images)
+        return self.run(x, visit), grid
+
+    head: nn.Module
+    """Added by the method; the only part that may differ in an ImageNet classifier's file."""
+    unused: tuple[str, ...] = ()
+    """What a subclass keeps in its state dict only because official checkpoints have it."""
+
+    def from_classifier(self, state: State) -> State:
+        """Tensors of an ImageNet classifier with one class token, made to fit (mctformer.md section 3).
+
+        The class token and its position are repeated, so that all class tokens start equal; the patches' positions are
+        resized where the grid is another.
+        """
+        first, patches = state["pos_embed"].split([1, state["pos_embed"].shape[1] - 1], dim=1)
+        return {
+            **state,
+            "cls_token": state["cls_token"].repeat(1, self.tokens, 1),
+            "pos_embed": torch.cat([first.repeat(1, self.tokens, 1), self._fitted(patches)], 1),
+        }
+
+    def _fitted(self, patches: Tensor, mode: Literal["bicubic", "nearest"] = "bicubic") -> Tensor:
+        """A file's patch positions (1, h0 * h0, D) for the training grid; the file's grid is square."""
+        side = round(patches.shape[1] ** 0.5)
+        if (side, side) == self.grid or side * side != patches.shape[1]:
+            return patches  # the latter cannot fit: loading says so
+        return resize_positions(patches, (side, side), self.grid, mode=mode)
+
+    def load_weights(self, weights: str) -> str:
+        """A whole checkpoint of this network, strictly, or an ImageNet classifier (DeiT, ViT) without its head.
+
+        Args:
+            weights: a file, or 'pretrained': timm's, by the option of that name, downloaded once.
+
+        Returns:
+            A one-line report. Raises ValueError where the file does not fit, FileNotFoundError where there is none.
+        """
+        source = f"timm:{self.pretrained}" if weights == PRETRAINED_WEIGHTS else weights
+        state = read(source)
+        if self._is_classifier(state):
+            state = self.from_classifier(state)
+            return str(load(self, state, label=source, allow_missing=("head", *self.unused)))
+        return str(load(self, state, label=source))
+
+    def _is_classifier(self, state: State) -> bool:
+        """Whether these are an ImageNet classifier's tensors: one class token, a linear head or none."""
+        token, head = state.get("cls_token"), state.get("head.weight")
+        one = token is not None and "pos_embed" in state and token.shape[1] == 1
+        return one and (head is None or head.ndim == 2)
+
+
+class AttentionSums:
+    """Visitor that adds up the head means of the attention over layers; one (B, T, T) matrix exists at a time.
+
+    Args:
+        tokens: number of class tokens, which come first.
+        class_weights: of each layer in ``to_patches``; 0 leaves a layer out.
+        patch_weights: of each layer in ``affinity``.
+    """
+
+    to_patches: Tensor
+    """(B, tokens, N) float32: what the class tokens attend to. Exists once a layer with a weight has run."""
+    affinity: Tensor
+    """(B, N, N) float32: what the patches attend to, rows to columns, not normalised. Likewise."""
+
+    def __init__(self, tokens: int, class_weights: Sequence[float], patch_weights: Sequence[float]) -> None:
+        self.tokens = tokens
+        self.class_weights, self.patch_weights = class_weights, patch_weights
+
+    def __call__(self, layer: int, attention: QueryKey) -> None:
+        """Add a layer."""
+        weights = {"to_patches": self.class_weights[layer], "affinity": self.patch_weights[layer]}
+        if not any(weights.values()):
+            return
+        mean = attention.mean_weights()  # (B, T, T)
+        c = self.tokens
+        parts = {"to_patches": mean[:, :c, c:], "affinity": mean[:, c:, c:]}
+        for name, weight in weights.items():
+            if weight and hasattr(self, name):
+                getattr(self, name).add_(parts[name], alpha=weight)
+            elif weight:
+                setattr(self, name, parts[name] * weight)
+
+
+def spread(affinity: Tensor, maps: Tensor) -> Tensor:
+    """Maps refined by the patches' attention: R_c(i) = sum over j of P(i, j) M_c(j) (mctformer.md section 4).
+
+    affinity (B, N, N), maps (B, C, h, w) with h w = N -> (B, C, h, w) float32, also under mixed precision.
+    """
+    with torch.autocast(maps.device.type, enabled=False):
+        return (maps.float().flatten(2) @ affinity.float().transpose(1, 2)).view_as(maps)
+
+
+class MultiClassViT(ViT):
+    """The network of MCTformer-V2: one class token a class, and a 3x3 convolution ``head`` on the patches.
+
+    The final norm is kept but neither applied nor trained. mctformer.md sections 2.1 to 2.4, aream.md section 2.1.
+    """
+
+    position_offset = 0.1
+
+    def __init__(self, options: ViTOptions, num_classes: int) -> None:
+        super().__init__(options, num_classes)
+        self.head = nn.Conv2d(options.width, num_classes, 3, padding=1)
+        self.norm.requires_grad_(False)
+
+    def class_scores(self, x: Tensor) -> Tensor:
+        """Tokens (B, T, D) -> (B, C) float32: the channel means of the class tokens."""
+        return x[:, : self.tokens].float().mean(2)
+
+    def patch_maps(self, x: Tensor, grid: Grid) -> Tensor:
+        """Tokens (B, T, D) -> the head's maps of the patches (B, C, h, w) float32, signed."""
+        patches = x[:, self.tokens :].transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
+        return self.head(patches).float()

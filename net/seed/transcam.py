@@ -1,0 +1,201 @@
+"""TransCAM: the class map of Conformer's convolution branch, refined by its transformer branch (Li et al., 2022;
+transcam.md).
+
+Conformer is trained as a multi-label classifier. The map of the convolution branch's head is multiplied by the
+patch-to-patch attention of the other branch, averaged over heads and summed over all layers: the shallow ones bring
+low-level similarity, the deep ones context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from misc.config import REQUIRED_WEIGHTS, Augment, CamInference, Fit
+from net.backbone.conformer import Conformer, ConformerOptions
+from net.backbone.transformer import QueryKey
+from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe, multilabel_soft_margin, seed
+from net.weights import load, read
+
+Method = Literal["transcam", "convcam", "clsattn", "attnagg"]
+
+
+@dataclass(frozen=True)
+class TransCamOptions(Options):
+    """Network and map; the defaults are the published ones."""
+
+    backbone: ConformerOptions = field(default_factory=ConformerOptions)
+    """Backbone."""
+    method: Method = "transcam"
+    """The map. transcam: the convolution branch's, spread by the patch-to-patch attention. convcam: left as it is.
+    clsattn: times the class token's attention to the patches. attnagg: as transcam with the attention transposed."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an unknown map and for a backbone whose map and tokens have different grids."""
+        if self.method not in ("transcam", "convcam", "clsattn", "attnagg"):
+            raise ValueError(f"method must be transcam, convcam, clsattn or attnagg, got {self.method!r}.")
+        if self.backbone.last_stride != 1:
+            raise ValueError("backbone.last_stride must be 1: the map and the tokens share a grid.")
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> TransCam:
+        """TransCAM for ``num_classes`` foreground classes."""
+        return TransCam(self, num_classes)
+
+
+def refine_map(maps: Tensor, attention: Tensor, method: Method) -> Tensor:
+    """A class map after the attention (transcam.md section 3).
+
+    Args:
+        maps: (B, K, h, w), signed: not rectified before the product.
+        attention: (B, 1 + h * w, 1 + h * w), rows attend to columns, the class token first.
+        method: see ``TransCamOptions``.
+
+    Returns:
+        (B, K, h, w).
+    """
+    flat, patches = maps.flatten(2), attention[:, 1:, 1:]  # (B, K, N), (B, N, N)
+    match method:
+        case "transcam":
+            flat = flat @ patches.transpose(1, 2)
+        case "attnagg":
+            flat = flat @ patches
+        case "clsattn":
+            flat = flat * attention[:, :1, 1:]
+    return flat.view_as(maps)
+
+
+# ------------------------------------------------------------------------------ recipes (transcam.md sections 4 to 7)
+
+_PUBLISHED = Recipe(
+    cam=SeedRecipe(
+        network=TransCamOptions(),
+        # the decay is on everything, norms and biases too
+        fit=Fit(epochs=20, batch_size=8, optimiser="adamw", lr=5e-5, schedule="constant", weight_decay=5e-4),
+        augment=Augment(
+            order=("long_side", "flip", "jitter", "normalize", "crop"),
+            long_side=(320, 640),
+            flip=0.5,
+            jitter=(0.3, 0.3, 0.3, 0.1),
+            crop=512,
+        ),
+        weights=REQUIRED_WEIGHTS,
+        # squares: the aspect ratio is not kept
+        infer=CamInference(scales=(256, 512, 768), square=True, flip=True, normalise="shifted"),
+    ),
+    refiner="psa",
+    refine={
+        "label.background": "constant",
+        "label.threshold_low": 0.6,
+        "label.threshold_high": 0.25,
+        "label.crf.bilateral_sxy": 50.0,
+        "label.crf.bilateral_srgb": 5.0,
+        "label.crf_unary": "labels",
+        "label.crf_labels": 21,
+        "walk.background": "constant",
+        "walk.threshold": 0.42,
+        "walk.beta": 14.0,
+        "walk.logt": 7,
+        "walk.shrink_early": True,
+        "walk.crf.iterations": 10,
+        "walk.crf.bilateral_sxy": 50.0,
+        "walk.crf.bilateral_srgb": 5.0,
+        "walk.crf_unary": "labels",
+        "fit.lr": 0.01,
+        "fit.epochs": 8,
+    },
+    segmenter="deeplabv1",
+    segment={"network.backbone.freeze_bn": True},
+)
+
+# trained from random weights; smaller patches, because the images are
+_SAMPLE = Recipe(
+    cam=SeedRecipe(
+        network=TransCamOptions(
+            backbone=ConformerOptions(patch=8, base=16, ratio=2, width=96, depth=6, heads=3, drop_path=0.0)
+        ),
+        fit=Fit(epochs=20, batch_size=16, optimiser="adamw", lr=2e-3, schedule="poly", weight_decay=5e-4),
+        augment=Augment(long_side=(112, 160), crop=112),
+        infer=CamInference(scales=(112, 160), square=True, flip=True, normalise="shifted"),
+    ),
+    refiner="psa",
+    segmenter="deeplabv1",
+)
+
+
+@seed("transcam")
+class TransCam(SeedNetwork, Conformer):
+    """Conformer with two heads, of C + 1 outputs each: ``conv_cls_head`` on the map, ``trans_cls_head`` on the class
+    token. The first output stands for the background, is never supervised and is dropped everywhere.
+
+    State-dict names are those of the official checkpoints. transcam.md section 3.
+    """
+
+    recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
+    normalisation = Conformer.normalisation
+    heads = ("conv_cls_head", "trans_cls_head")
+
+    def __init__(self, options: TransCamOptions, num_classes: int) -> None:
+        super().__init__(options.backbone)
+        self.method: Method = options.method
+        self.trans_cls_head = nn.Linear(self.width, num_classes + 1)
+        self.conv_cls_head = nn.Conv2d(self.channels, num_classes + 1, 3, padding=1)
+        # transcam.md does not say how the heads start; Kaiming by their few outputs would start with logits of about 10
+        for head in (self.trans_cls_head, self.conv_cls_head):
+            nn.init.trunc_normal_(head.weight, std=0.02)
+            nn.init.zeros_(head.bias)
+
+    def _whole_patches(self, images: Tensor) -> Tensor:
+        """Images stretched to the next sides that are multiples of the patch; those that fit are left alone.
+
+        Not padded: the map then covers just the image, nothing attends to a margin, and no pooled score counts one.
+        The method distorts its images anyway.
+        """
+        height, width = (-(-side // self.patch) * self.patch for side in images.shape[-2:])
+        if (height, width) == images.shape[-2:]:
+            return images
+        return F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False)
+
+    def logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of the convolution branch and of the class token: (B, 3, H, W) -> two (B, C + 1), background first."""
+        features, token = self.features(self._whole_patches(images))
+        return self.conv_cls_head(features).float().mean((2, 3)), self.trans_cls_head(token).float()
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image (B, 3, S, S), tags (B, C) -> {"cls": multi-label soft margin loss of the summed scores}."""
+        convolution, token = self.logits(batch["image"])
+        return {"cls": multilabel_soft_margin((convolution + token)[:, 1:], batch["tags"])}
+
+    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
+        """The map of the option ``method``, signed: (B, 3, H, W) -> (B, C, ceil(H / patch), ceil(W / patch)) float32.
+
+        The attention is summed up layer by layer and head by head: a few matrices of (B, T, T) are all there ever is.
+        """
+        total = images.new_zeros(())
+
+        def add(layer: int, attention: QueryKey) -> None:
+            nonlocal total
+            total = attention.mean_weights().add_(total)
+
+        features, _ = self.features(self._whole_patches(images), None if self.method == "convcam" else add)
+        maps = self.conv_cls_head(features)[:, 1:].float()  # (B, C, h, w)
+        if self.method == "convcam":
+            return maps
+        with torch.autocast(images.device.type, enabled=False):
+            return refine_map(maps, total, self.method)
+
+    def load_weights(self, weights: str) -> str:
+        """Conformer's ImageNet weights without their heads (``Conformer_small_patch16.pth``), or a whole TransCAM
+        checkpoint (``TransCAM.pth``), which must fit in all its parts.
+
+        Which of the two it is, shows in the head of the convolution branch: a linear layer, or a convolution.
+        """
+        head = read(weights).get("conv_cls_head.weight")
+        if head is not None and head.ndim == 4:
+            return str(load(self, weights))
+        return str(load(self, weights, rename=lambda name: None if name.startswith(self.heads) else name,
+                        allow_missing=self.heads))  # fmt: skip

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# MCTformer as published (Xu et al., CVPR 2022; MCTformer+: 2023) on PASCAL VOC 2012. NOT RUN by this project yet: no VOC,
+# weights or GPU were at hand. Expected scores are the papers' and the public repository's.
+#
+#   command    scripts/mctformer.sh VERSION VOC_ROOT RES38_CLS [flags of run_sample.py]
+#              VERSION          v1, v2 or plus
+#              VOC_ROOT         VOCdevkit/VOC2012 with JPEGImages, Annotations, SegmentationClass(Aug) and
+#                               ImageSets/Segmentation/{train,train_aug,val}.txt
+#              RES38_CLS        res38_cls.pth, PSA's VOC classifier (weights of steps 4 and 6)
+#              The CAM network starts from DeiT-S, fetched from the internet by timm; without internet add
+#              --cam.weights deit_small_patch16_224-cd65a155.pth.
+#   hardware   trained in half precision (--machine.amp fp16); the authors' GPUs are not stated. With N GPUs put
+#              "torchrun --nproc-per-node N" before run_sample.py; the batch stays the recipe's.
+#
+#   step           list        expected: v1    v2      plus    source
+#   2 make_cam     train                 55.2  61.7    68.8    papers (users of v2: 55 to 58.7)
+#   5 random_walk  train                 -     69.1    76.2    papers (users of plus: 69.7 to 72.6; its settings were
+#                                                              never published, those of v2 are taken)
+#   7 infer_seg    val                   -     71.9    74.0    papers (a user's v2: 71.1)
+set -euo pipefail
+if [ $# -lt 3 ]; then
+    sed -n '2,/^set/p' "$0" | sed '$d'
+    exit 2
+fi
+version=$1
+root=$2
+classifier=$3
+shift 3
+recipe=(--cam.network.version "$version")
+if [ "$version" = plus ]; then
+    recipe+=(--cam.network.backbone.image-size 448 --cam.augment.crop 448 --cam.fit.batch-size 32 --cam.fit.epochs 45
+        --cam.fit.lr 3.125e-5 --cam.infer.scales 1.0 0.75 1.25)
+fi
+. "$(dirname "$0")/env.sh" requirements.txt
+exec .venv/bin/python run_sample.py mctformer --preset published --data voc12 --root "$root" "${recipe[@]}" \
+    --aff.weights "$classifier" --seg.weights "$classifier" "$@"

@@ -1,0 +1,270 @@
+"""The training loop: division of the batch, schedules, exact resume, the guard against NaN, what is logged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+
+from misc.config import Fit, Machine
+from misc.fit import (
+    Batch,
+    NonFiniteLoss,
+    divide,
+    fit,
+    lr_factor,
+    make_optimiser,
+    resume_point,
+    set_lr,
+)
+from net.contract import Group
+
+TOTAL, BATCH = 8, 4
+RECIPE = Fit(steps=TOTAL, batch_size=BATCH, lr=0.005, momentum=0.9, weight_decay=0.01)
+MACHINE = Machine(device="cpu", workers=0, checkpoint_every=3)
+
+
+class Toy(nn.Module):
+    """A regression with a mean over images and one over valid entries, dropout, and a statistic kept in a buffer."""
+
+    finds_unused = False
+
+    def __init__(self, dropout: float = 0.5) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(6, 8)
+        self.drop = nn.Dropout(dropout)
+        self.last = nn.Linear(8, 1)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        self.seen += batch["x"].sum()
+        out = self.last(self.drop(torch.tanh(self.first(batch["x"])))).flatten()
+        valid = ((out - 2) ** 2 * batch["valid"]).sum() / batch["counts/valid"]
+        return {"fit": F.mse_loss(out, batch["y"]), "valid": valid * (1 - progress)}
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        return {"valid": batch["valid"].sum()}
+
+    def param_groups(self) -> list[Group]:
+        return [Group(list(self.first.parameters())), Group(list(self.last.parameters()), 10.0, False)]
+
+
+def micro_batches(size: int, change: Callable[[int, Batch], Batch] = lambda _, batch: batch):
+    """Batches of a training by its first update, as the data room gives them: functions of the update alone."""
+
+    def batches(start: int) -> Iterable[Batch]:
+        for step in range(start, TOTAL):
+            rng = torch.Generator().manual_seed(step)
+            whole = {"x": torch.randn(BATCH, 6, generator=rng), "y": torch.randn(BATCH, generator=rng)}
+            whole["valid"] = (torch.rand(BATCH, generator=rng) > 0.4).float()
+            for begin in range(0, BATCH, size):
+                yield change(step, {k: v[begin : begin + size] for k, v in whole.items()})
+
+    return batches
+
+
+def train(folder: Path, recipe: Fit = RECIPE, network: nn.Module | None = None, **changes: Any) -> dict[str, Tensor]:
+    """Train the toy; its weights."""
+    options: dict[str, Any] = {
+        "machine": MACHINE, "device": torch.device("cpu"), "seed": 0, "weights": folder / "weights" / "toy.pt",
+        "log": folder / "log", "name": "toy", "made_by": {"fit.lr": recipe.lr},
+        "batches": micro_batches(recipe.micro_batch or BATCH), **changes,
+    }  # fmt: skip
+    batches = options.pop("batches")
+    fit(network or Toy(), batches, recipe, TOTAL, **options)
+    return torch.load(options["weights"], weights_only=True)
+
+
+def curve(folder: Path, term: str = "fit") -> list[float]:
+    """The logged values of a loss term."""
+    log = EventAccumulator(str(folder / "log" / "toy"))
+    log.Reload()
+    events = log.Scalars(f"toy/{term}")
+    assert [e.step for e in events] == list(range(len(events)))
+    return [e.value for e in events]
+
+
+def stopping(at: int, error: type[BaseException], size: int = BATCH):
+    """Batches that end with an error before an update."""
+
+    def change(step: int, batch: Batch) -> Batch:
+        if step == at:
+            raise error("stopped")
+        return batch
+
+    return micro_batches(size, change)
+
+
+# ---------------------------------------------------------------------------------------------- batch and schedule
+
+
+def test_the_global_batch_is_divided_evenly_or_not_at_all() -> None:
+    division = divide(Fit(batch_size=12, micro_batch=2), 3)
+    assert (division.per_process, division.micro, division.micro_size) == (4, 2, 2)
+    assert divide(Fit(batch_size=12, micro_batch=50), 3).micro_size == 4
+    with pytest.raises(ValueError, match="12 images cannot be shared by 5 processes"):
+        divide(Fit(batch_size=12), 5)
+    with pytest.raises(ValueError, match="6 images is no multiple of micro_batch = 4"):
+        divide(Fit(batch_size=12, micro_batch=4), 2)
+
+
+def test_accumulation_changes_nothing(tmp_path: Path) -> None:
+    weights, curves = [], []
+    for size in (4, 2, 1):
+        folder = tmp_path / str(size)
+        recipe = Fit(**{**vars(RECIPE), "micro_batch": size, "clip_norm": 0.5})
+        weights.append(train(folder, recipe, Toy(dropout=0)))
+        curves.append(curve(folder, "valid"))
+    for other in (1, 2):
+        assert all(torch.allclose(weights[0][k], weights[other][k], atol=1e-5) for k in weights[0])
+        assert curves[0] == pytest.approx(curves[other], rel=1e-4)
+
+
+def test_poly_and_constant_rates_reach_every_group() -> None:
+    network = Toy()
+    optimiser = make_optimiser(network.param_groups(), RECIPE, torch.device("cpu"))
+    assert [g["weight_decay"] for g in optimiser.param_groups] == [0.01, 0.0]
+    for step, share in ((0, 1.0), (4, 0.5**0.9), (TOTAL - 1, (1 / 8) ** 0.9)):
+        set_lr(optimiser, RECIPE, step, TOTAL)
+        assert [g["lr"] for g in optimiser.param_groups] == pytest.approx([0.005 * share, 0.05 * share])
+    assert lr_factor(Fit(schedule="constant"), 5, 8) == 1
+    assert lr_factor(Fit(schedule_extra=2, power=1), 5, 8) == pytest.approx(0.5)
+
+
+def test_the_rate_is_set_before_the_first_update_and_logged(tmp_path: Path) -> None:
+    train(tmp_path)
+    assert curve(tmp_path, "lr") == pytest.approx([0.005 * (1 - step / TOTAL) ** 0.9 for step in range(TOTAL)])
+
+
+def test_gradients_are_clipped(tmp_path: Path) -> None:
+    before = {k: v.clone() for k, v in Toy().state_dict().items()}
+    recipe = Fit(steps=TOTAL, batch_size=BATCH, lr=1e-3, weight_decay=0, clip_norm=1e-4, schedule="constant")
+    after = train(tmp_path, recipe)
+    moved = math.sqrt(sum(float((after[k] - before[k]).square().sum()) for k in before if k != "seen"))
+    # eight updates of a gradient of norm 1e-4, at ten times the rate where it is largest
+    assert 0 < moved <= TOTAL * 1e-4 * 1e-2 * 1.001
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+def test_training_lowers_the_loss(optimiser: str, tmp_path: Path) -> None:
+    same = micro_batches(BATCH)
+    first = list(same(0))[0]
+    recipe = Fit(steps=TOTAL, batch_size=BATCH, lr=0.02, optimiser=optimiser, schedule="constant")
+    train(tmp_path, recipe, Toy(dropout=0), batches=lambda start: [first] * (TOTAL - start))
+    assert curve(tmp_path)[-1] < curve(tmp_path)[0]
+
+
+# ---------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+@pytest.mark.parametrize("at", [1, 3, 7])
+def test_an_interrupted_training_ends_bit_for_bit_like_an_undisturbed_one(
+    at: int, optimiser: str, tmp_path: Path
+) -> None:
+    recipe = Fit(**{**vars(RECIPE), "optimiser": optimiser})
+    train(tmp_path / "whole", recipe)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut", recipe, batches=stopping(at, KeyboardInterrupt))
+    point = resume_point(tmp_path / "cut" / "weights" / "toy.pt")
+    assert point.exists() == (at >= 3) and not (tmp_path / "cut" / "weights" / "toy.pt").exists()
+    torch.manual_seed(99)  # whatever random state the next process has
+    starts: list[int] = []
+    train(tmp_path / "cut", recipe, batches=lambda start: starts.append(start) or micro_batches(BATCH)(start))
+    assert starts == [at // 3 * 3]
+    whole, cut = ((tmp_path / name / "weights" / "toy.pt").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut and not point.exists()
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+
+
+def test_a_resume_point_of_another_training_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, batches=stopping(5, KeyboardInterrupt))
+    other = Fit(**{**vars(RECIPE), "lr": 0.002})
+    with pytest.raises(ValueError, match=r"toy\.resume\.pt is the resume point of another.*fit.lr was 0.005, is 0.002"):
+        train(tmp_path, other)
+    with pytest.raises(ValueError, match="seed was 0, is 1.*Delete it"):
+        train(tmp_path, seed=1)
+    resume_point(tmp_path / "weights" / "toy.pt").unlink()
+    train(tmp_path, other)
+
+
+def test_a_damaged_resume_point_is_named(tmp_path: Path) -> None:
+    point = resume_point(tmp_path / "weights" / "toy.pt")
+    point.parent.mkdir()
+    point.write_bytes(b"PK\x03\x04 cut")
+    with pytest.raises(ValueError, match=r"toy\.resume\.pt cannot be read .*delete it"):
+        train(tmp_path)
+
+
+def test_each_update_draws_its_own_dropout_from_the_seed(tmp_path: Path) -> None:
+    weights = [train(tmp_path / str(i), seed=seed)["first.weight"] for i, seed in enumerate((0, 0, 1))]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    first = next(iter(micro_batches(BATCH)(0)))
+    recipe = Fit(steps=TOTAL, batch_size=BATCH, lr=1e-9, schedule="constant")
+    train(tmp_path / "still", recipe, batches=lambda start: [dict(first) for _ in range(TOTAL)])
+    assert len(set(curve(tmp_path / "still"))) == TOTAL
+
+
+# ---------------------------------------------------------------------------------------------- guard
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_and_keeps_batch_and_resume_point(bad: float, tmp_path: Path) -> None:
+    def spoil(step: int, batch: Batch) -> Batch:
+        return {**batch, "y": batch["y"] * (bad if step == 5 else 1)}
+
+    with pytest.raises(NonFiniteLoss, match=r"toy: the loss is not finite at update 5 \(fit = (nan|inf), valid = \d.*"
+                       r"toy_nonfinite_rank0\.pt.*--machine\.amp off.*smaller fit.lr"):
+        train(tmp_path, Fit(**{**vars(RECIPE), "micro_batch": 2}), batches=micro_batches(2, spoil))
+    kept = torch.load(tmp_path / "log" / "toy_nonfinite_rank0.pt", weights_only=True)
+    assert len(kept) == 2 and kept[0]["x"].shape == (2, 6) and not torch.isfinite(kept[0]["y"]).any()
+    weights = tmp_path / "weights" / "toy.pt"
+    assert not weights.exists() and torch.load(resume_point(weights), weights_only=True)["step"] == 3
+    assert len(curve(tmp_path)) == 5  # what led to it is in the log
+
+
+def test_nothing_is_updated_by_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    network = Toy()
+    before = network.first.weight.clone()
+    with pytest.raises(NonFiniteLoss):
+        train(tmp_path, network=network, batches=micro_batches(BATCH, lambda _, b: {**b, "x": b["x"] * math.nan}))
+    assert torch.equal(network.first.weight, before)
+
+
+# ---------------------------------------------------------------------------------------------- machine
+
+
+@pytest.mark.parametrize("options", [{"amp": "bf16"}, {"amp": "fp16"}])
+def test_reduced_precision_trains_in_full_precision_weights(options: dict[str, Any], tmp_path: Path) -> None:
+    machine = Machine(device="cpu", workers=0, checkpoint_every=3, **options)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, machine=machine, batches=stopping(5, KeyboardInterrupt))
+    weights = train(tmp_path, machine=machine)
+    plain = train(tmp_path / "plain")
+    assert weights["first.weight"].dtype == torch.float32
+    assert not torch.equal(weights["first.weight"], plain["first.weight"])
+    assert torch.allclose(weights["first.weight"], plain["first.weight"], atol=0.1)
+
+
+def test_precision_may_change_between_two_calls(tmp_path: Path) -> None:
+    for first, then in (("off", "fp16"), ("fp16", "off")):
+        folder = tmp_path / first
+        with pytest.raises(KeyboardInterrupt):
+            train(folder, machine=Machine(amp=first, checkpoint_every=3), batches=stopping(5, KeyboardInterrupt))
+        train(folder, machine=Machine(amp=then, checkpoint_every=3))
+        assert len(curve(folder)) == TOTAL
+
+
+def test_trainings_of_one_run_keep_each_others_curves(tmp_path: Path) -> None:
+    train(tmp_path)
+    train(tmp_path, name="other", weights=tmp_path / "weights" / "other.pt")
+    assert len(curve(tmp_path)) == TOTAL
