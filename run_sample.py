@@ -1,6 +1,13 @@
 """The driver: one method, one data set, the numbered steps in order (see --help)."""
 
+# ruff: noqa: E402
 from __future__ import annotations
+
+import os
+
+# OpenMP reads this when PyTorch is loaded: threads that wait for each other sleep. Spinning, as they do otherwise,
+# makes a training many times slower as soon as anything else runs on the same cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import dataclasses
 import shutil
@@ -60,7 +67,7 @@ def _description(base: Config) -> str:
         f"{base.segmenter}.\n\nExamples:\n"
         "  python run_sample.py\n"
         "  python run_sample.py seam --preset published --data voc12 --root VOCdevkit/VOC2012 --cam.weights FILE ...\n"
-        "  python run_sample.py seam --steps 5-7 --aff.walk.beta 10 --run runs/beta10\n"
+        "  python run_sample.py seam --steps 5-7 --aff.walk.beta 10 --out runs/beta10\n"
         "  torchrun --nproc-per-node 4 run_sample.py seam ..."
     )
 
@@ -172,4 +179,4 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     torch.set_float32_matmul_precision("high")
-    sys.exit(main(sys.argv[1:]))
+    distributed.end(main(sys.argv[1:]))

@@ -20,8 +20,14 @@ _EPSILON = 1e-5
 
 
 def input_sizes(size: tuple[int, int], infer: CamInference) -> list[tuple[int, int]]:
-    """(h, w) of every network input for an image of ``size`` (H, W), in the order of the scales."""
-    return [imaging.scaled_size((1, 1) if infer.square else size, scale) for scale in infer.scales]
+    """(h, w) that an image of ``size`` (H, W) is resized to, in the order of the scales; the padding comes on top."""
+    scaled = imaging.truncated_size if infer.truncate else imaging.scaled_size
+    return [scaled((1, 1) if infer.square else size, scale) for scale in infer.scales]
+
+
+def _margin(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """Rows at the bottom and columns on the right that make (h, w) a multiple."""
+    return -size[0] % multiple, -size[1] % multiple
 
 
 def scaled_inputs(image: np.ndarray, infer: CamInference, normalisation: str) -> Iterator[Tensor]:
@@ -33,11 +39,31 @@ def scaled_inputs(image: np.ndarray, infer: CamInference, normalisation: str) ->
         normalisation: a name of misc.imaging.NORMALISATIONS.
 
     Yields:
-        (2, 3, h, w) float32, the image and its mirror image; (1, 3, h, w) without ``infer.flip``.
+        (2, 3, h, w) float32, the image and its mirror image, both padded to ``infer.multiple``; (1, 3, h, w) without
+        ``infer.flip``.
     """
     for size in input_sizes(image.shape[:2], infer):
         pixels = imaging.to_tensor(imaging.normalise(imaging.resize_image(image, size), normalisation))  # (3, h, w)
-        yield torch.stack([pixels, pixels.flip(-1)]) if infer.flip else pixels[None]
+        bottom, right = _margin(size, infer.multiple)
+        padded = F.pad(pixels, (0, right, 0, bottom))
+        mirrored = padded.flip(-1) if infer.pad_first else F.pad(pixels.flip(-1), (0, right, 0, bottom))
+        yield torch.stack([padded, mirrored]) if infer.flip else padded[None]
+
+
+def unpad(maps: Tensor, size: tuple[int, int], infer: CamInference) -> Tensor:
+    """Maps of padded inputs without what lies on the margin (aream.md section 9).
+
+    Args:
+        maps: (1 or 2, K, h', w'), any h' and w', of an image padded to ``infer.multiple`` and of its mirror image.
+        size: (h, w) of the image before it was padded.
+
+    Returns:
+        (1 or 2, K, h, w) float32, the second still mirrored. Bilinear with align_corners False.
+    """
+    (height, width), (bottom, right) = size, _margin(size, infer.multiple)
+    maps = F.interpolate(maps.float(), size=(height + bottom, width + right), mode="bilinear", align_corners=False)
+    left = [0, right if infer.pad_first else 0]
+    return torch.stack([m[:, :height, at : at + width] for m, at in zip(maps, left, strict=False)])
 
 
 def merge(maps: Iterable[Tensor], size: tuple[int, int]) -> Tensor:
@@ -86,7 +112,19 @@ def by_range(total: Tensor) -> Tensor:
     return (total - low) / (high - low + 1e-8)
 
 
-NORMALISATIONS: dict[str, Callable[[Tensor], Tensor]] = {"max": by_maximum, "shifted": shifted, "minmax": by_range}
+def rectified(total: Tensor) -> Tensor:
+    """(..., H, W) -> each class clipped at 0, from its minimum, which becomes 0, to its maximum (aream.md section 4).
+
+    The epsilon is seen where maps are products of attentions: these are tiny, so that they end near 0.9997.
+    """
+    total = total.clamp(min=0)
+    total = total - total.amin((-2, -1), keepdim=True)
+    return total / (total.amax((-2, -1), keepdim=True) + 1e-6)
+
+
+NORMALISATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "max": by_maximum, "shifted": shifted, "minmax": by_range, "rectified": rectified,
+}  # fmt: skip
 """By the name they have in ``CamInference.normalise``."""
 
 
@@ -127,8 +165,9 @@ def infer_cam(
     row = torch.tensor(tags, dtype=torch.float32, device=device)  # (C,)
 
     def present() -> Iterator[Tensor]:
-        for images in scaled_inputs(image, infer, normalisation):
+        for inner, images in zip(input_sizes(size, infer), scaled_inputs(image, infer, normalisation), strict=True):
             maps = cam(images.to(device), row.expand(len(images), -1))  # (1 or 2, C, h', w')
-            yield maps.detach()[:, keys]
+            maps = maps.detach()[:, keys]
+            yield unpad(maps, inner, infer) if infer.multiple > 1 else maps
 
     return normalise(merge(present(), size), infer.normalise).cpu().numpy()

@@ -104,14 +104,16 @@ class Augment:
     """long_side: the longer side is resized to a random integer in [low, high], PIL bicubic. Pixels."""
     scale: tuple[float, float] = (0.5, 1.5)
     """scale: both sides are multiplied by a random factor in [low, high]; mask nearest."""
-    scale_filter: Literal["cubic", "linear"] = "cubic"
-    """OpenCV filter of the image in ``scale``."""
+    scale_filter: Literal["cubic", "linear", "bicubic"] = "cubic"
+    """Filter of the image in ``scale``. cubic, linear: OpenCV's. bicubic: PIL's, antialiased when shrinking."""
     scale_per_batch: bool = False
     """scale: one factor for all images of a batch instead of one for each."""
     flip: float = 0.5
     """flip: probability of a horizontal mirror."""
     jitter: tuple[float, float, float, float] = (0.3, 0.3, 0.3, 0.1)
     """jitter: strengths of the colour jitter in brightness, contrast, saturation, hue."""
+    jitter_probability: float = 1.0
+    """jitter: probability that it is applied to an image."""
     hsv: int = 10
     """hsv: largest integer shift of hue, saturation, value (OpenCV 8-bit HSV)."""
     area: tuple[float, float] = (0.08, 1.0)
@@ -144,6 +146,7 @@ class Augment:
         _check(0 < self.scale[0] <= self.scale[1], "scale", self.scale, "two increasing factors")
         _check(0 <= self.flip <= 1, "flip", self.flip, "a probability")
         _check(min(self.jitter) >= 0 and self.jitter[3] <= 0.5, "jitter", self.jitter, "0 or more, hue at most 0.5")
+        _check(0 <= self.jitter_probability <= 1, "jitter_probability", self.jitter_probability, "a probability")
         _check(0 <= self.hsv < 90, "hsv", self.hsv, "in [0, 90)")
         _check(0 < self.area[0] <= self.area[1] <= 1, "area", self.area, "two increasing shares")
         _check(self.policy.startswith("rand-"), "policy", self.policy, "a name such as rand-m9-mstd0.5-inc1")
@@ -157,19 +160,28 @@ class CamInference:
 
     scales: tuple[float, ...] = (1.0, 0.5, 1.5, 2.0)
     """Factors of the image size; PIL bicubic, sizes rounded half to even."""
+    truncate: bool = False
+    """Cut the fraction of the sizes off instead of rounding them."""
     square: bool = False
     """Scales are not factors but sides in pixels of a square that the image is stretched to (transcam.md 5)."""
     flip: bool = True
     """Add the maps of the mirrored image."""
-    normalise: Literal["max", "shifted", "minmax"] = "max"
+    multiple: int = 1
+    """Scaled images are padded with the mean colour at the bottom and the right to sides that are multiples of this;
+    maps are brought to the padded size and cut to the image again. 1: no padding."""
+    pad_first: bool = False
+    """Pad before mirroring, so that the mirrored image has its margin on the left, instead of after it."""
+    normalise: Literal["max", "shifted", "minmax", "rectified"] = "max"
     """max: each class map divided by (its maximum + 1e-5) (psa.md 2.4).
     shifted: clipped at 0, then (S - min - 1e-5) / (max - min + 1e-5) with entries below min + 1e-5 at 0 before
     (seam.md 5).
-    minmax: (S - min) / (max - min + 1e-8) (mctformer.md 4)."""
+    minmax: (S - min) / (max - min + 1e-8) (mctformer.md 4).
+    rectified: clipped at 0, then D / (max D + 1e-6) with D = S - min (aream.md 9)."""
 
     def __post_init__(self) -> None:
         _check(bool(self.scales) and min(self.scales) > 0, "scales", self.scales, "positive factors")
         _check(not self.square or min(self.scales) >= 8, "scales", self.scales, "sides of 8 pixels or more for square")
+        _check(self.multiple > 0, "multiple", self.multiple, "at least 1")
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,11 @@ def scaled_size(size: tuple[int, int], factor: float) -> tuple[int, int]:
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
+def truncated_size(size: tuple[int, int], factor: float) -> tuple[int, int]:
+    """(H, W) times a factor, the fraction cut off (aream.md 9), at least 1."""
+    return max(1, int(size[0] * factor)), max(1, int(size[1] * factor))
+
+
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(H, W, 3) uint8 -> (h, w, 3) uint8, PIL bicubic (antialiased when shrinking); ``size`` is (h, w)."""
     if image.shape[:2] == tuple(size):
@@ -82,6 +87,13 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(H, W) uint8 -> (h, w) uint8, PIL nearest (pixel centres); ``size`` is (h, w)."""
     return np.asarray(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
+
+
+def box_mask(box: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, 4) integers top, bottom, left, right, half-open -> (B, H, W) bool, true inside; ``size`` is (H, W)."""
+    top, bottom, left, right = box[:, :, None, None].unbind(1)  # (B, 1, 1) each
+    rows, columns = (torch.arange(side, device=box.device) for side in size)
+    return (rows[:, None] >= top) & (rows[:, None] < bottom) & (columns >= left) & (columns < right)
 
 
 def palette(n: int = 256) -> np.ndarray:

@@ -99,7 +99,7 @@ class RunFolder:
             lines = "\n".join(f"  {k}: {there.get(k)!r} there, {wanted.get(k)!r} now" for k in differing)
             raise OtherConfiguration(
                 f"{self.root} holds a run of another configuration:\n{lines}\n"
-                "Use another --run folder, give the recorded settings, or say --force to go on in it (finished files "
+                "Use another --out folder, give the recorded settings, or say --force to go on in it (finished files "
                 "are kept as they are)."
             )
         distributed.barrier()

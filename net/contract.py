@@ -289,17 +289,22 @@ def multilabel_soft_margin(logits: Tensor, tags: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits.float(), tags.to(torch.float32))
 
 
-def decay_groups(network: nn.Module, no_decay: Collection[str]) -> list[Group]:
-    """The two groups of timm's AdamW trainings, all at the base rate (mctformer.md section 6, aream.md section 8).
+def decay_groups(
+    network: nn.Module, no_decay: Collection[str], heads: Collection[str] = (), head_lr: float = 10.0
+) -> list[Group]:
+    """The groups of timm's AdamW trainings (mctformer.md section 6, aream.md section 8).
 
     First what is not decayed: one-dimensional parameters, biases and those named exactly as one of ``no_decay``; then
-    the rest. Only what is trained is in them.
+    the rest; both at the base rate. The same two again for the layers ``heads``, if there are any, at ``head_lr``
+    times that. Only what is trained is in them.
     """
     groups = [Group([], decay=False), Group([])]
+    if heads:
+        groups += [Group([], head_lr, False), Group([], head_lr)]
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             plain = parameter.ndim > 1 and not name.endswith(".bias") and name not in no_decay
-            groups[plain].params.append(parameter)
+            groups[plain + 2 * (name.rpartition(".")[0] in heads)].params.append(parameter)
     return groups
 
 

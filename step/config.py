@@ -47,8 +47,8 @@ class Config:
     """Data set: sample (generated), voc12 (VOC 2012 or any folder in its layout)."""
     root: Annotated[Path | None, tyro.conf.arg(aliases=["--voc12-root"])] = None
     """Folder of the data set. Default for the sample set: data/sample-..., named after its settings."""
-    run: Path | None = None
-    """Run folder: everything is written here. Default: runs/METHOD-DATA."""
+    run: Annotated[Path | None, tyro.conf.arg(aliases=["--out"])] = None
+    """Run folder (under torchrun say --out, it takes --run for an option of its own): everything is written here. Default: runs/METHOD-DATA."""
     steps: tuple[str, ...] = ()
     """Steps to run: numbers, names and ranges (2-5, make_cam random_walk). Default: all, from the first unfinished."""
     seed: int = 0

@@ -37,7 +37,7 @@ def make_set(root: Path, images: int = 8, val: int = 3) -> Path:
 
 def arguments(data: Path, out: Path, *flags: str) -> list[str]:
     """The command line of a tiny run."""
-    return ["psa", "--root", str(data), "--run", str(out), *TINY, *flags]
+    return ["psa", "--root", str(data), "--out", str(out), *TINY, *flags]
 
 
 def run(data: Path, out: Path, *flags: str) -> int:

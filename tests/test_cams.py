@@ -116,3 +116,46 @@ def test_rule_shifted_puts_the_lowest_below_zero() -> None:
     scores = cams.normalise(total, "shifted")
     np.testing.assert_allclose(scores[0], [[0, 0.5], [1, 0.25]], atol=1e-5)
     np.testing.assert_allclose(scores[1], [[-0.25, 0.5], [0.25, 1]], atol=1e-5)  # its minimum is 1: (0 - 1) / 4
+
+
+def test_rule_rectified() -> None:
+    total = torch.tensor([[[-3.0, 2.0], [4.0, 1.0]], [[1.0, 3.0], [2.0, 5.0]], [[0.0, 0.0], [0.0, 1e-6]]])
+    scores = cams.normalise(total, "rectified")
+    np.testing.assert_allclose(scores[0], [[0, 0.5], [1, 0.25]], atol=1e-5)
+    np.testing.assert_allclose(scores[1], [[0, 0.5], [0.25, 1]], atol=1e-5)
+    np.testing.assert_allclose(scores[2], [[0, 0], [0, 0.5]], atol=1e-5)
+    assert torch.equal(cams.rectified(total[None])[0], scores)
+
+
+def test_sizes_are_truncated_where_asked() -> None:
+    infer = CamInference(scales=(0.5, 1.0, 1.5), truncate=True)
+    assert cams.input_sizes((75, 101), infer) == [(37, 50), (75, 101), (112, 151)]
+    assert cams.input_sizes((75, 101), CamInference(scales=(0.5, 1.5))) == [(38, 50), (112, 152)]
+
+
+@pytest.mark.parametrize("pad_first", [False, True])
+def test_padding(pad_first: bool) -> None:
+    """Zeros at the bottom and on one side; of a network that copies its input the maps fit the image again."""
+    infer = CamInference(scales=(1.0,), multiple=16, pad_first=pad_first, normalise="minmax")
+    (pair,) = cams.scaled_inputs(picture(), infer, "imagenet")
+    assert pair.shape == (2, 3, 48, 64)
+    (plain,) = cams.scaled_inputs(picture(), CamInference(scales=(1.0,)), "imagenet")
+    assert torch.equal(pair[0, :, :41, :58], plain[0]) and not pair[:, :, 41:].any() and not pair[0, :, :, 58:].any()
+    assert torch.equal(pair[1, :, :41, 6:] if pad_first else pair[1, :, :41, :58], plain[1])
+    assert not (pair[1, :, :, :6] if pad_first else pair[1, :, :, 58:]).any()
+    cut = cams.unpad(pair, (41, 58), infer)
+    assert torch.equal(cut, plain)
+    assert torch.equal(cams.unpad(pair[:1], (41, 58), infer), plain[:1])
+
+    def network(images: Tensor, tags: Tensor) -> Tensor:
+        return images[:, :2] - images.amin()
+
+    got = cams.infer_cam(network, picture(), np.float32([1, 1]), infer, "imagenet")
+    expected = cams.infer_cam(network, picture(), np.float32([1, 1]), CamInference(
+        scales=(1.0,), normalise="minmax"), "imagenet")  # fmt: skip
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_padding_of_nothing() -> None:
+    with pytest.raises(ValueError, match="multiple"):
+        CamInference(multiple=0)

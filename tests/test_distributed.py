@@ -32,7 +32,8 @@ def close(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 
 
 def test_the_loops_of_two_processes(tmp_path: Path) -> None:
-    ended = start([*TORCHRUN, str(ROOM / "tests" / "two_processes.py"), str(tmp_path)], PYTHONPATH=f"{ROOM}:{ROOM}/tests")
+    script = str(ROOM / "tests" / "two_processes.py")
+    ended = start([*TORCHRUN, script, str(tmp_path)], PYTHONPATH=f"{ROOM}:{ROOM}/tests")
     assert ended.returncode == 0, ended.stderr
     assert "2 process(es) x 2 micro-batch(es) x 1" in ended.stdout
     alone = train(tmp_path / "alone", Fit(**{**vars(RECIPE), "micro_batch": None}), Toy(dropout=0))
@@ -67,8 +68,8 @@ def test_a_run_of_two_processes_gives_the_losses_weights_and_files_of_one(tmp_pa
         weights = [read_weights(tmp_path / name / "weights" / f"{part}.pt") for name in ended]
         assert close(*weights), part
     for path in (tmp_path / "one" / "cam").iterdir():
-        assert torch.allclose(*(torch.from_numpy(read_cam(p).maps) for p in (path, tmp_path / "two" / "cam" / path.name)),
-                              atol=2e-2)  # fmt: skip
+        maps = [torch.from_numpy(read_cam(p).maps) for p in (path, tmp_path / "two" / "cam" / path.name)]
+        assert torch.allclose(*maps, atol=2e-2)
 
 
 def test_one_process_needs_no_group() -> None:

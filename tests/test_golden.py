@@ -12,9 +12,8 @@ import pytest
 from golden_case import Case
 
 PENDING = (
-    "aream_aff", "aream_conformer", "aream_crf", "aream_e", "aream_infer", "aream_m", "aream_pseudo", "aream_train",
-    "caae_", "caffemodel_", "crt_", "deeplabv2_", "getam_", "irn_",
-    "par_", "puzzlecam_", "semformer_", "tscam_", "wsol_",
+    "caae_", "caffemodel_", "crt_", "deeplabv2_", "getam_f", "getam_l", "getam_m", "getam_po", "getam_ps", "getam_t", "irn_",
+    "puzzlecam_", "semformer_", "tscam_", "wsol_",
 )
 """Families whose methods are not built yet; this list only shrinks."""
 

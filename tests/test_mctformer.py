@@ -15,8 +15,8 @@ from misc.cams import by_range
 from misc.config import Fit, override
 from misc.fit import lr_factor
 from net import weights
-from net.backbone.transformer import Attention, QueryKey
-from net.backbone.vit import AttentionSums, ViTOptions, resize_positions
+from net.backbone.transformer import Attention, AttentionSums, QueryKey
+from net.backbone.vit import ViTOptions, resize_positions
 from net.contract import SoftCam
 from net.refine.psa import PSA
 from net.seed.mctformer import MCTformer, MCTformerOptions, contrast_loss, ranking_pool

@@ -32,8 +32,8 @@ def test_a_run_killed_in_training_and_in_make_cam_ends_like_an_undisturbed_one(t
     data = make_set(tmp_path / "data")
     script = tmp_path / "killer.py"
     script.write_text(KILLER)
-    flags = ["--steps", "1-5", "--cam.fit.steps", "9", "--cam.network.dropout", "0.5", "--machine.checkpoint-every", "2",
-             "--machine.workers", "1"]  # fmt: skip
+    flags = "--steps 1-5 --cam.fit.steps 9 --cam.network.dropout 0.5 --machine.checkpoint-every 2".split()
+    flags += ["--machine.workers", "1"]
     undisturbed = start(["run_sample.py", *arguments(data, tmp_path / "whole", *flags)])
     assert undisturbed.returncode == 0, undisturbed.stderr
 

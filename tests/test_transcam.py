@@ -201,8 +201,8 @@ def test_maps_of_any_size(size: tuple[int, int]) -> None:
 
 def test_images_that_fit_are_left_alone() -> None:
     model, image = network(), batch((48, 32))["image"]
-    assert model._whole_patches(image) is image
-    stretched = model._whole_patches(image[:, :, :47, :17])
+    assert model.whole_patches(image) is image
+    stretched = model.whole_patches(image[:, :, :47, :17])
     assert stretched.shape[-2:] == (48, 32)
     torch.testing.assert_close(stretched.mean((2, 3)), image[:, :, :47, :17].mean((2, 3)), rtol=0, atol=0.05)
 

@@ -102,7 +102,7 @@ def test_long_side(size: tuple[int, int], length: int, wanted: tuple[int, int]) 
 
 
 @pytest.mark.parametrize(("factor", "wanted"), [(0.5, (20, 30)), (1.26, (50, 75)), (0.71, (28, 42))])
-@pytest.mark.parametrize("image_filter", ["cubic", "linear"])
+@pytest.mark.parametrize("image_filter", ["cubic", "linear", "bicubic"])
 def test_scale_cuts_sizes_and_keeps_places(factor: float, wanted: tuple[int, int], image_filter: str) -> None:
     sample = located()
     transforms.scale(sample, factor, image_filter)
@@ -111,6 +111,14 @@ def test_scale_cuts_sizes_and_keeps_places(factor: float, wanted: tuple[int, int
     away = np.abs(sample.image[..., 0].astype(int) - 50 - sample.mask)  # type: ignore[operator]
     assert away.max() <= 1.5 / factor
     assert np.abs(sample.image[..., 1].astype(int) - 50 - sample.planes[1]).max() <= 1.5 / factor  # type: ignore[index]
+
+
+def test_scale_by_pil() -> None:
+    sample = Sample(np.random.default_rng(3).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    transforms.flip(sample)
+    plain = Image.fromarray(np.ascontiguousarray(sample.image)).resize((23, 15), Image.Resampling.BICUBIC)
+    transforms.scale(sample, 0.79, "bicubic")
+    assert np.array_equal(sample.image, np.asarray(plain))
 
 
 @pytest.mark.parametrize("way", ["long_side", "scale"])
@@ -155,6 +163,24 @@ def test_jitter_with_strength_0_is_nothing() -> None:
     sample = located()
     transforms.jitter(sample, (0, 0, 0, 0), rng())
     assert np.array_equal(sample.image, located().image)
+
+
+def test_jitter_is_applied_as_often_as_asked() -> None:
+    """Where it always is, no number is drawn for it."""
+    def jittered(probability: float, seed: int) -> np.ndarray:
+        recipe = Augment(order=("jitter", "normalize", "crop"), jitter=(0.4, 0, 0, 0), jitter_probability=probability,
+                         crop=40)  # fmt: skip
+        return augment(located(), recipe, "imagenet", rng(seed), rng(seed)).image
+
+    plain = [np.array_equal(jittered(0.3, seed), jittered(0.0, seed)) for seed in range(40)]
+    assert 20 <= sum(plain) <= 36
+    sample, numbers = located(), rng(5)
+    transforms.jitter(sample, (0.4, 0, 0, 0), numbers)
+    sample.image = normalise(sample.image, "imagenet")
+    transforms.crop(sample, 40, numbers)
+    assert np.array_equal(jittered(1.0, 5), sample.image)
+    with pytest.raises(ValueError, match="jitter_probability"):
+        Augment(jitter_probability=1.5)
 
 
 def test_hsv() -> None:

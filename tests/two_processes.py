@@ -48,6 +48,7 @@ def main(folder: Path) -> None:
         store.write_bytes(folder / f"failed{distributed.rank()}.txt", str(error).encode())
     assert distributed.joined([distributed.rank()]) == [0, 1]
     distributed.stop()
+    distributed.end(0)
 
 
 def pairs(start: int):

@@ -21,8 +21,8 @@ from voc12.sample_marks import DECOYS, MARKS, OUTLINES, badge
 SUPER = 2  # pictures are drawn at this multiple of their size, then averaged down
 IGNORE = 255
 SPLITS = {"train": 2025, "val": 2026}  # the year in an image's id
-MARK_PIXELS = 13.0  # least diameter of a mark (disc of its area) at long sides of 100 to 130 px; else in proportion
-MARK_SHARE = (0.08, 0.20)  # of the body's area
+MARK_PIXELS = 16.0  # least diameter of a mark (disc of its area) at long sides of 100 to 130 px; else in proportion
+MARK_SHARE = (0.12, 0.26)  # of the body's area
 
 Array = np.ndarray
 Rng = np.random.Generator
@@ -162,10 +162,9 @@ def _distract(rng: Rng, image: Array) -> None:
         pattern = DECOYS[rng.integers(len(DECOYS))]
         outline = OUTLINES[rng.integers(len(OUTLINES))]
         window, cover = badge(outline, pattern, size, where, rng.uniform(2.5, 5.5) * unit, rng.uniform(0, 6.28))
-        if number % 4 == 3:  # a badge in two marks' colours
-            first, second = rng.choice(len(MARKS), 2, replace=False)
-            _blend(image[window], cover[..., 0], _jitter(rng, MARKS[first].ground))
-            _blend(image[window], cover[..., 1], _jitter(rng, MARKS[second].ink))
+        if number % 4 == 3:  # a badge in two colours, of the kinds that bodies have
+            _blend(image[window], cover[..., 0], _colour(rng))
+            _blend(image[window], cover[..., 1], _colour(rng))
         else:
             tint = _colour(rng) + (_noise(rng, cover.shape[:2], 2.5 * unit)[..., None] - 0.5) * rng.choice([0, 0.5])
             _blend(image[window], cover[..., 0] * rng.uniform(0.6, 1), tint)
@@ -255,12 +254,17 @@ def _clears(body: Array, things: list[Thing]) -> bool:
     return True
 
 
+def _share(rng: Rng, largest: float) -> float:
+    """An object's length as a share of the picture's: 0.2 to ``largest``, small ones rarer."""
+    return 0.2 + (largest - 0.2) * rng.beta(2.0, 1.2)
+
+
 def _things(rng: Rng, size: tuple[int, int], labels: list[int]) -> list[Thing]:
     """Objects of the wished classes, back to front; those that find no place are left out, but never the first."""
     things: list[Thing] = []
-    largest = 0.7 if len(labels) == 1 else 0.55
+    largest = 0.7 if len(labels) == 1 else 0.6
     for label in labels:
-        share = rng.uniform(0.2, largest)
+        share = _share(rng, largest)
         for attempt in itertools.count() if not things else range(12):
             thing = _thing(rng, size, label, share)
             if thing is not None and _clears(thing.body, things):
@@ -268,7 +272,7 @@ def _things(rng: Rng, size: tuple[int, int], labels: list[int]) -> list[Thing]:
                     other.seen = other.seen * (1 - thing.body)
                 things.append(thing)
                 break
-            share = rng.uniform(0.2, largest) if attempt < 30 else 0.5  # a size that has room for a mark, at last
+            share = _share(rng, largest) if attempt < 30 else 0.5  # a size that has room for a mark, at last
     return things
 
 

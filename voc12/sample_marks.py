@@ -124,8 +124,8 @@ MARKS = (
     Mark("ladder", _shield, _ladder, (18, 132, 142), (255, 176, 150)),
     Mark("spiral", _disc, _spiral, (250, 236, 214), (150, 40, 30)),
 )
-# For badges of no class: patterns that no mark has, to be put on the marks' own outlines in their colours (mixed), so
-# that neither an outline nor a colour alone tells a class.
+# For badges of no class: patterns that no mark has, to be put on the marks' own outlines, so that an outline alone does
+# not tell a class.
 DECOYS: tuple[Pattern, ...] = (
     lambda u, v: u > v,
     lambda u, v: np.abs(u - 0.3 * v) < 0.25,

@@ -19,7 +19,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop, functional
 
 from misc.config import Augment
-from misc.imaging import denormalise, normalise, resize_image, resize_mask, to_tensor
+from misc.imaging import denormalise, normalise, resize_image, resize_mask, to_tensor, truncated_size
 
 Size = tuple[int, int]
 
@@ -65,12 +65,14 @@ def long_side(sample: Sample, length: int) -> None:
 
 
 def scale(sample: Sample, factor: float, image_filter: str) -> None:
-    """Multiply both sides by ``factor``, cut to whole pixels: image OpenCV cubic or linear, mask OpenCV nearest
-    (deeplab.md A.2, B.2)."""
-    height, width = sample.image.shape[:2]
-    size = (max(1, int(height * factor)), max(1, int(width * factor)))
-    kind = {"cubic": cv2.INTER_CUBIC, "linear": cv2.INTER_LINEAR}[image_filter]
-    sample.image = cv2.resize(sample.image, size[::-1], interpolation=kind)
+    """Multiply both sides by ``factor``, cut to whole pixels: image OpenCV cubic or linear (deeplab.md A.2, B.2) or
+    PIL bicubic (aream.md section 8), mask OpenCV nearest."""
+    size = truncated_size(sample.image.shape[:2], factor)
+    if image_filter == "bicubic":
+        sample.image = resize_image(np.ascontiguousarray(sample.image), size)
+    else:
+        kind = {"cubic": cv2.INTER_CUBIC, "linear": cv2.INTER_LINEAR}[image_filter]
+        sample.image = cv2.resize(sample.image, size[::-1], interpolation=kind)
     if sample.mask is not None:
         sample.mask = cv2.resize(sample.mask, size[::-1], interpolation=cv2.INTER_NEAREST)
     _resized(sample, size)
@@ -273,7 +275,9 @@ def augment(
                 if rng.random() < recipe.flip:
                     flip(sample)
             case "jitter":
-                jitter(sample, recipe.jitter, rng)
+                # nothing is drawn where it always happens
+                if recipe.jitter_probability == 1 or rng.random() < recipe.jitter_probability:
+                    jitter(sample, recipe.jitter, rng)
             case "hsv":
                 hue, saturation, value = rng.integers(-recipe.hsv, recipe.hsv + 1, 3).tolist()
                 hsv(sample, (hue, saturation, value))

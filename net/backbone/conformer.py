@@ -209,6 +209,16 @@ class Conformer(nn.Module):
             elif isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
+    def whole_patches(self, images: Tensor) -> Tensor:
+        """Images stretched to the next sides that are multiples of the patch; those that fit are left alone.
+
+        Not padded: the map then covers just the image, nothing attends to a margin, and no pooled score counts one.
+        """
+        height, width = (-(-side // self.patch) * self.patch for side in images.shape[-2:])
+        if (height, width) == images.shape[-2:]:
+            return images
+        return F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False)
+
     def features(self, images: Tensor, visit: Visit | None = None) -> tuple[Tensor, Tensor]:
         """Both branches' results for normalised images (ImageNet mean and standard deviation, RGB).
 

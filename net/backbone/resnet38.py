@@ -58,8 +58,8 @@ class ResNet38Options:
 SAMPLE_RESNET38 = ResNet38Options(
     width=0.25, late_width=0.0625, depth=(1, 1, 1, 1), dilation=1, dropout=(0.0, 0.0), freeze_bn=False, frozen="none"
 )
-"""The backbone of the sample recipes: learns small pictures from random weights within minutes on two CPU cores. One for
-all, so that a refiner or segmenter can start from the CAM network."""
+"""The backbone of the sample recipes: learns small pictures from random weights within minutes on two CPU cores. One
+for all, so that a refiner or segmenter can start from the CAM network."""
 
 
 def _bn_relu(x: Tensor, bn: nn.BatchNorm2d) -> Tensor:

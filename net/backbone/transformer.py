@@ -5,7 +5,7 @@ Attention is fused; the matrix is made only for who asks, layer by layer, from q
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +52,48 @@ class QueryKey:
 See = Callable[[QueryKey], None]
 Visit = Callable[[int, QueryKey], None]
 """Called with every layer (from 0) and its queries and keys, in order, while the network runs."""
+
+
+class AttentionSums:
+    """Visitor that adds up the head means of the attention over layers; one (B, T, T) matrix exists at a time.
+
+    Args:
+        tokens: number of class tokens, which come first.
+        class_weights: of each layer in ``to_patches``; 0 leaves a layer out.
+        patch_weights: of each layer in ``affinity``.
+    """
+
+    to_patches: Tensor
+    """(B, tokens, N) float32: what the class tokens attend to. Exists once a layer with a weight has run."""
+    affinity: Tensor
+    """(B, N, N) float32: what the patches attend to, rows to columns, not normalised. Likewise."""
+
+    def __init__(self, tokens: int, class_weights: Sequence[float], patch_weights: Sequence[float]) -> None:
+        self.tokens = tokens
+        self.class_weights, self.patch_weights = class_weights, patch_weights
+
+    def __call__(self, layer: int, attention: QueryKey) -> None:
+        """Add a layer."""
+        weights = {"to_patches": self.class_weights[layer], "affinity": self.patch_weights[layer]}
+        if not any(weights.values()):
+            return
+        mean = attention.mean_weights()  # (B, T, T)
+        c = self.tokens
+        parts = {"to_patches": mean[:, :c, c:], "affinity": mean[:, c:, c:]}
+        for name, weight in weights.items():
+            if weight and hasattr(self, name):
+                getattr(self, name).add_(parts[name], alpha=weight)
+            elif weight:
+                setattr(self, name, parts[name] * weight)
+
+
+def spread(affinity: Tensor, maps: Tensor) -> Tensor:
+    """Maps refined by the patches' attention: R_c(i) = sum over j of P(i, j) M_c(j) (mctformer.md section 4).
+
+    affinity (B, N, N), maps (B, C, h, w) with h w = N -> (B, C, h, w) float32, also under mixed precision.
+    """
+    with torch.autocast(maps.device.type, enabled=False):
+        return (maps.float().flatten(2) @ affinity.float().transpose(1, 2)).view_as(maps)
 
 
 class Attention(nn.Module):

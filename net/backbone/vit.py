@@ -7,7 +7,6 @@ looks at the attention by a visitor, which gets the queries and keys of one laye
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.config import PRETRAINED_WEIGHTS
-from net.backbone.transformer import QueryKey, TransformerBlock, Visit
+from net.backbone.transformer import TransformerBlock, Visit
 from net.weights import State, load, read
 
 Grid = tuple[int, int]
@@ -203,48 +202,6 @@ class ViT(nn.Module):
         token, head = state.get("cls_token"), state.get("head.weight")
         one = token is not None and "pos_embed" in state and token.shape[1] == 1
         return one and (head is None or head.ndim == 2)
-
-
-class AttentionSums:
-    """Visitor that adds up the head means of the attention over layers; one (B, T, T) matrix exists at a time.
-
-    Args:
-        tokens: number of class tokens, which come first.
-        class_weights: of each layer in ``to_patches``; 0 leaves a layer out.
-        patch_weights: of each layer in ``affinity``.
-    """
-
-    to_patches: Tensor
-    """(B, tokens, N) float32: what the class tokens attend to. Exists once a layer with a weight has run."""
-    affinity: Tensor
-    """(B, N, N) float32: what the patches attend to, rows to columns, not normalised. Likewise."""
-
-    def __init__(self, tokens: int, class_weights: Sequence[float], patch_weights: Sequence[float]) -> None:
-        self.tokens = tokens
-        self.class_weights, self.patch_weights = class_weights, patch_weights
-
-    def __call__(self, layer: int, attention: QueryKey) -> None:
-        """Add a layer."""
-        weights = {"to_patches": self.class_weights[layer], "affinity": self.patch_weights[layer]}
-        if not any(weights.values()):
-            return
-        mean = attention.mean_weights()  # (B, T, T)
-        c = self.tokens
-        parts = {"to_patches": mean[:, :c, c:], "affinity": mean[:, c:, c:]}
-        for name, weight in weights.items():
-            if weight and hasattr(self, name):
-                getattr(self, name).add_(parts[name], alpha=weight)
-            elif weight:
-                setattr(self, name, parts[name] * weight)
-
-
-def spread(affinity: Tensor, maps: Tensor) -> Tensor:
-    """Maps refined by the patches' attention: R_c(i) = sum over j of P(i, j) M_c(j) (mctformer.md section 4).
-
-    affinity (B, N, N), maps (B, C, h, w) with h w = N -> (B, C, h, w) float32, also under mixed precision.
-    """
-    with torch.autocast(maps.device.type, enabled=False):
-        return (maps.float().flatten(2) @ affinity.float().transpose(1, 2)).view_as(maps)
 
 
 class MultiClassViT(ViT):

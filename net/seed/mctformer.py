@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit
-from net.backbone.vit import AttentionSums, Grid, MultiClassViT, ViTOptions, resize_positions, spread
+from net.backbone.transformer import AttentionSums, spread
+from net.backbone.vit import Grid, MultiClassViT, ViTOptions, resize_positions
 from net.contract import (
     Batch,
     Group,

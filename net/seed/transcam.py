@@ -12,13 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.config import REQUIRED_WEIGHTS, Augment, CamInference, Fit
 from net.backbone.conformer import Conformer, ConformerOptions
-from net.backbone.transformer import QueryKey
+from net.backbone.transformer import QueryKey, spread
 from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe, multilabel_soft_margin, seed
 from net.weights import load, read
 
@@ -58,15 +56,15 @@ def refine_map(maps: Tensor, attention: Tensor, method: Method) -> Tensor:
     Returns:
         (B, K, h, w).
     """
-    flat, patches = maps.flatten(2), attention[:, 1:, 1:]  # (B, K, N), (B, N, N)
+    patches = attention[:, 1:, 1:]  # (B, N, N)
     match method:
         case "transcam":
-            flat = flat @ patches.transpose(1, 2)
+            return spread(patches, maps)
         case "attnagg":
-            flat = flat @ patches
+            return spread(patches.transpose(1, 2), maps)
         case "clsattn":
-            flat = flat * attention[:, :1, 1:]
-    return flat.view_as(maps)
+            return (maps.flatten(2) * attention[:, :1, 1:]).view_as(maps)
+    return maps
 
 
 # ------------------------------------------------------------------------------ recipes (transcam.md sections 4 to 7)
@@ -149,20 +147,9 @@ class TransCam(SeedNetwork, Conformer):
             nn.init.trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
 
-    def _whole_patches(self, images: Tensor) -> Tensor:
-        """Images stretched to the next sides that are multiples of the patch; those that fit are left alone.
-
-        Not padded: the map then covers just the image, nothing attends to a margin, and no pooled score counts one.
-        The method distorts its images anyway.
-        """
-        height, width = (-(-side // self.patch) * self.patch for side in images.shape[-2:])
-        if (height, width) == images.shape[-2:]:
-            return images
-        return F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False)
-
     def logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of the convolution branch and of the class token: (B, 3, H, W) -> two (B, C + 1), background first."""
-        features, token = self.features(self._whole_patches(images))
+        features, token = self.features(self.whole_patches(images))
         return self.conv_cls_head(features).float().mean((2, 3)), self.trans_cls_head(token).float()
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
@@ -181,12 +168,11 @@ class TransCam(SeedNetwork, Conformer):
             nonlocal total
             total = attention.mean_weights().add_(total)
 
-        features, _ = self.features(self._whole_patches(images), None if self.method == "convcam" else add)
+        features, _ = self.features(self.whole_patches(images), None if self.method == "convcam" else add)
         maps = self.conv_cls_head(features)[:, 1:].float()  # (B, C, h, w)
         if self.method == "convcam":
             return maps
-        with torch.autocast(images.device.type, enabled=False):
-            return refine_map(maps, total, self.method)
+        return refine_map(maps, total, self.method)
 
     def load_weights(self, weights: str) -> str:
         """Conformer's ImageNet weights without their heads (``Conformer_small_patch16.pth``), or a whole TransCAM

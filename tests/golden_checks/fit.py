@@ -14,11 +14,12 @@ from net.contract import Group
 
 
 def check_psa_poly_optimizer(case: Case) -> None:
-    """The published poly-SGD as it behaves: momentum = the weight decay number, power 0.9, rates that stay at the end."""
+    """The published poly-SGD as it behaves: the momentum is the weight decay's number, rates stay at the end."""
     text = case.meta["constructor"]
     groups = re.findall(r"group \d+: (\w+), lr ([\d.]+), weight decay ([\d.]+)", text)
-    lr, decay, total = (float(re.search(rf"{name} ([\d.]+)", text)[1]) for name in ("global lr", "global lr [\\d.]+, "
-                        "weight decay", "max_step"))
+    found = re.search(r"global lr ([\d.]+), weight decay ([\d.]+), max_step (\d+)", text)
+    assert found
+    lr, decay, total = float(found[1]), float(found[2]), int(found[3])
     start = case.meta["input"]
     values = {name: torch.nn.Parameter(torch.tensor(start[name])) for name, _, _ in groups}
     listed = [Group([values[n]], lr_scale=float(r) / lr, decay=float(d) > 0) for n, r, d in groups]
@@ -27,7 +28,7 @@ def check_psa_poly_optimizer(case: Case) -> None:
     w, b = values["w"], values["b"]
     params, rates = [], []
     for step in range(start["steps"]):
-        set_lr(optimiser, recipe, step, int(total))
+        set_lr(optimiser, recipe, step, total)
         rates.append([group["lr"] for group in optimiser.param_groups])
         optimiser.zero_grad()
         ((w**2).sum() / 2 + ((b - 1) ** 2).sum() / 2 + w[0] * b[0]).backward()

@@ -1,4 +1,4 @@
-"""Golden cases of MCTformer V1, V2 and MCTformer+ (mctformer.md), and of timm's schedule and groups (AReAM's too).
+"""Golden cases of MCTformer V1, V2 and MCTformer+ (mctformer.md).
 
 Sizes come from a case's keys, whatever else differs between cases of a family from its texts.
 """
@@ -16,10 +16,10 @@ from golden_case import Case
 from torch import Tensor
 
 from misc import cams
-from misc.config import Fit, override
-from misc.fit import lr_factor
-from net.backbone.vit import AttentionSums, MultiClassViT, ViTOptions
-from net.contract import SoftCam, decay_groups, multilabel_soft_margin
+from misc.config import override
+from net.backbone.transformer import AttentionSums
+from net.backbone.vit import ViTOptions
+from net.contract import SoftCam, multilabel_soft_margin
 from net.refine.psa import PSA
 from net.seed import mctformer
 from net.seed.mctformer import MCTformer, MCTformerOptions
@@ -253,38 +253,3 @@ def _close(case: Case, name: str, value: Any, tolerance: float) -> None:
     """Compare with an array of the case, where it has it, absolutely."""
     if name in case.arrays:
         np.testing.assert_allclose(np.asarray(value), case.arrays[name], rtol=0, atol=tolerance, err_msg=name)
-
-
-def check_aream_schedule(case: Case) -> None:
-    """timm's rate of every epoch and the rate of every step of the cosine, groups of the multi-class-token network.
-
-    The groups of Conformer belong to the method that has them.
-    """
-    outputs = case.meta["outputs"]
-    text = outputs["mct_lr_per_epoch_f64"]["meaning"]
-    epochs, base = int(re.search(r"0\.\.(\d+)", text)[1]) + 1, float(re.search(r"base ([\d.]+e-\d+)", text)[1])
-    recipe = override(MCTformer.recipes["published"].cam.fit, {"epochs": epochs, "lr": base})
-    for updates in (1, 7):  # an epoch
-        rates = [recipe.lr * lr_factor(recipe, step, epochs * updates) for step in range(epochs * updates)]
-        expected = np.repeat(case.arrays["mct_lr_per_epoch_f64"], updates)
-        np.testing.assert_allclose(rates, expected, rtol=case.tolerance, atol=0)
-
-    text = outputs["conformer_lr_per_step_f64"]["meaning"]
-    total = int(re.search(r"0\.\.(\d+)", text)[1]) + 1
-    base, end = (float(number) for number in re.search(r"base ([\d.e-]+), start and final ([\d.e-]+)\)", text).groups())
-    epochs, warmup = (int(n) for n in re.search(r"for (\d+) epochs of \d+ steps, (\d+) warm-up", text).groups())
-    recipe = Fit(epochs=epochs, lr=base, schedule="cosine", warmup_epochs=warmup, warmup_lr=end, final_lr=end)
-    rates = [recipe.lr * lr_factor(recipe, step, total) for step in range(total)]
-    np.testing.assert_allclose(rates, case.arrays["conformer_lr_per_step_f64"], rtol=case.tolerance, atol=0)
-
-    with torch.device("meta"):
-        network = MultiClassViT(ViTOptions(), 20)
-    network.norm.requires_grad_(True)  # published groups hold it, though it never gets a gradient
-    names = {parameter: name for name, parameter in network.named_parameters()}
-    # of AReAM only pos_embed is exempt by name
-    for group, expected in zip(decay_groups(network, ("pos_embed",)), case.meta["mct_param_groups"], strict=True):
-        listed = [names[parameter] for parameter in group.params]
-        assert len(listed) == expected["count"] and group.decay == (expected["weight_decay"] > 0)
-        assert listed[: len(expected["names"]) - 1] == expected["names"][:-1]
-        for name in ("cls_token", "pos_embed"):
-            assert (name in listed) == expected[f"has_{name}"]

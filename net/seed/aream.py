@@ -1,0 +1,497 @@
+"""AReAM: adaptive re-activation of a transformer's attention (arXiv 2305.03112; aream.md), on MCTformer-V2 and on
+Conformer.
+
+Deep layers attend to a few tokens only, and a map spread by them covers the background. So, while training, maps are
+made with the attention of the shallow layers alone; pixel-adaptive refinement turns them into labels; and the deep
+layers' attention is pulled towards pairs of patches of one label. Afterwards the attention of all layers spreads the
+map.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from misc.cams import rectified
+from misc.config import PRETRAINED_WEIGHTS, REQUIRED_WEIGHTS, Augment, CamInference, Fit
+from misc.imaging import NORMALISATIONS, box_mask, truncated_size
+from misc.par import PixelAdaptive
+from net.backbone.conformer import Conformer, ConformerOptions
+from net.backbone.transformer import AttentionSums, QueryKey, Visit, spread
+from net.backbone.vit import MultiClassViT, ViTOptions
+from net.contract import (
+    Batch,
+    Group,
+    Network,
+    Options,
+    Recipe,
+    SeedNetwork,
+    SeedRecipe,
+    decay_groups,
+    multilabel_soft_margin,
+    seed,
+)
+from net.weights import load, read
+
+IGNORE = 255
+
+# ------------------------------------------------------------------------------------- options
+
+
+@dataclass(frozen=True)
+class AreamOptions(Options):
+    """Loss and map of both networks; the defaults are the published ones of MCTformer."""
+
+    split: int = 7
+    """Layers before this one (from 0) make the maps that labels come from; the others are trained on these."""
+    scales: tuple[float, ...] = (1.0,)
+    """Scales of the training image, each mirrored too, of the maps that labels come from."""
+    low: float = 0.35
+    """Background score; where even this one wins, the label is background."""
+    high: float = 0.55
+    """Background score; a class that wins even over this one is the label. In between there is none."""
+    pair_weight: float = 0.1
+    """Weight of the loss of the pairs. 0: classification only."""
+    warmup: float = 1 / 6
+    """Share of the training before the pairs' loss begins (10 of 60 epochs, 2 of 12)."""
+    entropy: tuple[float, ...] = ()
+    """Entropy of the map after each layer, as scripts/layer_entropy.py measures it on a trained network: layers of
+    high entropy count less in the maps and more in the loss. Empty: all count the same, as in the released models."""
+
+    backbone: ViTOptions | ConformerOptions = field(default_factory=ViTOptions)
+    """Backbone."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that make no network."""
+        depth = self.backbone.depth
+        if not 0 < self.split < depth:
+            raise ValueError(f"split must be in 1 .. {depth - 1} (below the depth), got {self.split}.")
+        if not self.scales or min(self.scales) <= 0:
+            raise ValueError(f"scales must be positive factors, got {self.scales}.")
+        if not self.low <= self.high:
+            raise ValueError(f"low must not be above high, got {self.low} and {self.high}.")
+        if self.pair_weight < 0 or not 0 <= self.warmup <= 1:
+            raise ValueError("pair_weight must be 0 or more, warmup a share in [0, 1].")
+        if self.entropy and (len(self.entropy) != depth or len(set(self.entropy)) == 1):
+            raise ValueError(f"entropy must be {depth} numbers, one a layer, and not all the same: {self.entropy}.")
+        if not any(self.shallow_weights()):
+            raise ValueError(f"entropy leaves no layer before {self.split} any weight: {self.entropy}.")
+
+    def shallow_weights(self) -> list[float]:
+        """Of every layer in the maps that labels come from: 0 from ``split`` on; divided by the number of layers, not
+        by the sum (aream.md section 4)."""
+        weights = 1 - torch.tensor(relative(self.entropy)) if self.entropy else torch.ones(self.backbone.depth)
+        return [w / self.split if layer < self.split else 0.0 for layer, w in enumerate(weights.tolist())]
+
+    def deep_weights(self) -> list[float]:
+        """Of the layers from ``split`` on in the loss, whose mean is taken over the layers (aream.md section 7)."""
+        return (relative(self.entropy) if self.entropy else [1.0] * self.backbone.depth)[self.split :]
+
+
+@dataclass(frozen=True)
+class AreamMCTformerOptions(AreamOptions):
+    """On MCTformer-V2; the defaults are the published ones."""
+
+    backbone: ViTOptions = field(default_factory=ViTOptions)
+    """Transformer."""
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> AreamMCTformer:
+        """The network for ``num_classes`` foreground classes."""
+        return AreamMCTformer(self, num_classes)
+
+
+@dataclass(frozen=True)
+class AreamConformerOptions(AreamOptions):
+    """On Conformer."""
+
+    backbone: ConformerOptions = field(default_factory=lambda: ConformerOptions(double_class_token=False))
+    """Conformer; without doubling, though the ImageNet weights were trained with it (aream.md section 2.2)."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that make no network."""
+        super().__post_init__()
+        if self.backbone.last_stride != 1:
+            raise ValueError("backbone.last_stride must be 1: the map and the tokens share a grid.")
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> AreamConformer:
+        """The network for ``num_classes`` foreground classes."""
+        return AreamConformer(self, num_classes)
+
+
+# ------------------------------------------------------------------------------------- entropy (aream.md section 3)
+
+
+def map_entropy(affinity: Tensor, maps: Tensor, epsilon: float = 0.0) -> Tensor:
+    """How flat a map is once an attention has spread it: (B, N, N), (B, C, h, w), h w = N -> (B,) float32, bits.
+
+    Maps of absent classes are to be zero. The softmax over the patches is of the sum over the classes; ``epsilon`` is
+    added inside the logarithm.
+    """
+    share = spread(affinity, maps).sum(1).flatten(1).softmax(1)  # (B, N)
+    # published: 0 log 0 is NaN there, and spoils (MCTformer) or is left out of (Conformer) a layer's mean; here it is 0
+    return -torch.special.xlogy(share, share + epsilon).sum(1) / torch.tensor(2.0).log()
+
+
+def relative(entropy: Sequence[float]) -> list[float]:
+    """Entropies of the layers -> the same from 0 at the least to 1 at the largest."""
+    low, high = min(entropy), max(entropy)
+    return [(e - low) / (high - low) for e in entropy]
+
+
+# ------------------------------------------------------------------------------------- labels (aream.md section 6)
+
+
+def _resize(maps: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(maps.float(), size=tuple(size), mode="bilinear", align_corners=False)
+
+
+@torch.no_grad()
+def pseudo_labels(
+    colours: Tensor, cams: Tensor, tags: Tensor, backgrounds: Sequence[float], box: Tensor | None = None
+) -> Tensor:
+    """Labels of the pixels for some background scores, refined at half size; the image's kernel is made once.
+
+    The softmax over background and present classes is of values in [0, 1], so it is a soft one: published.
+
+    Args:
+        colours: (B, 3, H, W), of about [0, 1].
+        cams: (B, C, H, W) in [0, 1]; those of absent classes don't matter.
+        tags: (B, C) in {0, 1}.
+        backgrounds: S scores.
+        box: (B, 4) top, bottom, left, right, half-open: outside of it nothing is known.
+
+    Returns:
+        (B, S, H, W) uint8, 0 background, class + 1, 255 outside the box.
+    """
+    size = cams.shape[-2:]
+    half = [side // 2 for side in size]
+    count = (tags > 0).sum(1)  # (B,)
+    most = max(1, int(count.max()))
+    # the present classes of each image, ascending, then absent ones up to a common number
+    classes = (tags > 0).float().argsort(stable=True, dim=1, descending=True)[:, :most]  # (B, K)
+    absent = torch.arange(most, device=tags.device) >= count[:, None]  # (B, K)
+    planes = cams.gather(1, classes[:, :, None, None].expand(-1, -1, *size))
+    planes = _resize(planes, half).masked_fill(absent[:, :, None, None], -torch.inf)  # (B, K, H/2, W/2)
+    stacks = [F.pad(planes, (0, 0, 0, 0, 1, 0), value=score).softmax(1) for score in backgrounds]
+    refined = PixelAdaptive(_resize(colours, half))(torch.cat(stacks, 1))  # (B, S (K + 1), H/2, W/2)
+    place = _resize(refined, size).unflatten(1, (len(backgrounds), most + 1)).argmax(2)  # (B, S, H, W)
+    labels = F.pad(classes + 1, (1, 0)).gather(1, place.flatten(1)).view_as(place)
+    if box is not None:
+        labels = labels.masked_fill(~box_mask(box, size)[:, None], IGNORE)
+    return labels.to(torch.uint8)
+
+
+def confident(low: Tensor, high: Tensor) -> Tensor:
+    """Two label maps of any shape -> ``high``'s classes, background where even ``low`` says so, 255 elsewhere."""
+    return high.masked_fill((high == 0) & (low != 0), IGNORE)
+
+
+def pair_labels(label: Tensor, grid: Sequence[int]) -> Tensor:
+    """What is known of all pairs of patches: (B, H, W), 255 unknown -> (B, N, N) uint8, N = h w of the ``grid``.
+
+    1 same label (background too), 0 another one, 255 unknown. A patch has the label of its top left pixel.
+    """
+    cells = F.interpolate(label[:, None].float(), size=tuple(grid), mode="nearest").flatten(1)  # (B, N)
+    unknown = cells == IGNORE
+    same = (cells[:, :, None] == cells[:, None]).to(torch.uint8)
+    return same.masked_fill(unknown[:, :, None] | unknown[:, None], IGNORE)
+
+
+# ------------------------------------------------------------------------------------- loss (aream.md section 7)
+
+
+def patch_logits(attention: QueryKey, tokens: int) -> Tensor:
+    """Mean over heads of the patches' logits: -> (B, N, N) float32, with gradient; ``tokens`` class tokens are left
+    out. One product, in which no head has a matrix of its own."""
+    query, key = (x[:, :, tokens:].float() for x in (attention.query, attention.key))
+    with torch.autocast(query.device.type, enabled=False):
+        return QueryKey(query, key).mean_logits()
+
+
+def pair_losses(logits: Sequence[Tensor], target: Tensor) -> Tensor:
+    """Loss of each layer, linear in the sigmoid g of the mean logits: (sum over same of (1 - g) / (n + 1) + sum over
+    different of g / (n + 1)) / 2, where n is the number of such pairs of the batch.
+
+    The labels are the network's own, so where the batch is divided, n is that of the micro-batch.
+
+    Args:
+        logits: L times (B, N, N), before the sigmoid.
+        target: (B, N, N) of ``pair_labels``.
+
+    Returns:
+        (L,) float32.
+    """
+    same, different = (target == 1), (target == 0)
+    count = same.sum().float()
+    # written as a constant plus one weighted sum, so that a layer keeps its g and nothing else
+    weights = different / (different.sum() + 1.0) - same / (count + 1)  # (B, N, N)
+    return torch.stack([(count / (count + 1) + (z.float().sigmoid() * weights).sum()) / 2 for z in logits])
+
+
+# ------------------------------------------------------------------------------------- what both networks do
+
+
+class Aream(SeedNetwork):
+    """Training and maps over a backbone that classifies in two ways and shows its attention."""
+
+    options: AreamOptions
+    tokens: int
+    """Class tokens, which come first."""
+    names: tuple[str, str]
+    """Names of the losses of the two classifiers."""
+    gated: bool
+    """Whether maps are multiplied by what the class tokens attend to, the mean over all layers, in training too."""
+    entropy_epsilon = 0.0
+    """See ``map_entropy``."""
+
+    @abstractmethod
+    def look(self, images: Tensor, visit: Visit | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Normalised images (B, 3, H, W) -> logits of both classifiers, (B, C) each, and the map (B, C, h, w) without
+        gradient; all float32. ``visit`` gets every layer's queries and keys."""
+
+    def _spread_map(self, images: Tensor, weights: Sequence[float]) -> Tensor:
+        """The map after the weighted sum of the layers' patch-to-patch attention: (B, 3, H, W) -> (B, C, h, w)."""
+        depth = len(weights)
+        sums = AttentionSums(self.tokens, [self.gated / depth] * depth, weights)
+        _, maps = self.look(images, sums)
+        if self.gated:
+            maps = maps * sums.to_patches.unflatten(2, maps.shape[-2:])
+        return spread(sums.affinity, maps)
+
+    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
+        """The map of one scale, spread by all layers alike: (B, 3, H, W) -> (B, C, h, w) float32 (aream.md section 9).
+
+        A Conformer's is signed, and is rectified after the merging: earlier would be another result.
+        """
+        depth = self.options.backbone.depth
+        return self._spread_map(images, [1 / depth] * depth)
+
+    @torch.no_grad()
+    def training_cam(self, images: Tensor) -> Tensor:
+        """Maps of the shallow layers for labels: (B, 3, H, W) -> (B, C, H, W) in [0, 1), all classes (aream.md 4).
+
+        Published oddity, kept: the network is left in training mode. Drop path is active, and a Conformer's batch
+        norms use the statistics of these images and move their running averages, once a scale.
+        """
+        size, weights = images.shape[-2:], self.options.shallow_weights()
+        total = 0
+        for scale in self.options.scales:
+            scaled = truncated_size(size, scale)
+            x = images if scaled == size else _resize(images, scaled)
+            plain, mirrored = _resize(self._spread_map(torch.cat([x, x.flip(-1)]), weights), size).chunk(2)
+            total = total + plain + mirrored.flip(-1)
+        return rectified(total)
+
+    @torch.no_grad()
+    def labels(self, batch: Batch) -> Tensor:
+        """Labels that the network makes for a training batch: (B, H, W) uint8, 255 unknown (aream.md section 6)."""
+        images, tags = batch["image"], batch["tags"]
+        kind = images.device.type
+        # autocast would keep the weights it casts here, without their gradients, for the pass that is trained
+        with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
+            cams = self.training_cam(images)
+        norm = NORMALISATIONS[self.normalisation]
+        mean, std = (images.new_tensor(x).view(3, 1, 1) for x in (norm.mean, norm.std))
+        backgrounds = (self.options.low, self.options.high)
+        low, high = pseudo_labels(images * std + mean, cams, tags, backgrounds, batch.get("box")).unbind(1)
+        return confident(low, high)
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image (B, 3, S, S), tags (B, C), box (B, 4) -> a multi-label soft margin loss for each classifier
+        and, from ``warmup`` on, {"pair": the weighted mean of the deep layers' ``pair_losses``}."""
+        pairs = self.options.pair_weight > 0 and progress >= self.options.warmup
+        label = self.labels(batch) if pairs else None
+        deep: list[Tensor] = []
+
+        def visit(layer: int, attention: QueryKey) -> None:
+            if layer >= self.options.split:
+                deep.append(patch_logits(attention, self.tokens))
+
+        logits, maps = self.look(batch["image"], visit if pairs else None)
+        terms = {n: multilabel_soft_margin(z, batch["tags"]) for n, z in zip(self.names, logits, strict=True)}
+        if label is not None:
+            losses = pair_losses(deep, pair_labels(label, maps.shape[-2:]))  # (L - split,)
+            weights = losses.new_tensor(self.options.deep_weights())
+            terms["pair"] = self.options.pair_weight * (losses * weights).mean()
+        return terms
+
+    @torch.no_grad()
+    def layer_entropy(self, images: Tensor, tags: Tensor) -> Tensor:
+        """``map_entropy`` of every layer, of the map without the class tokens' attention: (B, 3, H, W), tags (B, C)
+        -> (B, L). Small images and batches: all layers' head means exist at a time."""
+        layers: list[Tensor] = []
+        patches = self.tokens
+        _, maps = self.look(images, lambda _, seen: layers.append(seen.mean_weights()[:, patches:, patches:]))
+        maps = maps * tags[:, :, None, None]
+        return torch.stack([map_entropy(affinity, maps, self.entropy_epsilon) for affinity in layers], 1)
+
+
+# ------------------------------------------------------------------------------------- recipes (aream.md section 8)
+
+# section 11
+_REFINE = {
+    "label.alpha_low": 1.0,
+    "label.alpha_high": 12.0,
+    "walk.background": "constant",
+    "walk.threshold": 0.39,
+    "walk.beta": 8.0,
+    "walk.logt": 6,
+    "fit.lr": 0.01,
+    "fit.epochs": 5,
+}
+_SAMPLE_REFINE = {"walk.background": "constant", "walk.threshold": 0.39}
+
+_MCTFORMER = Recipe(
+    cam=SeedRecipe(
+        network=AreamMCTformerOptions(),
+        fit=Fit(
+            epochs=60, batch_size=64, optimiser="adamw", lr=6.25e-5, weight_decay=0.05,
+            schedule="timm_cosine", warmup_epochs=5, warmup_lr=1e-6, final_lr=1e-5,
+        ),
+        augment=Augment(
+            order=("resized_crop", "flip", "rand_augment", "normalize", "erase"),
+            area=(0.08, 1.0), flip=0.5, policy="rand-m9-mstd0.5-inc1", erase=0.25, crop=224,
+        ),
+        weights=PRETRAINED_WEIGHTS,
+        infer=CamInference(scales=(1.0,), flip=True, multiple=16, normalise="rectified"),
+    ),
+    refine=_REFINE,
+    segmenter="deeplabv1_largefov",
+)  # fmt: skip
+
+# trained from random weights, with small patches; labels wait until the maps are worth something
+_MCTFORMER_SAMPLE = Recipe(
+    cam=SeedRecipe(
+        network=AreamMCTformerOptions(
+            split=2, warmup=0.5,
+            backbone=ViTOptions(image_size=112, patch=8, width=96, depth=4, heads=3, drop_path=0.0),
+        ),
+        fit=Fit(
+            epochs=24, batch_size=16, optimiser="adamw", lr=1e-3, weight_decay=0.05,
+            schedule="timm_cosine", warmup_epochs=2, warmup_lr=1e-4, final_lr=1e-5,
+        ),
+        augment=Augment(
+            order=("resized_crop", "flip", "jitter", "normalize"), area=(0.4, 1.0), jitter=(0.3, 0.3, 0.3, 0.1),
+            crop=112,
+        ),
+        infer=CamInference(scales=(1.0,), flip=True, multiple=8, normalise="rectified"),
+    ),
+    refine=_SAMPLE_REFINE,
+    segmenter="deeplabv1_largefov",
+)  # fmt: skip
+
+_CONFORMER = Recipe(
+    cam=SeedRecipe(
+        network=AreamConformerOptions(split=9, scales=(0.5, 1.0, 1.5)),
+        fit=Fit(
+            epochs=12, batch_size=8, optimiser="adamw", lr=5e-5, weight_decay=0.01,
+            schedule="cosine", warmup_epochs=1, warmup_lr=1e-6, final_lr=1e-6,
+        ),
+        # cut out before normalising: the canvas is black
+        augment=Augment(
+            order=("scale", "flip", "jitter", "crop", "normalize"),
+            scale=(0.5, 2.0), scale_filter="bicubic", flip=0.5, jitter=(0.4, 0.4, 0.2, 0.1), jitter_probability=0.8,
+            crop=384,
+        ),
+        weights=REQUIRED_WEIGHTS,
+        infer=CamInference(
+            scales=(0.5, 1.0, 1.5), truncate=True, flip=True, multiple=16, pad_first=True, normalise="rectified"
+        ),
+    ),
+    refine=_REFINE,
+    segmenter="deeplabv1_largefov",
+)  # fmt: skip
+
+_CONFORMER_SAMPLE = Recipe(
+    cam=SeedRecipe(
+        network=AreamConformerOptions(
+            split=4, scales=(0.5, 1.0, 1.5), warmup=0.5,
+            backbone=ConformerOptions(
+                patch=8, base=16, ratio=2, width=96, depth=6, heads=3, drop_path=0.0, double_class_token=False
+            ),
+        ),
+        fit=Fit(
+            epochs=20, batch_size=16, optimiser="adamw", lr=1e-3, weight_decay=0.01,
+            schedule="cosine", warmup_epochs=1, warmup_lr=1e-4, final_lr=1e-5,
+        ),
+        augment=Augment(
+            order=("scale", "flip", "jitter", "crop", "normalize"),
+            scale=(0.8, 1.2), scale_filter="bicubic", jitter=(0.3, 0.3, 0.2, 0.1), jitter_probability=0.8, crop=112,
+        ),
+        infer=CamInference(
+            scales=(1.0, 1.5), truncate=True, flip=True, multiple=8, pad_first=True, normalise="rectified"
+        ),
+    ),
+    refine=_SAMPLE_REFINE,
+    segmenter="deeplabv1_largefov",
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------- networks (aream.md section 2)
+
+
+@seed("aream_mctformer")
+class AreamMCTformer(MultiClassViT, Aream):
+    """MCTformer-V2. State-dict names are those of its and AReAM's checkpoints; start weights are a DeiT's."""
+
+    recipes = {"published": _MCTFORMER, "sample": _MCTFORMER_SAMPLE}
+    names = ("cls", "patch")
+    gated = True
+
+    def __init__(self, options: AreamMCTformerOptions, num_classes: int) -> None:
+        super().__init__(options.backbone, num_classes)
+        self.options = options
+
+    def look(self, images: Tensor, visit: Visit | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Class tokens and patches classify; the map is rectified."""
+        x, grid = self.features(images, visit)
+        maps = self.patch_maps(x, grid)
+        return (self.class_scores(x), maps.mean((2, 3))), maps.detach().relu()
+
+    def param_groups(self) -> list[Group]:
+        """Decayed is what is a matrix, but for ``pos_embed``; the class tokens too, unlike MCTformer's."""
+        return decay_groups(self, ("pos_embed",))
+
+
+@seed("aream_conformer")
+class AreamConformer(Conformer, Aream):
+    """Conformer with ``cnn_head``, a 1x1 convolution on the map, and ``att_head`` on the class token, of C outputs."""
+
+    recipes = {"published": _CONFORMER, "sample": _CONFORMER_SAMPLE}
+    names = ("conv", "token")
+    tokens = 1
+    gated = False
+    entropy_epsilon = 1e-6
+    heads = ("cnn_head", "att_head")
+
+    def __init__(self, options: AreamConformerOptions, num_classes: int) -> None:
+        super().__init__(options.backbone)
+        self.options = options
+        self.cnn_head = nn.Conv2d(self.channels, num_classes, 1)
+        self.att_head = nn.Linear(self.width, num_classes)
+        for head in (self.cnn_head, self.att_head):  # aream.md does not say how they start
+            nn.init.trunc_normal_(head.weight, std=0.02)
+            nn.init.zeros_(head.bias)
+
+    def look(self, images: Tensor, visit: Visit | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """The convolution branch and the class token classify; the map is signed."""
+        features, token = self.features(self.whole_patches(images), visit)
+        maps = self.cnn_head(features).float()
+        return (maps.mean((2, 3)), self.att_head(token).float()), maps.detach()
+
+    def param_groups(self) -> list[Group]:
+        """Decayed is what is a matrix, but for the class token; the heads have 10 times the rate."""
+        return decay_groups(self, ("cls_token",), self.heads)
+
+    def load_weights(self, weights: str) -> str:
+        """Conformer's ImageNet weights without their heads (``Conformer_small_patch16.pth``), or a whole checkpoint of
+        AReAM, which must fit in all its parts and has a ``cnn_head``."""
+        if "cnn_head.weight" in read(weights):
+            return str(load(self, weights))
+        return str(load(self, weights, rename=lambda name: None if "head" in name else name,
+                        allow_missing=self.heads))  # fmt: skip

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# AReAM on Conformer-S as published (arXiv 2305.03112) on PASCAL VOC 2012. NOT RUN by this project yet: no VOC, weights or
+# GPU were at hand. Expected scores are those of the public repository.
+#
+#   command    scripts/aream_conformer.sh VOC_ROOT CONFORMER_PTH RES38_CLS [flags of run_sample.py]
+#              VOC_ROOT         VOCdevkit/VOC2012 with JPEGImages, Annotations, SegmentationClass(Aug) and
+#                               ImageSets/Segmentation/{train,train_aug,val}.txt
+#              CONFORMER_PTH    Conformer_small_patch16.pth (Conformer-S, ImageNet)
+#              RES38_CLS        res38_cls.pth, PSA's VOC classifier (weights of steps 4 and 6)
+#   hardware   the authors' is not stated; batch 8 of 384 x 384 in float32 (--machine.amp off for the same here). With N
+#              GPUs put "torchrun --nproc-per-node N" before run_sample.py; the batch stays the recipe's, but batch norms
+#              see each process's own images, and the pairs' loss is normalised by its own pairs.
+#
+#   step           list        expected                                        source
+#   2 make_cam     train       70.69 mIoU (best background score)              released checkpoint; which weighting of
+#                              (TransCAM: 64.9)                                the layers it had is not stated
+#
+# The maps come from the last epoch, as published. Scores after the random walk and of the segmentation network were not
+# published in numbers that could be found.
+#
+# Layers weighted by entropy: train with --cam.network.pair-weight 0 in a run folder of its own, measure with
+# "python scripts/layer_entropy.py aream_conformer ..." and the same flags, and add what it prints to this command.
+set -euo pipefail
+if [ $# -lt 3 ]; then
+    sed -n '2,/^set/p' "$0" | sed '$d'
+    exit 2
+fi
+root=$1
+conformer=$2
+classifier=$3
+shift 3
+. "$(dirname "$0")/env.sh" requirements.txt
+exec .venv/bin/python run_sample.py aream_conformer --preset published --data voc12 --root "$root" \
+    --cam.weights "$conformer" --aff.weights "$classifier" --seg.weights "$classifier" "$@"

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# AReAM on MCTformer-V2 as published (arXiv 2305.03112) on PASCAL VOC 2012. NOT RUN by this project yet: no VOC, weights or
+# GPU were at hand. Expected scores are those of the public repository.
+#
+#   command    scripts/aream_mctformer.sh VOC_ROOT RES38_CLS [flags of run_sample.py]
+#              VOC_ROOT         VOCdevkit/VOC2012 with JPEGImages, Annotations, SegmentationClass(Aug) and
+#                               ImageSets/Segmentation/{train,train_aug,val}.txt
+#              RES38_CLS        res38_cls.pth, PSA's VOC classifier (weights of steps 4 and 6)
+#              The CAM network starts from DeiT-S, fetched from the internet by timm; without internet add
+#              --cam.weights deit_small_patch16_224-cd65a155.pth.
+#   hardware   the authors' is not stated; batch 64 of 224 x 224 in float32 (--machine.amp off for the same here). With N
+#              GPUs put "torchrun --nproc-per-node N" before run_sample.py; the batch stays the recipe's, but the pairs'
+#              loss is then normalised by each process's own pairs.
+#
+#   step           list        expected                                        source
+#   2 make_cam     train       67.93 mIoU (best background score)              released checkpoint
+#                              67.73 with layers weighted by entropy           first README of the repository
+#
+# The published maps come from the epoch of the best mAP on val. Here they come from the last one: val is not looked at.
+# Scores after the random walk and of the segmentation network were not published in numbers that could be found.
+#
+# Layers weighted by entropy: train with --cam.network.pair-weight 0 in a run folder of its own, measure with
+# "python scripts/layer_entropy.py aream_mctformer ..." and the same flags, and add what it prints to this command.
+set -euo pipefail
+if [ $# -lt 2 ]; then
+    sed -n '2,/^set/p' "$0" | sed '$d'
+    exit 2
+fi
+root=$1
+classifier=$2
+shift 2
+. "$(dirname "$0")/env.sh" requirements.txt
+exec .venv/bin/python run_sample.py aream_mctformer --preset published --data voc12 --root "$root" \
+    --aff.weights "$classifier" --seg.weights "$classifier" "$@"

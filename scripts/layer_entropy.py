@@ -1,0 +1,37 @@
+"""Entropy of the layers of a trained AReAM network: ``python scripts/layer_entropy.py METHOD --run DIR [flags]``.
+
+Takes the flags of run_sample.py, and the run folder in which train_cam has run, best with --cam.network.pair-weight 0
+(classification only). Prints the flags that train another run with layers weighted by their entropy (aream.md section
+3), for a run folder of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
+
+import run_sample  # noqa: E402
+from misc import distributed  # noqa: E402
+from step import entropy  # noqa: E402
+from step.config import open_job  # noqa: E402
+
+
+def main(argv: Sequence[str]) -> int:
+    """Command line; returns the exit status."""
+    try:
+        cfg = run_sample.parse(argv)
+        measured = entropy.run(open_job(cfg), distributed.start(cfg.machine.device))
+        distributed.say("--cam.network.entropy", " ".join(f"{value:.9g}" for value in measured))
+    except run_sample.PROBLEMS as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    finally:
+        distributed.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

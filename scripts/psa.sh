@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# PSA as published (Ahn and Kwak, CVPR 2018) on PASCAL VOC 2012, ResNet38. NOT RUN by this project yet: no VOC, weights or
+# GPU were at hand. Expected scores are the public repository's and the paper's.
+#
+#   command    scripts/psa.sh VOC_ROOT IMAGENET_PARAMS [flags of run_sample.py]
+#              VOC_ROOT         VOCdevkit/VOC2012 with JPEGImages, Annotations, SegmentationClass(Aug) and
+#                               ImageSets/Segmentation/{train,train_aug,val}.txt
+#              IMAGENET_PARAMS  ilsvrc-cls_rna-a1_cls1000_ep-0001.params (ResNet38 A1, MXNet file of ademxapp)
+#   hardware   the authors: 2 to 4 GPUs of 12 GB, batch 16 in all. With N GPUs put
+#              "torchrun --nproc-per-node N" before run_sample.py; the batch stays the recipe's.
+#
+#   step           list        expected                                   source
+#   2 make_cam     train       47.7 mIoU (released weights), 48.0         repository, paper
+#   5 random_walk  train       61.0 (released weights, alphas 4/16/32)    repository
+#   7 infer_seg    val         61.7, with the paper's ResNet38; here DeepLab v1 as SEAM re-trains it, so not comparable
+set -euo pipefail
+if [ $# -lt 2 ]; then
+    sed -n '2,/^set/p' "$0" | sed '$d'
+    exit 2
+fi
+root=$1
+params=$2
+shift 2
+. "$(dirname "$0")/env.sh" requirements.txt
+exec .venv/bin/python run_sample.py psa --preset published --data voc12 --root "$root" \
+    --cam.weights "$params" --aff.weights "$params" --seg.weights "$params" "$@"

@@ -1,0 +1,84 @@
+"""A method on generated sample sets of several seeds: ``python scripts/study.py METHOD [--seeds 0 1 2]``.
+
+For each data seed: the whole pipeline, then the same segmentation network trained on the true masks from the same start
+(the upper bound). Prints seed, walk and segmentation scores, and what share of the upper bound the tags reach.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # run from anywhere
+
+from misc.runfolder import RunFolder  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Row:
+    """Scores in percent mIoU, and seconds of the whole pipeline."""
+
+    seed: int
+    cam: float
+    walk: float
+    weak: float
+    full: float
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.seed:9} {self.cam:7.2f} {self.walk:7.2f} {self.walk - self.cam:+7.2f} {self.weak:7.2f} "
+            f"{self.full:7.2f} {100 * self.weak / self.full:8.1f} % {self.seconds:7.0f} s"
+        )
+
+
+def drive(*flags: str) -> None:
+    """Run the driver with flags; its failure ends the study."""
+    subprocess.run([sys.executable, "run_sample.py", *flags], cwd=ROOT, check=True)
+
+
+def study(method: str, seed: int, out: Path, flags: tuple[str, ...]) -> Row:
+    """Pipeline and upper bound on the sample set of one seed."""
+    weak, full = RunFolder(out / f"{method}-{seed}"), RunFolder(out / f"{method}-{seed}-truth")
+    common = [method, "--sample.seed", str(seed), *flags]
+    drive(*common, "--run", str(weak.root))
+    start = ["--seg.weights", str(weak.weights("cam"))] if weak.record()["config"]["seg.weights"] == "cam" else []
+    drive(*common, "--run", str(full.root), "--masks", "truth", "--steps", "train_seg", "infer_seg", *start)
+    scores = weak.scores()
+    return Row(
+        seed,
+        scores["CAM"]["miou"],
+        next(s["miou"] for name, s in scores.items() if name.startswith("pseudo masks")),
+        next(s["miou"] for name, s in scores.items() if name.startswith("predictions")),
+        next(s["miou"] for name, s in full.scores().items() if name.startswith("predictions")),
+        sum(s["seconds"] for s in weak.record()["steps"].values()),
+    )
+
+
+def main(
+    method: tyro.conf.Positional[str] = "seam",
+    seeds: tuple[int, ...] = (0, 1, 2),
+    out: Path = Path("runs/study"),
+    flags: tuple[str, ...] = (),
+) -> None:
+    """Study a method on several generated sample sets.
+
+    Args:
+        method: Method, as for run_sample.py.
+        seeds: Seeds of the generated sets.
+        out: Folder of the run folders; a finished part is not run again.
+        flags: Further flags of run_sample.py, after all others (--flags --refiner psa).
+    """
+    rows = [study(method, seed, out.resolve(), flags) for seed in seeds]
+    print("\ndata seed     CAM    walk    gain    weak    full weak/full    time")
+    for row in rows:
+        print(row)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
