@@ -61,8 +61,8 @@ def _description(base: Config) -> str:
     steps = "\n".join(f"  {i} {s.name}: {s.does}" for i, s in enumerate(STEPS, 1))
     return (
         "Semantic masks from image-level tags: trains a CAM network, refines its maps, trains a segmentation network, "
-        f"step by step.\n\nSteps:\n{steps}\n\nMethods: {', '.join(sorted(contract.SEEDS))}. "
-        f"Refiners: {', '.join(sorted(contract.REFINERS))}. Segmenters: {', '.join(sorted(contract.SEGMENTERS))}.\n"
+        f"step by step.\n\nSteps:\n{steps}\n\nMethods: {', '.join(sorted(contract.SEEDS))}\n"
+        f"Refiners: {', '.join(sorted(contract.REFINERS))}\nSegmenters: {', '.join(sorted(contract.SEGMENTERS))}\n\n"
         f"The defaults below are those of {base.method}, preset {base.preset}, refiner {base.refiner}, segmenter "
         f"{base.segmenter}.\n\nExamples:\n"
         "  python run_sample.py\n"

@@ -48,7 +48,8 @@ class Config:
     root: Annotated[Path | None, tyro.conf.arg(aliases=["--voc12-root"])] = None
     """Folder of the data set. Default for the sample set: data/sample-..., named after its settings."""
     run: Annotated[Path | None, tyro.conf.arg(aliases=["--out"])] = None
-    """Run folder (under torchrun say --out, it takes --run for an option of its own): everything is written here. Default: runs/METHOD-DATA."""
+    """Run folder: everything is written here. Default: runs/METHOD-DATA. Under torchrun say --out: it takes --run for
+    an option of its own."""
     steps: tuple[str, ...] = ()
     """Steps to run: numbers, names and ranges (2-5, make_cam random_walk). Default: all, from the first unfinished."""
     seed: int = 0

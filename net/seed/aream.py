@@ -410,7 +410,7 @@ _CONFORMER = Recipe(
 _CONFORMER_SAMPLE = Recipe(
     cam=SeedRecipe(
         network=AreamConformerOptions(
-            split=4, scales=(0.5, 1.0, 1.5), warmup=0.5,
+            split=4, scales=(0.5, 1.0), warmup=0.5,
             backbone=ConformerOptions(
                 patch=8, base=16, ratio=2, width=96, depth=6, heads=3, drop_path=0.0, double_class_token=False
             ),
