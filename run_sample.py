@@ -10,6 +10,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import dataclasses
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from misc.each import EachFailed, WorkerDied
 from misc.fit import NonFiniteLoss, divide, resume_point
 from misc.runfolder import OtherConfiguration
 from net import contract
-from step import STEPS, Step, select
+from step import STEPS, Step, report, select
 from step.config import Config, Job, default_config, open_job
 from voc12 import loader, sample
 
@@ -50,7 +51,7 @@ def parse(argv: Sequence[str]) -> Config:
 
 
 def _value(argv: Sequence[str], flag: str) -> str | None:
-    for i, word in enumerate(argv):
+    for i, word in reversed(list(enumerate(argv))):  # the last one counts, as for tyro
         name, equals, value = word.partition("=")
         if name.replace("_", "-") == flag and (equals or i + 1 < len(argv)):
             return value if equals else argv[i + 1]
@@ -68,7 +69,7 @@ def _description(base: Config) -> str:
         "  python run_sample.py\n"
         "  python run_sample.py seam --preset published --data voc12 --root VOCdevkit/VOC2012 --cam.weights FILE ...\n"
         "  python run_sample.py seam --steps 5-7 --aff.walk.beta 10 --out runs/beta10\n"
-        "  torchrun --nproc-per-node 4 run_sample.py seam ..."
+        "  torchrun --nproc-per-node 2 run_sample.py seam ..."
     )
 
 
@@ -88,6 +89,11 @@ def check(job: Job, steps: Sequence[Step]) -> None:
                 f"This recipe starts from trained weights: give --{prefix}weights FILE (scripts/{cfg.method}.sh says "
                 f"which), or --{prefix}weights none to start from random ones (the published scores are out of reach "
                 "then)."
+            )
+        if phase.weights == "cam" and "train_cam" not in names and not job.run.weights("cam").exists():
+            raise FileNotFoundError(
+                f"--{prefix}weights cam: {job.run.weights('cam')} does not exist. Run train_cam first, or give "
+                f"another run's: --{prefix}weights OTHER/weights/cam.pt"
             )
         if phase.weights not in ("none", "cam", PRETRAINED_WEIGHTS):
             if not Path(phase.weights).is_file():
@@ -121,12 +127,23 @@ def remove(job: Job, steps: Sequence[Step]) -> None:
 def finished(job: Job, step: Step) -> bool:
     """Whether a step is recorded as done and all its files are there. To be called by all processes."""
     done = job.run.finished(step.name) and all(path.exists() for path in step.files(job))
-    distributed.barrier()  # all have looked before one of them makes or removes files
-    return done
+    return all(distributed.joined([done]))  # one answer for all, and none goes on before all have looked
 
 
-def run(cfg: Config, device: torch.device) -> None:
-    """Run the steps of a configuration."""
+def without_steps(argv: Sequence[str]) -> list[str]:
+    """A command line without its --steps and --redo."""
+    kept: list[str] = []
+    skipping = False
+    for word in argv:
+        if word.startswith("-"):
+            skipping = word == "--steps"
+        if not skipping and word != "--redo" and not word.startswith("--steps="):
+            kept.append(word)
+    return kept
+
+
+def run(cfg: Config, device: torch.device, command: Sequence[str] = ("python", "run_sample.py")) -> None:
+    """Run the steps of a configuration; ``command`` is what a hint at the next step repeats."""
     steps = select(cfg.steps)
     if cfg.data == "sample" and cfg.root is None and distributed.is_main():
         s = cfg.sample
@@ -142,11 +159,13 @@ def run(cfg: Config, device: torch.device) -> None:
         if distributed.is_main():
             remove(job, steps)
         distributed.barrier()
-    parts, partly = cfg.shard_part()[1], False
-    for number, step in enumerate(steps):
+    parts, partly, ran = cfg.shard_part()[1], False, False
+    for step in steps:
         title = f"[{STEPS.index(step) + 1}/{len(STEPS)}] {step.name}"
-        if finished(job, step):
+        if finished(job, step) and not (step.name == "report" and (ran or not report.current(job))):
             distributed.say(f"{title}: done already (--redo does it again).")
+            if step.name == "report":
+                report.show(job)
             continue
         if partly and not step.per_image:
             distributed.say(f"\n{title}: needs all {parts} parts. When they are there, call without --shard.")
@@ -155,25 +174,25 @@ def run(cfg: Config, device: torch.device) -> None:
         with job.run.step(step.name, done=parts == 1 or not step.per_image):
             step.run()(job, device)
         partly |= parts > 1 and step.per_image
+        ran = True
         distributed.say(f"    files: {', '.join(str(job.run.root / m) for m in step.makes)}")
-        if number + 1 == len(steps) and step is not STEPS[-1]:
+        if step is not STEPS[-1]:
             following = STEPS[STEPS.index(step) + 1]
-            distributed.say(f"    next: python run_sample.py {cfg.method} ... --steps {following.name}")
+            distributed.say(f"    next: {shlex.join(command)} --steps {following.name}")
 
 
 def main(argv: Sequence[str]) -> int:
     """Command line; returns the exit status."""
     try:
         cfg = parse(argv)
-        run(cfg, distributed.start(cfg.machine.device))
+        run(cfg, distributed.start(cfg.machine.device), ["python", "run_sample.py", *without_steps(argv)])
+        distributed.stop()
     except PROBLEMS as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted: start the same command again to go on.", file=sys.stderr)
+        print("\ninterrupted: start the same command again (without --redo) to go on.", file=sys.stderr)
         return 130
-    finally:
-        distributed.stop()
     return 0
 
 

@@ -143,7 +143,7 @@ def infer_cam(
 ) -> np.ndarray:
     """Merged, normalised class maps of one image.
 
-    Only maps of present classes are resized and summed, so the cost does not grow with the number of classes. The
+    Only maps of present classes are merged, so the merging's cost does not grow with the number of classes. The
     caller decides on gradients (``inference_mode`` unless the map needs a backward pass) and on mixed precision.
 
     Args:

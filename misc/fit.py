@@ -222,7 +222,9 @@ def fit(
             bar.set_postfix({k: f"{v:.4f}" for k, v in terms.items()}, refresh=False)
             bar.update()
             if (step + 1) % every == 0 and step + 1 < total:
+                _check_weights(network, step, name)
                 _save(resume, network, optimiser, scaler, identity, step + 1)
+    _check_weights(network, total - 1, name)
     if main:
         store.write_weights(weights, {k: v.cpu() for k, v in network.state_dict().items()})
         resume.unlink(missing_ok=True)
@@ -319,12 +321,21 @@ def _resume(
     return int(state["step"])
 
 
+def _check_weights(network: nn.Module, step: int, name: str) -> None:
+    """A finite loss can have gradients that are not: weights they spoiled are never written."""
+    if not all(bool(torch.isfinite(p).all()) for p in network.parameters()):
+        raise NonFiniteLoss(
+            f"{name}: weights are not finite after update {step}, they are not written. A resume point made before "
+            f"stays. Start the same command again with --machine.amp off, or train anew with a smaller --{name}.fit.lr."
+        )
+
+
 def _stop(micro: list[Batch], terms: dict[str, float], step: int, log: Path, name: str) -> None:
     kept = log / f"{name}_nonfinite_rank{distributed.rank()}.pt"
     store.write_weights(kept, [{k: v.cpu() for k, v in batch.items()} for batch in micro])
     shown = ", ".join(f"{k} = {v}" for k, v in terms.items())
     raise NonFiniteLoss(
         f"{name}: the loss is not finite at update {step} ({shown}). A resume point made before stays; the batch is in "
-        f"{kept}. Start the same command again with --machine.amp off, or train anew with a smaller fit.lr in another "
-        "run folder."
+        f"{kept}. Start the same command again with --machine.amp off, or train anew with a smaller "
+        f"--{name}.fit.lr in another run folder."
     )

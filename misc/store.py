@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pickle
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ class DiskFull(OSError):
 def writing(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write; it takes its name only when the block ends without an error. Raises DiskFull."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")  # a pid could be another machine's too
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.config import Augment, CamInference, Fit, SegInference
+from misc.fit import Batch
 
-Batch = dict[str, Tensor]
 Preset = str
 
 

@@ -26,8 +26,8 @@ if [ $# -lt 2 ]; then
     sed -n '2,/^set/p' "$0" | sed '$d'
     exit 2
 fi
-root=$1
-classifier=$2
+root=$(realpath "$1")
+classifier=$(realpath "$2")
 shift 2
 . "$(dirname "$0")/env.sh" requirements.txt
 exec .venv/bin/python run_sample.py aream_mctformer --preset published --data voc12 --root "$root" \

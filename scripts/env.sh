@@ -3,15 +3,16 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 find_python() {
     for name in python3.12 python3.11 python3.10 python3.13 python3 python; do
-        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+        if "$name" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
             echo "$name"
             return
         fi
     done
-    echo "error: Python 3.10 or newer is needed and was not found on the PATH." >&2
+    echo "error: Python 3.10 or newer with venv is needed and was not found on the PATH (Debian: python3-venv)." >&2
     exit 1
 }
-if [ ! -x .venv/bin/python ]; then
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    rm -rf .venv
     python=$(find_python) || exit 1
     echo "== making .venv with $($python --version)"
     "$python" -m venv .venv || exit 1

@@ -23,8 +23,8 @@ if [ $# -lt 3 ]; then
     exit 2
 fi
 version=$1
-root=$2
-classifier=$3
+root=$(realpath "$2")
+classifier=$(realpath "$3")
 shift 3
 recipe=(--cam.network.version "$version")
 if [ "$version" = plus ]; then

@@ -6,8 +6,9 @@
 #              VOC_ROOT         VOCdevkit/VOC2012 with JPEGImages, Annotations, SegmentationClass(Aug) and
 #                               ImageSets/Segmentation/{train,train_aug,val}.txt
 #              IMAGENET_PARAMS  ilsvrc-cls_rna-a1_cls1000_ep-0001.params (ResNet38 A1, MXNet file of ademxapp)
-#   hardware   the authors: 2 to 4 GPUs of 12 GB, batch 16 in all. With N GPUs put
-#              "torchrun --nproc-per-node N" before run_sample.py; the batch stays the recipe's.
+#   hardware   the authors: 2 to 4 GPUs of 12 GB, batch 16 in all. With 2 GPUs put
+#              "torchrun --nproc-per-node 2" before run_sample.py; the batches stay the recipe's (8 or 16, and 10 for
+#              the segmentation network: the number of GPUs must divide them). Published in float32, hence amp off.
 #
 #   step           list        expected                                   source
 #   2 make_cam     train       47.7 mIoU (released weights), 48.0         repository, paper
@@ -18,9 +19,10 @@ if [ $# -lt 2 ]; then
     sed -n '2,/^set/p' "$0" | sed '$d'
     exit 2
 fi
-root=$1
-params=$2
+root=$(realpath "$1")
+params=$(realpath "$2")
 shift 2
 . "$(dirname "$0")/env.sh" requirements.txt
 exec .venv/bin/python run_sample.py psa --preset published --data voc12 --root "$root" \
-    --cam.weights "$params" --aff.weights "$params" --seg.weights "$params" "$@"
+    --cam.weights "$params" --aff.weights "$params" --seg.weights "$params" \
+    --machine.amp off "$@"

@@ -60,25 +60,24 @@ def study(method: str, seed: int, out: Path, flags: tuple[str, ...]) -> Row:
     )
 
 
-def main(
+def arguments(
     method: tyro.conf.Positional[str] = "seam",
     seeds: tuple[int, ...] = (0, 1, 2),
     out: Path = Path("runs/study"),
-    flags: tuple[str, ...] = (),
-) -> None:
-    """Study a method on several generated sample sets.
+) -> tuple[str, tuple[int, ...], Path]:
+    """Study a method on several generated sample sets. Flags that are not listed here go to run_sample.py.
 
     Args:
         method: Method, as for run_sample.py.
         seeds: Seeds of the generated sets.
         out: Folder of the run folders; a finished part is not run again.
-        flags: Further flags of run_sample.py, after all others (--flags --refiner psa).
     """
-    rows = [study(method, seed, out.resolve(), flags) for seed in seeds]
-    print("\ndata seed     CAM    walk    gain    weak    full weak/full    time")
-    for row in rows:
-        print(row)
+    return method, seeds, out.resolve()
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    (method, seeds, out), flags = tyro.cli(arguments, return_unknown_args=True)
+    rows = [study(method, seed, out, tuple(flags)) for seed in seeds]
+    print("\ndata seed     CAM    walk    gain    weak    full weak/full    time")
+    for row in rows:
+        print(row)

@@ -23,9 +23,9 @@ if [ $# -lt 3 ]; then
     sed -n '2,/^set/p' "$0" | sed '$d'
     exit 2
 fi
-root=$1
-conformer=$2
-params=$3
+root=$(realpath "$1")
+conformer=$(realpath "$2")
+params=$(realpath "$3")
 shift 3
 . "$(dirname "$0")/env.sh" requirements.txt
 exec .venv/bin/python run_sample.py transcam --preset published --data voc12 --root "$root" \

@@ -70,7 +70,8 @@ class Config:
     shard: str = "0/1"
     """i/n: do only the i-th of n parts of the images in per-image steps (independent jobs, i from 0)."""
     redo: bool = False
-    """Do the named steps again though they are finished: their files are removed first."""
+    """Do the named steps again though they are finished: their files, and those of all later steps, are removed first.
+    To go on after an interruption leave it out."""
     force: bool = False
     """Go on in a run folder that was made by another configuration."""
     sample: Sample = field(default_factory=Sample)
@@ -161,10 +162,6 @@ class Job:
             known = set(ids)
             ids = ids + [i for i in self.catalog.ids(self.cfg.score_list) if i not in known]
         return ids
-
-    def seed_method(self) -> type[contract.SeedNetwork]:
-        """The CAM method's class."""
-        return contract.SEEDS[self.cfg.method]
 
     def refine_method(self) -> type[contract.AffinityNetwork]:
         """The refiner's class."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from misc.config import SegInference
 from misc.each import each
 from misc.fit import autocast
 from misc.store import read_image, write_mask
@@ -16,9 +15,11 @@ from step.scoring import score_masks
 from step.training import trained
 
 
-def predict(network: Segmenter, image: np.ndarray, infer: SegInference, device: torch.device) -> np.ndarray:
+def predict(job: Job, network: Segmenter, image: np.ndarray, device: torch.device) -> np.ndarray:
     """Predicted mask (H, W) uint8 of one image (H, W, 3) uint8."""
-    scores = segment(network.logits, image, infer, network.normalisation, device)
+    infer = job.cfg.seg.infer
+    with autocast(job.cfg.machine, device):
+        scores = segment(network.logits, image, infer, network.normalisation, device)
     return with_crf(scores, image, infer, network.normalisation, device).argmax(0).astype(np.uint8)
 
 
@@ -32,9 +33,7 @@ def run(job: Job, device: torch.device) -> None:
         return read_image(job.catalog.image_path(image_id))
 
     def work(image_id: str, image: np.ndarray) -> None:
-        with autocast(job.cfg.machine, device):
-            mask = predict(network, image, infer, device)
-        write_mask(job.run.seg(image_id), mask)
+        write_mask(job.run.seg(image_id), predict(job, network, image, device))
 
     each(
         "infer_seg", job.catalog.ids(job.cfg.val_list), work, prepare=prepare,

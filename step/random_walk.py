@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from misc.config import flatten
 from misc.each import each
 from misc.fit import autocast
 from misc.imaging import normalise, to_tensor
@@ -38,4 +39,7 @@ def run(job: Job, device: torch.device) -> None:
         "random_walk", job.cam_ids(), work, prepare=prepare, done=lambda i: job.run.label(i).exists(),
         workers=job.cfg.machine.workers, part=job.cfg.shard_part(),
     )
-    score_masks(job, "pseudo masks after the walk", job.cfg.score_list, job.run.label, tags="true tags")
+    score_masks(
+        job, "pseudo masks after the walk", job.cfg.score_list, job.run.label, tags="true tags",
+        walk=flatten(job.cfg.aff.walk),
+    )

@@ -53,8 +53,19 @@ def run(job: Job, device: torch.device) -> None:
     if train:
         sheet = imaging.tile([[p.pixels for p in row] for row in train[:4]], height=150)
         store.write_bytes(job.run.root / "pictures.png", store.png_bytes(sheet))
-    print(score_table(job.run.scores()))
-    print(f"pictures: {job.run.report}, {job.run.root / 'pictures.png'}")
+    show(job)
+
+
+def show(job: Job) -> None:
+    """Print the score table and where the pictures are."""
+    distributed.say(score_table(job.run.scores()))
+    distributed.say(f"pictures: {job.run.report}, {job.run.root / 'pictures.png'}")
+
+
+def current(job: Job) -> bool:
+    """Whether the page shows the scores there are."""
+    scores = job.run.root / "scores.json"
+    return not scores.exists() or job.run.report.stat().st_mtime >= scores.stat().st_mtime
 
 
 def score_table(scores: dict[str, dict[str, Any]]) -> str:
@@ -96,7 +107,7 @@ def _train_row(job: Job, image_id: str, network: Segmenter | None, device: torch
     row += _mask_picture("affinity label", image, job.run.aff_label(image_id))
     row += _mask_picture("after the walk", image, job.run.label(image_id))
     if network is not None:
-        mask = predict(network, image, job.cfg.seg.infer, device)
+        mask = predict(job, network, image, device)
         row.append(_Picture("prediction", imaging.overlay(image, mask)))
     return row + _mask_picture("truth", image, job.catalog.mask_path(image_id))
 
@@ -167,7 +178,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], numbers: Callable
 def _scores(scores: dict[str, dict[str, Any]]) -> str:
     if not scores:
         return "<p>Nothing was scored: the data set has no masks, or no step that makes masks has run.</p>"
-    known = {"scales", "flip", "crf_iterations", "start_weights"}
+    known = {"scales", "flip", "crf_iterations", "start_weights", "walk"}
     rows = [
         (
             name, _number(s["miou"]), _number(s.get("boundary_miou")), s["split"], s["images"], _threshold(s),
@@ -240,4 +251,4 @@ def _steps(record: dict[str, Any]) -> str:
         (name, f"{s['seconds']:.1f}", s.get("peak_memory_mb", "-"), s.get("peak_gpu_memory_mb", "-"))
         for name, s in record["steps"].items()
     ]
-    return _table(("step", "seconds", "peak memory MB", "peak GPU memory MB"), rows, lambda i: i > 0)
+    return _table(("step", "seconds", "peak memory MB (main process)", "peak GPU memory MB"), rows, lambda i: i > 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -10,14 +12,20 @@ from step.config import Job
 from step.training import build, train
 
 
+@dataclass(frozen=True)
+class _Planes:
+    """Reads the label planes of an image; picklable for worker processes."""
+
+    job: Job
+
+    def __call__(self, image_id: str) -> np.ndarray:
+        return read_arrays(self.job.run.aff_planes(image_id))["planes"]
+
+
 def run(job: Job, device: torch.device) -> None:
     """Train on the training list: writes weights/aff.pt."""
-
-    def planes(image_id: str) -> np.ndarray:
-        return read_arrays(job.run.aff_planes(image_id))["planes"]
-
     method = job.refine_method()
     train(
         job, "aff", job.cfg.aff, build(job, job.cfg.aff), device, ids=job.train_ids(),
-        planes=planes, plane_fill=method.plane_fill, target=method.target,
+        planes=_Planes(job), plane_fill=method.plane_fill, target=method.target,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,28 +16,33 @@ from step.training import build, train
 
 def run(job: Job, device: torch.device) -> None:
     """Train on the training list: writes weights/seg.pt."""
-    ids = job.train_ids()
-
-    def path(image_id: str) -> Path:
-        if job.cfg.masks == "pseudo":
-            return job.run.label(image_id)
-        found = job.catalog.mask_path(image_id)
-        if found is None:
-            raise ValueError(f"--masks truth: {image_id} has no mask in {job.catalog.root}.")
-        return found
-
-    _look_over(ids, path, job.catalog.num_classes)
-    train(job, "seg", job.cfg.seg, build(job, job.cfg.seg), device, ids=ids, mask=lambda i: read_mask(path(i)))
+    ids, masks = job.train_ids(), _Masks(job)
+    _look_over(ids, masks, job.catalog.num_classes)
+    train(job, "seg", job.cfg.seg, build(job, job.cfg.seg), device, ids=ids, mask=masks)
 
 
-def _look_over(ids: list[str], path, num_classes: int) -> None:
+@dataclass(frozen=True)
+class _Masks:
+    """Reads the training mask of an image; picklable for worker processes."""
+
+    job: Job
+
+    def __call__(self, image_id: str) -> np.ndarray:
+        job = self.job
+        path = job.run.label(image_id) if job.cfg.masks == "pseudo" else job.catalog.mask_path(image_id)
+        if path is None:
+            raise FileNotFoundError(f"--masks truth: {image_id} has no mask in {job.catalog.root}.")
+        return read_mask(path)
+
+
+def _look_over(ids: list[str], masks: _Masks, num_classes: int) -> None:
     """Before hours of training: every mask is there, holds known classes, and they are not all empty."""
     if not distributed.is_main():
         return
     missing, wrong, objects = [], [], 0
     for image_id in tqdm(ids, desc="checking masks", unit="mask", leave=False):
         try:
-            values = np.unique(read_mask(path(image_id)))
+            values = np.unique(masks(image_id))
         except FileNotFoundError:
             missing.append(image_id)
             continue

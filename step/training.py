@@ -62,7 +62,7 @@ def train(
         target: turns augmented planes into the training target.
     """
     recipe = phase.fit
-    if job.run.weights(name).exists():
+    if all(distributed.joined([job.run.weights(name).exists()])):
         distributed.say(f"{name}: trained already.")
         return
     if phase.weights != "none":

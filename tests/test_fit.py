@@ -223,7 +223,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_batch_and_resume_point(bad: f
         return {**batch, "y": batch["y"] * (bad if step == 5 else 1)}
 
     with pytest.raises(NonFiniteLoss, match=r"toy: the loss is not finite at update 5 \(fit = (nan|inf), valid = \d.*"
-                       r"toy_nonfinite_rank0\.pt.*--machine\.amp off.*smaller fit.lr"):
+                       r"toy_nonfinite_rank0\.pt.*--machine\.amp off.*smaller --toy.fit.lr"):
         train(tmp_path, Fit(**{**vars(RECIPE), "micro_batch": 2}), batches=micro_batches(2, spoil))
     kept = torch.load(tmp_path / "log" / "toy_nonfinite_rank0.pt", weights_only=True)
     assert len(kept) == 2 and kept[0]["x"].shape == (2, 6) and not torch.isfinite(kept[0]["y"]).any()
@@ -238,6 +238,21 @@ def test_nothing_is_updated_by_a_loss_that_is_not_finite(tmp_path: Path) -> None
     with pytest.raises(NonFiniteLoss):
         train(tmp_path, network=network, batches=micro_batches(BATCH, lambda _, b: {**b, "x": b["x"] * math.nan}))
     assert torch.equal(network.first.weight, before)
+
+
+def test_weights_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
+    """A loss can be finite and its gradient not: the square root's at 0 is infinite."""
+
+    class Spoiled(Toy):
+        def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+            terms = super().forward(batch, progress)
+            if progress > 0.8:  # the last update: no later loss tells
+                terms["fit"] = terms["fit"] + (self.first.weight * 0).abs().sum().sqrt()
+            return terms
+
+    with pytest.raises(NonFiniteLoss, match="toy: weights are not finite"):
+        train(tmp_path, network=Spoiled())
+    assert not list((tmp_path / "weights").glob("*.pt"))
 
 
 # ---------------------------------------------------------------------------------------------- machine

@@ -135,7 +135,8 @@ def test_a_missing_file_is_made_again_and_nothing_else(
     (out / "cam" / f"{IDS[3]}.npz").unlink()
     (out / "weights" / "aff.pt").unlink()
     told = said(capsys, data, out)
-    assert "make_cam: 7 of 8 images are done already" in told and told.count("done already (--redo") == 6
+    assert "make_cam: 7 of 8 images are done already" in told
+    assert told.count("done already (--redo") == 5  # the page is made anew
     assert digests(out, *MADE) == digests(finished, *MADE)
 
 
@@ -155,7 +156,7 @@ def test_a_step_without_what_it_needs_names_it(data: Path, tmp_path: Path, capsy
     assert "cam.pt does not exist: run the step that trains it first" in told
     assert "random_walk" in refused(capsys, data, tmp_path / "new", "--steps", "train_seg")
     flags = ("--steps", "train_seg", "--masks", "truth", "--seg.weights", "cam")
-    assert "cam.pt, which does not exist: run train_cam first" in refused(capsys, data, tmp_path / "truth", *flags)
+    assert "cam.pt does not exist. Run train_cam first" in refused(capsys, data, tmp_path / "truth", *flags)
 
 
 def test_parts_together_are_the_whole(
@@ -446,7 +447,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_message(
     out = tmp_path / "out"
     flags = ("--cam.fit.lr", "1e30", "--machine.checkpoint-every", "1", "--cam.network.resnet38.freeze-bn")
     told = refused(capsys, data, out, *flags)
-    assert "cam: the loss is not finite at update" in told and "smaller fit.lr" in told
+    assert "cam: the loss is not finite at update" in told and "smaller --cam.fit.lr" in told
     kept = torch.load(out / "log" / "cam_nonfinite_rank0.pt", weights_only=True)
     assert kept[0]["image"].shape == (4, 3, 48, 48)
     assert (out / "weights" / "cam.resume.pt").exists() and not (out / "weights" / "cam.pt").exists()

@@ -23,7 +23,7 @@ from misc.walk import fitting_radius, half_circle, pair_cells, pair_views, trans
 from net import weights as foreign
 from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
 from net.backbone.vgg16 import VGG16, VGG16Options
-from net.contract import AffinityNetwork, Batch, Group, Network, Options, RefineRecipe, SoftCam, refiner
+from net.contract import AffinityNetwork, Batch, Group, Network, Options, RefineRecipe, SoftCam, conv_groups, refiner
 
 STRIDE = 8
 """Pixels a feature cell, of both backbones."""
@@ -90,6 +90,15 @@ class LabelOptions:
     """crf_unary labels: number of labels that the confidence is shared among, background included (TransCAM: all 21
     of VOC). 0: those of the image."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for scores that make no background."""
+        for name in ("alpha_low", "alpha_high"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} = {getattr(self, name)} is not possible: it must be positive.")
+        for name in ("threshold_low", "threshold_high"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} = {getattr(self, name)} is not possible: it must be in [0, 1].")
+
 
 @dataclass(frozen=True)
 class WalkOptions:
@@ -120,6 +129,12 @@ class WalkOptions:
             raise ValueError(f"logt = {self.logt} is not possible: it must be 0 to 16, the walk has 2^logt steps.")
         if self.beta <= 0:
             raise ValueError(f"beta = {self.beta} is not possible: it must be positive.")
+        if self.alpha <= 0:
+            raise ValueError(f"alpha = {self.alpha} is not possible: it must be positive.")
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold = {self.threshold} is not possible: it must be in [0, 1].")
+        if self.radius < 2:
+            raise ValueError(f"radius = {self.radius} is not possible: it must be at least 2.")
 
 
 @dataclass(frozen=True)
@@ -433,16 +448,7 @@ class PSA(AffinityNetwork):
     def param_groups(self) -> list[Group]:
         """Backbone at the base rate, new layers at 10 times it; biases at twice that, without decay (seam.md section
         4.2). Group normalisation counts as a new layer. Batch normalisation, where it is trained, isn't decayed."""
-        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-        for name, module in self.named_modules():
-            scale = 10.0 if name in self.new_layers else 1.0
-            norm = isinstance(module, nn.BatchNorm2d)
-            for part, parameter in module.named_parameters(recurse=False):
-                if parameter.requires_grad:
-                    double = part == "bias" and not norm
-                    key = (2 * scale if double else scale, part == "weight" and not norm)
-                    groups.setdefault(key, []).append(parameter)
-        return [Group(parameters, scale, decay) for (scale, decay), parameters in groups.items()]
+        return conv_groups(self, self.new_layers)
 
     def load_weights(self, weights: str) -> str:
         """A released affinity network (strictly), or a backbone: ImageNet's ``.params`` or caffemodel, PSA's
