@@ -41,8 +41,8 @@ def _hsv(hue: float, saturation: float, value: float) -> Array:
 
 
 def _colour(rng: Rng) -> Array:
-    """A colour for anything that is not a mark: one distribution for bodies and backgrounds."""
-    return _hsv(rng.uniform(), rng.beta(2.2, 3.0) * 0.95, rng.uniform(0.35, 0.95))
+    """A colour for anything that is not a mark, paler than those of marks: one distribution for bodies and grounds."""
+    return _hsv(rng.uniform(), rng.beta(2.2, 3.0) * 0.6, rng.uniform(0.35, 0.95))
 
 
 def _near(rng: Rng, rgb: Array, spread: float) -> Array:
