@@ -29,7 +29,7 @@ class Sample:
     """Training images."""
     val: int = 80
     """Validation images."""
-    classes: int = 5
+    classes: int = 4
     """Foreground classes."""
     seed: int = 0
     """Seed of the generator."""

@@ -340,7 +340,7 @@ def _labels(rng: Rng, seed: int, split: str, index: int, classes: int) -> list[i
 
 
 def draw_picture(
-    seed: int, split: str, index: int, classes: int = 5, long_side: tuple[int, int] = (100, 160)
+    seed: int, split: str, index: int, classes: int = 4, long_side: tuple[int, int] = (100, 160)
 ) -> Picture:
     """Draw picture `index` (from 0) of a split, "train" or "val"; it depends on these arguments alone."""
     rng = _rng(seed, split, index, 0)
