@@ -332,7 +332,13 @@ def _rng(seed: int, split: str, index: int, stream: int) -> Rng:
 
 
 def _labels(rng: Rng, seed: int, split: str, index: int, classes: int) -> list[int]:
-    """One to three class numbers: the first by turns, in shuffled rounds, so that none is rare; others by chance."""
+    """One to three class numbers: the first by turns, in shuffled rounds, so that none is rare; others by chance.
+
+    After the first rounds one picture in eight shows no object and has no tag. Without such pictures a network can tell
+    a class by the absence of all others, and its CAM is then everything but the objects.
+    """
+    if index % 8 == 7 and index >= 2 * classes:
+        return []
     turn, place = divmod(index, classes)
     first = int(_rng(seed, split, turn, 1).permutation(classes)[place])
     others = rng.integers(0, classes, rng.choice(3, p=[0.35, 0.4, 0.25]))
