@@ -29,7 +29,7 @@ class Sample:
     """Training images."""
     val: int = 80
     """Validation images."""
-    classes: int = 4
+    classes: int = 5
     """Foreground classes."""
     seed: int = 0
     """Seed of the generator."""

@@ -84,7 +84,7 @@ def generate(
     root: tyro.conf.Positional[Path],
     images: int = 240,
     val: int = 80,
-    classes: int = 4,
+    classes: int = 5,
     seed: int = 0,
     saliency: bool = False,
     long_side: tuple[int, int] = (100, 160),

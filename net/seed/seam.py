@@ -239,7 +239,7 @@ _SAMPLE = Recipe(
         network=SeamOptions(
             backbone=SAMPLE_RESNET38, dropout=0.0, second_scale=0.6, head_lr=1.0
         ),
-        fit=Fit(epochs=22, batch_size=16, optimiser="adamw", lr=0.003, weight_decay=0.01),
+        fit=Fit(epochs=26, batch_size=16, optimiser="adamw", lr=0.003, weight_decay=0.01),
         augment=Augment(long_side=(112, 160), jitter=(0.2, 0.2, 0.2, 0.02), crop=112),
         infer=CamInference(scales=(1.0, 1.5), flip=True, normalise="shifted"),
     ),

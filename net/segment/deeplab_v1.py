@@ -108,7 +108,7 @@ class DeepLabV1(Segmenter):
                 train_affine=True,
                 head_lr=1.0,
             ),
-            fit=Fit(epochs=16, batch_size=16, optimiser="adamw", lr=0.002, weight_decay=0.01),
+            fit=Fit(epochs=18, batch_size=16, optimiser="adamw", lr=0.002, weight_decay=0.01),
             augment=Augment(
                 order=("hsv", "flip", "scale", "normalize", "crop"),
                 scale=(0.75, 1.25),
