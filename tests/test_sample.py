@@ -87,7 +87,7 @@ def test_masks_are_palette_images_with_an_ignore_rim(sample: Path) -> None:
         for values in (mask, things):
             for a, b in ((values[1:], values[:-1]), (values[:, 1:], values[:, :-1])):
                 assert ((a == b) | (a == 255) | (b == 255)).all()
-        assert (0 < (mask == 255).mean() < 0.25) == mask.any()  # a picture without an object has no rim
+        assert 0 < (mask == 255).mean() < 0.25
 
 
 def test_annotations_agree_with_the_masks(sample: Path) -> None:
@@ -129,8 +129,7 @@ def test_pictures_are_what_the_design_says() -> None:
     assert all(p.rgb.shape[0] != p.rgb.shape[1] for p in pictures)
     assert {p.rgb.shape[0] > p.rgb.shape[1] for p in pictures} == {True, False}
     assert all(100 <= max(p.rgb.shape) <= 160 for p in pictures) and len({p.rgb.shape for p in pictures}) > 20
-    assert {len(p.labels) for p in pictures} == {0, 1, 2, 3}
-    assert [i for i, p in enumerate(pictures) if not p.labels] == [15, 23, 31, 39]  # one in eight, not among the first
+    assert {len(p.labels) for p in pictures} == {1, 2, 3}
     shares, offsets = [], []
     for picture in pictures:
         for number in range(1, len(picture.labels) + 1):
