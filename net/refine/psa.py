@@ -92,12 +92,10 @@ class LabelOptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError for scores that make no background."""
-        for name in ("alpha_low", "alpha_high"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} = {getattr(self, name)} is not possible: it must be positive.")
-        for name in ("threshold_low", "threshold_high"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} = {getattr(self, name)} is not possible: it must be in [0, 1].")
+        if min(self.alpha_low, self.alpha_high) <= 0:
+            raise ValueError(f"alpha_low, alpha_high = {self.alpha_low}, {self.alpha_high}: both must be positive.")
+        if not 0 <= min(self.threshold_low, self.threshold_high) <= max(self.threshold_low, self.threshold_high) <= 1:
+            raise ValueError(f"thresholds {self.threshold_low}, {self.threshold_high}: both must be in [0, 1].")
 
 
 @dataclass(frozen=True)
@@ -125,16 +123,15 @@ class WalkOptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError for values that make no walk."""
-        if not 0 <= self.logt <= 16:
-            raise ValueError(f"logt = {self.logt} is not possible: it must be 0 to 16, the walk has 2^logt steps.")
-        if self.beta <= 0:
-            raise ValueError(f"beta = {self.beta} is not possible: it must be positive.")
-        if self.alpha <= 0:
-            raise ValueError(f"alpha = {self.alpha} is not possible: it must be positive.")
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold = {self.threshold} is not possible: it must be in [0, 1].")
-        if self.radius < 2:
-            raise ValueError(f"radius = {self.radius} is not possible: it must be at least 2.")
+        for name, good, wanted in (
+            ("logt", 0 <= self.logt <= 16, "0 to 16, the walk has 2^logt steps"),
+            ("beta", self.beta > 0, "positive"),
+            ("alpha", self.alpha > 0, "positive"),
+            ("threshold", 0 <= self.threshold <= 1, "in [0, 1]"),
+            ("radius", self.radius >= 2, "at least 2"),
+        ):
+            if not good:
+                raise ValueError(f"{name} = {getattr(self, name)} is not possible: it must be {wanted}.")
 
 
 @dataclass(frozen=True)
