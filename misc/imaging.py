@@ -89,6 +89,16 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
 
 
+def resize_masks(masks: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, H, W) integers -> (B, h, w), the pixels that ``resize_mask`` takes, on any device; ``size`` is (h, w)."""
+    # in whole numbers: floor((i + 1 / 2) H / h)
+    rows, columns = (
+        (2 * torch.arange(new, device=masks.device) + 1) * old // (2 * new)
+        for new, old in zip(size, masks.shape[-2:], strict=True)
+    )
+    return masks[:, rows[:, None], columns]
+
+
 def box_mask(box: Tensor, size: Sequence[int]) -> Tensor:
     """(B, 4) integers top, bottom, left, right, half-open -> (B, H, W) bool, true inside; ``size`` is (H, W)."""
     top, bottom, left, right = box[:, :, None, None].unbind(1)  # (B, 1, 1) each

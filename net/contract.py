@@ -93,6 +93,9 @@ class Phase:
     """Weights to start from: a checkpoint FILE; 'none' for random ones; 'cam' for the CAM network that this run trained
     (refiners and segmenters of the same backbone); 'pretrained' for those that timm fetches from
     the internet, in networks that have some there (transformers)."""
+    init: str = ""
+    """What the checkpoint FILE was trained on, such as imagenet, or coco for COCO's pixel masks: said with every score.
+    Empty: only the file's name is."""
 
 
 @dataclass(frozen=True)

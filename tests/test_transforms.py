@@ -48,7 +48,7 @@ def test_crop_and_flip_keep_everything_together(size: int, corner: bool, mirror_
         sample = located()
         if mirror_first:
             transforms.flip(sample)
-        transforms.crop(sample, size, rng(seed), corner=corner, plane_fill=77)
+        transforms.crop(sample, size, rng(seed), place="corner" if corner else "random", plane_fill=77)
         assert sample.image.shape == (size, size, 3) and sample.planes is not None
         assert sample.planes.shape == (2, size, size)
         aligned(sample, 77)
@@ -69,7 +69,7 @@ def test_crop_places_are_uniform_over_all_that_are_possible() -> None:
         starts.add(int(sample.planes[1][sample.box[0], 0]))  # type: ignore[index]
         places.add(sample.box[0])
         sample = located(3, 9)
-        transforms.crop(sample, 6, rng(seed), corner=True)
+        transforms.crop(sample, 6, rng(seed), place="corner")
         corner_starts.add(int(sample.planes[1][0, 0]))  # type: ignore[index]
     assert starts == {0, 1, 2, 3} and places == {0, 1, 2, 3}
     assert corner_starts == {0, 1, 2}  # int(u * 3): the published form never reaches the last offset
@@ -77,7 +77,7 @@ def test_crop_places_are_uniform_over_all_that_are_possible() -> None:
 
 def test_mask_fill() -> None:
     sample = located(4, 4)
-    transforms.crop(sample, 6, rng(), corner=True, mask_fill=0)
+    transforms.crop(sample, 6, rng(), place="corner", mask_fill=0)
     assert sample.mask is not None and not sample.mask[4:].any() and not sample.mask[:, 4:].any()
 
 
