@@ -91,11 +91,14 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def resize_masks(masks: Tensor, size: Sequence[int]) -> Tensor:
     """(B, H, W) integers -> (B, h, w), the pixels that ``resize_mask`` takes, on any device; ``size`` is (h, w)."""
-    # in whole numbers: floor((i + 1 / 2) H / h)
-    rows, columns = (
-        (2 * torch.arange(new, device=masks.device) + 1) * old // (2 * new)
-        for new, old in zip(size, masks.shape[-2:], strict=True)
-    )
+
+    def centres(old: int, new: int) -> Tensor:
+        # floor((i + 1 / 2) old / new), by adding up as PIL does: rounding decides where a centre meets a border
+        steps = np.full(new, old / new)
+        steps[0] /= 2
+        return torch.from_numpy(np.cumsum(steps).astype(np.int64)).to(masks.device)
+
+    rows, columns = (centres(old, new) for old, new in zip(masks.shape[-2:], size, strict=True))
     return masks[:, rows[:, None], columns]
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from misc.config import REQUIRED_WEIGHTS, Augment, Fit, SegInference
+from misc.config import PRETRAINED_WEIGHTS, REQUIRED_WEIGHTS, Augment, Fit, SegInference
 from misc.crf import CRFSettings
 from misc.imaging import resize_masks
 from net.backbone import scaled_channels
@@ -29,7 +29,7 @@ from net.contract import (
     conv_groups,
     segmenter,
 )
-from net.weights import load, read
+from net.weights import TIMM, load, read
 
 Form = Literal["caffe", "torchvision"]
 
@@ -47,6 +47,8 @@ class DeepLabV2Options(Options):
     """Channel multiplier; 1 is the published network."""
     depth: tuple[int, int, int, int] = (3, 4, 23, 3)
     """Blocks in layer2 to layer5."""
+    dilations: tuple[int, int] = (2, 4)
+    """Dilations of the 3x3 convolutions of layer4 and layer5, in cells of 8 pixels."""
     rates: tuple[int, ...] = (6, 12, 18, 24)
     """Dilations of the parallel convolutions of the classifier, in cells of 8 pixels."""
     scales: tuple[float, ...] = (0.5, 0.75)
@@ -55,6 +57,8 @@ class DeepLabV2Options(Options):
     """Keep all batch normalisation (statistics and affine) as loaded. Turn off to train from random weights."""
     head_lr: float = 10.0
     """Learning rate of the classifier's weights relative to the backbone's; its biases learn twice as fast."""
+    pretrained: str = "resnet101.tv_in1k"
+    """timm's name of the ImageNet classifier that the weights 'pretrained' come from (form torchvision)."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for values that make no network."""
@@ -64,8 +68,9 @@ class DeepLabV2Options(Options):
             raise ValueError(f"width must be above 0, got {self.width}.")
         if len(self.depth) != 4 or min(self.depth) < 1:
             raise ValueError(f"depth needs four numbers of at least 1 (layer2 to layer5), got {self.depth}.")
-        if not self.rates or min(self.rates) < 1:
-            raise ValueError(f"rates needs dilations of at least 1, got {self.rates}.")
+        for name in ("dilations", "rates"):
+            if min(getattr(self, name), default=0) < 1:
+                raise ValueError(f"{name} needs dilations of at least 1, got {getattr(self, name)}.")
         if not all(0 < scale < 1 for scale in self.scales):
             raise ValueError(f"scales must lie between 0 and 1 (1 itself is always there), got {self.scales}.")
 
@@ -138,7 +143,8 @@ class Base(nn.Sequential):
         stem = OrderedDict(conv1=ConvBn(3, channels, 7, 2), pool=nn.MaxPool2d(3, 2, 1, ceil_mode=True))
         self.layer1 = nn.Sequential(stem)
         # stride and dilation of each stage
-        stages = {"layer2": (1, 1), "layer3": (2, 1), "layer4": (1, 2), "layer5": (1, 4)}
+        fourth, fifth = options.dilations
+        stages = {"layer2": (1, 1), "layer3": (2, 1), "layer4": (1, fourth), "layer5": (1, fifth)}
         for number, (name, (stride, dilation)) in enumerate(stages.items()):
             middle, wide = (scaled_channels(c << number, options.width) for c in (64, 256))
             blocks = nn.Sequential()
@@ -271,7 +277,14 @@ class DeepLabV2(Segmenter):
         ),
         "sample": SegmentRecipe(
             network=DeepLabV2Options(
-                form="torchvision", width=0.25, depth=(1, 1, 1, 1), rates=(1, 2, 3, 4), freeze_bn=False, head_lr=1.0
+                # the shape of SAMPLE_RESNET, the backbone of the sample recipes of CAM networks on a ResNet
+                form="torchvision",
+                width=0.25,
+                depth=(1, 1, 1, 1),
+                dilations=(1, 1),
+                rates=(1, 2, 3, 4),
+                freeze_bn=False,
+                head_lr=1.0,
             ),
             fit=Fit(epochs=18, batch_size=16, optimiser="adamw", lr=0.002, weight_decay=0.01, schedule_every=10),
             augment=Augment(
@@ -371,13 +384,18 @@ class DeepLabV2(Segmenter):
         """Start from the official files (``init.caffemodel``, ``train2_iter_20000.caffemodel`` and the ``.pth`` made of
         them), torchvision's ResNet, or a CAM network of this project on a ResNet.
 
-        The classifier may be absent. Raises ValueError where the file is of the other ``form``.
+        The classifier may be absent. Raises ValueError where the file is of the other ``form`` (a whole ``deeplabv2``,
+        whose names don't tell its form, is taken as it is).
         """
-        state = read(weights)
+        source = f"{TIMM}{self.options.pretrained}" if weights == PRETRAINED_WEIGHTS else weights
+        state = read(source)
         stem = next((name for name in state if name.endswith("layer1.0.conv1.weight")), None)
         form: Form = "caffe" if stem is None else "torchvision"
-        if form != self.options.form:
-            raise ValueError(f"{weights}: its weights are of the form {form}; set network.form to that.")
+        if form != self.options.form and not any(name.startswith("base.") for name in state):
+            raise ValueError(
+                f"{source}: its weights are of the form {form}, the network is built for {self.options.form}. Say "
+                f"--seg.network.form {form}, and --seg.init with what they were trained on."
+            )
         # a CAM network has its backbone under a prefix and a classifier beside it
         prefix = "" if stem is None else stem.removesuffix("layer1.0.conv1.weight")
 
@@ -388,4 +406,4 @@ class DeepLabV2(Segmenter):
                 inner = from_caffe(name.removeprefix("base."))
             return None if inner is None or inner.startswith("fc.") else f"base.{inner}"
 
-        return str(load(self, state, rename=rename, allow_missing=("base.aspp",), label=weights))
+        return str(load(self, state, rename=rename, allow_missing=("base.aspp",), label=source))
