@@ -34,6 +34,11 @@ class ResNeStOptions:
         if self.frozen not in ("none", *STAGES):
             raise ValueError(f"frozen must be none or one of {', '.join(STAGES)}, got {self.frozen!r}.")
 
+    @property
+    def pretrained(self) -> str:
+        """timm's name of the classifier that the weights 'pretrained' come from."""
+        return self.name
+
 
 class ResNeSt(Stages):
     """The backbone: layer4 has stride 1 and, from its second block on, dilation 2.

@@ -226,6 +226,4 @@ class PuzzleCam(SeedNetwork):
     def load_weights(self, weights: str) -> str:
         """Start from an ImageNet file of torchvision, timm or ResNeSt, or from a whole Puzzle-CAM; 'pretrained': timm's
         file."""
-        options = self.options
-        pretrained = options.resnet.pretrained if options.backbone == "resnet" else options.resnest.name
-        return load_resnet(self, weights, heads=("classifier",), owner="model", pretrained=pretrained)
+        return load_resnet(self, weights, heads=("classifier",), owner="model")
