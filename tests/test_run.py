@@ -17,9 +17,7 @@ from running import TINY, arguments, digests, make_set, run, start
 
 import run_sample
 from misc import store
-from net.contract import Phase, SeedRecipe
 from step import STEPS
-from step.scoring import start_weights
 
 MADE = ("weights/*.pt", "cam/*", "aff_label/*", "label/*", "seg/*")
 IDS = [f"2025_{i:06d}" for i in range(1, 9)]
@@ -112,35 +110,6 @@ def test_scores_say_where_they_come_from(finished: Path) -> None:
     assert (predicted["split"], predicted["images"], predicted["tags"]) == ("val", 3, "none")
     assert all(0 <= s["miou"] <= 100 for s in (cam, walked, predicted))
     assert [s["start_weights"] for s in (cam, walked, predicted)] == ["random"] * 3
-
-
-def test_start_weights_are_told_in_words() -> None:
-    cam = SeedRecipe(network=None, weights="/far/away/resnet50.pth", init="imagenet")  # type: ignore[arg-type]
-    assert start_weights(cam, cam) == "imagenet (resnet50.pth)"
-    for weights, init, told in (
-        ("none", "coco", "random"), ("a/b.pth", "", "b.pth"), ("b.pth", "coco", "coco (b.pth)"),
-        ("pretrained", "", "pretrained"), ("cam", "coco", "CAM network (from imagenet (resnet50.pth))"),
-    ):  # fmt: skip
-        assert start_weights(Phase(network=None, weights=weights, init=init), cam) == told  # type: ignore[arg-type]
-
-
-def test_a_segmenter_that_starts_from_the_cam_network(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Puzzle-CAM and DeepLab v2 on the same ResNet, as the sample recipes have them."""
-    small = "network.resnet.width 0.125 fit.steps 2 fit.batch-size 4 augment.crop 64 infer.scales 1.0".split()
-    flags = [f"--cam.{word}" if i % 2 == 0 else word for i, word in enumerate(small)]
-    small = "network.width 0.125 fit.steps 2 fit.batch-size 4 augment.crop 64 infer.crf.iterations 1".split()
-    flags += [f"--seg.{word}" if i % 2 == 0 else word for i, word in enumerate(small)]
-    command = ["puzzlecam", "--root", str(data), "--out", str(tmp_path / "run"), "--machine.workers", "0", *flags]
-    steps = ["train_cam", "train_seg", "infer_seg", "report"]
-    assert run_sample.main([*command, "--masks", "truth", "--steps", *steps]) == 0
-    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
-    assert scores["predictions (deeplabv2 trained on true masks)"]["start_weights"] == "CAM network (from random)"
-    told = capsys.readouterr().out
-    assert "3 images; trained from CAM network (from random)" in told
-    assert re.search(r"seg: starts from .*cam.pt: .*0 of another shape", told)
-    assert re.search(r"score +mIoU .* trained from", told)
 
 
 def test_the_report_is_one_page(finished: Path) -> None:
