@@ -48,7 +48,8 @@ class Fit:
     weight_decay: float = 5e-4
     """Decay of the groups that are decayed at all."""
     schedule: Literal["poly", "constant", "cosine", "timm_cosine"] = "poly"
-    """poly: lr x (1 - step / (steps + schedule_extra)) ^ power, set before each update. constant: lr.
+    """poly: lr x (1 - step / (steps + schedule_extra)) ^ power, set before each update (see schedule_every).
+    constant: lr.
     cosine: linear from warmup_lr to lr over the warm-up, both included, then by a cosine towards final_lr (aream.md 8).
     timm_cosine: set once an epoch, one epoch late: epoch e has f(e - 1), the first f(0); f(t) rises linearly from
     warmup_lr at 0 to lr at warmup_epochs, from there on it is the cosine from lr at 0 to final_lr at the last epoch
@@ -57,6 +58,8 @@ class Fit:
     """Exponent of the poly schedule."""
     schedule_extra: int = 0
     """Steps added to the length in the poly schedule's denominator."""
+    schedule_every: int = 1
+    """Updates between two settings of the poly schedule's rate (deeplab.md C.3)."""
     warmup_epochs: int = 5
     """Length of the warm-up of the cosine schedules. An epoch is 1 / epochs of the training, with steps too."""
     warmup_lr: float = 1e-6
@@ -76,6 +79,7 @@ class Fit:
         _check(not self.nesterov or self.momentum > 0, "nesterov", self.nesterov, "False where momentum is 0")
         _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         _check(self.power > 0, "power", self.power, "positive")
+        _check(self.schedule_every > 0, "schedule_every", self.schedule_every, "at least 1")
         _check(0 <= self.warmup_epochs <= self.epochs or "cosine" not in self.schedule, "warmup_epochs",
                self.warmup_epochs, "in 0 .. epochs")
         _check(self.warmup_lr >= 0, "warmup_lr", self.warmup_lr, "0 or more")
@@ -106,6 +110,10 @@ class Augment:
     """scale: both sides are multiplied by a random factor in [low, high]; mask nearest."""
     scale_filter: Literal["cubic", "linear", "bicubic"] = "cubic"
     """Filter of the image in ``scale``. cubic, linear: OpenCV's. bicubic: PIL's, antialiased when shrinking."""
+    scale_set: tuple[float, ...] = ()
+    """scale: the factors to draw from, instead of any one in the range (deeplab.md C.3)."""
+    scale_mask: Literal["opencv", "pil"] = "opencv"
+    """Nearest-neighbour filter of the mask in ``scale``; the two differ by up to one pixel (deeplab.md C.3)."""
     scale_per_batch: bool = False
     """scale: one factor for all images of a batch instead of one for each."""
     flip: float = 0.5
@@ -126,9 +134,10 @@ class Augment:
     crop: int = 448
     """crop, resized_crop: side of the square that becomes the training image. crop cuts it from the image (or, where
     the image is smaller, lays it on a canvas). Pixels."""
-    crop_place: Literal["random", "corner"] = "random"
-    """Where an image smaller than the crop lands on its canvas: a random place, or the top left corner. corner also
-    takes the published offset of a larger image, int(u x (side - crop)), never the very last one (deeplab.md B.2)."""
+    crop_place: Literal["random", "corner", "top_left"] = "random"
+    """Where an image smaller than the crop lands on its canvas: a random place, or (corner, top_left) the top left
+    corner. corner also takes the published offset of a larger image, int(u x (side - crop)), never the very last one
+    (deeplab.md B.2)."""
     mask_fill: int = 255
     """Label of the canvas where there is no image: 255 ignore, 0 background."""
 
@@ -144,6 +153,7 @@ class Augment:
             _check(good, "order", self.order, f"a list with {first} before {second}")
         _check(0 < self.long_side[0] <= self.long_side[1], "long_side", self.long_side, "two increasing sizes")
         _check(0 < self.scale[0] <= self.scale[1], "scale", self.scale, "two increasing factors")
+        _check(min(self.scale_set, default=1) > 0, "scale_set", self.scale_set, "positive factors")
         _check(0 <= self.flip <= 1, "flip", self.flip, "a probability")
         _check(min(self.jitter) >= 0 and self.jitter[3] <= 0.5, "jitter", self.jitter, "0 or more, hue at most 0.5")
         _check(0 <= self.jitter_probability <= 1, "jitter_probability", self.jitter_probability, "a probability")

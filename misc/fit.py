@@ -82,7 +82,8 @@ def lr_factor(fit: Fit, step: int, total: int) -> float:
     if fit.schedule == "timm_cosine":
         # published: the rate is set after an epoch with the index of that epoch, so all lags by one (mctformer.md 6)
         return _timm_cosine(fit, max(0, min(step, total - 1) * fit.epochs // total - 1)) / fit.lr
-    return (1 - min(step, total - 1) / (total + fit.schedule_extra)) ** fit.power
+    step = min(step, total - 1)
+    return (1 - (step - step % fit.schedule_every) / (total + fit.schedule_extra)) ** fit.power
 
 
 def _half_wave(high: float, low: float, share: float) -> float:

@@ -89,6 +89,19 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
 
 
+def resize_masks(masks: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, H, W) integers -> (B, h, w), the pixels that ``resize_mask`` takes, on any device; ``size`` is (h, w)."""
+
+    def centres(old: int, new: int) -> Tensor:
+        # floor((i + 1 / 2) old / new), by adding up as PIL does: rounding decides where a centre meets a border
+        steps = np.full(new, old / new)
+        steps[0] /= 2
+        return torch.from_numpy(np.cumsum(steps).astype(np.int64)).to(masks.device)
+
+    rows, columns = (centres(old, new) for old, new in zip(masks.shape[-2:], size, strict=True))
+    return masks[:, rows[:, None], columns]
+
+
 def box_mask(box: Tensor, size: Sequence[int]) -> Tensor:
     """(B, 4) integers top, bottom, left, right, half-open -> (B, H, W) bool, true inside; ``size`` is (H, W)."""
     top, bottom, left, right = box[:, :, None, None].unbind(1)  # (B, 1, 1) each

@@ -41,7 +41,6 @@ def run(job: Job, device: torch.device) -> None:
     )
     trained_on = "pseudo masks" if job.cfg.masks == "pseudo" else "true masks"
     score_masks(
-        job, f"predictions ({job.cfg.segmenter} trained on {trained_on})", job.cfg.val_list, job.run.seg, tags="none",
-        scales=list(infer.scales), flip=infer.flip, crf_iterations=infer.crf.iterations,
-        start_weights=job.cfg.seg.weights,
+        job, f"predictions ({job.cfg.segmenter} trained on {trained_on})", job.cfg.val_list, job.run.seg, job.cfg.seg,
+        tags="none", scales=list(infer.scales), flip=infer.flip, crf_iterations=infer.crf.iterations,
     )

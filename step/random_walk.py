@@ -53,8 +53,8 @@ def run(job: Job, device: torch.device) -> None:
         workers=job.cfg.machine.workers, part=job.cfg.shard_part(),
     )
     score_masks(
-        job, "pseudo masks after the walk", job.cfg.score_list, job.run.label, tags="true tags",
-        walk=flatten(walk),
+        job, "pseudo masks after the walk", job.cfg.score_list, job.run.label, job.cfg.aff,
+        tags="true tags", walk=flatten(walk),
     )
     if finds_instances:
         score_instances(

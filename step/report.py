@@ -70,9 +70,12 @@ def current(job: Job) -> bool:
 
 def score_table(scores: dict[str, dict[str, Any]]) -> str:
     """The recorded scores as aligned text: name, mIoU (of single objects AP50), list, number of images, how the
-    threshold was chosen, tags."""
-    rows = [("score", "mIoU", "list", "images", "background score", "tags used")]
-    rows += [(n, _main(s), s["split"], str(s["images"]), _threshold(s), s["tags"]) for n, s in scores.items()]
+    threshold was chosen, tags, what the network was trained from."""
+    rows = [("score", "mIoU", "list", "images", "background score", "tags used", "trained from")]
+    rows += [
+        (n, _main(s), s["split"], str(s["images"]), _threshold(s), s["tags"], s.get("start_weights", "-"))
+        for n, s in scores.items()
+    ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

@@ -13,10 +13,22 @@ from misc import distributed
 from misc.instances import Instances, read_instances, true_instances
 from misc.score import InstanceScores, Scores, evaluate_cams, evaluate_instances, evaluate_masks
 from misc.store import read_cam, read_mask
+from net.contract import Phase
 from step.config import Job
 
 THRESHOLDS = tuple(i / 100 for i in range(60))
 """Background scores of the published curves (evaluation.md 1.3)."""
+
+
+def start_weights(phase: Phase, cam: Phase) -> str:
+    """What a network was trained from, in words: random weights, a file and what that was trained on, or (``cam`` is
+    the CAM network's last phase) the CAM network."""
+    if phase.weights == "none":
+        return "random"
+    if phase.weights == "cam":
+        return f"CAM network (from {start_weights(cam, cam)})"
+    name = Path(phase.weights).name
+    return f"{phase.init} ({name})" if phase.init else name
 
 
 @dataclass(frozen=True)
@@ -47,17 +59,22 @@ def score_cams(job: Job) -> None:
             job.catalog.num_classes + 1, THRESHOLDS, boundary=False,
         )
         infer = job.cfg.cam.infer
-        _record(job, "CAM", job.cfg.score_list, scores, tags="true tags", scales=list(infer.scales), flip=infer.flip)
+        _record(
+            job, "CAM", job.cfg.score_list, scores, job.cfg.cam.phases()[-1][1], tags="true tags",
+            scales=list(infer.scales), flip=infer.flip,
+        )
 
 
-def score_masks(job: Job, name: str, split: str, path: Callable[[str], Path], **provenance: Any) -> None:
-    """Score masks of a list and record them under ``name``."""
+def score_masks(
+    job: Job, name: str, split: str, path: Callable[[str], Path], phase: Phase, **provenance: Any
+) -> None:
+    """Score masks of a list, which the network of ``phase`` made, and record them under ``name``."""
     ids = _scorable(job, split)
     if ids:
         scores = evaluate_masks(
             ids, _Files(path, read_mask), _Files(job.catalog.mask_path, read_mask), job.catalog.num_classes + 1,
         )
-        _record(job, name, split, scores, **provenance)
+        _record(job, name, split, scores, phase, **provenance)
 
 
 @dataclass(frozen=True)
@@ -113,10 +130,14 @@ def _scorable(job: Job, split: str) -> list[str]:
     return ids
 
 
-def _record(job: Job, name: str, split: str, scores: Scores, **provenance: Any) -> None:
+def _record(job: Job, name: str, split: str, scores: Scores, phase: Phase, **provenance: Any) -> None:
     names = ["background", *job.catalog.classes]
-    job.run.add_score(name, {**scores.to_dict(names, split), **provenance})
+    start = start_weights(phase, job.cfg.cam.phases()[-1][1])
+    job.run.add_score(name, {**scores.to_dict(names, split), **provenance, "start_weights": start})
     chosen = ""
     if scores.threshold is not None:
         chosen = f" at background score {scores.threshold:.2f} (searched on {split} itself)"
-    distributed.say(f"{name}: {100 * scores.confusion.miou():.2f} mIoU on {split}, {scores.images} images{chosen}")
+    distributed.say(
+        f"{name}: {100 * scores.confusion.miou():.2f} mIoU on {split}, {scores.images} images{chosen}; trained from "
+        f"{start}"
+    )

@@ -137,6 +137,8 @@ def test_poly_and_constant_rates_reach_every_group() -> None:
         assert [g["lr"] for g in optimiser.param_groups] == pytest.approx([0.005 * share, 0.05 * share])
     assert lr_factor(Fit(schedule="constant"), 5, 8) == 1
     assert lr_factor(Fit(schedule_extra=2, power=1), 5, 8) == pytest.approx(0.5)
+    stepped = [lr_factor(Fit(schedule_every=3, power=1), step, 8) for step in range(8)]
+    assert stepped == pytest.approx([1, 1, 1, 5 / 8, 5 / 8, 5 / 8, 2 / 8, 2 / 8])
 
 
 def test_the_rate_is_set_before_the_first_update_and_logged(tmp_path: Path) -> None:

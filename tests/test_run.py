@@ -109,6 +109,7 @@ def test_scores_say_where_they_come_from(finished: Path) -> None:
     assert cam["threshold_choice"] == "searched on train" and len(cam["curve"]) == 60
     assert (predicted["split"], predicted["images"], predicted["tags"]) == ("val", 3, "none")
     assert all(0 <= s["miou"] <= 100 for s in (cam, walked, predicted))
+    assert [s["start_weights"] for s in (cam, walked, predicted)] == ["random"] * 3
 
 
 def test_the_report_is_one_page(finished: Path) -> None:

@@ -40,21 +40,21 @@ def aligned(sample: Sample, fill: int) -> None:
     assert (sample.mask[~inside] == 255).all() and (sample.planes[:, ~inside] == fill).all()
 
 
-@pytest.mark.parametrize("corner", [False, True])
+@pytest.mark.parametrize("place", ["random", "corner", "top_left"])
 @pytest.mark.parametrize("size", [24, 50, 80])
 @pytest.mark.parametrize("mirror_first", [False, True])
-def test_crop_and_flip_keep_everything_together(size: int, corner: bool, mirror_first: bool) -> None:
+def test_crop_and_flip_keep_everything_together(size: int, place: str, mirror_first: bool) -> None:
     for seed in range(8):
         sample = located()
         if mirror_first:
             transforms.flip(sample)
-        transforms.crop(sample, size, rng(seed), corner=corner, plane_fill=77)
+        transforms.crop(sample, size, rng(seed), place=place, plane_fill=77)
         assert sample.image.shape == (size, size, 3) and sample.planes is not None
         assert sample.planes.shape == (2, size, size)
         aligned(sample, 77)
         top, bottom, left, right = sample.box
         assert (bottom - top, right - left) == (min(40, size), min(60, size))
-        if corner:
+        if place != "random":
             assert (top, left) == (0, 0)
         transforms.flip(sample)
         aligned(sample, 77)
@@ -62,22 +62,24 @@ def test_crop_and_flip_keep_everything_together(size: int, corner: bool, mirror_
 
 
 def test_crop_places_are_uniform_over_all_that_are_possible() -> None:
-    starts, places, corner_starts = set(), set(), set()
+    starts, places, fixed = set(), set(), {"corner": set(), "top_left": set()}
     for seed in range(300):
         sample = located(3, 9)
         transforms.crop(sample, 6, rng(seed))
         starts.add(int(sample.planes[1][sample.box[0], 0]))  # type: ignore[index]
         places.add(sample.box[0])
-        sample = located(3, 9)
-        transforms.crop(sample, 6, rng(seed), corner=True)
-        corner_starts.add(int(sample.planes[1][0, 0]))  # type: ignore[index]
+        for place, found in fixed.items():
+            sample = located(3, 9)
+            transforms.crop(sample, 6, rng(seed), place=place)
+            found.add(int(sample.planes[1][0, 0]))  # type: ignore[index]
     assert starts == {0, 1, 2, 3} and places == {0, 1, 2, 3}
-    assert corner_starts == {0, 1, 2}  # int(u * 3): the published form never reaches the last offset
+    # int(u * 3): the published form of LargeFOV never reaches the last offset
+    assert fixed == {"corner": {0, 1, 2}, "top_left": {0, 1, 2, 3}}
 
 
 def test_mask_fill() -> None:
     sample = located(4, 4)
-    transforms.crop(sample, 6, rng(), corner=True, mask_fill=0)
+    transforms.crop(sample, 6, rng(), place="corner", mask_fill=0)
     assert sample.mask is not None and not sample.mask[4:].any() and not sample.mask[:, 4:].any()
 
 
@@ -119,6 +121,23 @@ def test_scale_by_pil() -> None:
     plain = Image.fromarray(np.ascontiguousarray(sample.image)).resize((23, 15), Image.Resampling.BICUBIC)
     transforms.scale(sample, 0.79, "bicubic")
     assert np.array_equal(sample.image, np.asarray(plain))
+
+
+@pytest.mark.parametrize(("name", "inside"), [("opencv", 0), ("pil", 1)])
+def test_the_nearest_pixel_of_a_mask_is_opencvs_or_pils(name: str, inside: int) -> None:
+    """At half size OpenCV takes the first pixel of each pair, PIL (which rounds its centre up) the second."""
+    sample = Sample(np.zeros((2, 12, 3), np.uint8), np.arange(12, dtype=np.uint8)[None].repeat(2, 0))
+    transforms.scale(sample, 0.5, "linear", name)
+    assert sample.mask is not None and sample.mask[0].tolist() == [2 * i + inside for i in range(6)]
+
+
+def test_factors_of_a_set() -> None:
+    recipe = Augment(order=("normalize", "scale", "crop"), scale_set=(0.5, 1.5), crop=60, crop_place="top_left")
+    sides = set()
+    for seed in range(20):
+        sample = transforms.augment(located(20, 30), recipe, "imagenet", rng(seed), rng(seed))
+        sides.add(sample.box)
+    assert sides == {(0, 10, 0, 15), (0, 30, 0, 45)}
 
 
 @pytest.mark.parametrize("way", ["long_side", "scale"])

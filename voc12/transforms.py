@@ -64,16 +64,18 @@ def long_side(sample: Sample, length: int) -> None:
     _resized(sample, size)
 
 
-def scale(sample: Sample, factor: float, image_filter: str) -> None:
+def scale(sample: Sample, factor: float, image_filter: str, mask_filter: str = "opencv") -> None:
     """Multiply both sides by ``factor``, cut to whole pixels: image OpenCV cubic or linear (deeplab.md A.2, B.2) or
-    PIL bicubic (aream.md section 8), mask OpenCV nearest."""
+    PIL bicubic (aream.md section 8), mask OpenCV's or PIL's nearest (deeplab.md C.3)."""
     size = truncated_size(sample.image.shape[:2], factor)
     if image_filter == "bicubic":
         sample.image = resize_image(np.ascontiguousarray(sample.image), size)
     else:
         kind = {"cubic": cv2.INTER_CUBIC, "linear": cv2.INTER_LINEAR}[image_filter]
         sample.image = cv2.resize(sample.image, size[::-1], interpolation=kind)
-    if sample.mask is not None:
+    if sample.mask is not None and mask_filter == "pil":
+        sample.mask = resize_mask(sample.mask, size)
+    elif sample.mask is not None:
         sample.mask = cv2.resize(sample.mask, size[::-1], interpolation=cv2.INTER_NEAREST)
     _resized(sample, size)
 
@@ -133,7 +135,7 @@ def crop(
     size: int,
     rng: np.random.Generator,
     *,
-    corner: bool = False,
+    place: str = "random",
     mask_fill: int = 255,
     plane_fill: float = 0.0,
 ) -> None:
@@ -141,11 +143,11 @@ def crop(
     ``normalize``, black before), mask ``mask_fill``, planes ``plane_fill``.
 
     An axis longer than the square starts at a uniform offset; a shorter one lands at a uniform place (seam.md 4.2), or
-    with ``corner`` at 0 (deeplab.md B.2).
+    with another ``place`` (Augment.crop_place) at 0 (deeplab.md B.2, C.3).
     """
     height, width = sample.image.shape[:2]
-    rows, high = _place(height, size, rng, corner)
-    columns, wide = _place(width, size, rng, corner)
+    rows, high = _place(height, size, rng, place)
+    columns, wide = _place(width, size, rng, place)
 
     def paste(source: np.ndarray, canvas: np.ndarray) -> np.ndarray:
         canvas[..., high, wide] = source[..., rows, columns]
@@ -163,14 +165,14 @@ def crop(
     sample.box = (high.start, high.stop, wide.start, wide.stop)
 
 
-def _place(length: int, size: int, rng: np.random.Generator, corner: bool) -> tuple[slice, slice]:
+def _place(length: int, size: int, rng: np.random.Generator, place: str) -> tuple[slice, slice]:
     """One axis of ``crop``: which part of the image goes where on the canvas."""
     space = length - size
     if space > 0:
         # published for the corner form: int(u * space), u < 1, so that the very last offset never occurs (B.2)
-        start = int(rng.random() * space) if corner else int(rng.integers(space + 1))
+        start = int(rng.random() * space) if place == "corner" else int(rng.integers(space + 1))
         return slice(start, start + size), slice(0, size)
-    at = 0 if corner else int(rng.integers(-space + 1))
+    at = int(rng.integers(-space + 1)) if place == "random" else 0
     return slice(0, length), slice(at, at + length)
 
 
@@ -270,7 +272,8 @@ def augment(
                 long_side(sample, int(rng.integers(recipe.long_side[0], recipe.long_side[1] + 1)))
             case "scale":
                 source = batch_rng if recipe.scale_per_batch else rng
-                scale(sample, float(source.uniform(*recipe.scale)), recipe.scale_filter)
+                factor = source.choice(recipe.scale_set) if recipe.scale_set else source.uniform(*recipe.scale)
+                scale(sample, float(factor), recipe.scale_filter, recipe.scale_mask)
             case "flip":
                 if rng.random() < recipe.flip:
                     flip(sample)
@@ -290,6 +293,7 @@ def augment(
             case "normalize":
                 sample.image = normalise(sample.image, normalisation)
             case "crop":
-                corner = recipe.crop_place == "corner"
-                crop(sample, recipe.crop, rng, corner=corner, mask_fill=recipe.mask_fill, plane_fill=plane_fill)
+                crop(
+                    sample, recipe.crop, rng, place=recipe.crop_place, mask_fill=recipe.mask_fill, plane_fill=plane_fill
+                )
     return sample

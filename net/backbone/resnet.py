@@ -93,37 +93,18 @@ class Bottleneck(nn.Module):
         return F.relu(main + (x if self.downsample is None else self.downsample(x)), inplace=True)
 
 
-class ResNet(nn.Module):
-    """The backbone: (B, 3, H, W) -> the map of layer4; ``taps`` gives those of all stages.
+class Stages(nn.Module):
+    """What ResNets and their descendants share: ``conv1``, ``bn1``, ``maxpool`` and ``layer1`` to ``layer4``, which a
+    subclass makes, together with ``options`` (its ``norm`` and ``frozen`` apply), ``channels`` and ``strides``: how
+    many channels and how many pixels a cell each stage has.
 
-    ``channels`` and ``strides`` say how many channels and how many pixels a cell each stage has. What the options
-    freeze is frozen at construction already, so that parameter groups made before the first ``train()`` hold what is
-    trained, and again by ``train()``.
+    (B, 3, H, W) -> the map of layer4; ``taps`` gives those of all stages. A subclass calls ``freeze`` when it is made,
+    so that parameter groups made before the first ``train()`` hold what is trained; ``train()`` freezes again.
     """
 
     normalisation = "imagenet"
-
-    def __init__(self, options: ResNetOptions | None = None) -> None:
-        super().__init__()
-        self.options = options = options or ResNetOptions()
-        stem, *widths = (scaled_channels(64 << max(0, i - 1), options.width) for i in range(5))
-        self.conv1 = nn.Conv2d(3, stem, 7, options.strides[0], padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(stem)
-        self.maxpool = nn.MaxPool2d(3, 2, padding=1)
-        channels, strides = [stem], [2 * options.strides[0]]
-        per_layer = zip(STAGES[1:], options.depth, widths, (1, *options.strides[1:]), options.dilations, strict=True)
-        for name, depth, width, stride, dilation in per_layer:
-            blocks = [Bottleneck(channels[-1], width, stride=stride)]
-            blocks += [Bottleneck(width * _EXPANSION, width, dilation=dilation) for _ in range(depth - 1)]
-            self.add_module(name, nn.Sequential(*blocks))
-            channels.append(width * _EXPANSION)
-            strides.append(strides[-1] * stride)
-        self.channels: dict[Stage, int] = dict(zip(STAGES, channels, strict=True))
-        self.strides: dict[Stage, int] = dict(zip(STAGES, strides, strict=True))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):  # as torchvision
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        self.freeze()
+    channels: dict[Stage, int]
+    strides: dict[Stage, int]
 
     def freeze(self) -> None:
         """Put what the options freeze out of training."""
@@ -139,7 +120,7 @@ class ResNet(nn.Module):
                     module.eval()
                     module.requires_grad_(False)
 
-    def train(self, mode: bool = True) -> ResNet:
+    def train(self, mode: bool = True) -> Stages:
         """Set training or evaluation mode, keep frozen what is frozen, return self."""
         super().train(mode)
         self.freeze()
@@ -166,6 +147,32 @@ class ResNet(nn.Module):
         return x
 
 
+class ResNet(Stages):
+    """The backbone with bottlenecks; what the options freeze is frozen at construction already."""
+
+    def __init__(self, options: ResNetOptions | None = None) -> None:
+        super().__init__()
+        self.options = options = options or ResNetOptions()
+        stem, *widths = (scaled_channels(64 << max(0, i - 1), options.width) for i in range(5))
+        self.conv1 = nn.Conv2d(3, stem, 7, options.strides[0], padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.maxpool = nn.MaxPool2d(3, 2, padding=1)
+        channels, strides = [stem], [2 * options.strides[0]]
+        per_layer = zip(STAGES[1:], options.depth, widths, (1, *options.strides[1:]), options.dilations, strict=True)
+        for name, depth, width, stride, dilation in per_layer:
+            blocks = [Bottleneck(channels[-1], width, stride=stride)]
+            blocks += [Bottleneck(width * _EXPANSION, width, dilation=dilation) for _ in range(depth - 1)]
+            self.add_module(name, nn.Sequential(*blocks))
+            channels.append(width * _EXPANSION)
+            strides.append(strides[-1] * stride)
+        self.channels = dict(zip(STAGES, channels, strict=True))
+        self.strides = dict(zip(STAGES, strides, strict=True))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):  # as torchvision
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.freeze()
+
+
 def _torchvision_name(name: str) -> str:
     """Name of a backbone tensor in the five-stage form (stage1 = stem, stage2.0 = layer1, ...) -> torchvision's."""
     stage, _, rest = name.partition(".")
@@ -176,7 +183,7 @@ def _torchvision_name(name: str) -> str:
 
 
 def load_resnet(network: nn.Module, weights: str, *, heads: Collection[str], owner: str = "resnet50") -> str:
-    """Start a network that owns a ResNet: from ImageNet weights, or a checkpoint of a network that owns one.
+    """Start a network that owns a ResNet or ResNeSt: from ImageNet weights, or a checkpoint of a network that owns one.
 
     Recognised are torchvision's names without or with a prefix (``conv1.weight`` of torchvision and timm,
     ``resnet50.conv1.weight`` of IRNet, CRT and this project, ``model.conv1.weight`` of Puzzle-CAM), and the five-stage

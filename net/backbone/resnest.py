@@ -1,0 +1,64 @@
+"""ResNeSt (split attention) from timm at stride 16, with the stages of net/backbone/resnet.py (puzzlecam.md section 2).
+
+Names are timm's, which are those of the official ResNeSt files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from net.backbone.resnet import STAGES, Stages
+
+
+@dataclass(frozen=True)
+class ResNeStOptions:
+    """Which ResNeSt, and its training behaviour; the defaults are Puzzle-CAM's best."""
+
+    name: str = "resnest101e"
+    """timm's name: resnest50d, resnest101e, resnest200e, resnest269e (also of the weights 'pretrained')."""
+    norm: Literal["trained", "fixed", "frozen"] = "trained"
+    """Batch normalisation. trained: as usual. fixed: by the running statistics, which stay as loaded; weight and bias
+    are trained. frozen: neither moves."""
+    frozen: Literal["none", "stem", "layer1", "layer2", "layer3", "layer4"] = "none"
+    """The stages up to and including this one get no gradient and keep their batch normalisation."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that make no network."""
+        if not self.name.startswith("resnest"):
+            raise ValueError(f"name must be that of a ResNeSt in timm, such as resnest101e, got {self.name!r}.")
+        if self.norm not in ("trained", "fixed", "frozen"):
+            raise ValueError(f"norm must be trained, fixed or frozen, got {self.norm!r}.")
+        if self.frozen not in ("none", *STAGES):
+            raise ValueError(f"frozen must be none or one of {', '.join(STAGES)}, got {self.frozen!r}.")
+
+    @property
+    def pretrained(self) -> str:
+        """timm's name of the classifier that the weights 'pretrained' come from."""
+        return self.name
+
+
+class ResNeSt(Stages):
+    """The backbone: layer4 has stride 1 and, from its second block on, dilation 2.
+
+    Raises ValueError where timm has no network of this name.
+    """
+
+    def __init__(self, options: ResNeStOptions) -> None:
+        super().__init__()
+        import timm  # slow to import, and most runs don't need it
+
+        if not timm.is_model(options.name):
+            raise ValueError(f"timm has no {options.name}. There are: {', '.join(timm.list_models('resnest*'))}.")
+        self.options = options
+        made = timm.create_model(options.name, output_stride=16, num_classes=0)
+        for name in ("conv1", "bn1", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            self.add_module(name, getattr(made, name))
+        # the official code averages here at stride 1 too, which timm leaves out
+        self.layer4[0].avd_last = nn.AvgPool2d(3, 1, padding=1)
+        widths = [self.bn1.num_features, *(getattr(self, name)[-1].bn3.num_features for name in STAGES[1:])]
+        self.channels = dict(zip(STAGES, widths, strict=True))
+        self.strides = dict(zip(STAGES, (4, 4, 8, 16, 16), strict=True))
+        self.freeze()

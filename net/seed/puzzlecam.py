@@ -1,0 +1,229 @@
+"""Puzzle-CAM: the class maps of an image's quarters, put back together, should equal that of the whole image (Jo, Yu,
+2021; puzzlecam.md).
+
+A classifier sees the image and its tiles. Tiles show less context, so that the map of an object's less discriminative
+parts is higher there; the reconstruction loss pulls the whole image's map to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit
+from net.backbone.resnest import ResNeSt, ResNeStOptions
+from net.backbone.resnet import SAMPLE_RESNET, ResNet, ResNetOptions, load_resnet
+from net.contract import (
+    Batch,
+    Group,
+    Network,
+    Options,
+    Recipe,
+    SeedNetwork,
+    SeedRecipe,
+    multilabel_soft_margin,
+    name_groups,
+    seed,
+)
+
+Masking = Literal["masking", "none", "selection"]
+
+_EPSILON = 1e-5
+
+
+@dataclass(frozen=True)
+class PuzzleCamOptions(Options):
+    """Network and losses; the defaults are the published ones."""
+
+    backbone: Literal["resnet", "resnest"] = "resnet"
+    """Network below the classifier; the section of this name applies, the other is not used. The published scores are
+    those of resnest."""
+    resnet: ResNetOptions = field(default_factory=lambda: ResNetOptions(norm="trained"))
+    """ResNet."""
+    resnest: ResNeStOptions = field(default_factory=ResNeStOptions)
+    """ResNeSt."""
+    tiles: int = 2
+    """Tiles a side: 2 cuts an image into its quarters. Divides the side of the training images."""
+    level: Literal["feature", "cam"] = "feature"
+    """What is compared. feature: the class maps as they are. cam: divided by their maxima first."""
+    masking: Masking = "masking"
+    """Which maps count in the reconstruction. masking: those of present classes, divided by the number of all classes
+    (so that its weight depends on that number: puzzlecam.md section 6). none: all. selection: those of present classes,
+    mean over these."""
+    squared: bool = False
+    """Compare by squares instead of absolute differences."""
+    alpha: float = 4.0
+    """Largest weight of the reconstruction (the published code's default is 1, its best run has 4)."""
+    alpha_rise: float = 0.5
+    """Share of the training in which the weight rises from 0 to ``alpha``."""
+    confidence: bool = False
+    """Add the entropy-like loss on the tiles' scores that the published code has and the paper has not."""
+    head_lr: float = 10.0
+    """Learning rate of the classifier relative to the backbone's."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that make no network."""
+        for name, choices in (
+            ("backbone", ("resnet", "resnest")),
+            ("level", ("feature", "cam")),
+            ("masking", ("masking", "none", "selection")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        if self.tiles < 1:
+            raise ValueError(f"tiles must be at least 1, got {self.tiles}.")
+        if self.alpha < 0:
+            raise ValueError(f"alpha must be 0 or more, got {self.alpha}.")
+        if not 0 < self.alpha_rise <= 1:
+            raise ValueError(f"alpha_rise must be in (0, 1], got {self.alpha_rise}.")
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> PuzzleCam:
+        """Puzzle-CAM for ``num_classes`` foreground classes."""
+        return PuzzleCam(self, num_classes)
+
+
+# ---------------------------------------------------------------------------- tiles and losses (puzzlecam.md section 3)
+
+
+def cut(images: Tensor, side: int) -> Tensor:
+    """Equal tiles, one after the other: (B, C, H, W) -> (side * side * B, C, H / side, W / side), all images' top left,
+    then those right of them, row by row.
+
+    Raises ValueError where H or W is no multiple of ``side``.
+    """
+    height, width = images.shape[-2:]
+    if height % side or width % side:
+        raise ValueError(
+            f"Images of {height} x {width} pixels can't be cut into {side} x {side} equal tiles: make augment.crop a "
+            f"multiple of {side}."
+        )
+    rows = images.chunk(side, dim=2)
+    return torch.cat([tile for row in rows for tile in row.chunk(side, dim=3)])
+
+
+def join(tiles: Tensor, side: int) -> Tensor:
+    """The inverse of ``cut``, of maps of any size: (side * side * B, C, h, w) -> (B, C, side * h, side * w)."""
+    pieces = tiles.chunk(side * side)
+    return torch.cat([torch.cat(pieces[i * side : (i + 1) * side], dim=3) for i in range(side)], dim=2)
+
+
+def by_maximum(maps: Tensor) -> Tensor:
+    """Rectified maps, each divided by its maximum: (B, C, h, w) -> the same, in [0, 1)."""
+    maps = F.relu(maps)
+    return F.relu(maps - _EPSILON) / (maps.amax((2, 3), keepdim=True) + _EPSILON)
+
+
+def reconstruction(whole: Tensor, joined: Tensor, tags: Tensor, masking: Masking, squared: bool) -> Tensor:
+    """Distance of two sets of maps, (B, C, h, w) each, with tags (B, C) -> scalar; see ``PuzzleCamOptions``."""
+    difference = (whole - joined).square() if squared else (whole - joined).abs()
+    if masking == "none":
+        return difference.mean()
+    by_class = difference.mean((2, 3)) * tags  # (B, C)
+    if masking == "masking":
+        return by_class.mean()
+    return (by_class.sum(1) / tags.sum(1).clamp(min=1)).mean()
+
+
+def entropy(scores: Tensor) -> Tensor:
+    """Sum over classes of -v log(v + 1e-5) with v = sigmoid(score), mean over the rest: (B, C) -> scalar."""
+    v = scores.sigmoid()
+    return -(v * (v + _EPSILON).log()).sum(1).mean()
+
+
+# ------------------------------------------------------------------------------ recipes (puzzlecam.md sections 4 and 5)
+
+_PUBLISHED = Recipe(
+    cam=SeedRecipe(
+        network=PuzzleCamOptions(),
+        # momentum: the published optimiser takes the weight decay for it (semformer.md section 7). Published: after
+        # each epoch the network is kept that scores best against the pixel labels of train; here the last one is.
+        fit=Fit(epochs=15, batch_size=32, lr=0.1, momentum=1e-4, nesterov=True, weight_decay=1e-4, power=0.9),
+        augment=Augment(order=("long_side", "flip", "normalize", "crop"), long_side=(320, 640), flip=0.5, crop=512),
+        weights=PRETRAINED_WEIGHTS,
+        init="imagenet",
+        infer=CamInference(scales=(0.5, 1.0, 1.5, 2.0), flip=True, normalise="max"),
+    ),
+    refiner="psa",
+    # the published DeepLab v3+ on ResNeSt is not here; started from ImageNet, as that is
+    segmenter="deeplabv2",
+    segment={"network.form": "torchvision", "weights": PRETRAINED_WEIGHTS, "init": "imagenet"},
+)
+
+# trained from random weights
+_SAMPLE = Recipe(
+    cam=SeedRecipe(
+        network=PuzzleCamOptions(resnet=SAMPLE_RESNET, alpha=1.0, head_lr=1.0),
+        fit=Fit(epochs=25, batch_size=16, optimiser="adamw", lr=0.003, weight_decay=0.01),
+        augment=Augment(long_side=(112, 160), jitter=(0.2, 0.2, 0.2, 0.02), crop=112),
+        infer=CamInference(scales=(1.0, 1.5), flip=True, normalise="max"),
+    ),
+    refiner="psa",
+    segmenter="deeplabv2",
+    segment={"weights": "cam"},
+)
+
+
+@seed("puzzlecam")
+class PuzzleCam(SeedNetwork):
+    """A backbone ``model`` and a 1x1 ``classifier`` without bias.
+
+    State-dict names are those of the official checkpoints, which hold the backbone twice (``model.*``, ``stage1.*`` to
+    ``stage5.*``); here it is once. puzzlecam.md section 2.
+    """
+
+    recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
+    normalisation = ResNet.normalisation
+
+    def __init__(self, options: PuzzleCamOptions, num_classes: int) -> None:
+        super().__init__()
+        self.options = options
+        self.model = ResNet(options.resnet) if options.backbone == "resnet" else ResNeSt(options.resnest)
+        self.classifier = nn.Conv2d(self.model.channels["layer4"], num_classes, 1, bias=False)
+        nn.init.kaiming_normal_(self.classifier.weight)
+
+    def maps(self, images: Tensor) -> Tensor:
+        """Class maps, signed: (B, 3, H, W) -> (B, C, h, w) float32, at 16 pixels a cell in the published form."""
+        return self.classifier(self.model(images)).float()
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image (B, 3, S, S), tags (B, C) -> {"cl": multi-label soft margin loss of the whole image's maps,
+        "pcl": the same of the joined ones, "re": weighted reconstruction} and, where asked for, "conf".
+
+        Raises ValueError where S is such that the maps of the tiles don't fit together.
+        """
+        options, tags = self.options, batch["tags"].to(torch.float32)
+        whole = self.maps(batch["image"])  # (B, C, h, w)
+        tiles = self.maps(cut(batch["image"], options.tiles))  # (tiles^2 B, C, h / tiles, w / tiles)
+        joined = join(tiles, options.tiles)  # (B, C, h, w)
+        if joined.shape != whole.shape:
+            raise ValueError(
+                f"The maps of the tiles make {tuple(joined.shape[2:])} cells, that of the image has "
+                f"{tuple(whole.shape[2:])}: make augment.crop a multiple of {options.tiles} cells."
+            )
+        terms = {"cl": multilabel_soft_margin(whole.mean((2, 3)), tags)}
+        if options.level == "cam":
+            whole, joined = by_maximum(whole), by_maximum(joined)
+        terms["pcl"] = multilabel_soft_margin(joined.mean((2, 3)), tags)
+        weight = options.alpha * min(progress / options.alpha_rise, 1)
+        terms["re"] = weight * reconstruction(whole, joined, tags, options.masking, options.squared)
+        if options.confidence:
+            terms["conf"] = entropy(tiles.mean((2, 3)))
+        return terms
+
+    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
+        """Rectified maps of all classes: (B, 3, H, W) -> (B, C, h, w) float32."""
+        return F.relu(self.maps(images))
+
+    def param_groups(self) -> list[Group]:
+        """The backbone's weights and biases, the classifier at ``head_lr`` times their rate."""
+        return name_groups(self, ("model",), self.options.head_lr)
+
+    def load_weights(self, weights: str) -> str:
+        """Start from an ImageNet file of torchvision, timm or ResNeSt, or from a whole Puzzle-CAM; 'pretrained': timm's
+        file."""
+        return load_resnet(self, weights, heads=("classifier",), owner="model")

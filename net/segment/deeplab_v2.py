@@ -1,0 +1,409 @@
+"""DeepLab v2: a ResNet-101 at stride 8, atrous spatial pyramid pooling, and the maximum over three sizes of the input
+(deeplab.md C).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from misc.config import PRETRAINED_WEIGHTS, REQUIRED_WEIGHTS, Augment, Fit, SegInference
+from misc.crf import CRFSettings
+from misc.imaging import resize_masks
+from net.backbone import scaled_channels
+from net.contract import (
+    Batch,
+    Group,
+    Network,
+    Options,
+    Preset,
+    Segmenter,
+    SegmentRecipe,
+    conv_groups,
+    segmenter,
+)
+from net.weights import TIMM, load, read
+
+Form = Literal["caffe", "torchvision"]
+
+
+@dataclass(frozen=True)
+class DeepLabV2Options(Options):
+    """Network of ``deeplabv2``; the defaults are the published ones (deeplab.md C.1, C.2)."""
+
+    form: Form = "caffe"
+    """Whose weights the backbone is made for. caffe: images are BGR, 0 to 255, minus the mean, and a stage's stride
+    sits in the first 1x1 convolution. torchvision: images are normalised RGB, the stride sits in the 3x3 convolution
+    (also for the CAM networks on a ResNet of this project). Weights of one form do not fit the other: such starts end
+    at about 20 mIoU (deeplab.md C.6)."""
+    width: float = 1.0
+    """Channel multiplier; 1 is the published network."""
+    depth: tuple[int, int, int, int] = (3, 4, 23, 3)
+    """Blocks in layer2 to layer5."""
+    dilations: tuple[int, int] = (2, 4)
+    """Dilations of the 3x3 convolutions of layer4 and layer5, in cells of 8 pixels."""
+    rates: tuple[int, ...] = (6, 12, 18, 24)
+    """Dilations of the parallel convolutions of the classifier, in cells of 8 pixels."""
+    scales: tuple[float, ...] = (0.5, 0.75)
+    """Sizes of the input besides 1, in training and testing."""
+    freeze_bn: bool = True
+    """Keep all batch normalisation (statistics and affine) as loaded. Turn off to train from random weights."""
+    head_lr: float = 10.0
+    """Learning rate of the classifier's weights relative to the backbone's; its biases learn twice as fast."""
+    pretrained: str = "resnet101.tv_in1k"
+    """timm's name of the ImageNet classifier that the weights 'pretrained' come from (form torchvision)."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that make no network."""
+        if self.form not in ("caffe", "torchvision"):
+            raise ValueError(f"form must be caffe or torchvision, got {self.form!r}.")
+        if self.width <= 0:
+            raise ValueError(f"width must be above 0, got {self.width}.")
+        if len(self.depth) != 4 or min(self.depth) < 1:
+            raise ValueError(f"depth needs four numbers of at least 1 (layer2 to layer5), got {self.depth}.")
+        for name in ("dilations", "rates"):
+            if min(getattr(self, name), default=0) < 1:
+                raise ValueError(f"{name} needs dilations of at least 1, got {getattr(self, name)}.")
+        if not all(0 < scale < 1 for scale in self.scales):
+            raise ValueError(f"scales must lie between 0 and 1 (1 itself is always there), got {self.scales}.")
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> DeepLabV2:
+        """The network for ``num_classes`` foreground classes."""
+        return DeepLabV2(num_classes, self)
+
+
+# ---------------------------------------------------------------------------------------------- layers (deeplab.md C.1)
+
+
+class ConvBn(nn.Sequential):
+    """``conv`` without bias and ``bn``, with a ReLU after them where ``relu``."""
+
+    def __init__(
+        self, cin: int, cout: int, kernel: int, stride: int = 1, dilation: int = 1, *, relu: bool = True
+    ) -> None:
+        super().__init__()
+        padding = dilation * (kernel // 2)
+        self.conv = nn.Conv2d(cin, cout, kernel, stride, padding, dilation, bias=False)
+        self.bn = nn.BatchNorm2d(cout, momentum=0.001)
+        if relu:
+            self.relu = nn.ReLU(inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """(B, cin, h, w) -> (B, cout, ceil(h / stride), ceil(w / stride)); ``form`` says where the stride sits.
+
+    A block with ``project`` has a convolution on its shortcut: the first of each stage.
+    """
+
+    def __init__(
+        self, cin: int, cmid: int, cout: int, *, stride: int, dilation: int, project: bool, form: Form
+    ) -> None:
+        super().__init__()
+        first, second = (stride, 1) if form == "caffe" else (1, stride)
+        self.reduce = ConvBn(cin, cmid, 1, first)
+        self.conv3x3 = ConvBn(cmid, cmid, 3, second, dilation)
+        self.increase = ConvBn(cmid, cout, 1, relu=False)
+        self.shortcut = ConvBn(cin, cout, 1, stride, relu=False) if project else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return F.relu(self.increase(self.conv3x3(self.reduce(x))) + self.shortcut(x))
+
+
+class ASPP(nn.Module):
+    """The classifier: the sum of parallel dilated 3x3 convolutions, (B, cin, h, w) -> (B, cout, h, w)."""
+
+    def __init__(self, cin: int, cout: int, rates: tuple[int, ...]) -> None:
+        super().__init__()
+        for number, rate in enumerate(rates):
+            convolution = nn.Conv2d(cin, cout, 3, padding=rate, dilation=rate)
+            nn.init.normal_(convolution.weight, std=0.01)
+            nn.init.zeros_(convolution.bias)
+            self.add_module(f"c{number}", convolution)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return torch.stack([branch(x) for branch in self.children()]).sum(0)
+
+
+class Base(nn.Sequential):
+    """The network of one size, (B, 3, H, W) -> (B, cout, h, w) with (h, w) = ``grid``: ``layer1`` to ``layer5`` and
+    ``aspp``. Names are those of the official checkpoints."""
+
+    def __init__(self, options: DeepLabV2Options, cout: int) -> None:
+        super().__init__()
+        channels = scaled_channels(64, options.width)
+        stem = OrderedDict(conv1=ConvBn(3, channels, 7, 2), pool=nn.MaxPool2d(3, 2, 1, ceil_mode=True))
+        self.layer1 = nn.Sequential(stem)
+        # stride and dilation of each stage
+        fourth, fifth = options.dilations
+        stages = {"layer2": (1, 1), "layer3": (2, 1), "layer4": (1, fourth), "layer5": (1, fifth)}
+        for number, (name, (stride, dilation)) in enumerate(stages.items()):
+            middle, wide = (scaled_channels(c << number, options.width) for c in (64, 256))
+            blocks = nn.Sequential()
+            for block in range(options.depth[number]):
+                project = block == 0
+                made = Bottleneck(
+                    channels, middle, wide, stride=stride if project else 1, dilation=dilation, project=project,
+                    form=options.form,
+                )
+                blocks.add_module(f"block{block + 1}", made)
+                channels = wide
+            self.add_module(name, blocks)
+        self._initialise()
+        self.aspp = ASPP(channels, cout, options.rates)
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Random weights that keep the scale of the activations through the depth, also with frozen, untrained batch
+        normalisation. Not published: the published network starts from trained weights."""
+        blocks = [module for module in self.modules() if isinstance(module, Bottleneck)]
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        for block in blocks:
+            block.increase.conv.weight.mul_(len(blocks) ** -0.5)
+
+
+def grid(height: int, width: int) -> tuple[int, int]:
+    """Size of the logits of one input: 321 -> 41, 513 -> 65 (deeplab.md C.1)."""
+
+    def side(n: int) -> int:
+        n = (n - 1) // 2 + 1  # conv1
+        n = -(-(n - 1) // 2) + 1 if n > 1 else 1  # the pooling rounds up
+        return (n - 1) // 2 + 1  # layer3
+
+    return side(height), side(width)
+
+
+# ---------------------------------------------------------------------------------------------- names (deeplab.md C.5)
+
+_CAFFE_RESIDUAL = re.compile(r"(res|bn)(\d)([abc])(\d*)_branch(1|2a|2b|2c)\.(.+)")
+_TORCHVISION_BLOCK = re.compile(r"layer(\d)\.(\d+)\.(conv|bn|downsample\.)(\d)\.(.+)")
+_UNITS = {"1": "shortcut", "2a": "reduce", "2b": "conv3x3", "2c": "increase"}
+
+
+def from_caffe(name: str) -> str | None:
+    """Name of a tensor of the official caffemodels -> its name in ``Base`` (``fc`` for the classifier of the COCO
+    file); None for the copies of the network that share its weights. Other names come back as they are."""
+    if "res075" in name or "res05" in name:
+        return None
+    layer, _, value = name.partition(".")
+    if layer in ("conv1", "bn_conv1"):
+        return f"layer1.conv1.{'conv' if layer == 'conv1' else 'bn'}.{value}"
+    if match := _CAFFE_RESIDUAL.fullmatch(name):
+        kind, stage, letter, number, branch, value = match.groups()
+        # blocks are a, b, c, or where there are many a, b1, b2, ...
+        block = int(number) + 1 if number else "abc".index(letter) + 1
+        return f"layer{stage}.block{block}.{_UNITS[branch]}.{'conv' if kind == 'res' else 'bn'}.{value}"
+    if match := re.fullmatch(r"fc1_\w+_(c\d+)\.(.+)", name):
+        return f"aspp.{match[1]}.{match[2]}"
+    if match := re.fullmatch(r"fc1_[^_]+\.(.+)", name):
+        return f"fc.{match[1]}"
+    return name
+
+
+def from_torchvision(name: str) -> str:
+    """Name of a tensor of torchvision's ResNets -> its name in ``Base``. Other names come back as they are."""
+    if match := re.fullmatch(r"(conv|bn)1\.(.+)", name):
+        return f"layer1.conv1.{match[1]}.{match[2]}"
+    if match := _TORCHVISION_BLOCK.fullmatch(name):
+        stage, block, kind, number, value = match.groups()
+        if kind == "downsample.":
+            unit, layer = "shortcut", ("conv", "bn")[int(number)]
+        else:
+            unit, layer = _UNITS[f"2{'abc'[int(number) - 1]}"], kind
+        return f"layer{int(stage) + 1}.block{int(block) + 1}.{unit}.{layer}.{value}"
+    return name
+
+
+# ---------------------------------------------------------------------------------------------- the network
+
+
+@segmenter("deeplabv2")
+class DeepLabV2(Segmenter):
+    """DeepLab v2 with multi-scale inputs; state-dict names are those of the official checkpoint, ``base.*``.
+
+    Args:
+        num_classes: foreground classes.
+        options: size and training behaviour.
+    """
+
+    recipes: ClassVar[Mapping[Preset, SegmentRecipe]] = {
+        "published": SegmentRecipe(
+            network=DeepLabV2Options(),
+            fit=Fit(
+                steps=20000,
+                batch_size=10,
+                micro_batch=5,  # published: each half is averaged over its own pixels, here over those of both
+                lr=2.5e-4,
+                momentum=0.9,
+                weight_decay=5e-4,
+                power=0.9,
+                schedule_every=10,
+            ),
+            augment=Augment(
+                order=("normalize", "scale", "crop", "flip"),  # published: scaled in floating point
+                scale_set=(0.5, 0.75, 1.0, 1.25, 1.5),
+                scale_filter="linear",
+                scale_mask="pil",
+                crop=321,
+                crop_place="top_left",
+                mask_fill=255,
+                flip=0.5,
+            ),
+            weights=REQUIRED_WEIGHTS,  # init.caffemodel or deeplabv1_resnet101-coco.pth
+            init="coco",  # COCO's pixel masks: not for comparisons among methods that learn from tags alone
+            infer=SegInference(
+                scales=(1.0,),
+                align_corners=False,
+                # on the raw image; the published code hands over the mean-subtracted one, wrapped (deeplab.md C.4)
+                crf=CRFSettings(
+                    iterations=10,
+                    gauss_sxy=1,
+                    gauss_weight=3,
+                    bilateral_sxy=67,
+                    bilateral_srgb=3,
+                    bilateral_weight=4,
+                ),
+            ),
+        ),
+        "sample": SegmentRecipe(
+            network=DeepLabV2Options(
+                # the shape of SAMPLE_RESNET, the backbone of the sample recipes of CAM networks on a ResNet
+                form="torchvision",
+                width=0.25,
+                depth=(1, 1, 1, 1),
+                dilations=(1, 1),
+                rates=(1, 2, 3, 4),
+                freeze_bn=False,
+                head_lr=1.0,
+            ),
+            fit=Fit(epochs=18, batch_size=16, optimiser="adamw", lr=0.002, weight_decay=0.01, schedule_every=10),
+            augment=Augment(
+                order=("hsv", "flip", "scale", "normalize", "crop"),
+                scale_set=(0.75, 1.0, 1.25),
+                scale_filter="linear",
+                scale_mask="pil",
+                crop=112,
+                crop_place="top_left",
+            ),
+            infer=SegInference(
+                scales=(1.0,),
+                align_corners=False,
+                crf=CRFSettings(
+                    iterations=5,
+                    gauss_sxy=1,
+                    gauss_weight=3,
+                    bilateral_sxy=32,
+                    bilateral_srgb=13,
+                    bilateral_weight=4,
+                ),
+            ),
+        ),
+    }
+
+    def __init__(self, num_classes: int, options: DeepLabV2Options | None = None) -> None:
+        super().__init__()
+        self.options = options = options or DeepLabV2Options()
+        self.normalisation = {"caffe": "caffe_bgr", "torchvision": "imagenet"}[options.form]
+        self.base = Base(options, num_classes + 1)
+        self._freeze()
+
+    def _freeze(self) -> None:
+        """Take batch normalisation out of training where the options say so."""
+        if self.options.freeze_bn:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+                    module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> DeepLabV2:
+        """Set training or evaluation mode, keep frozen what is frozen, return self."""
+        super().train(mode)
+        self._freeze()
+        return self
+
+    def sizes(self, images: Tensor) -> list[Tensor]:
+        """Logits of every size of the input, 1 first: (B, 3, H, W) -> (B, C + 1, *grid(size)) each."""
+        # the factor itself, not the ratio of the rounded sizes, places the samples (deeplab.md C.2)
+        smaller = [
+            F.interpolate(images, scale_factor=factor, mode="bilinear", recompute_scale_factor=False)
+            for factor in self.options.scales
+        ]
+        return [self.base(scaled) for scaled in (images, *smaller)]
+
+    @staticmethod
+    def merge(logits: list[Tensor]) -> Tensor:
+        """Maximum over the sizes, at the size of the first: (B, C + 1, h, w)."""
+        size = logits[0].shape[-2:]
+        resized = [F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in logits[1:]]
+        return torch.stack([logits[0], *resized]).amax(0)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, C + 1, *grid(H, W)): about an eighth of the sides."""
+        return self.merge(self.sizes(images))
+
+    def labels(self, mask: Tensor) -> dict[str, Tensor]:
+        """The mask at the size of each output, PIL nearest: {"1": (B, h, w), "0.5": ...}."""
+        height, width = mask.shape[-2:]
+        labels = {}
+        for scale in (1, *self.options.scales):
+            labels[f"{scale}"] = resize_masks(mask, grid(int(height * scale), int(width * scale)))
+        return labels
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Number of cells with a label, of each output."""
+        return {f"pixels_{scale}": (label != 255).sum() for scale, label in self.labels(batch["mask"]).items()}
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image (B, 3, H, W), mask (B, H, W) int64 with 255 = ignore -> {"ce_1", "ce_0.5", ..., "ce_max"}:
+        cross entropy of each size and of their maximum, at the outputs' own sizes (deeplab.md C.3)."""
+        logits = self.sizes(batch["image"])
+        labels = self.labels(batch["mask"])
+        pairs = list(zip(labels, logits, strict=True))
+        terms = {}
+        for term, (scale, x) in zip((*labels, "max"), [*pairs, ("1", self.merge(logits))], strict=True):
+            total = F.cross_entropy(x.float(), labels[scale], ignore_index=255, reduction="sum")
+            terms[f"ce_{term}"] = total / batch[f"counts/pixels_{scale}"].clamp(min=1e-5)
+        return terms
+
+    def param_groups(self) -> list[Group]:
+        """Convolutions of layers 1 to 5, weights of the classifier, its biases (deeplab.md C.3), and the affine
+        parameters of batch normalisation where they are trained."""
+        return [group for group in conv_groups(self, ("base.aspp",), self.options.head_lr) if group.params]
+
+    def load_weights(self, weights: str) -> str:
+        """Start from the official files (``init.caffemodel``, ``train2_iter_20000.caffemodel`` and the ``.pth`` made of
+        them), torchvision's ResNet, or a CAM network of this project on a ResNet.
+
+        The classifier may be absent. Raises ValueError where the file is of the other ``form`` (a whole ``deeplabv2``,
+        whose names don't tell its form, is taken as it is).
+        """
+        source = f"{TIMM}{self.options.pretrained}" if weights == PRETRAINED_WEIGHTS else weights
+        state = read(source)
+        stem = next((name for name in state if name.endswith("layer1.0.conv1.weight")), None)
+        form: Form = "caffe" if stem is None else "torchvision"
+        if form != self.options.form and not any(name.startswith("base.") for name in state):
+            raise ValueError(
+                f"{source}: its weights are of the form {form}, the network is built for {self.options.form}. Say "
+                f"--seg.network.form {form}, and --seg.init with what they were trained on."
+            )
+        # a CAM network has its backbone under a prefix and a classifier beside it
+        prefix = "" if stem is None else stem.removesuffix("layer1.0.conv1.weight")
+
+        def rename(name: str) -> str | None:
+            if stem is not None:
+                inner = from_torchvision(name.removeprefix(prefix)) if name.startswith(prefix) else None
+            else:
+                inner = from_caffe(name.removeprefix("base."))
+            return None if inner is None or inner.startswith("fc.") else f"base.{inner}"
+
+        return str(load(self, state, rename=rename, allow_missing=("base.aspp",), label=source))

@@ -1,0 +1,235 @@
+"""net/seed/puzzlecam.py and net/backbone/resnest.py: what the golden case doesn't say about Puzzle-CAM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from misc.config import PRETRAINED_WEIGHTS, override
+from net.backbone.resnest import ResNeSt, ResNeStOptions
+from net.backbone.resnet import STAGES, ResNetOptions
+from net.contract import SEEDS
+from net.seed.puzzlecam import PuzzleCam, PuzzleCamOptions, by_maximum, cut, join, reconstruction
+from net.segment.deeplab_v2 import DeepLabV2
+
+CLASSES = 3
+SMALL = ResNetOptions(width=0.125, depth=(1, 1, 1, 1), norm="trained")
+SPLIT = ResNeStOptions(name="resnest14d")
+
+
+def network(**changes: object) -> PuzzleCam:
+    torch.manual_seed(0)
+    return PuzzleCamOptions(**{"resnet": SMALL, **changes}).build(CLASSES, {})  # type: ignore[arg-type]
+
+
+def batch(size: tuple[int, int] = (64, 96)) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return {"image": torch.randn(2, 3, *size), "tags": torch.tensor([[1.0, 0, 1], [0, 1, 0]])}
+
+
+def test_name_on_the_command_line() -> None:
+    assert SEEDS["puzzlecam"] is PuzzleCam
+
+
+@pytest.mark.parametrize("side", [1, 2, 3])
+def test_tiles_joined_are_the_image(side: int) -> None:
+    images = torch.randn(2, 5, 12, 18)
+    tiles = cut(images, side)
+    assert tiles.shape == (2 * side * side, 5, 12 // side, 18 // side)
+    assert torch.equal(join(tiles, side), images)
+
+
+def test_tiles_come_one_after_the_other_row_by_row() -> None:
+    images = torch.arange(2 * 4 * 6.0).view(2, 1, 4, 6)
+    tiles = cut(images, 2)
+    corners = [images[b, 0, y, x].item() for y, x in ((0, 0), (0, 3), (2, 0), (2, 3)) for b in (0, 1)]
+    assert tiles[:, 0, 0, 0].tolist() == corners
+
+
+def test_images_that_make_no_equal_tiles_are_refused_with_the_remedy() -> None:
+    with pytest.raises(ValueError, match="15 x 20 .*2 x 2 equal tiles.*augment.crop a multiple of 2"):
+        cut(torch.zeros(1, 3, 15, 20), 2)
+    with pytest.raises(ValueError, match=r"\(4, 4\) cells.*\(3, 3\).*augment.crop a multiple of 2 cells"):
+        network()(batch((48, 48)), 0.5)
+
+
+def test_only_present_classes_are_compared() -> None:
+    whole, joined = torch.randn(2, CLASSES, 4, 6), torch.randn(2, CLASSES, 4, 6)
+    tags = batch()["tags"]
+    other = torch.where(tags[:, :, None, None] > 0, joined, joined + 7)
+    for masking in ("masking", "selection"):
+        assert reconstruction(whole, joined, tags, masking, False) == reconstruction(whole, other, tags, masking, False)
+    # masking divides by all classes, selection by the present ones of each image: 2 of 3 and 1 of 3
+    far = torch.full_like(whole, 3.0)
+    near = torch.zeros_like(whole)
+    assert reconstruction(near, far, tags, "masking", False).item() == pytest.approx(3 * (2 / 3 + 1 / 3) / 2)
+    assert reconstruction(near, far, tags, "selection", False).item() == pytest.approx(3)
+    assert reconstruction(near, far, tags, "none", True).item() == pytest.approx(9)
+    assert reconstruction(near, far, 0 * tags, "selection", False).item() == 0
+
+
+def test_the_reconstruction_rises_and_stays() -> None:
+    model = network(alpha=2.0, alpha_rise=0.5).eval()
+    made = batch()
+    values = [model(made, progress)["re"].item() for progress in (0.0, 0.25, 0.5, 0.9)]
+    assert values[0] == 0 and values[2] > 0
+    assert values[1] == pytest.approx(values[2] / 2) and values[3] == values[2]
+
+
+def test_no_side_of_the_comparison_is_detached() -> None:
+    """Gradients of the reconstruction reach both maps."""
+    whole = torch.randn(1, CLASSES, 4, 4, requires_grad=True)
+    joined = torch.randn(1, CLASSES, 4, 4, requires_grad=True)
+    reconstruction(whole, joined, torch.ones(1, CLASSES), "masking", False).backward()
+    assert whole.grad is not None and whole.grad.abs().min() > 0
+    assert joined.grad is not None and joined.grad.abs().min() > 0
+
+
+def test_the_level_cam_compares_maps_of_one_scale() -> None:
+    plain, scaled = network(alpha=1.0).eval(), network(alpha=1.0, level="cam").eval()
+    made = batch()
+    with torch.no_grad():
+        whole = by_maximum(plain.maps(made["image"]))
+        joined = by_maximum(join(plain.maps(cut(made["image"], 2)), 2))
+        expected = reconstruction(whole, joined, made["tags"], "masking", False)
+        terms = scaled(made, 1.0)
+        torch.testing.assert_close(terms["re"], expected)
+        assert terms["cl"] == plain(made, 1.0)["cl"] and terms["pcl"] != plain(made, 1.0)["pcl"]
+    assert whole.amax((2, 3)).max() <= 1 and whole.min() >= 0
+
+
+def test_the_map_is_the_rectified_classifier() -> None:
+    model = network().eval()
+    images = torch.randn(1, 3, 37, 50)
+    with torch.inference_mode():
+        maps = model.cam(images, torch.ones(1, CLASSES))
+        assert torch.equal(maps, model.maps(images).clamp(min=0)) and (maps == 0).any()
+    assert maps.shape == (1, CLASSES, 3, 4)
+
+
+def test_groups() -> None:
+    """Weights of the backbone, its biases, the classifier (semformer.md section 7); nothing is left out."""
+    model = network()
+    weights, biases, head, rest = model.param_groups()
+    assert [(g.lr_scale, g.decay) for g in (weights, biases, head)] == [(1, True), (2, False), (10, True)]
+    assert head.params == [model.classifier.weight] and not rest.params
+    assert any(p is model.model.bn1.weight for p in weights.params)  # published: norms are decayed too
+    assert any(p is model.model.bn1.bias for p in biases.params)
+    assert sum(len(g.params) for g in (weights, biases, head)) == len(list(model.parameters()))
+
+
+def test_published_recipe() -> None:
+    recipe = PuzzleCam.recipes["published"]
+    phase = recipe.cam
+    assert phase.network == PuzzleCamOptions() and (phase.weights, phase.init) == (PRETRAINED_WEIGHTS, "imagenet")
+    assert (phase.network.tiles, phase.network.alpha, phase.network.alpha_rise) == (2, 4, 0.5)
+    assert (phase.network.level, phase.network.masking, phase.network.squared) == ("feature", "masking", False)
+    assert phase.network.resnet.strides == (2, 2, 2, 1) and phase.network.resnet.norm == "trained"
+    fit, augment, infer = phase.fit, phase.augment, phase.infer
+    assert (fit.epochs, fit.batch_size, fit.lr, fit.momentum, fit.nesterov) == (15, 32, 0.1, 1e-4, True)
+    assert (fit.weight_decay, fit.power, fit.sample_order) == (1e-4, 0.9, "epochs")
+    assert augment.order == ("long_side", "flip", "normalize", "crop")
+    assert (augment.long_side, augment.crop) == ((320, 640), 512)
+    assert (infer.scales, infer.flip, infer.normalise) == ((0.5, 1.0, 1.5, 2.0), True, "max")
+
+
+def test_official_checkpoints_hold_the_backbone_twice(tmp_path: Path) -> None:
+    source = network()
+    state = dict(source.state_dict())
+    for name, value in source.state_dict().items():  # stage1 = stem, stage2.0 = layer1 ...
+        inner = name.removeprefix("model.")
+        if inner.startswith("layer"):
+            state[f"stage{int(inner[5]) + 1}.0.{inner[7:]}"] = value
+        elif inner.startswith(("conv1", "bn1")):
+            state[f"stage1.{'0' if inner.startswith('conv') else '1'}.{inner.split('.', 1)[1]}"] = value
+    torch.save({f"module.{name}": value for name, value in state.items()}, tmp_path / "puzzle.pth")
+    model = network()
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    model.load_weights(str(tmp_path / "puzzle.pth"))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in source.state_dict().items())
+
+
+def test_the_segmenter_starts_from_the_sample_network(tmp_path: Path) -> None:
+    """The sample recipes have one backbone; the segmenter takes all of it."""
+    recipe = PuzzleCam.recipes["sample"]
+    cam = recipe.cam.network.build(CLASSES, {})
+    torch.save(cam.state_dict(), tmp_path / "cam.pt")
+    options = override(DeepLabV2.recipes["sample"], recipe.segment)
+    assert (recipe.segmenter, options.weights) == ("deeplabv2", "cam")
+    segmenter = options.network.build(CLASSES, {})
+    assert "0 unexpected" in segmenter.load_weights(str(tmp_path / "cam.pt"))
+    cam.eval()
+    segmenter.eval()
+    images = torch.randn(1, 3, 65, 97)
+    with torch.inference_mode():
+        x = images
+        for stage in list(segmenter.base.children())[:5]:
+            x = stage(x)
+        torch.testing.assert_close(x, cam.model(images), rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------ ResNeSt
+
+
+def test_resnest_has_timms_names_and_stages_at_stride_16() -> None:
+    net = ResNeSt(SPLIT).eval()
+    theirs = timm.create_model("resnest14d", num_classes=0).state_dict()
+    assert {k: v.shape for k, v in net.state_dict().items()} == {k: v.shape for k, v in theirs.items()}
+    with torch.inference_mode():
+        taps = net.taps(torch.randn(1, 3, 70, 97))
+    assert list(taps) == list(STAGES)
+    for stage, value in taps.items():
+        cells = [-(-side // net.strides[stage]) for side in (70, 97)]
+        assert list(value.shape) == [1, net.channels[stage], *cells]
+
+
+def test_resnest_up_to_the_last_stage_is_timms() -> None:
+    torch.manual_seed(0)
+    net = ResNeSt(SPLIT).eval()
+    nn.init.ones_(net.layer4[0].bn3.weight)  # timm starts it at 0, the block at its shortcut
+    theirs = timm.create_model("resnest14d", features_only=True).eval()
+    theirs.load_state_dict(net.state_dict(), strict=False)
+    images = torch.randn(1, 3, 64, 96)
+    with torch.inference_mode():
+        assert torch.equal(net.taps(images)["layer3"], theirs(images)[3])
+        before = net(images)
+        net.layer4[0].avd_last = nn.Identity()
+        assert not torch.equal(net(images), before)  # the average that timm leaves out at stride 1 is there
+
+
+@pytest.mark.parametrize(("norm", "affine"), [("trained", True), ("fixed", True), ("frozen", False)])
+def test_resnest_norm(norm: str, affine: bool) -> None:
+    net = ResNeSt(ResNeStOptions(name="resnest14d", norm=norm, frozen="layer1")).train()  # type: ignore[arg-type]
+    assert net.layer4[0].bn1.training == (norm == "trained") and net.layer4[0].bn1.weight.requires_grad == affine
+    assert not net.layer1[0].conv1.weight.requires_grad and not net.layer1[0].bn1.training
+    assert net.layer2[0].conv1.weight.requires_grad
+
+
+def test_resnest_below_the_classifier(tmp_path: Path) -> None:
+    model = network(backbone="resnest", resnest=SPLIT)
+    assert {n.split(".")[0] for n in model.state_dict()} == {"model", "classifier"}
+    imagenet = timm.create_model("resnest14d", num_classes=7).state_dict()
+    torch.save(imagenet, tmp_path / "resnest.pth")
+    model.load_weights(str(tmp_path / "resnest.pth"))
+    assert torch.equal(model.model.layer3[0].conv2.fc1.weight, imagenet["layer3.0.conv2.fc1.weight"])
+    terms = model.train()(batch((64, 64)), 0.5)
+    assert list(terms) == ["cl", "pcl", "re"] and all(torch.isfinite(v) for v in terms.values())
+
+
+@pytest.mark.parametrize("wrong", ["resnet50", "resnest13"])
+def test_no_such_resnest(wrong: str) -> None:
+    with pytest.raises(ValueError, match="resnest101e|resnest14d"):
+        ResNeSt(ResNeStOptions(name=wrong))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"backbone": "vgg"}, {"level": "x"}, {"masking": "x"}, {"tiles": 0}, {"alpha": -1}, {"alpha_rise": 0}]
+)
+def test_options_refuse_impossible_values(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        PuzzleCamOptions(**wrong)  # type: ignore[arg-type]
