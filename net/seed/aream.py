@@ -263,6 +263,11 @@ class Aream(SeedNetwork):
             maps = maps * sums.to_patches.unflatten(2, maps.shape[-2:])
         return spread(sums.affinity, maps)
 
+    def classify(self, images: Tensor, num_classes: int) -> Tensor:
+        """The mean of both classifiers' logits: (B, 3, H, W) -> (B, C)."""
+        first, second = self.look(images)[0]
+        return (first + second) / 2
+
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:
         """The map of one scale, spread by all layers alike: (B, 3, H, W) -> (B, C, h, w) float32 (aream.md section 9).
 
