@@ -96,7 +96,7 @@ class Phase:
     weights: str = "none"
     """Weights to start from: a checkpoint FILE; 'none' for random ones; 'cam' for the CAM network that this run trained
     (refiners and segmenters of the same backbone); 'pretrained' for those that timm fetches from
-    the internet, in networks that have some there (transformers)."""
+    the internet, in networks that have some there (transformers, ResNet)."""
 
 
 @dataclass(frozen=True)
