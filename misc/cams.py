@@ -209,4 +209,6 @@ def infer_cam(
     if not tags.any():
         return np.zeros((0, *size), np.float32)
     maps = class_maps(cam, image, tags, infer, normalisation, device)
-    return normalise(merge(maps, size), infer.normalise).cpu().numpy()
+    bottom, right = _margin(size, infer.whole_cells)
+    total = merge(maps, (size[0] + bottom, size[1] + right))[:, : size[0], : size[1]]
+    return normalise(total, infer.normalise).cpu().numpy()

@@ -185,6 +185,9 @@ class CamInference:
     maps are brought to the padded size and cut to the image again. 1: no padding."""
     pad_first: bool = False
     """Pad before mirroring, so that the mirrored image has its margin on the left, instead of after it."""
+    whole_cells: int = 1
+    """Maps are resized to the image's size rounded up to a multiple of this, and cut to the image (irnet.md 6).
+    1: to the image's size."""
     normalise: Literal["max", "shifted", "minmax", "rectified"] = "max"
     """max: each class map divided by (its maximum + 1e-5) (psa.md 2.4).
     shifted: clipped at 0, then (S - min - 1e-5) / (max - min + 1e-5) with entries below min + 1e-5 at 0 before
@@ -196,6 +199,7 @@ class CamInference:
         _check(bool(self.scales) and min(self.scales) > 0, "scales", self.scales, "positive factors")
         _check(not self.square or min(self.scales) >= 8, "scales", self.scales, "sides of 8 pixels or more for square")
         _check(self.multiple > 0, "multiple", self.multiple, "at least 1")
+        _check(self.whole_cells > 0, "whole_cells", self.whole_cells, "at least 1")
 
 
 @dataclass(frozen=True)

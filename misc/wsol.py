@@ -1,8 +1,8 @@
 """Boxes from localisation maps and what they are worth: Top-1, Top-5, GT-Known, MaxBoxAcc, PxAP (wsol.md 6 to 8).
 
 Plain arrays. Maps, boxes and true boxes lie on one square grid of ``side`` pixels; a box is [x0, y0, x1, y1]. Two
-published protocols stand side by side, with their small differences: TS-CAM's (a fixed threshold; a box may end one past
-the last pixel) and wsolevaluation's (all thresholds; boxes end at the last pixel).
+published protocols stand side by side, with their small differences: TS-CAM's (a fixed threshold; a box may end one
+past the last pixel) and wsolevaluation's (all thresholds; boxes end at the last pixel).
 """
 
 from __future__ import annotations

@@ -94,9 +94,9 @@ class Phase:
     augment: Augment = field(default_factory=Augment)
     """Training images."""
     weights: str = "none"
-    """Weights to start from: a checkpoint FILE; 'none' for random ones; 'cam' for the CAM network that this run trained
-    (refiners and segmenters of the same backbone); 'pretrained' for those that timm fetches from
-    the internet, in networks that have some there (transformers, ResNet)."""
+    """Weights to start from: a checkpoint FILE (FILE,FILE for a network of two parts); 'none' for random ones; 'cam'
+    for the CAM network that this run trained (refiners and segmenters of the same backbone); 'pretrained' for those
+    that timm fetches from the internet, in networks that have some there (transformers and ResNets)."""
 
 
 @dataclass(frozen=True)

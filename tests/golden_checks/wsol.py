@@ -139,10 +139,8 @@ def check_wsol_metrics(case: Any) -> None:
     for maps, scores, target, text in zip(cams, logits, given["targets"], truths, strict=True):
         truth = np.array([int(v) for v in text.split()]).reshape(-1, 4)
         best = wsol.best_classes(scores)
-        boxes, known = (
-            np.stack([wsol.fixed_box(wsol.resized(maps[c], side), cut) for c in classes]) for classes in (best, [target])
-        )
-        verdict = wsol.judge(best, boxes, known[0], target, truth)
+        boxes = [wsol.fixed_box(wsol.resized(m, side), cut) for m in maps]  # of every class
+        verdict = wsol.judge(best, np.stack(boxes)[best], boxes[target], target, truth)
         verdicts.append(verdict)
         kinds = ("right", "cls_wrong", "multi_instances", "region_part", "region_more", "region_wrong")
         flags = {kind: verdict.error == ours for kind, ours in zip(kinds, wsol.ERRORS, strict=True)}
