@@ -138,13 +138,15 @@ def heat(image: np.ndarray, score: np.ndarray) -> np.ndarray:
 def draw_box(image: np.ndarray, box: Sequence[float], colour: tuple[int, int, int]) -> np.ndarray:
     """The outline of a box (x0, y0, x1, y1), both ends inside, on a copy of the image: (H, W, 3) uint8.
 
-    About a hundredth of the longer side thick, in ``colour`` with a black edge; parts outside are cut off.
+    About a hundredth of the longer side thick, in ``colour`` with a black edge; ends outside come to the border.
     """
     canvas = np.ascontiguousarray(image).copy()
-    thick = max(1, round(max(image.shape) / 100))
-    first, last = (tuple(int(round(v)) for v in ends) for ends in (box[:2], box[2:]))
-    for width, value in ((thick + 2, (0, 0, 0)), (thick, colour)):
-        cv2.rectangle(canvas, first, last, value, width)
+    height, width = image.shape[:2]
+    thick = max(1, round(max(height, width) / 100))
+    x0, y0, x1, y1 = (int(round(v)) for v in box)
+    first, last = (max(0, x0), max(0, y0)), (min(width - 1, x1), min(height - 1, y1))
+    for stroke, value in ((thick + 2, (0, 0, 0)), (thick, colour)):
+        cv2.rectangle(canvas, first, last, value, stroke)
     return canvas
 
 
