@@ -181,7 +181,8 @@ def run(cfg: Config, device: torch.device, command: Sequence[str] = ("python", "
             step.run()(job, device)
         partly |= parts > 1 and step.per_image
         ran = True
-        distributed.say(f"    files: {', '.join(str(job.run.root / m) for m in step.makes)}")
+        made = [job.run.root / m for m in step.makes]
+        distributed.say(f"    files: {', '.join(str(path) for path in made if path.exists())}")
         if following := next((s for s in pipeline if STEPS.index(s) > STEPS.index(step)), None):
             distributed.say(f"    next: {shlex.join(command)} --steps {following.name}")
 

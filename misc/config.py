@@ -185,21 +185,25 @@ class CamInference:
     maps are brought to the padded size and cut to the image again. 1: no padding."""
     pad_first: bool = False
     """Pad before mirroring, so that the mirrored image has its margin on the left, instead of after it."""
-    whole_cells: int = 1
-    """Maps are resized to the image's size rounded up to a multiple of this, and cut to the image (irnet.md 6).
-    1: to the image's size."""
     normalise: Literal["max", "shifted", "minmax", "rectified"] = "max"
     """max: each class map divided by (its maximum + 1e-5) (psa.md 2.4).
     shifted: clipped at 0, then (S - min - 1e-5) / (max - min + 1e-5) with entries below min + 1e-5 at 0 before
     (seam.md 5).
     minmax: (S - min) / (max - min + 1e-8) (mctformer.md 4).
     rectified: clipped at 0, then D / (max D + 1e-6) with D = S - min (aream.md 9)."""
+    round_up: int = 1
+    """Maps are added up at sides that are multiples of this, then cut to the image: misaligned by up to as many pixels,
+    which published thresholds were tuned with (IRNet's high_res: 16; irnet.md 6). 1: at image size."""
+    coarse: int = 0
+    """Also keep the maps added up on a grid with this many pixels a cell, for refiners that work on it (IRNet's cam: 4;
+    irnet.md 6). 0: they get the maps at image size."""
 
     def __post_init__(self) -> None:
         _check(bool(self.scales) and min(self.scales) > 0, "scales", self.scales, "positive factors")
         _check(not self.square or min(self.scales) >= 8, "scales", self.scales, "sides of 8 pixels or more for square")
         _check(self.multiple > 0, "multiple", self.multiple, "at least 1")
-        _check(self.whole_cells > 0, "whole_cells", self.whole_cells, "at least 1")
+        _check(self.round_up > 0, "round_up", self.round_up, "at least 1")
+        _check(self.coarse >= 0, "coarse", self.coarse, "0 or more")
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ if [ "$method" = crt ]; then
         --cam.fit.weight-decay 0.05 --cam.fit.schedule step --cam.fit.step-epochs 30
         --cam.augment.order square crop flip normalize --cam.augment.square 256 --cam.augment.crop 224
         --cam.infer.scales 224 --cam.infer.square --cam.infer.resize bilinear --cam.infer.no-flip
-        --cam.infer.whole-cells 1 --cam.infer.normalise minmax --cam.boxes.threshold 0.1)
+        --cam.infer.round-up 1 --cam.infer.coarse 0 --cam.infer.normalise minmax --cam.boxes.threshold 0.1)
 fi
 . "$(dirname "$0")/env.sh" requirements.txt
 exec .venv/bin/python run_sample.py "$method" --preset published --data cub200 --root "$root" --val-list test \

@@ -26,7 +26,7 @@ Maps = Callable[[np.ndarray], list[torch.Tensor]]
 def on_grid(job: Job, maps: list[torch.Tensor], mode: str) -> np.ndarray:
     """Merged maps (K, side, side), each from 0 to 1, float32."""
     infer, side = job.cfg.cam.infer, job.cfg.cam.boxes.side
-    total = normalise(merge(maps, (side, side), mode), infer.normalise).cpu().numpy()  # type: ignore[arg-type]
+    total = normalise(merge(maps, (side, side), mode=mode), infer.normalise).cpu().numpy()  # type: ignore[arg-type]
     return np.stack([wsol.by_range(m) for m in total])
 
 

@@ -73,27 +73,23 @@ def current(job: Job) -> bool:
 
 
 def score_table(scores: dict[str, dict[str, Any]]) -> str:
-    """The recorded scores as aligned text: name, mIoU (of boxes the figure that the name says), list, number of images,
-    how the threshold was chosen, tags."""
+    """The recorded scores as aligned text: name, mIoU (of single objects AP50, of boxes what the name says), list,
+    number of images, how the threshold was chosen, tags."""
     rows = [("score", _measure(scores), "list", "images", "threshold", "tags used")]
-    rows += [(n, _number(_value(s)), s["split"], str(s["images"]), _threshold(s), s["tags"]) for n, s in scores.items()]
+    rows += [(n, _main(s), s["split"], str(s["images"]), _threshold(s), s["tags"]) for n, s in scores.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def _of_masks(scores: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The scores of masks and CAMs; the others are of boxes."""
-    return {name: s for name, s in scores.items() if "miou" in s}
-
-
 def _measure(scores: dict[str, dict[str, Any]]) -> str:
-    """What the numbers are; of boxes the name of each says it."""
-    masks = _of_masks(scores)
-    return "mIoU" if len(masks) == len(scores) else "mIoU or %" if masks else "%"
+    """What the numbers are."""
+    return "mIoU" if any("miou" in s for s in scores.values()) or not scores else "value"
 
 
-def _value(score: dict[str, Any]) -> float | None:
-    return score["miou"] if "miou" in score else score["value"]
+def _main(score: dict[str, Any]) -> str:
+    if "miou" in score:
+        return _number(score["miou"])
+    return f"{_number(score['ap50'])} AP50" if "ap50" in score else f"{_number(score['value'])} %"
 
 
 def _threshold(score: dict[str, Any]) -> str:
@@ -127,6 +123,7 @@ def _train_row(job: Job, image_id: str, network: Segmenter | None, device: torch
     row = [_Picture(f"{image_id}: {names or 'no tag'}", image), _Picture("CAM", imaging.heat(image, score))]
     row += _mask_picture("affinity label", image, job.run.aff_label(image_id))
     row += _mask_picture("after the walk", image, job.run.label(image_id))
+    row += _mask_picture("objects", image, job.run.instance_picture(image_id))
     if network is not None:
         mask = predict(job, network, image, device)
         row.append(_Picture("prediction", imaging.overlay(image, mask)))
@@ -178,8 +175,8 @@ def _page(
     curves = [(name, s["curve"]) for name, s in scores.items() if "curve" in s]
     if curves:
         parts.append("<h2>Background score</h2>" + "".join(_curve(*curve) for curve in curves))
-    if masks := _of_masks(scores):
-        parts.append("<h2>Classes</h2>" + _classes(masks))
+    if classes := _classes(scores):
+        parts.append("<h2>Classes</h2>" + classes)
     key = "".join(
         f'<span style="background: rgb{tuple(int(v) for v in colour)}; color: {_ink(colour)}">{_text(name)}</span>'
         for name, colour in zip(job.catalog.classes, imaging.palette()[1:], strict=False)
@@ -227,13 +224,12 @@ def _scores(scores: dict[str, dict[str, Any]]) -> str:
     known = {"scales", "flip", "crf_iterations", "start_weights", "walk", "grid"}
     rows = [
         (
-            name, _number(_value(s)), _number(s.get("boundary_miou")), s["split"], s["images"], _threshold(s),
+            name, _main(s), _number(s.get("boundary_miou")), s["split"], s["images"], _threshold(s),
             s["tags"], ", ".join(f"{k.replace('_', ' ')}: {s[k]}" for k in s if k in known),
         )
         for name, s in scores.items()
     ]
-    percent = _measure(scores)
-    head = ("", percent, "boundary mIoU %", "list", "images", "threshold", "tags used", "test settings")
+    head = ("", _measure(scores), "boundary mIoU %", "list", "images", "threshold", "tags used", "test settings")
     return _table(head, rows, lambda i: i in (1, 2, 4))
 
 
@@ -242,7 +238,9 @@ def _number(value: float | None) -> str:
 
 
 def _classes(scores: dict[str, dict[str, Any]]) -> str:
-    columns = list(scores)
+    columns = [name for name, score in scores.items() if "miou" in score]
+    if not columns:
+        return ""
     names = [c["name"] for c in scores[columns[0]]["classes"]]
     rows = [(n, *(_number(scores[c]["classes"][i]["iou"]) for c in columns)) for i, n in enumerate(names)]
     return _table(("IoU %", *columns), rows, lambda i: i > 0)

@@ -172,10 +172,11 @@ _PUBLISHED = Recipe(
         augment=Augment(order=("long_side", "normalize", "flip", "crop"), long_side=(210, 420), flip=0.5, crop=336),
         weights=PRETRAINED_WEIGHTS,
         infer=CamInference(
-            scales=(1.0, 0.5, 1.5, 2.0, 0.75, 1.25, 1.75), flip=True, whole_cells=16, normalise="max"
+            scales=(1.0, 0.5, 1.5, 2.0, 0.75, 1.25, 1.75), flip=True, normalise="max", round_up=16, coarse=4
         ),
     ),
-    refiner="psa",
+    refiner="irn",
+    refine={"label.threshold_fg": 0.35, "label.threshold_bg": 0.15, "walk.instances": False},
     segmenter="deeplabv1",
 )
 
@@ -191,9 +192,10 @@ _SAMPLE = Recipe(
         ),
         fit=Fit(epochs=24, batch_size=16, optimiser="adamw", lr=1e-3, weight_decay=0.01),
         augment=Augment(long_side=(112, 160), jitter=(0.2, 0.2, 0.2, 0.02), crop=96),
-        infer=CamInference(scales=(1.0, 1.5), flip=True, whole_cells=8, normalise="max"),
+        infer=CamInference(scales=(1.0, 1.5), flip=True, normalise="max", coarse=4),
     ),
-    refiner="psa",
+    refiner="irn",
+    refine={"walk.instances": False},
     segmenter="deeplabv1",
 )
 

@@ -155,8 +155,6 @@ def check_crt_cam_merge(case: Any) -> None:
     at = [stored.index(key) for key in keys]
     passes = [torch.from_numpy(case.arrays[f"cam_scale{i}"])[at] for i in range(len(infer.scales))]  # (K, h, w) each
     height, width = given["image_size"]
-    small = cams.merge([p[None] for p in passes], (-(-height // 4), -(-width // 4)))
-    sampled(case, "cam", cams.normalise(small, infer.normalise))
     sums = iter(passes)
 
     def cam(images: torch.Tensor, tags: torch.Tensor) -> torch.Tensor:
@@ -167,8 +165,9 @@ def check_crt_cam_merge(case: Any) -> None:
 
     tags = np.zeros(max(stored) + 1, np.float32)
     tags[keys] = 1
-    merged = cams.infer_cam(cam, np.zeros((height, width, 3), np.uint8), tags, infer, Crt.normalisation)
+    merged, coarse = cams.infer_cams(cam, np.zeros((height, width, 3), np.uint8), tags, infer, Crt.normalisation)
     sampled(case, "high_res", merged)
+    sampled(case, "cam", coarse)
 
 
 def check_crt_wsol_forward(case: Any) -> None:
