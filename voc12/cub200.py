@@ -8,6 +8,7 @@ newline; this one does not.)
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class CubCatalog(Catalog):
         classes = [row[0] for row in _rows(root, "classes.txt", 1).values()]
         super().__init__(name, root, classes, "image_class_labels.txt")
         paths = {number: row[0] for number, row in _rows(root, "images.txt", 1).items()}
-        names = {number: store.checked_id(store.image_id(path)) for number, path in paths.items()}
+        names = {number: store.image_id(store.checked_id(path)) for number, path in paths.items()}
         twice = [name for name, count in Counter(names.values()).items() if count > 1]
         if twice:
             raise DataError(f"{root / 'images.txt'}: several images are called {twice[0]!r}. Give them other names.")
@@ -64,8 +65,13 @@ class CubCatalog(Catalog):
         return ids
 
     def index_images(self) -> dict[str, str]:
-        """The images that images.txt names."""
-        return {image_id: f"images/{path}" for image_id, path in self._paths.items()}
+        """Those that images.txt names and that are there, found in one pass over the folders."""
+        there = {
+            f"{folder.name}/{file.name}" if folder.is_dir() else folder.name
+            for folder in _entries(self.root / "images")
+            for file in (_entries(Path(folder)) if folder.is_dir() else [folder])
+        }
+        return {image_id: f"images/{path}" for image_id, path in self._paths.items() if path in there}
 
     def index_masks(self) -> dict[str, str]:
         """None: segmentations tell bird from background, not class from class; see ``region``."""
@@ -90,6 +96,13 @@ class CubCatalog(Catalog):
         """The bird where there is a segmentation: (H, W) uint8, 1 bird, 0 background."""
         path = (self.root / "segmentations" / self._paths[image_id]).with_suffix(".png")
         return (store.read_mask(path) > _OBJECT).astype(np.uint8) if path.is_file() else None
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return list(entries)
 
 
 def _rows(root: Path, name: str, width: int) -> dict[str, list[str]]:
