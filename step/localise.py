@@ -86,10 +86,9 @@ def run(job: Job, device: torch.device) -> None:
             asked[classes] = 1
             return list(class_maps(network.cam, image, asked, infer, kind, device))
 
-        with torch.inference_mode(), autocast(job.cfg.machine, device):
-            logits = infer_logits(network.classify, image, catalog.num_classes, infer, kind, device)
         grad = contextlib.nullcontext() if network.map_needs_gradient else torch.inference_mode()
         with grad, autocast(job.cfg.machine, device):
+            logits = infer_logits(network.classify, image, catalog.num_classes, infer, kind, device)
             found = localise(
                 job, logits, maps, int(targets[0]), catalog.boxes(image_id), catalog.region(image_id), image.shape[:2]
             )

@@ -1,9 +1,9 @@
 """CUB-200-2011: birds with one class and one box an image (wsol.md section 4).
 
 Folder: images/CLASS/NAME.jpg, and the lists images.txt, image_class_labels.txt, train_test_split.txt,
-bounding_boxes.txt, classes.txt of lines "id value ..."; if there is a folder segmentations/CLASS/NAME.png, it serves
-PxAP. (The published reader cuts the last character of each line off and loses a digit where the file has no final
-newline; this one does not.)
+bounding_boxes.txt, classes.txt of lines "id value ..."; segmentations/CLASS/NAME.png in it or beside it serve PxAP.
+(The published reader cuts the last character of each line off and loses a digit where the file has no final newline;
+this one does not.)
 """
 
 from __future__ import annotations
@@ -94,8 +94,11 @@ class CubCatalog(Catalog):
 
     def region(self, image_id: str) -> np.ndarray | None:
         """The bird where there is a segmentation: (H, W) uint8, 1 bird, 0 background."""
-        path = (self.root / "segmentations" / self._paths[image_id]).with_suffix(".png")
-        return (store.read_mask(path) > _OBJECT).astype(np.uint8) if path.is_file() else None
+        for folder in (self.root, self.root.parent):  # the official archives leave it beside the images' folder
+            path = (folder / "segmentations" / self._paths[image_id]).with_suffix(".png")
+            if path.is_file():
+                return (store.read_image(path)[..., 0] > _OBJECT).astype(np.uint8)
+        return None
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
