@@ -59,7 +59,10 @@ def _value(argv: Sequence[str], flag: str) -> str | None:
 
 
 def _description(base: Config) -> str:
-    steps = "\n".join(f"  {i} {s.name}: {s.does}" for i, s in enumerate(STEPS, 1))
+    steps = "\n".join(
+        f"  {i} {s.name}: {s.does}" + ("" if len(s.aims) > 1 else f" (of data sets of {s.aims[0]})")
+        for i, s in enumerate(STEPS, 1)
+    )
     return (
         "Semantic masks from image-level tags: trains a CAM network, refines its maps, trains a segmentation network, "
         f"step by step.\n\nSteps:\n{steps}\n\nMethods: {', '.join(sorted(contract.SEEDS))}\n"
@@ -95,15 +98,17 @@ def check(job: Job, steps: Sequence[Step]) -> None:
                 f"--{prefix}weights cam: {job.run.weights('cam')} does not exist. Run train_cam first, or give "
                 f"another run's: --{prefix}weights OTHER/weights/cam.pt"
             )
-        if phase.weights not in ("none", "cam", PRETRAINED_WEIGHTS):
-            if not Path(phase.weights).is_file():
-                raise FileNotFoundError(f"--{prefix}weights {phase.weights}: there is no such file.")
+        for source in phase.weights.split(","):
+            if source not in ("none", "cam", PRETRAINED_WEIGHTS) and not Path(source).is_file():
+                raise FileNotFoundError(f"--{prefix}weights {source}: there is no such file.")
     lists = {job.train_list: {"need_masks": cfg.masks == "truth" and "train_seg" in names}}
     scored = cfg.score_list != Config.score_list or job.catalog.has_list(cfg.score_list)
     if scored and {"make_cam", "random_walk"} & names:
         lists.setdefault(cfg.score_list, {})
     if "infer_seg" in names:
         lists.setdefault(cfg.val_list, {"need_tags": False})
+    if "localise" in names:
+        lists[cfg.val_list] = {"need_boxes": True}
     for split, needs in lists.items():
         for warning in job.catalog.check(split, **needs):
             distributed.say(f"Note ({split}): {warning}")
@@ -144,12 +149,13 @@ def without_steps(argv: Sequence[str]) -> list[str]:
 
 def run(cfg: Config, device: torch.device, command: Sequence[str] = ("python", "run_sample.py")) -> None:
     """Run the steps of a configuration; ``command`` is what a hint at the next step repeats."""
-    steps = select(cfg.steps)
-    if cfg.data == "sample" and cfg.root is None and distributed.is_main():
-        s = cfg.sample
-        sample.generate(cfg.data_root(), images=s.images, val=s.val, classes=s.classes, seed=s.seed)
+    select(cfg.steps)  # what is no step is refused before anything is generated
+    if cfg.data in sample.LAYOUTS and cfg.root is None and distributed.is_main():
+        s, layout = cfg.sample, sample.LAYOUTS[cfg.data]
+        sample.generate(cfg.data_root(), images=s.images, val=s.val, classes=s.classes, seed=s.seed, layout=layout)
     distributed.barrier()
     job = open_job(cfg)
+    pipeline, steps = select((), job.catalog.aim), select(cfg.steps, job.catalog.aim)
     check(job, [s for s in steps if cfg.redo or not finished(job, s)])
     names = [name for name in {job.train_list, cfg.score_list, cfg.val_list} if job.catalog.has_list(name)]
     lists = {name: job.catalog.fingerprint(name) for name in sorted(names)}
@@ -177,8 +183,7 @@ def run(cfg: Config, device: torch.device, command: Sequence[str] = ("python", "
         ran = True
         made = [job.run.root / m for m in step.makes]
         distributed.say(f"    files: {', '.join(str(path) for path in made if path.exists())}")
-        if step is not STEPS[-1]:
-            following = STEPS[STEPS.index(step) + 1]
+        if following := next((s for s in pipeline if STEPS.index(s) > STEPS.index(step)), None):
             distributed.say(f"    next: {shlex.join(command)} --steps {following.name}")
 
 

@@ -7,6 +7,7 @@ The passes of an image are its scales, each with the mirrored image beside it. A
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
 
 import numpy as np
 import torch
@@ -43,7 +44,8 @@ def scaled_inputs(image: np.ndarray, infer: CamInference, normalisation: str) ->
         ``infer.flip``.
     """
     for size in input_sizes(image.shape[:2], infer):
-        pixels = imaging.to_tensor(imaging.normalise(imaging.resize_image(image, size), normalisation))  # (3, h, w)
+        resized = imaging.resize_image(image, size, infer.resize)
+        pixels = imaging.to_tensor(imaging.normalise(resized, normalisation))  # (3, h, w)
         bottom, right = _margin(size, infer.multiple)
         padded = F.pad(pixels, (0, right, 0, bottom))
         mirrored = padded.flip(-1) if infer.pad_first else F.pad(pixels.flip(-1), (0, right, 0, bottom))
@@ -66,16 +68,22 @@ def unpad(maps: Tensor, size: tuple[int, int], infer: CamInference) -> Tensor:
     return torch.stack([m[:, :height, at : at + width] for m, at in zip(maps, left, strict=False)])
 
 
-def merge(maps: Iterable[Tensor], size: tuple[int, int], round_up: int = 1) -> Tensor:
+def merge(
+    maps: Iterable[Tensor],
+    size: tuple[int, int],
+    round_up: int = 1,
+    mode: Literal["bilinear", "bicubic"] = "bilinear",
+) -> Tensor:
     """Sum of the maps of all passes at image size.
 
     Args:
         maps: a map a scale, (1, K, h, w), or (2, K, h, w) where the second is of the mirrored image; any h and w.
-        size: (H, W) of the image.
+        size: (H, W) of the image, or another one that the maps are wanted at.
         round_up: they are added up at sides that are multiples of this, then cut (irnet.md section 6).
+        mode: filter, with align_corners False (bilinear: seam.md section 7.2; bicubic: wsol.md section 8).
 
     Returns:
-        (K, H, W) float32. Bilinear with align_corners False (seam.md section 7.2).
+        (K, H, W) float32.
 
     Raises:
         ValueError: there is no map.
@@ -84,7 +92,7 @@ def merge(maps: Iterable[Tensor], size: tuple[int, int], round_up: int = 1) -> T
     bottom, right = _margin(size, round_up)
     full = (size[0] + bottom, size[1] + right)
     for low in maps:
-        high = F.interpolate(low.float(), size=full, mode="bilinear", align_corners=False)  # (1 or 2, K, H, W)
+        high = F.interpolate(low.float(), size=full, mode=mode, align_corners=False)  # (1 or 2, K, H, W)
         merged = high[0] + high[1].flip(-1) if len(high) == 2 else high[0]
         total = merged if total is None else total.add_(merged)
     if total is None:
@@ -136,6 +144,48 @@ def normalise(total: Tensor, rule: str) -> Tensor:
     return NORMALISATIONS[rule](total)
 
 
+def class_maps(
+    cam: Callable[[Tensor, Tensor], Tensor],
+    image: np.ndarray,
+    tags: np.ndarray,
+    infer: CamInference,
+    normalisation: str,
+    device: torch.device | str = "cpu",
+) -> Iterator[Tensor]:
+    """Raw maps of the present classes, one batch a scale: (1, K, h, w), or (2, K, h, w) with that of the mirrored
+    image, as ``merge`` takes them. Arguments as for ``infer_cams``; there must be a tag."""
+    size = image.shape[:2]
+    keys = torch.from_numpy(np.flatnonzero(tags)).to(device)  # (K,)
+    row = torch.tensor(tags, dtype=torch.float32, device=device)  # (C,)
+    for inner, images in zip(input_sizes(size, infer), scaled_inputs(image, infer, normalisation), strict=True):
+        maps = cam(images.to(device), row.expand(len(images), -1))  # (1 or 2, C, h', w')
+        maps = maps.detach()[:, keys]
+        yield unpad(maps, inner, infer) if infer.multiple > 1 else maps
+
+
+def infer_logits(
+    classify: Callable[[Tensor, int], Tensor],
+    image: np.ndarray,
+    num_classes: int,
+    infer: CamInference,
+    normalisation: str,
+    device: torch.device | str = "cpu",
+) -> np.ndarray:
+    """Class scores of one image, tags unseen: the mean logits over the scales and mirrors of its CAM inference.
+
+    Args:
+        classify: images (B, 3, h, w), C -> logits (B, C): a network's ``classify``.
+        num_classes: C.
+        image, infer, normalisation, device: as for ``infer_cams``.
+
+    Returns:
+        (C,) float32.
+    """
+    inputs = scaled_inputs(image, infer, normalisation)
+    passes = [classify(images.to(device), num_classes).detach().float() for images in inputs]  # (1 or 2, C) each
+    return torch.cat(passes).mean(0).cpu().numpy()
+
+
 def infer_cam(
     cam: Callable[[Tensor, Tensor], Tensor],
     image: np.ndarray,
@@ -176,19 +226,11 @@ def infer_cams(
     """
     size = image.shape[:2]
     grid = (-(-size[0] // infer.coarse), -(-size[1] // infer.coarse)) if infer.coarse else None
-    keys = torch.from_numpy(np.flatnonzero(tags)).to(device)  # (K,)
-    if len(keys) == 0:
+    if not tags.any():
         return np.zeros((0, *size), np.float32), None if grid is None else np.zeros((0, *grid), np.float32)
-    row = torch.tensor(tags, dtype=torch.float32, device=device)  # (C,)
-
-    def present() -> Iterator[Tensor]:
-        for inner, images in zip(input_sizes(size, infer), scaled_inputs(image, infer, normalisation), strict=True):
-            maps = cam(images.to(device), row.expand(len(images), -1))  # (1 or 2, C, h', w')
-            maps = maps.detach()[:, keys]
-            yield unpad(maps, inner, infer) if infer.multiple > 1 else maps
-
+    maps = class_maps(cam, image, tags, infer, normalisation, device)
     if grid is None:
-        return normalise(merge(present(), size, infer.round_up), infer.normalise).cpu().numpy(), None
-    passes = list(present())
+        return normalise(merge(maps, size, infer.round_up), infer.normalise).cpu().numpy(), None
+    passes = list(maps)
     full, coarse = merge(passes, size, infer.round_up), merge(passes, grid)
     return normalise(full, infer.normalise).cpu().numpy(), normalise(coarse, infer.normalise).cpu().numpy()

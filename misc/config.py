@@ -47,9 +47,10 @@ class Fit:
     """Nesterov form of the SGD momentum."""
     weight_decay: float = 5e-4
     """Decay of the groups that are decayed at all."""
-    schedule: Literal["poly", "constant", "cosine", "timm_cosine"] = "poly"
+    schedule: Literal["poly", "constant", "step", "cosine", "timm_cosine"] = "poly"
     """poly: lr x (1 - step / (steps + schedule_extra)) ^ power, set before each update (see schedule_every).
     constant: lr.
+    step: lr x step_factor for each epoch so far whose number, from 1 on, a value of step_epochs divides (wsol.md 5).
     cosine: linear from warmup_lr to lr over the warm-up, both included, then by a cosine towards final_lr (aream.md 8).
     timm_cosine: set once an epoch, one epoch late: epoch e has f(e - 1), the first f(0); f(t) rises linearly from
     warmup_lr at 0 to lr at warmup_epochs, from there on it is the cosine from lr at 0 to final_lr at the last epoch
@@ -60,6 +61,10 @@ class Fit:
     """Steps added to the length in the poly schedule's denominator."""
     schedule_every: int = 1
     """Updates between two settings of the poly schedule's rate (deeplab.md C.3)."""
+    step_epochs: tuple[int, ...] = (30,)
+    """step: the rate falls at the start of the epochs that one of these divides: (30,) is 30, 60, 90 ..."""
+    step_factor: float = 0.1
+    """step: what the rate is multiplied by there."""
     warmup_epochs: int = 5
     """Length of the warm-up of the cosine schedules. An epoch is 1 / epochs of the training, with steps too."""
     warmup_lr: float = 1e-6
@@ -80,6 +85,8 @@ class Fit:
         _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         _check(self.power > 0, "power", self.power, "positive")
         _check(self.schedule_every > 0, "schedule_every", self.schedule_every, "at least 1")
+        _check(all(epoch > 0 for epoch in self.step_epochs), "step_epochs", self.step_epochs, "epochs from 1 on")
+        _check(0 < self.step_factor <= 1, "step_factor", self.step_factor, "in (0, 1]")
         _check(0 <= self.warmup_epochs <= self.epochs or "cosine" not in self.schedule, "warmup_epochs",
                self.warmup_epochs, "in 0 .. epochs")
         _check(self.warmup_lr >= 0, "warmup_lr", self.warmup_lr, "0 or more")
@@ -87,14 +94,16 @@ class Fit:
 
 
 AugmentOp = Literal[
-    "long_side", "scale", "resized_crop", "flip", "jitter", "hsv", "rand_augment", "normalize", "erase", "crop"
+    "long_side", "scale", "square", "resized_crop", "flip", "jitter", "hsv", "rand_augment", "normalize", "erase",
+    "crop",
 ]
 _AUGMENT_ORDER = (
     # these act on 8-bit images
     ("long_side", "normalize"), ("resized_crop", "normalize"), ("jitter", "normalize"), ("hsv", "normalize"),
-    ("rand_augment", "normalize"),
+    ("rand_augment", "normalize"), ("square", "normalize"),
     ("normalize", "erase"),  # the noise has the scale of normalised values
-    ("long_side", "crop"), ("scale", "crop"), ("resized_crop", "crop"),  # crop gives the final size
+    # crop gives the final size
+    ("long_side", "crop"), ("scale", "crop"), ("resized_crop", "crop"), ("square", "crop"),
 )  # fmt: skip
 
 
@@ -116,6 +125,8 @@ class Augment:
     """Nearest-neighbour filter of the mask in ``scale``; the two differ by up to one pixel (deeplab.md C.3)."""
     scale_per_batch: bool = False
     """scale: one factor for all images of a batch instead of one for each."""
+    square: int = 256
+    """square: side of the square that the image is stretched to, PIL bilinear. Pixels."""
     flip: float = 0.5
     """flip: probability of a horizontal mirror."""
     jitter: tuple[float, float, float, float] = (0.3, 0.3, 0.3, 0.1)
@@ -154,6 +165,7 @@ class Augment:
         _check(0 < self.long_side[0] <= self.long_side[1], "long_side", self.long_side, "two increasing sizes")
         _check(0 < self.scale[0] <= self.scale[1], "scale", self.scale, "two increasing factors")
         _check(min(self.scale_set, default=1) > 0, "scale_set", self.scale_set, "positive factors")
+        _check(self.square > 0, "square", self.square, "positive")
         _check(0 <= self.flip <= 1, "flip", self.flip, "a probability")
         _check(min(self.jitter) >= 0 and self.jitter[3] <= 0.5, "jitter", self.jitter, "0 or more, hue at most 0.5")
         _check(0 <= self.jitter_probability <= 1, "jitter_probability", self.jitter_probability, "a probability")
@@ -174,6 +186,8 @@ class CamInference:
     """Cut the fraction of the sizes off instead of rounding them."""
     square: bool = False
     """Scales are not factors but sides in pixels of a square that the image is stretched to (transcam.md 5)."""
+    resize: Literal["bicubic", "bilinear"] = "bicubic"
+    """PIL's filter that resizes the image."""
     flip: bool = True
     """Add the maps of the mirrored image."""
     multiple: int = 1
@@ -200,6 +214,24 @@ class CamInference:
         _check(self.multiple > 0, "multiple", self.multiple, "at least 1")
         _check(self.round_up > 0, "round_up", self.round_up, "at least 1")
         _check(self.coarse >= 0, "coarse", self.coarse, "0 or more")
+
+
+@dataclass(frozen=True)
+class BoxInference:
+    """How boxes are drawn from class maps and scored (read by step/localise.py; wsol.md sections 6 to 8)."""
+
+    side: int = 224
+    """Side of the square grid that maps and true boxes are brought to. Pixels."""
+    threshold: float = 0.1
+    """Share of a map's maximum above which a pixel is foreground, for Top-1, Top-5 and GT-Known. Other maps than
+    TS-CAM's need another one: GT-Known may double (wsol.md 6)."""
+    interval: float = 0.01
+    """Distance of the thresholds that MaxBoxAcc searches, and of PxAP's. The published evaluation takes 0.001."""
+
+    def __post_init__(self) -> None:
+        _check(self.side > 1, "side", self.side, "at least 2")
+        _check(0 <= self.threshold < 1, "threshold", self.threshold, "in [0, 1)")
+        _check(0 < self.interval <= 0.5, "interval", self.interval, "in (0, 0.5]")
 
 
 @dataclass(frozen=True)

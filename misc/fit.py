@@ -38,6 +38,7 @@ class Groups(Protocol):
     params: list[nn.Parameter]
     lr_scale: float
     decay: bool
+    rule: Fit | None
 
 
 class Trainable(Protocol):
@@ -77,6 +78,10 @@ def lr_factor(fit: Fit, step: int, total: int) -> float:
     """Factor of the base learning rate at update ``step`` (0-based) of ``total``; past the end the last one stays."""
     if fit.schedule == "constant":
         return 1.0
+    if fit.schedule == "step":
+        # published: tested by divisibility, so that 30 acts at epoch 60 too (wsol.md section 9)
+        epoch = min(step, total - 1) * fit.epochs // total + 1
+        return fit.step_factor ** sum(any(e % every == 0 for every in fit.step_epochs) for e in range(1, epoch + 1))
     if fit.schedule == "cosine":
         return _cosine(fit, step, total) / fit.lr
     if fit.schedule == "timm_cosine":
@@ -122,6 +127,18 @@ def make_optimiser(groups: list[Any], fit: Fit, device: torch.device) -> torch.o
     if fit.optimiser == "adamw":
         return torch.optim.AdamW(listed, lr=fit.lr, fused=fused)
     return torch.optim.SGD(listed, lr=fit.lr, momentum=fit.momentum, nesterov=fit.nesterov, fused=fused)
+
+
+Rules = list[tuple[torch.optim.Optimizer, Fit]]
+"""Optimisers of a training, each with the recipe that it follows."""
+
+
+def make_rules(groups: list[Any], fit: Fit, device: torch.device) -> Rules:
+    """An optimiser for the groups of the recipe, and one more for each other rule that groups name."""
+    sorted_groups: dict[Fit, list[Any]] = {}
+    for group in groups:
+        sorted_groups.setdefault(group.rule or fit, []).append(group)
+    return [(make_optimiser(listed, rule, device), rule) for rule, listed in sorted_groups.items()]
 
 
 def set_lr(optimiser: torch.optim.Optimizer, fit: Fit, step: int, total: int) -> None:
@@ -193,11 +210,11 @@ def fit(
     if machine.channels_last and device.type == "cuda":
         network.to(memory_format=torch.channels_last)
     network.train()
-    optimiser = make_optimiser(network.param_groups(), recipe, device)  # type: ignore[operator]
+    rules = make_rules(network.param_groups(), recipe, device)  # type: ignore[operator]
     scaler = torch.amp.GradScaler(device.type, enabled=machine.amp_dtype(device) == torch.float16)
     resume = resume_point(weights)
     identity = json.dumps({**made_by, "updates": total, "seed": seed}, default=str)
-    start = _resume(resume, network, optimiser, scaler, identity)
+    start = _resume(resume, network, rules, scaler, identity)
     model = _wrap(network, machine, device)
     distributed.say(
         f"{name}: {total} updates of {recipe.batch_size} images = {distributed.world()} process(es) x "
@@ -213,21 +230,22 @@ def fit(
         tqdm(total=total, initial=start, desc=name, unit="update", disable=not main, dynamic_ncols=True) as bar,
     ):
         for step in range(start, total):
-            set_lr(optimiser, recipe, step, total)
+            for optimiser, rule in rules:
+                set_lr(optimiser, rule, step, total)
             seed_step(seed, step)
             micro = [_to(batch, device, machine) for batch in _take(stream, division.micro)]
-            terms = _update(model, network, optimiser, scaler, micro, step / total, recipe, machine, device)
+            terms = _update(model, network, rules, scaler, micro, step / total, recipe, machine, device)
             if not all(math.isfinite(v) for v in terms.values()):
                 _stop(micro, terms, step, log, name)
             if writer is not None:
                 for term, value in terms.items():
                     writer.add_scalar(f"{name}/{term}", value, step)
-                writer.add_scalar(f"{name}/lr", optimiser.param_groups[0]["lr"], step)
+                writer.add_scalar(f"{name}/lr", rules[0][0].param_groups[0]["lr"], step)
             bar.set_postfix({k: f"{v:.4f}" for k, v in terms.items()}, refresh=False)
             bar.update()
             if (step + 1) % every == 0 and step + 1 < total:
                 _check_weights(network, step, name)
-                _save(resume, network, optimiser, scaler, identity, step + 1)
+                _save(resume, network, rules, scaler, identity, step + 1)
     _check_weights(network, total - 1, name)
     if main:
         if finish is not None:
@@ -261,12 +279,13 @@ def _to(batch: Batch, device: torch.device, machine: Machine) -> Batch:
 
 
 def _update(
-    model: nn.Module, network: nn.Module, optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+    model: nn.Module, network: nn.Module, rules: Rules, scaler: torch.amp.GradScaler,
     micro: list[Batch], progress: float, recipe: Fit, machine: Machine, device: torch.device,
 ) -> dict[str, float]:
     """One update from its micro-batches; returns the loss terms averaged over micro-batches and processes."""
     _share_counts(network, micro)
-    optimiser.zero_grad(set_to_none=True)
+    for optimiser, _ in rules:
+        optimiser.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
     for number, batch in enumerate(micro):
         # gradients travel between processes once an update, with the last micro-batch
@@ -281,9 +300,11 @@ def _update(
     values = dict(zip(sums, stacked.tolist(), strict=True))
     if all(math.isfinite(v) for v in values.values()):
         if recipe.clip_norm:
-            scaler.unscale_(optimiser)
+            for optimiser, _ in rules:
+                scaler.unscale_(optimiser)
             nn.utils.clip_grad_norm_(network.parameters(), recipe.clip_norm)
-        scaler.step(optimiser)
+        for optimiser, _ in rules:
+            scaler.step(optimiser)
         scaler.update()
     return values
 
@@ -299,16 +320,16 @@ def _share_counts(network: nn.Module, micro: list[Batch]) -> None:
 
 
 def _save(
-    path: Path, network: nn.Module, optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler, identity: str,
-    step: int,
+    path: Path, network: nn.Module, rules: Rules, scaler: torch.amp.GradScaler, identity: str, step: int
 ) -> None:
     if distributed.is_main():
-        state = {"network": network.state_dict(), "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict()}
+        optimisers = [optimiser.state_dict() for optimiser, _ in rules]
+        state = {"network": network.state_dict(), "optimisers": optimisers, "scaler": scaler.state_dict()}
         store.write_weights(path, {**state, "identity": identity, "step": step})
 
 
 def _resume(
-    path: Path, network: nn.Module, optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler, identity: str
+    path: Path, network: nn.Module, rules: Rules, scaler: torch.amp.GradScaler, identity: str
 ) -> int:
     distributed.barrier()
     if not path.exists():
@@ -323,7 +344,8 @@ def _resume(
             "settings it was made with."
         )
     network.load_state_dict(state["network"])
-    optimiser.load_state_dict(state["optimiser"])
+    for (optimiser, _), stored in zip(rules, state["optimisers"], strict=True):
+        optimiser.load_state_dict(stored)
     if state["scaler"]:  # empty where it was saved without fp16
         scaler.load_state_dict(state["scaler"])
     return int(state["step"])

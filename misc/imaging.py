@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -77,11 +78,13 @@ def truncated_size(size: tuple[int, int], factor: float) -> tuple[int, int]:
     return max(1, int(size[0] * factor)), max(1, int(size[1] * factor))
 
 
-def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W, 3) uint8 -> (h, w, 3) uint8, PIL bicubic (antialiased when shrinking); ``size`` is (h, w)."""
+def resize_image(
+    image: np.ndarray, size: tuple[int, int], kind: Literal["bicubic", "bilinear"] = "bicubic"
+) -> np.ndarray:
+    """(H, W, 3) uint8 -> (h, w, 3) uint8 by PIL's filter ``kind`` (antialiased when shrinking); ``size`` is (h, w)."""
     if image.shape[:2] == tuple(size):
         return image
-    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling[kind.upper()]))
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -143,6 +146,21 @@ def heat(image: np.ndarray, score: np.ndarray) -> np.ndarray:
     """A class map as a heat map on the image: score (H, W) in [0, 1] -> (H, W, 3) uint8 RGB."""
     hot = cv2.applyColorMap((np.clip(score, 0, 1) * 255).astype(np.uint8), cv2.COLORMAP_JET)[..., ::-1]
     return (0.5 * image + 0.5 * hot).astype(np.uint8)
+
+
+def draw_box(image: np.ndarray, box: Sequence[float], colour: tuple[int, int, int]) -> np.ndarray:
+    """The outline of a box (x0, y0, x1, y1), both ends inside, on a copy of the image: (H, W, 3) uint8.
+
+    About a hundredth of the longer side thick, in ``colour`` with a black edge; ends outside come to the border.
+    """
+    canvas = np.ascontiguousarray(image).copy()
+    height, width = image.shape[:2]
+    thick = max(1, round(max(height, width) / 100))
+    x0, y0, x1, y1 = (int(round(v)) for v in box)
+    first, last = (max(0, x0), max(0, y0)), (min(width - 1, x1), min(height - 1, y1))
+    for stroke, value in ((thick + 2, (0, 0, 0)), (thick, colour)):
+        cv2.rectangle(canvas, first, last, value, stroke)
+    return canvas
 
 
 def tile(rows: Sequence[Sequence[np.ndarray]], height: int = 160, gap: int = 4) -> np.ndarray:

@@ -66,6 +66,10 @@ class RunFolder:
         """Predicted mask of an image."""
         return self._file("seg", image_id, ".png")
 
+    def box(self, image_id: str) -> Path:
+        """Boxes found in an image, and what they are worth."""
+        return self._file("box", image_id, ".npz")
+
     @property
     def log(self) -> Path:
         """TensorBoard folder."""

@@ -12,14 +12,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from misc.config import Augment, CamInference, Fit, SegInference
+from misc.config import Augment, BoxInference, CamInference, Fit, SegInference
 from misc.fit import Batch
 from misc.instances import Instances
 
@@ -28,11 +28,15 @@ Preset = str
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that share a learning rate: ``lr_scale`` times the base rate, decayed or not."""
+    """Parameters that share a learning rate: ``lr_scale`` times the base rate, decayed or not.
+
+    ``rule``: optimiser, rate, decay and schedule of these parameters where they are not the training's own.
+    """
 
     params: list[nn.Parameter]
     lr_scale: float = 1.0
     decay: bool = True
+    rule: Fit | None = None
 
 
 class Network(nn.Module, ABC):
@@ -103,9 +107,9 @@ class Phase:
     augment: Augment = field(default_factory=Augment)
     """Training images."""
     weights: str = "none"
-    """Weights to start from: a checkpoint FILE; 'none' for random ones; 'cam' for the CAM network that this run trained
-    (refiners and segmenters of the same backbone); 'pretrained' for those that timm fetches from
-    the internet, in networks that have some there (transformers, ResNet)."""
+    """Weights to start from: a checkpoint FILE (FILE,FILE for a network of two parts); 'none' for random ones; 'cam'
+    for the CAM network that this run trained (refiners and segmenters of the same backbone); 'pretrained' for those
+    that timm fetches from the internet, in networks that have some there (transformers and ResNets)."""
     init: str = ""
     """What the checkpoint FILE was trained on, such as imagenet, or coco for COCO's pixel masks: said with every score.
     Empty: only the file's name is."""
@@ -117,6 +121,8 @@ class SeedRecipe(Phase):
 
     infer: CamInference = field(default_factory=CamInference)
     """Inference of the CAMs."""
+    boxes: BoxInference = field(default_factory=BoxInference)
+    """Boxes from the CAMs, on data sets that ask for boxes."""
 
     def phases(self) -> tuple[tuple[str, Phase], ...]:
         """The trainings in order, each with its name (weights/NAME.pt); the last is the CAM network, named cam."""
@@ -155,6 +161,8 @@ class Recipe:
     refine: Mapping[str, Any] = field(default_factory=dict)
     segmenter: str = "deeplabv1"
     segment: Mapping[str, Any] = field(default_factory=dict)
+    data: str | None = None
+    """Data set of the recipe, a name of ``--data``. None: voc12, or the generated sample set."""
 
 
 class SeedNetwork(Network):
@@ -176,6 +184,15 @@ class SeedNetwork(Network):
         Returns:
             (B, C, h, w), C foreground classes, any resolution; the merging recipe resizes and adds them up.
         """
+
+    def classify(self, images: Tensor, num_classes: int) -> Tensor:
+        """Class scores at test time, tags unseen: (B, 3, H, W) normalised, any H and W -> (B, C) float32, the highest
+        for the class that the network believes in most.
+
+        By default the means of the maps of all ``num_classes`` classes. A network that is trained by logits gives
+        these.
+        """
+        return self.cam(images, images.new_ones(len(images), num_classes)).float().mean((2, 3))
 
 
 @dataclass(frozen=True)
@@ -327,6 +344,22 @@ def load_methods() -> None:
 def multilabel_soft_margin(logits: Tensor, tags: Tensor) -> Tensor:
     """Mean over batch and classes of the binary cross entropy with logits: logits and tags (B, C) -> scalar."""
     return F.binary_cross_entropy_with_logits(logits.float(), tags.to(torch.float32))
+
+
+ClassLoss = Literal["soft_margin", "cross_entropy"]
+"""How a classifier is trained: by each class for itself, or (one class an image) by all against each other."""
+
+
+def class_loss(logits: Tensor, tags: Tensor, kind: ClassLoss) -> Tensor:
+    """Classification loss: logits and tags (B, C) -> scalar.
+
+    soft_margin: ``multilabel_soft_margin``. cross_entropy: of the softmax, mean over the batch (wsol.md section 5); an
+    image with several tags shares its weight among them, one without a tag adds nothing.
+    """
+    if kind == "soft_margin":
+        return multilabel_soft_margin(logits, tags)
+    tags = tags.to(torch.float32)
+    return F.cross_entropy(logits.float(), tags / tags.sum(1, keepdim=True).clamp(min=1))
 
 
 def decay_groups(

@@ -6,19 +6,24 @@ import importlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+Aim = Literal["masks", "boxes"]
+"""What is to be found in the images of a data set (Catalog.aim)."""
 
 
 @dataclass(frozen=True)
 class Step:
     """A step: its name (that of its file), what it does, the folders or files of the run folder that it makes, and
-    every file that is there when it is done (of a job). Steps over images can be done in parts."""
+    every file that is there when it is done (of a job). Steps over images can be done in parts. ``aims``: the data sets
+    whose pipeline it is part of; on others it runs where it is named."""
 
     name: str
     does: str
     makes: tuple[str, ...]
     files: Callable[[Any], Iterable[Path]]
     per_image: bool = False
+    aims: tuple[Aim, ...] = ("masks",)
 
     def run(self) -> Callable[[Any, Any], None]:
         """The step's function (imported when it is needed)."""
@@ -27,7 +32,7 @@ class Step:
 
 STEPS: tuple[Step, ...] = (
     Step("train_cam", "train the CAM network from tags", ("weights/cam.pt",),
-         lambda job: [job.run.weights(name) for name, _ in job.cfg.cam.phases()]),
+         lambda job: [job.run.weights(name) for name, _ in job.cfg.cam.phases()], aims=("masks", "boxes")),
     Step("make_cam", "infer the CAMs of the training images", ("cam",),
          lambda job: map(job.run.cam, job.cam_ids()), per_image=True),
     Step("make_aff_label", "make affinity labels from the CAMs", ("aff_label",),
@@ -39,13 +44,16 @@ STEPS: tuple[Step, ...] = (
          lambda job: [job.run.weights("seg")]),
     Step("infer_seg", "predict the validation images", ("seg",),
          lambda job: map(job.run.seg, job.catalog.ids(job.cfg.val_list)), per_image=True),
+    Step("localise", "draw boxes round the objects of the validation images", ("box",),
+         lambda job: map(job.run.box, job.catalog.ids(job.cfg.val_list)), per_image=True, aims=("boxes",)),
     Step("report", "write the page that shows it all", ("report.html", "pictures.png"),
-         lambda job: [job.run.report]),
+         lambda job: [job.run.report], aims=("masks", "boxes")),
 )  # fmt: skip
 
 
-def select(wanted: Sequence[str]) -> list[Step]:
-    """The steps that numbers, names and ranges name, in pipeline order: ``["2-4", "report"]``. Nothing: all.
+def select(wanted: Sequence[str], aim: Aim = "masks") -> list[Step]:
+    """The steps that numbers, names and ranges name, in pipeline order: ``["2-4", "report"]``. Nothing: all that data
+    sets of this aim have.
 
     Raises ValueError for what is no step, listing the steps.
     """
@@ -65,4 +73,4 @@ def select(wanted: Sequence[str]) -> list[Step]:
         if dash and number(first) > number(last):
             raise ValueError(f"--steps {part}: the range runs backwards.")
         chosen.update(range(number(first), number(last if dash else first) + 1))
-    return [STEPS[i] for i in sorted(chosen)] if wanted else list(STEPS)
+    return [STEPS[i] for i in sorted(chosen)] if wanted else [s for s in STEPS if aim in s.aims]

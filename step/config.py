@@ -17,6 +17,7 @@ from misc.config import Machine
 from misc.runfolder import RunFolder
 from net import contract
 from voc12.catalog import Catalog, open_catalog
+from voc12.sample import LAYOUTS
 
 SAMPLE_ROOT = Path("data/sample")
 
@@ -44,7 +45,8 @@ class Config:
     preset: Literal["published", "sample"] = "sample"
     """published: the paper's recipe. sample: tiny networks, minutes on two CPU cores."""
     data: str = "sample"
-    """Data set: sample (generated), voc12 (VOC 2012 or any folder in its layout)."""
+    """Data set: sample (generated), voc12 (VOC 2012 or any folder in its layout); of boxes, not masks: sample_cub
+    (generated), cub200 (CUB-200-2011)."""
     root: Annotated[Path | None, tyro.conf.arg(aliases=["--voc12-root"])] = None
     """Folder of the data set. Default for the sample set: data/sample-..., named after its settings."""
     run: Annotated[Path | None, tyro.conf.arg(aliases=["--out"])] = None
@@ -96,9 +98,9 @@ class Config:
         """Folder of the data set; ValueError where it must be given and is not."""
         if self.root is not None:
             return self.root
-        if self.data == "sample":
+        if self.data in LAYOUTS:
             s = self.sample
-            return SAMPLE_ROOT.with_name(f"sample-{s.images}-{s.val}-{s.classes}-seed{s.seed}")
+            return SAMPLE_ROOT.with_name(f"{self.data}-{s.images}-{s.val}-{s.classes}-seed{s.seed}")
         raise ValueError(f"--data {self.data} needs --root DIR, the folder of the data set.")
 
     def recorded(self) -> dict[str, Any]:
@@ -106,7 +108,7 @@ class Config:
         flat = settings.flatten(dataclasses.replace(self, machine=None))
         for name in ("run", "root", "steps", "shard", "redo", "force", "machine"):
             flat.pop(name)
-        if self.root is not None or self.data != "sample":
+        if self.root is not None or self.data not in LAYOUTS:
             flat = {k: v for k, v in flat.items() if not k.startswith("sample.")}
         return {k: str(v) if isinstance(v, Path) else v for k, v in flat.items()}
 
@@ -134,7 +136,7 @@ def default_config(method: str, preset: str, refiner: str | None = None, segment
         seg = settings.override(seg, recipe.segment)
     return Config(
         method=method, preset=preset, refiner=refiner, segmenter=segmenter, cam=recipe.cam, aff=aff, seg=seg,
-        data="sample" if preset == "sample" else "voc12",
+        data=recipe.data or ("sample" if preset == "sample" else "voc12"),
     )
 
 

@@ -1,4 +1,4 @@
-"""Step 8: one self-contained page that shows a run: scores with their provenance, curve, pictures, configuration."""
+"""Step 9: one self-contained page that shows a run: scores with their provenance, curve, pictures, configuration."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class _Picture:
 
 
 def run(job: Job, device: torch.device) -> None:
-    """Write report.html and pictures.png (rows of image, CAM, affinity label, pseudo mask, prediction, truth)."""
+    """Write report.html and pictures.png: rows of image, CAM, affinity label, pseudo mask, prediction, truth; of a
+    data set of boxes, image, map of the class that was found, its box and the true one."""
     if not distributed.is_main():
         return
     network = None
@@ -47,11 +48,14 @@ def run(job: Job, device: torch.device) -> None:
         network = trained(job, "seg", job.cfg.seg, device)
         assert isinstance(network, Segmenter)
     train = [_train_row(job, i, network, device) for i in _spread(_scored(job), ROWS)]
-    val = [_val_row(job, i) for i in _spread(_val(job), ROWS)]
-    page = _page(job, train, val)
+    val = [_val_row(job, i) for i in _spread(_done(job, job.run.seg), ROWS)]
+    boxes = [_box_row(job, i) for i in _spread(_done(job, job.run.box), ROWS)]
+    page = _page(job, train, val, boxes)
     store.write_bytes(job.run.report, page.encode())
-    if train:
-        sheet = imaging.tile([[p.pixels for p in row] for row in train[:4]], height=150)
+    # boxes are small rows: two of them make a line
+    rows = train[:4] or [a + b for a, b in zip(boxes[::2], boxes[1::2], strict=False)]
+    if rows:
+        sheet = imaging.tile([[p.pixels for p in row] for row in rows], height=150)
         store.write_bytes(job.run.root / "pictures.png", store.png_bytes(sheet))
     show(job)
 
@@ -69,9 +73,9 @@ def current(job: Job) -> bool:
 
 
 def score_table(scores: dict[str, dict[str, Any]]) -> str:
-    """The recorded scores as aligned text: name, mIoU (of single objects AP50), list, number of images, how the
-    threshold was chosen, tags, what the network was trained from."""
-    rows = [("score", "mIoU", "list", "images", "background score", "tags used", "trained from")]
+    """The recorded scores as aligned text: name, mIoU (of single objects AP50, of boxes what the name says), list,
+    number of images, how the threshold was chosen, tags, what the network was trained from."""
+    rows = [("score", _measure(scores), "list", "images", "threshold", "tags used", "trained from")]
     rows += [
         (n, _main(s), s["split"], str(s["images"]), _threshold(s), s["tags"], s.get("start_weights", "-"))
         for n, s in scores.items()
@@ -80,13 +84,20 @@ def score_table(scores: dict[str, dict[str, Any]]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
+def _measure(scores: dict[str, dict[str, Any]]) -> str:
+    """What the numbers are."""
+    return "mIoU" if any("miou" in s for s in scores.values()) or not scores else "value"
+
+
 def _main(score: dict[str, Any]) -> str:
-    return _number(score["miou"]) if "miou" in score else f"{_number(score['ap50'])} AP50"
+    if "miou" in score:
+        return _number(score["miou"])
+    return f"{_number(score['ap50'])} AP50" if "ap50" in score else f"{_number(score['value'])} %"
 
 
 def _threshold(score: dict[str, Any]) -> str:
     if score["threshold"] is None:
-        return "-"
+        return score["threshold_choice"] or "-"
     return f"{score['threshold']:.2f}, {score['threshold_choice']}"
 
 
@@ -95,10 +106,11 @@ def _scored(job: Job) -> list[str]:
     return [i for i in job.catalog.ids(name) if job.run.cam(i).exists()]
 
 
-def _val(job: Job) -> list[str]:
+def _done(job: Job, made: Callable[[str], Path]) -> list[str]:
+    """Images of the validation list that have a file."""
     if not job.catalog.has_list(job.cfg.val_list):
         return []
-    return [i for i in job.catalog.ids(job.cfg.val_list) if job.run.seg(i).exists()]
+    return [i for i in job.catalog.ids(job.cfg.val_list) if made(i).exists()]
 
 
 def _spread(ids: Sequence[str], count: int) -> list[str]:
@@ -127,13 +139,35 @@ def _val_row(job: Job, image_id: str) -> list[_Picture]:
     return row + _mask_picture("truth", image, job.catalog.mask_path(image_id))
 
 
+def _box_row(job: Job, image_id: str) -> list[_Picture]:
+    """The map of the best class, and its box (red) beside the true ones (green), in the proportions of the image."""
+    found, classes = store.read_arrays(job.run.box(image_id)), job.catalog.classes
+    image = store.read_image(job.catalog.image_path(image_id))
+    (height, width), side = image.shape[:2], len(found["score"])
+    scale = np.array([width, height] * 2) / side
+    boxed = image
+    for box in found["truth"]:
+        boxed = imaging.draw_box(boxed, box * scale, (60, 200, 60))
+    boxed = imaging.draw_box(boxed, found["boxes"][0] * scale, (230, 40, 40))
+    true, first = (classes[int(k)] for k in (job.catalog.tags(image_id).argmax(), found["best"][0]))
+    shown = f"{first}, overlap with the true class's map {found['iou'].item():.2f}"
+    score = imaging.resize_mask(found["score"], (height, width)) / 255
+    return [
+        _Picture(f"{image_id}: {true}", image),
+        _Picture(f"map of {first}", imaging.heat(image, score)),
+        _Picture(f"red: {shown}; green: truth", boxed),
+    ]
+
+
 def _mask_picture(caption: str, image: np.ndarray, path: Path | None) -> list[_Picture]:
     if path is None or not path.exists():
         return []
     return [_Picture(caption, imaging.overlay(image, store.read_mask(path)))]
 
 
-def _page(job: Job, train: list[list[_Picture]], val: list[list[_Picture]]) -> str:
+def _page(
+    job: Job, train: list[list[_Picture]], val: list[list[_Picture]], boxes: list[list[_Picture]]
+) -> str:
     record, scores = job.run.record(), job.run.scores()
     title = f"{job.cfg.method} on {job.cfg.data}"
     parts = [
@@ -144,7 +178,8 @@ def _page(job: Job, train: list[list[_Picture]], val: list[list[_Picture]]) -> s
     curves = [(name, s["curve"]) for name, s in scores.items() if "curve" in s]
     if curves:
         parts.append("<h2>Background score</h2>" + "".join(_curve(*curve) for curve in curves))
-    parts.append("<h2>Classes</h2>" + _classes(scores))
+    if classes := _classes(scores):
+        parts.append("<h2>Classes</h2>" + classes)
     key = "".join(
         f'<span style="background: rgb{tuple(int(v) for v in colour)}; color: {_ink(colour)}">{_text(name)}</span>'
         for name, colour in zip(job.catalog.classes, imaging.palette()[1:], strict=False)
@@ -153,6 +188,8 @@ def _page(job: Job, train: list[list[_Picture]], val: list[list[_Picture]]) -> s
         parts.append(f"<h2>Training images</h2><div class=key>{key}</div>" + _gallery(train))
     if val:
         parts.append("<h2>Validation images</h2>" + _gallery(val))
+    if boxes:
+        parts.append("<h2>Boxes</h2>" + _gallery(boxes))
     parts.append("<h2>Steps</h2>" + _steps(record))
     configuration = "\n".join(f"{k} = {v}" for k, v in record["config"].items())
     lists = "\n".join(f"list {k} = {v}" for k, v in record["data"].items())
@@ -187,7 +224,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], numbers: Callable
 def _scores(scores: dict[str, dict[str, Any]]) -> str:
     if not scores:
         return "<p>Nothing was scored: the data set has no masks, or no step that makes masks has run.</p>"
-    known = {"scales", "flip", "crf_iterations", "start_weights", "walk"}
+    known = {"scales", "flip", "crf_iterations", "start_weights", "walk", "grid"}
     rows = [
         (
             name, _main(s), _number(s.get("boundary_miou")), s["split"], s["images"], _threshold(s),
@@ -195,7 +232,7 @@ def _scores(scores: dict[str, dict[str, Any]]) -> str:
         )
         for name, s in scores.items()
     ]
-    head = ("", "mIoU %", "boundary mIoU %", "list", "images", "background score", "tags used", "test settings")
+    head = ("", _measure(scores), "boundary mIoU %", "list", "images", "threshold", "tags used", "test settings")
     return _table(head, rows, lambda i: i in (1, 2, 4))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from misc import distributed
+from misc import distributed, wsol
 from misc.instances import Instances, read_instances, true_instances
 from misc.score import InstanceScores, Scores, evaluate_cams, evaluate_instances, evaluate_masks
-from misc.store import read_cam, read_mask
+from misc.store import read_arrays, read_cam, read_mask
 from net.contract import Phase
 from step.config import Job
 
@@ -113,12 +114,52 @@ def _record_instances(job: Job, name: str, split: str, scores: InstanceScores, *
     distributed.say(f"{name}: {found} on {split}, {scores.images} images, {scores.precision.objects.sum()} objects")
 
 
-def _scorable(job: Job, split: str) -> list[str]:
-    """Ids of a list if this process is to score it: all images have masks, and no part of them is another job's."""
-    if not distributed.is_main():
-        return []
+def score_boxes(job: Job) -> None:
+    """Score the boxes of the validation list by both protocols and record each figure (wsol.md sections 7 and 8)."""
+    if not _whole(job):
+        return
+    split, options, infer = job.cfg.val_list, job.cfg.cam.boxes, job.cfg.cam.infer
+    found = [read_arrays(job.run.box(i)) for i in job.catalog.ids(split)]
+    verdicts = [
+        wsol.Verdict(**{f.name: stored[f.name].item() for f in dataclasses.fields(wsol.Verdict)}) for stored in found
+    ]
+    overlap = np.stack([stored["overlap"] for stored in found], 1)  # (2, N, T)
+    taus = wsol.thresholds(options.interval)
+    v1, at = wsol.max_box_acc(overlap[0], taus)
+    searched = f"searched on {split} itself"
+    hidden, given = "none", "true class"
+    fixed = {"threshold": options.threshold, "threshold_choice": "fixed"}
+    figures = [(n, v, given if n == "GT-Known" else hidden, fixed) for n, v in wsol.summary(verdicts).items()]
+    figures += [
+        ("MaxBoxAcc", v1, given, {"threshold": at, "threshold_choice": searched}),
+        ("MaxBoxAccV2", wsol.max_box_acc_v2(overlap[1]), given,
+         {"threshold": None, "threshold_choice": f"one for each overlap of {list(wsol.IOUS)}, {searched}"}),
+    ]  # fmt: skip
+    pixels = sum(stored["pixels"] for stored in found)
+    if pixels.any():
+        figures.append(("PxAP", wsol.pxap(pixels), given, {"threshold": None, "threshold_choice": "all"}))
+    for name, value, tags, cut in figures:
+        cut = {"threshold": None, "threshold_choice": None} if name.startswith("Cls") else cut
+        job.run.add_score(
+            f"boxes: {name}",
+            {"value": value, "unit": "percent", "images": len(found), "split": split, "tags": tags, **cut,
+             "scales": list(infer.scales), "flip": infer.flip, "grid": options.side,
+             **({"errors": wsol.error_shares(verdicts)} if name == "Loc Top-1" else {})},
+        )  # fmt: skip
+        distributed.say(f"{name}: {value:.2f} % on {split}, {len(found)} images, tags used: {tags}")
+
+
+def _whole(job: Job) -> bool:
+    """Whether this process is to score a list: it is the main one, and no part of the images is another job's."""
     if job.cfg.shard_part()[1] > 1:
         distributed.say("This is one part of the images (--shard): call the step again without it to score them all.")
+        return False
+    return distributed.is_main()
+
+
+def _scorable(job: Job, split: str) -> list[str]:
+    """Ids of a list if this process is to score it and all its images have masks."""
+    if not _whole(job):
         return []
     if not job.catalog.has_list(split):
         distributed.say(f"No list {split} in {job.catalog.root}: nothing is scored.")

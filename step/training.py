@@ -70,7 +70,8 @@ def train(
         start = str(job.run.weights("cam")) if phase.weights == "cam" else phase.weights
         if phase.weights == "cam" and not job.run.weights("cam").exists():
             raise FileNotFoundError(f"{name} starts from {start}, which does not exist: run train_cam first.")
-        distributed.say(f"{name}: starts from {start}: {network.load_weights(start)}")
+        for source in start.split(","):
+            distributed.say(f"{name}: starts from {source}: {network.load_weights(source)}")
     division = divide(recipe, distributed.world())
     draws = Draws(len(ids), recipe.batch_size, recipe.sample_order, job.cfg.seed)
     total = recipe.steps or recipe.epochs * draws.steps_per_epoch

@@ -159,3 +159,36 @@ def test_padding(pad_first: bool) -> None:
 def test_padding_of_nothing() -> None:
     with pytest.raises(ValueError, match="multiple"):
         CamInference(multiple=0)
+
+
+def test_class_scores_are_the_mean_over_all_passes_and_see_no_tag() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def classify(images: Tensor, num_classes: int) -> Tensor:
+        seen.append(tuple(images.shape))
+        return images.mean((2, 3))[:, :1] + torch.arange(num_classes) * len(seen)
+
+    image = picture()
+    scores = cams.infer_logits(classify, image, 4, CamInference(scales=(1.0, 0.5)), "imagenet")
+    assert seen == [(2, 3, 41, 58), (2, 3, 20, 29)]
+    np.testing.assert_allclose(np.diff(scores), 1.5, rtol=1e-5)
+    inputs = cams.scaled_inputs(image, CamInference(scales=(1.0, 0.5)), "imagenet")
+    assert scores[0] == pytest.approx(float(torch.stack([x[:, 0].mean() for x in inputs]).mean()), rel=1e-4)
+
+
+def test_maps_can_be_merged_on_any_grid_by_either_filter() -> None:
+    maps = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    for mode in ("bilinear", "bicubic"):
+        high = F.interpolate(maps, size=(16, 16), mode=mode, align_corners=False)
+        torch.testing.assert_close(cams.merge([maps], (16, 16), mode=mode), high[0] + high[1].flip(-1))
+
+
+def test_the_image_is_resized_by_the_filter_of_the_recipe() -> None:
+    image = picture()
+    one, other = (
+        next(cams.scaled_inputs(image, CamInference(scales=(32,), square=True, resize=kind), "imagenet"))
+        for kind in ("bicubic", "bilinear")
+    )
+    wanted = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BILINEAR))
+    assert not torch.equal(one, other)
+    torch.testing.assert_close(other[0], torch.from_numpy(cams.imaging.normalise(wanted, "imagenet")).permute(2, 0, 1))

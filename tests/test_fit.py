@@ -21,6 +21,7 @@ from misc.fit import (
     fit,
     lr_factor,
     make_optimiser,
+    make_rules,
     resume_point,
     set_lr,
 )
@@ -139,6 +140,48 @@ def test_poly_and_constant_rates_reach_every_group() -> None:
     assert lr_factor(Fit(schedule_extra=2, power=1), 5, 8) == pytest.approx(0.5)
     stepped = [lr_factor(Fit(schedule_every=3, power=1), step, 8) for step in range(8)]
     assert stepped == pytest.approx([1, 1, 1, 5 / 8, 5 / 8, 5 / 8, 2 / 8, 2 / 8])
+
+
+def test_the_step_schedule_falls_with_every_epoch_that_is_divided() -> None:
+    recipe = Fit(epochs=6, schedule="step", step_epochs=(2, 5), step_factor=0.5)
+    rates = [lr_factor(recipe, step, 12) for step in range(12)]
+    assert rates == [1, 1, 0.5, 0.5, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125, 0.0625, 0.0625]
+    assert lr_factor(recipe, 99, 12) == 0.0625
+    with pytest.raises(ValueError, match="step_epochs"):
+        Fit(step_epochs=(0,))
+
+
+class TwoRules(Toy):
+    """The last layer follows a rule of its own."""
+
+    rule = Fit(optimiser="sgd", lr=0.25, weight_decay=0, schedule="constant")
+
+    def param_groups(self) -> list[Group]:
+        first, last = super().param_groups()
+        return [first, Group(last.params, 2.0, rule=self.rule)]
+
+
+def test_groups_may_follow_another_rule() -> None:
+    recipe = Fit(**{**vars(RECIPE), "optimiser": "adamw"})
+    (adamw, own), (sgd, other) = make_rules(TwoRules().param_groups(), recipe, torch.device("cpu"))
+    assert isinstance(adamw, torch.optim.AdamW) and isinstance(sgd, torch.optim.SGD)
+    assert own is recipe and other is TwoRules.rule
+    for optimiser, rule in ((adamw, own), (sgd, other)):
+        set_lr(optimiser, rule, 4, TOTAL)
+    assert [g["lr"] for g in adamw.param_groups] == pytest.approx([0.005 * 0.5**0.9])
+    assert [g["lr"] for g in sgd.param_groups] == [0.5] and sgd.param_groups[0]["weight_decay"] == 0
+    assert sum(len(g["params"]) for o in (adamw, sgd) for g in o.param_groups) == len(list(Toy().parameters()))
+
+
+def test_a_training_by_two_rules_is_resumed_exactly(tmp_path: Path) -> None:
+    recipe = Fit(**{**vars(RECIPE), "optimiser": "adamw"})
+    whole = train(tmp_path / "whole", recipe, TwoRules())
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut", recipe, TwoRules(), batches=stopping(5, KeyboardInterrupt))
+    cut = train(tmp_path / "cut", recipe, TwoRules())
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    one = train(tmp_path / "one", recipe, Toy())
+    assert not torch.equal(one["last.weight"], whole["last.weight"])
 
 
 def test_the_rate_is_set_before_the_first_update_and_logged(tmp_path: Path) -> None:

@@ -43,16 +43,22 @@ def test_every_step_has_its_file() -> None:
         (["report", "1"], "train_cam report"),
         (["make_cam-train_aff", "3"], "make_cam make_aff_label train_aff"),
         (["7", "infer_seg"], "infer_seg"),
+        (["7-9"], "infer_seg localise report"),
     ],
 )
 def test_steps_are_named_by_number_name_and_range(wanted: list[str], names: str) -> None:
     assert [s.name for s in select(wanted)] == names.split()
 
 
-@pytest.mark.parametrize("wanted", ["0", "9", "make", "2-", "-2", "2-9", "", "²"])
+@pytest.mark.parametrize("wanted", ["0", "10", "make", "2-", "-2", "2-10", "", "²"])
 def test_what_is_no_step_is_refused_with_the_list(wanted: str) -> None:
-    with pytest.raises(ValueError, match="no such step.*1 train_cam.*8 report"):
+    with pytest.raises(ValueError, match="no such step.*1 train_cam.*8 localise, 9 report"):
         select([wanted])
+
+
+def test_data_sets_of_boxes_have_a_pipeline_of_their_own() -> None:
+    assert [s.name for s in select([], "boxes")] == ["train_cam", "localise", "report"]
+    assert [s.name for s in select(["2"], "boxes")] == ["make_cam"]
 
 
 def test_a_range_runs_forwards() -> None:
@@ -201,6 +207,30 @@ def test_seed_networks_give_a_map_for_every_class_at_any_size(name: str, size: t
         maps = network.cam(pictures(2, *size), torch.tensor([[1.0, 0, 1]] * 2))
     assert maps.shape[:2] == (2, CLASSES) and maps.ndim == 4 and min(maps.shape[2:]) >= 2
     assert torch.isfinite(maps).all()
+
+
+@pytest.mark.parametrize("name", sorted(contract.SEEDS))
+def test_seed_networks_classify_without_tags_as_they_were_trained(name: str) -> None:
+    """After some updates on two plain images of one class each, the scores tell these apart."""
+    phase = dict(contract.SEEDS[name].recipes["sample"].cam.phases())["cam"]
+    network, size = seed_networks(name)["cam"], side(phase)
+    images = torch.stack([torch.full((3, size, size), -1.0), torch.full((3, size, size), 1.0)])
+    batch = {
+        "image": images, "tags": torch.tensor([[1.0, 0, 0], [0, 0, 1]]),
+        "box": torch.tensor([[0, size, 0, size]] * 2),
+    }  # fmt: skip
+    optimiser = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=3e-3)
+    network.train()
+    for _ in range(12):
+        optimiser.zero_grad()
+        counts = {f"counts/{k}": v.float() for k, v in network.counts(batch).items()}
+        sum(network({**batch, **counts}, 0.0).values()).backward()
+        optimiser.step()
+    for module in network.modules():  # so few updates say nothing about running statistics
+        module.training = isinstance(module, torch.nn.BatchNorm2d)
+    scores = network.classify(images, CLASSES).detach()
+    assert scores.shape == (2, CLASSES) and torch.isfinite(scores).all()
+    assert scores[0, 0] > scores[1, 0] and scores[1, 2] > scores[0, 2]
 
 
 def soft_cam(keys: list[int], height: int, width: int) -> SoftCam:

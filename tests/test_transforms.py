@@ -317,3 +317,17 @@ def test_mask_of_another_size_is_refused() -> None:
 def test_impossible_orders(order: tuple) -> None:
     with pytest.raises(ValueError, match="order"):
         Augment(order=order)
+
+
+def test_square_ignores_the_aspect_and_keeps_places() -> None:
+    sample = located(40, 60)
+    smooth = np.repeat(np.linspace(0, 200, 60).astype(np.uint8)[None, :, None], 40, 0).repeat(3, 2)
+    sample.image = smooth
+    transforms.square(sample, 30)
+    assert sample.image.shape == (30, 30, 3) and sample.box == (0, 30, 0, 30)
+    wanted = np.asarray(Image.fromarray(smooth).resize((30, 30), Image.Resampling.BILINEAR))
+    assert np.array_equal(sample.image, wanted)
+    assert sample.mask is not None and sample.planes is not None
+    assert np.array_equal(sample.planes[0], sample.mask) and sample.mask[-1, 0] == 39 and sample.planes[1][0, -1] == 59
+    with pytest.raises(ValueError, match="square before normalize"):
+        Augment(order=("normalize", "square", "crop"))

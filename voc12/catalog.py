@@ -7,13 +7,15 @@ A further data set is a subclass of Catalog in its own file and one line in READ
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -40,7 +42,10 @@ class Catalog(ABC):
         root: its folder.
         classes: names of the foreground classes; mask value c + 1 is class c.
         tag_source: where tags come from, in words.
+        aim: what is to be found in its images: masks, or (one class an image) boxes.
     """
+
+    aim: Literal["masks", "boxes"] = "masks"
 
     def __init__(self, name: str, root: Path, classes: Iterable[str], tag_source: str) -> None:
         self.name = name
@@ -71,6 +76,16 @@ class Catalog(ABC):
     @abstractmethod
     def read_tags(self, image_id: str) -> np.ndarray:
         """(C,) float32 tags of an image, read anew; DataError where they are missing or damaged."""
+
+    def boxes(self, image_id: str) -> np.ndarray:
+        """True boxes of an image, all of its class: (n, 4) int64 in pixels, x0, y0, x1, y1; DataError where there are
+        none."""
+        raise DataError(f"{self.name} has no boxes to compare with: localise runs on data sets that have, as cub200.")
+
+    def region(self, image_id: str) -> np.ndarray | None:
+        """Which pixels are of the object, where a data set of boxes knows it: (H, W) uint8, 1 object, 0 background,
+        255 not to be counted."""
+        return None
 
     # What the steps ask.
     @property
@@ -149,13 +164,16 @@ class Catalog(ABC):
             digest.update(b"?" if image_id in failures else self.tags(image_id).astype(np.uint8).tobytes())
         return digest.hexdigest()
 
-    def check(self, split: str, need_masks: bool = False, need_tags: bool = True) -> list[str]:
+    def check(
+        self, split: str, need_masks: bool = False, need_tags: bool = True, need_boxes: bool = False
+    ) -> list[str]:
         """Look whether everything that a step will read of a split is there, before any work starts.
 
         Args:
             split: as for ``ids``.
             need_masks: whether every image must have a true mask.
             need_tags: whether every image must have (possibly empty) tags.
+            need_boxes: whether every image must have a true box.
 
         Returns:
             Warnings, one sentence or two each.
@@ -172,6 +190,9 @@ class Catalog(ABC):
         unmasked = [i for i in ids if i not in self.masks] if need_masks else []
         if unmasked:
             problems.append(f"{len(unmasked)} have no mask ({_some(unmasked)}). Add the masks, or use another list.")
+        if need_boxes:
+            for image_id in ids:
+                self.boxes(image_id)  # an error of its own
         if need_tags:
             failures = self._read_all_tags(ids)
             if failures:
@@ -285,15 +306,21 @@ class VocCatalog(Catalog):
             raise DataError(f"Mask {path} {error} List them in classes.txt, or replace the mask.") from None
 
 
-READERS: dict[str, Callable[[str, Path], Catalog]] = {"voc12": VocCatalog, "sample": VocCatalog}
-"""By the name that the command line knows; each makes a Catalog from that name and the root folder."""
+READERS = {
+    "voc12": "catalog.VocCatalog",
+    "sample": "catalog.VocCatalog",
+    "cub200": "cub200.CubCatalog",
+    "sample_cub": "cub200.CubCatalog",
+}
+"""By the name that the command line knows: the file in this folder and its Catalog, made from name and root folder."""
 
 
 def open_catalog(data: str, root: Path) -> Catalog:
     """The data set ``data`` (a name in READERS) in folder ``root``; DataError says what is missing."""
     if data not in READERS:
         raise DataError(f"There is no data set {data!r}; known: {', '.join(READERS)}.")
-    return READERS[data](data, Path(root))
+    module, reader = READERS[data].split(".")
+    return getattr(importlib.import_module(f"voc12.{module}"), reader)(data, Path(root))
 
 
 def _find_root(root: Path) -> Path:

@@ -1,15 +1,19 @@
 """The generated sample set in VOC 2012's own layout, so that it is read like VOC (`sample_draw.py` draws its pictures).
 
-Deterministic: the same parameters give the same bytes, and a smaller set is a prefix of a larger one.
+Deterministic: the same parameters give the same bytes, and a smaller set is a prefix of a larger one. In the layout of
+CUB-200-2011 each picture shows one object, whose box is known.
 
     python -m voc12.sample OUT --images 240 --val 80 --classes 5 --seed 0 --saliency
+    python -m voc12.sample OUT --layout cub
 """
 
 from __future__ import annotations
 
 import os
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -20,6 +24,9 @@ from misc import store
 from misc.imaging import palette
 from voc12.sample_draw import SPLITS, Picture, draw_picture, draw_saliency
 from voc12.sample_marks import MARKS, class_names
+
+LAYOUTS: dict[str, Literal["voc", "cub"]] = {"sample": "voc", "sample_cub": "cub"}
+"""Generated data sets by their name on the command line."""
 
 FORMAT = 1  # raise it when the same parameters begin to give other pictures
 JPEG_QUALITY = 90
@@ -88,22 +95,26 @@ def generate(
     seed: int = 0,
     saliency: bool = False,
     long_side: tuple[int, int] = (100, 160),
+    layout: Literal["voc", "cub"] = "voc",
 ) -> None:
-    """Write the sample set in VOC 2012's layout; a finished set of the same parameters is left as it is.
+    """Write the sample set; a finished set of the same parameters is left as it is.
 
-    Writes JPEGImages, Annotations, SegmentationClass, SegmentationObject, ImageSets/Segmentation, classes.txt (line n
-    names class n), Saliency if asked for, and last sample.json, the parameters. An interrupted run is done again.
+    In VOC 2012's layout writes JPEGImages, Annotations, SegmentationClass, SegmentationObject, ImageSets/Segmentation,
+    classes.txt (line n names class n), Saliency if asked for; in CUB's images, segmentations, classes.txt, images.txt,
+    image_class_labels.txt, train_test_split.txt, bounding_boxes.txt. Last sample.json, the parameters. An interrupted
+    run is done again.
 
     Raises ValueError for impossible parameters and FileExistsError for a folder that holds anything else.
 
     Args:
         root: Folder to write to; made if need be.
         images: Number of training images, at least 1.
-        val: Number of validation images, at least 1.
+        val: Number of validation images (test images in CUB's layout), at least 1.
         classes: Number of classes, 1 to 14.
         seed: Seed, not negative; the same seed gives the same bytes.
         saliency: Also write a noisy object saliency for every image (8 bit, one channel).
         long_side: Least and greatest length of an image's longer side, pixels.
+        layout: That of VOC 2012, for masks, or of CUB-200-2011, for boxes: one object an image, no saliency.
     """
     names = class_names(classes)
     if min(images, val) < 1 or seed < 0:
@@ -115,22 +126,62 @@ def generate(
     wanted = dict(
         images=images, val=val, classes=classes, seed=seed, saliency=saliency, long_side=list(long_side), format=FORMAT
     )
+    if layout == "cub":
+        if saliency:
+            raise ValueError("saliency = True: the layout cub has no place for it")
+        wanted["layout"] = layout
     if _claim(root, wanted):
         return
+    if layout == "cub":
+        _write_cub(root, {"train": images, "val": val}, names, seed, long_side)
+    else:
+        _write_voc(root, {"train": images, "val": val}, names, seed, long_side, saliency)
+    os.replace(root / "sample.json.part", root / "sample.json")
+
+
+def _write_voc(
+    root: Path, counts: dict[str, int], names: Sequence[str], seed: int, long_side: tuple[int, int], saliency: bool
+) -> None:
+    """All files of VOC's layout but sample.json."""
     folders = ["JPEGImages", "Annotations", "SegmentationClass", "SegmentationObject", "ImageSets/Segmentation"]
     for folder in folders + ["Saliency"] * saliency:
         (root / folder).mkdir(parents=True, exist_ok=True)
     lists: dict[str, list[str]] = {}
-    for split, count in (("train", images), ("val", val)):
+    for split, count in counts.items():
         lists[split] = [f"{SPLITS[split]}_{index + 1:06d}" for index in range(count)]
         for index, name in enumerate(lists[split]):
-            picture = draw_picture(seed, split, index, classes, long_side)
+            picture = draw_picture(seed, split, index, len(names), long_side)
             _write(root, name, picture, draw_saliency(seed, split, index, picture) if saliency else None)
     lists["trainval"] = lists["train"] + lists["val"]
     for split, ids in lists.items():
         store.write_bytes(root / "ImageSets" / "Segmentation" / f"{split}.txt", "".join(f"{i}\n" for i in ids).encode())
     store.write_bytes(root / "classes.txt", "".join(f"{name}\n" for name in names).encode())
-    os.replace(root / "sample.json.part", root / "sample.json")
+
+
+def _write_cub(
+    root: Path, counts: dict[str, int], names: Sequence[str], seed: int, long_side: tuple[int, int]
+) -> None:
+    """All files of CUB's layout but sample.json; val pictures are the test images. Boxes are of the seen pixels."""
+    folders = [f"{number:03}.{name}" for number, name in enumerate(names, 1)]
+    for folder in folders:
+        for kind in ("images", "segmentations"):
+            (root / kind / folder).mkdir(parents=True, exist_ok=True)
+    lists: dict[str, list[str]] = {"classes": [f"{n} {folder}" for n, folder in enumerate(folders, 1)]}
+    pairs = [(split, index) for split, count in counts.items() for index in range(count)]
+    for number, (split, index) in enumerate(pairs, 1):
+        picture = draw_picture(seed, split, index, len(names), long_side, single=True)
+        label = picture.labels[0]
+        path = f"{folders[label - 1]}/{SPLITS[split]}_{index + 1:06d}"
+        Image.fromarray(picture.rgb).save(root / "images" / f"{path}.jpg", quality=JPEG_QUALITY)
+        seen = (picture.instances > 0).astype(np.uint8)
+        Image.fromarray(seen * 255).save(root / "segmentations" / f"{path}.png")
+        box = " ".join(f"{float(value):.1f}" for value in cv2.boundingRect(seen))
+        columns = (("images", f"{path}.jpg"), ("image_class_labels", label),
+                   ("train_test_split", int(split == "train")), ("bounding_boxes", box))  # fmt: skip
+        for name, value in columns:
+            lists.setdefault(name, []).append(f"{number} {value}")
+    for name, lines in lists.items():
+        store.write_bytes(root / f"{name}.txt", "".join(f"{line}\n" for line in lines).encode())
 
 
 def main() -> None:

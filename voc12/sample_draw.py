@@ -331,24 +331,35 @@ def _rng(seed: int, split: str, index: int, stream: int) -> Rng:
     return np.random.default_rng([seed, SPLITS[split], index, stream])
 
 
-def _labels(rng: Rng, seed: int, split: str, index: int, classes: int) -> list[int]:
-    """One to three class numbers: the first by turns, in shuffled rounds, so that none is rare; others by chance."""
+def _first(seed: int, split: str, index: int, classes: int) -> int:
+    """A picture's first class number: by turns, in shuffled rounds, so that none is rare."""
     turn, place = divmod(index, classes)
-    first = int(_rng(seed, split, turn, 1).permutation(classes)[place])
+    return int(_rng(seed, split, turn, 1).permutation(classes)[place]) + 1
+
+
+def _labels(rng: Rng, seed: int, split: str, index: int, classes: int) -> list[int]:
+    """One to three class numbers: the first by turns; others by chance."""
     others = rng.integers(0, classes, rng.choice(3, p=[0.35, 0.4, 0.25]))
-    return [first + 1, *(int(label) + 1 for label in others)]
+    return [_first(seed, split, index, classes), *(int(label) + 1 for label in others)]
 
 
 def draw_picture(
-    seed: int, split: str, index: int, classes: int = 5, long_side: tuple[int, int] = (100, 160)
+    seed: int,
+    split: str,
+    index: int,
+    classes: int = 5,
+    long_side: tuple[int, int] = (100, 160),
+    single: bool = False,
 ) -> Picture:
-    """Draw picture `index` (from 0) of a split, "train" or "val"; it depends on these arguments alone."""
+    """Draw picture `index` (from 0) of a split, "train" or "val"; it depends on these arguments alone. `single`: with
+    one object."""
     rng = _rng(seed, split, index, 0)
     longer = int(rng.integers(long_side[0], long_side[1] + 1))
     shorter = round(longer * rng.uniform(0.6, 0.9))
     h, w = (shorter, longer) if rng.uniform() < 0.6 else (longer, shorter)
     size = (h * SUPER, w * SUPER)
-    things = _things(rng, size, _labels(rng, seed, split, index, classes))
+    labels = [_first(seed, split, index, classes)] if single else _labels(rng, seed, split, index, classes)
+    things = _things(rng, size, labels)
     image = _background(rng, size)
     _paint(rng, image, things)
 

@@ -64,6 +64,14 @@ def long_side(sample: Sample, length: int) -> None:
     _resized(sample, size)
 
 
+def square(sample: Sample, side: int) -> None:
+    """Stretch to a square of ``side``, whatever the aspect: image PIL bilinear, mask PIL nearest (wsol.md 4)."""
+    sample.image = resize_image(np.ascontiguousarray(sample.image), (side, side), "bilinear")
+    if sample.mask is not None:
+        sample.mask = resize_mask(np.ascontiguousarray(sample.mask), (side, side))
+    _resized(sample, (side, side))
+
+
 def scale(sample: Sample, factor: float, image_filter: str, mask_filter: str = "opencv") -> None:
     """Multiply both sides by ``factor``, cut to whole pixels: image OpenCV cubic or linear (deeplab.md A.2, B.2) or
     PIL bicubic (aream.md section 8), mask OpenCV's or PIL's nearest (deeplab.md C.3)."""
@@ -274,6 +282,8 @@ def augment(
                 source = batch_rng if recipe.scale_per_batch else rng
                 factor = source.choice(recipe.scale_set) if recipe.scale_set else source.uniform(*recipe.scale)
                 scale(sample, float(factor), recipe.scale_filter, recipe.scale_mask)
+            case "square":
+                square(sample, recipe.square)
             case "flip":
                 if rng.random() < recipe.flip:
                     flip(sample)

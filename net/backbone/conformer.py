@@ -233,6 +233,15 @@ class Conformer(nn.Module):
         Raises:
             ValueError: a side is no multiple of ``patch``.
         """
+        x, tokens = self.branches(images, visit)
+        return x, tokens[:, 0]
+
+    def branches(self, images: Tensor, visit: Visit | None = None) -> tuple[Tensor, Tensor]:
+        """As ``features``, with all tokens, the class token first and the patches row-major: (B, 1 + h * w, width).
+
+        Raises:
+            ValueError: a side is no multiple of ``patch``.
+        """
         height, width = images.shape[-2:]
         if height % self.patch or width % self.patch:
             raise ValueError(
@@ -247,4 +256,4 @@ class Conformer(nn.Module):
         tokens = self.trans_1(tokens, watchers[0])
         for layer in range(1, self.depth):
             x, tokens = self.get_submodule(f"conv_trans_{layer + 1}")(x, tokens, grid, watchers[layer])
-        return x, self.trans_norm(tokens[:, 0])
+        return x, self.trans_norm(tokens)

@@ -18,7 +18,8 @@ _EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class QueryKey:
-    """Queries and keys of one attention layer: what its attention matrix is made of, (B, n, T, d) each.
+    """Queries and keys of one attention layer: what its attention matrix is made of, (B, n, T, d) each (of ``first``
+    fewer queries).
 
     Nothing of size T x T exists until it is asked for. The means over the heads never hold more than one head's matrix
     (12 layers x 6 heads of a 768 px image would take 1.5 GB: transcam.md section 8, trap 6).
@@ -40,10 +41,14 @@ class QueryKey:
         query, key = (x.transpose(1, 2).flatten(2) for x in (self._scaled, self.key))  # (B, T, n * d)
         return query @ key.transpose(1, 2) / self.query.shape[1]
 
+    def first(self, count: int) -> QueryKey:
+        """The first ``count`` tokens as queries, all as keys: the first rows of every matrix."""
+        return QueryKey(self.query[:, :, :count], self.key)
+
     def mean_weights(self) -> Tensor:
         """Mean over heads of the softmax over keys: (B, T, T) float32, rows sum to one."""
-        batch, heads, tokens, _ = self.query.shape
-        total = self.query.new_zeros((batch, tokens, tokens), dtype=torch.float32)
+        batch, heads, rows, _ = self.query.shape
+        total = self.query.new_zeros((batch, rows, self.key.shape[2]), dtype=torch.float32)
         for query, key in zip(self._scaled.unbind(1), self.key.unbind(1), strict=True):  # (B, T, d) each
             total.add_((query @ key.transpose(1, 2)).softmax(-1, dtype=torch.float32))
         return total.div_(heads)
@@ -77,8 +82,9 @@ class AttentionSums:
         weights = {"to_patches": self.class_weights[layer], "affinity": self.patch_weights[layer]}
         if not any(weights.values()):
             return
-        mean = attention.mean_weights()  # (B, T, T)
         c = self.tokens
+        # the patches' rows are made only where they are asked for
+        mean = (attention if weights["affinity"] else attention.first(c)).mean_weights()  # (B, T or c, T)
         parts = {"to_patches": mean[:, :c, c:], "affinity": mean[:, c:, c:]}
         for name, weight in weights.items():
             if weight and hasattr(self, name):

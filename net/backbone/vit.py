@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.config import PRETRAINED_WEIGHTS
-from net.backbone.transformer import TransformerBlock, Visit
+from net.backbone.transformer import AttentionSums, TransformerBlock, Visit
 from net.weights import State, load, read
 
 Grid = tuple[int, int]
@@ -202,6 +202,28 @@ class ViT(nn.Module):
         token, head = state.get("cls_token"), state.get("head.weight")
         one = token is not None and "pos_embed" in state and token.shape[1] == 1
         return one and (head is None or head.ndim == 2)
+
+
+class SemanticViT(ViT):
+    """The network of TS-CAM: one class token, and in place of its linear head a 3x3 convolution ``head`` on the patches
+    after the final norm, which keeps PyTorch's initialisation. wsol.md section 2, crt.md section 4."""
+
+    def __init__(self, options: ViTOptions, num_classes: int) -> None:
+        super().__init__(options, 1)
+        self.head = nn.Conv2d(options.width, num_classes, 3, padding=1)
+
+    def semantic_maps(self, images: Tensor, visit: Visit | None = None) -> Tensor:
+        """Images (B, 3, H, W) -> signed maps (B, C, H // patch, W // patch) float32; their means are the logits."""
+        x, grid = self.features(images, visit)
+        patches = self.norm(x[:, 1:]).transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
+        return self.head(patches).float()
+
+    def coupled_maps(self, images: Tensor) -> Tensor:
+        """The semantic maps times what the class token attends to, heads averaged, layers (and rounds) summed: signed,
+        (B, 3, H, W) -> (B, C, h, w) float32. One layer's class-token row exists at a time."""
+        sums = AttentionSums(1, [1.0] * len(self.blocks), [0.0] * len(self.blocks))
+        maps = self.semantic_maps(images, sums)
+        return maps * sums.to_patches.unflatten(2, maps.shape[-2:])
 
 
 class MultiClassViT(ViT):

@@ -3,8 +3,7 @@ Conformer.
 
 Deep layers attend to a few tokens only, and a map spread by them covers the background. So, while training, maps are
 made with the attention of the shallow layers alone; pixel-adaptive refinement turns them into labels; and the deep
-layers' attention is pulled towards pairs of patches of one label. Afterwards the attention of all layers spreads the
-map.
+layers' attention is pulled towards pairs of patches of one label. Then the attention of all layers spreads the map.
 """
 
 from __future__ import annotations
@@ -262,6 +261,10 @@ class Aream(SeedNetwork):
         if self.gated:
             maps = maps * sums.to_patches.unflatten(2, maps.shape[-2:])
         return spread(sums.affinity, maps)
+
+    def classify(self, images: Tensor, num_classes: int) -> Tensor:
+        """The mean of both classifiers' logits: (B, 3, H, W) -> (B, C)."""
+        return torch.stack(self.look(images)[0]).mean(0)
 
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:
         """The map of one scale, spread by all layers alike: (B, 3, H, W) -> (B, C, h, w) float32 (aream.md section 9).

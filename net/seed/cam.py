@@ -124,6 +124,10 @@ class PlainCam(SeedNetwork):
         """``batch``: image (B, 3, S, S), tags (B, C) -> {"cls": multi-label soft margin loss}."""
         return {"cls": multilabel_soft_margin(self.logits(batch["image"]), batch["tags"])}
 
+    def classify(self, images: Tensor, num_classes: int) -> Tensor:
+        """The logits."""
+        return self.logits(images).float()
+
     def param_groups(self) -> list[Group]:
         """The published four groups; the classifier is the new layer."""
         return conv_groups(self, ("fc8",), self.head_lr)

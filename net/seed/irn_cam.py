@@ -86,6 +86,10 @@ class IRNCam(SeedNetwork):
         """``batch``: image (B, 3, S, S), tags (B, C) -> {"cls": multi-label soft margin loss}."""
         return {"cls": multilabel_soft_margin(self.logits(batch["image"]), batch["tags"])}
 
+    def classify(self, images: Tensor, num_classes: int) -> Tensor:
+        """The logits."""
+        return self.logits(images).float()
+
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:
         """Rectified maps of all classes: (B, 3, H, W) -> (B, C, ceil(H/16), ceil(W/16)) float32."""
         return F.relu(self.classifier(self.resnet50(images)).float())

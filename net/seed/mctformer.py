@@ -199,6 +199,10 @@ class MCTformer(MultiClassViT, SeedNetwork):
         x, grid = self.features(batch["image"])
         return {name: multilabel_soft_margin(z, batch["tags"]) for name, z in self.scores(x, grid).items()}
 
+    def classify(self, images: Tensor, num_classes: int) -> Tensor:
+        """The scores of the class tokens: (B, 3, H, W) -> (B, C)."""
+        return self.class_scores(self.features(images)[0])
+
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:
         """The spread map: (B, 3, H, W) -> (B, C, H // patch, W // patch) float32, 0 or above.
 

@@ -303,6 +303,10 @@ class Seam(SeedNetwork, ResNet38):
         second = [_resize(m, small_size) for m in self.maps(small)]
         return seam_losses(*first, *second, batch["tags"], self.hardest)
 
+    def classify(self, images: Tensor, num_classes: int) -> Tensor:
+        """The pooled raw map, which the class loss trains: (B, 3, H, W) -> (B, C)."""
+        return self.fc8(self.taps(images)["conv6"]).float().mean((2, 3))[:, 1:]
+
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:
         """The spread maps of all classes at the size of the images: (B, 3, H, W) -> (B, C, H, W) in [0, 1].
 

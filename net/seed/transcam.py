@@ -152,6 +152,11 @@ class TransCam(SeedNetwork, Conformer):
         features, token = self.features(self.whole_patches(images))
         return self.conv_cls_head(features).float().mean((2, 3)), self.trans_cls_head(token).float()
 
+    def classify(self, images: Tensor, num_classes: int) -> Tensor:
+        """The summed scores of both branches, which the loss trains: (B, 3, H, W) -> (B, C)."""
+        convolution, token = self.logits(images)
+        return (convolution + token)[:, 1:]
+
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """``batch``: image (B, 3, S, S), tags (B, C) -> {"cls": multi-label soft margin loss of the summed scores}."""
         convolution, token = self.logits(batch["image"])

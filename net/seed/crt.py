@@ -1,0 +1,327 @@
+"""CRT: a transformer refined by a convolutional network (Huo, Su and Wu, 2022; crt.md; on CUB: wsol.md section 3).
+
+A CNN finds parts of an object, a transformer finds too much. Both are trained at the same time on the same batch, each
+by a classification loss on its pooled class maps, and a further term pulls the raw maps of the two together. The maps
+then come from the transformer alone: a DeiT in TS-CAM's form that sees the image in overlapping tiles of its
+pre-training's size, and runs its blocks three times over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit
+from net.backbone.resnet import SAMPLE_RESNET, ResNet, ResNetOptions, load_resnet
+from net.backbone.transformer import Visit
+from net.backbone.vit import SemanticViT, ViTOptions
+from net.contract import (
+    Batch,
+    ClassLoss,
+    Group,
+    Network,
+    Options,
+    Recipe,
+    SeedNetwork,
+    SeedRecipe,
+    class_loss,
+    decay_groups,
+    seed,
+)
+from net.weights import load, read
+
+Tiles = tuple[int, int]
+"""Rows and columns of tiles."""
+
+
+@dataclass(frozen=True)
+class CrtOptions(Options):
+    """Both networks and their loss. The defaults are the published ones on VOC; scripts/crt_cub.sh has those on CUB,
+    which the comments call CUB."""
+
+    cnn: ResNetOptions = field(
+        default_factory=lambda: ResNetOptions(depth=(3, 8, 36, 3), frozen="layer2", pretrained="resnet152.tv_in1k")
+    )
+    """Convolutional branch. CUB: depth 3 4 6 3, pretrained resnet50.tv_in1k."""
+    transformer: ViTOptions = field(default_factory=lambda: ViTOptions(drop_path=0.0))
+    """Transformer branch. CUB: drop_path 0.1."""
+    tiles: bool = True
+    """Cut images into tiles of the transformer's image_size that overlap by half. CUB: no."""
+    rounds: int = 3
+    """Times that the tokens run through the blocks; what comes out of a round is added to what went in. 1 (CUB): the
+    plain transformer, nothing is added."""
+    loss: ClassLoss = "soft_margin"
+    """Classification loss of either branch. CUB: cross_entropy."""
+    agreement: float = 0.1
+    """Weight of the mean difference of the two branches' maps. CUB: 1."""
+    agreement_size: Literal["image", "grid"] = "image"
+    """Where the maps are compared: resized to the image, or (CUB) as they are."""
+    agreement_epochs: Literal["later", "alternating"] = "later"
+    """When: from the second epoch on, or (CUB) in the epochs e, from 1 on, with an odd e // 5."""
+    epochs: int = 10
+    """Epochs of the training that agreement_epochs counts: the same as of fit.epochs. CUB: 60."""
+    optimisers: Literal["one", "two"] = "one"
+    """one: everything by fit's rule, all of it decayed. two (CUB): the transformer by fit's, without decay on vectors
+    and positions; the CNN by plain SGD at a constant rate."""
+    cnn_lr: float = 0.005
+    """two: rate of the CNN; its classifier has ten times that."""
+    cnn_weight_decay: float = 1e-4
+    """two: weight decay of the CNN."""
+    head_lr: float = 10.0
+    """one: learning rate of both classifiers relative to the rest."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that make no network."""
+        if self.rounds < 1 or self.epochs < 1:
+            raise ValueError(f"rounds and epochs must be at least 1, got {self.rounds} and {self.epochs}.")
+        if self.loss not in get_args(ClassLoss):
+            raise ValueError(f"loss must be one of {', '.join(get_args(ClassLoss))}, got {self.loss!r}.")
+        if self.tiles and self.transformer.image_size % (2 * self.transformer.patch):
+            raise ValueError(
+                "transformer.image_size must be a multiple of two patches: tiles overlap by half, in whole patches."
+            )
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> Crt:
+        """CRT for ``num_classes`` foreground classes."""
+        return Crt(self, num_classes)
+
+    def agrees(self, progress: float) -> bool:
+        """Whether the maps are pulled together at this share of the training."""
+        epoch = int(progress * self.epochs + 1e-6) + 1  # from 1 on; k / n * n may fall short of k
+        return epoch > 1 if self.agreement_epochs == "later" else epoch // 5 % 2 == 1
+
+
+# ------------------------------------------------------------------------------------- tiles (crt.md section 4.1)
+
+
+def padded_side(side: int, tile: int) -> int:
+    """Side of an image padded for tiling. Published: one that fits already gets another half tile, unless it is smaller
+    than a tile."""
+    half = tile // 2
+    return max((side // half + 1) * half, tile)
+
+
+def cut(images: Tensor, tile: int) -> tuple[Tensor, Tiles]:
+    """Tiles that overlap by half: (B, 3, H, W) -> (nv * nh * B, 3, tile, tile), tile-major, and (nv, nh).
+
+    Entries t * B to (t + 1) * B - 1 are tile t, in row-major order, of all images. Raises ValueError for sides that
+    tiles do not cover without a rest.
+    """
+    half = tile // 2
+    if any(side < tile or side % half for side in images.shape[-2:]):
+        height, width = images.shape[-2:]
+        raise ValueError(
+            f"Tiles of {tile} need sides that are multiples of {half} and at least {tile}, got {height} x {width}. "
+            "Set cam.augment.crop to such a number."
+        )
+    tiles = images.unfold(2, tile, half).unfold(3, tile, half)  # (B, 3, nv, nh, tile, tile)
+    return tiles.permute(2, 3, 0, 1, 4, 5).flatten(0, 2), (tiles.shape[2], tiles.shape[3])
+
+
+def merge(maps: Tensor, tiles: Tiles) -> Tensor:
+    """Mean of the tiles' maps where they overlap: (nv * nh * B, C, g, g), tile-major, g even -> (B, C, h, w) with
+    h = (nv + 1) * g / 2, w = (nh + 1) * g / 2."""
+    nv, nh = tiles
+    side = maps.shape[-1]
+    half = side // 2
+    placed = maps.unflatten(0, (nv, nh, -1))  # (nv, nh, B, C, g, g)
+    canvas = maps.new_zeros(*placed.shape[2:4], (nv + 1) * half, (nh + 1) * half)
+    count = maps.new_zeros(canvas.shape[-2:])
+    for row in range(nv):
+        for column in range(nh):
+            at = (..., slice(half * row, half * row + side), slice(half * column, half * column + side))
+            canvas[at] += placed[row, column]
+            count[at] += 1
+    return canvas / count
+
+
+# ------------------------------------------------------------------------------------- loss (crt.md section 5)
+
+
+def crt_losses(cnn: Tensor, transformer: Tensor, tags: Tensor, kind: ClassLoss) -> dict[str, Tensor]:
+    """Classification losses of both branches: raw maps (B, C, h, w) twice, tags (B, C) -> scalars cnn, transformer."""
+    return {
+        "cnn": class_loss(cnn.mean((2, 3)), tags, kind),
+        "transformer": class_loss(transformer.mean((2, 3)), tags, kind),
+    }
+
+
+def agreement_loss(cnn: Tensor, transformer: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """Mean difference of the raw maps of all classes, present or not: (B, C, h, w) twice -> scalar.
+
+    Both get its gradient. ``size``: the maps are resized to this first, bilinear with aligned corners.
+    """
+    if size is not None:
+        cnn, transformer = (
+            F.interpolate(m, size=size, mode="bilinear", align_corners=True) for m in (cnn, transformer)
+        )
+    return (cnn - transformer).abs().mean()
+
+
+# ------------------------------------------------------------------------------------- recipes (crt.md 2, 5, 6)
+
+_PUBLISHED = Recipe(
+    cam=SeedRecipe(
+        network=CrtOptions(),
+        # momentum: the published optimiser takes the weight decay for it, for both branches (crt.md section 9)
+        fit=Fit(epochs=10, batch_size=16, lr=0.1, momentum=1e-4, weight_decay=1e-4, schedule="poly", power=0.9),
+        augment=Augment(order=("long_side", "normalize", "flip", "crop"), long_side=(210, 420), flip=0.5, crop=336),
+        weights=PRETRAINED_WEIGHTS,
+        infer=CamInference(
+            scales=(1.0, 0.5, 1.5, 2.0, 0.75, 1.25, 1.75), flip=True, normalise="max", round_up=16, coarse=4
+        ),
+    ),
+    refiner="irn",
+    refine={"label.threshold_fg": 0.35, "label.threshold_bg": 0.15, "walk.instances": False},
+    segmenter="deeplabv1",
+)
+
+# trained from random weights; small tiles, so that images of the sample set have several
+_SAMPLE = Recipe(
+    cam=SeedRecipe(
+        network=CrtOptions(
+            cnn=SAMPLE_RESNET,
+            transformer=ViTOptions(image_size=64, patch=8, width=96, depth=3, heads=3, drop_path=0.0),
+            rounds=2,
+            epochs=24,
+            head_lr=1.0,
+        ),
+        fit=Fit(epochs=24, batch_size=16, optimiser="adamw", lr=1e-3, weight_decay=0.01),
+        augment=Augment(long_side=(112, 160), jitter=(0.2, 0.2, 0.2, 0.02), crop=96),
+        infer=CamInference(scales=(1.0, 1.5), flip=True, normalise="max", coarse=4),
+    ),
+    refiner="irn",
+    refine={"walk.instances": False},
+    segmenter="deeplabv1",
+)
+
+
+# ------------------------------------------------------------------------------------- networks
+
+
+class CnnBranch(nn.Module):
+    """ResNet and a 1x1 ``classifier`` without bias: (B, 3, H, W) -> raw maps (B, C, ceil(H/16), ceil(W/16)) float32.
+
+    Names are those of the official checkpoint, in which even a ResNet-152 is called resnet50 (crt.md section 3).
+    """
+
+    def __init__(self, options: ResNetOptions, num_classes: int) -> None:
+        super().__init__()
+        self.resnet50 = ResNet(options)
+        self.classifier = nn.Conv2d(self.resnet50.channels["layer4"], num_classes, 1, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Not pooled: as nothing is added, pooling before or after the classifier gives equal scores."""
+        return self.classifier(self.resnet50(images)).float()
+
+
+class TransformerBranch(SemanticViT):
+    """TS-CAM's DeiT in rounds and over tiles (crt.md section 4). Names are those of the official checkpoint."""
+
+    def __init__(self, options: CrtOptions, num_classes: int) -> None:
+        super().__init__(options.transformer, num_classes)
+        self.rounds = options.rounds
+        self.tile = options.transformer.image_size if options.tiles else None
+
+    def run(self, x: Tensor, visit: Visit | None = None) -> Tensor:
+        """All blocks, ``rounds`` times, with a skip around them: each round about doubles the stream; (B, T, D) -> the
+        same. ``visit`` gets every layer of every round."""
+        if self.rounds == 1:
+            return super().run(x, visit)
+        for _ in range(self.rounds):
+            x = x + super().run(x, visit)
+        return x
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Raw maps of training images, merged from their tiles: (B, 3, H, W) -> (B, C, h, w) float32, signed."""
+        if self.tile is None:
+            return self.semantic_maps(images)
+        tiles, grid = cut(images, self.tile)
+        return merge(self.semantic_maps(tiles), grid)
+
+    def localise(self, images: Tensor, coupled: bool) -> Tensor:
+        """Maps at any image size: (B, 3, H, W) -> (B, C, ceil(H / patch), ceil(W / patch)) float32, signed.
+
+        Images are padded for tiling at the bottom and the right, each by itself: the mirrored one after mirroring.
+
+        Args:
+            coupled: times the class token's attention, tile by tile, before the merging; else the semantic maps.
+        """
+        look = self.coupled_maps if coupled else self.semantic_maps
+        if self.tile is None:
+            return look(images)
+        size = images.shape[-2:]
+        bottom, right = (padded_side(side, self.tile) - side for side in size)
+        tiles, grid = cut(F.pad(images, (0, right, 0, bottom)), self.tile)
+        height, width = (-(-side // self.patch_embed.patch) for side in size)
+        return merge(look(tiles), grid)[..., :height, :width]
+
+
+@seed("crt")
+class Crt(SeedNetwork):
+    """Both branches; maps and class scores are the transformer's."""
+
+    recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
+    normalisation = SemanticViT.normalisation
+
+    def __init__(self, options: CrtOptions, num_classes: int) -> None:
+        super().__init__()
+        self.options = options
+        self.cnn = CnnBranch(options.cnn, num_classes)
+        self.transformer = TransformerBranch(options, num_classes)
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image (B, 3, S, S), tags (B, C) -> ``crt_losses`` and, in the epochs that have it, {"agreement":
+        the weighted ``agreement_loss``}. The branches' maps must be of one size.
+
+        With tiles S must be a multiple of half a tile, and at least one.
+        """
+        image, options = batch["image"], self.options
+        maps = self.cnn(image), self.transformer(image)
+        terms = crt_losses(*maps, batch["tags"], options.loss)
+        if options.agreement > 0 and options.agrees(progress):
+            size = image.shape[-2:] if options.agreement_size == "image" else None
+            terms["agreement"] = options.agreement * agreement_loss(*maps, size)
+        return terms
+
+    def classify(self, images: Tensor, num_classes: int) -> Tensor:
+        """Means of the transformer's semantic maps, which the loss trains: (B, 3, H, W) -> (B, C)."""
+        return self.transformer.localise(images, coupled=False).mean((2, 3))
+
+    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
+        """The transformer's map, rectified after the tiles are merged: (B, 3, H, W) -> (B, C, ceil(H / patch),
+        ceil(W / patch)) float32. Negative values of one tile so cancel positive ones of another: published."""
+        return self.transformer.localise(images, coupled=True).relu()
+
+    def param_groups(self) -> list[Group]:
+        """By ``CrtOptions.optimisers``. The backbones come first, then the classifiers."""
+        options, cnn = self.options, self.cnn.classifier.weight
+        body = [p for p in self.cnn.resnet50.parameters() if p.requires_grad]
+        if options.optimisers == "two":
+            # momentum is left at PyTorch's 0 (wsol.md section 5)
+            rule = Fit(optimiser="sgd", lr=options.cnn_lr, weight_decay=options.cnn_weight_decay, schedule="constant")
+            two = [Group(body, rule=rule), Group([cnn], 10.0, rule=rule)]
+            return decay_groups(self.transformer, ("pos_embed", "cls_token")) + two
+        head = list(self.transformer.head.parameters())
+        rest = [p for n, p in self.transformer.named_parameters() if not n.startswith("head.")]
+        return [Group(body + rest), Group([cnn, *head], options.head_lr)]
+
+    def load_weights(self, weights: str) -> str:
+        """Start from a file of both branches (of this project), of one, or from 'pretrained', which has both.
+
+        Which it is, shows in its names: DeiT's, and ResNet's under torchvision's names, without their heads; or the
+        official ``deits_cam.pth``, ``res152_cam.pth`` and the CUB checkpoint, whole. Give both branches' files as
+        FILE,FILE.
+        """
+        if weights == PRETRAINED_WEIGHTS:
+            return f"{self.transformer.load_weights(weights)}; {load_resnet(self.cnn, weights, heads=['classifier'])}"
+        state = read(weights)
+        if "transformer.cls_token" in state:
+            return str(load(self, state, label=weights))
+        if "blocks.0.norm1.weight" in state:
+            return self.transformer.load_weights(weights)
+        return load_resnet(self.cnn, weights, heads=["classifier"])

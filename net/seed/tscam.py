@@ -1,0 +1,181 @@
+"""TS-CAM: token semantic coupled attention map (Gao et al., ICCV 2021; wsol.md sections 2 and 5).
+
+A DeiT whose linear head gives way to a 3x3 convolution on the patches: its maps are semantic but do not localise. The
+class token's attention localises but knows no class. The product of the two does both.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+
+from misc.config import PRETRAINED_WEIGHTS, Augment, BoxInference, CamInference, Fit
+from net.backbone.conformer import Conformer, ConformerOptions
+from net.backbone.transformer import AttentionSums, Visit
+from net.backbone.vit import SemanticViT, ViTOptions
+from net.contract import (
+    Batch,
+    ClassLoss,
+    Group,
+    Network,
+    Options,
+    Recipe,
+    SeedNetwork,
+    SeedRecipe,
+    class_loss,
+    decay_groups,
+    seed,
+)
+from net.weights import load, read
+
+
+@dataclass(frozen=True)
+class TsCamOptions(Options):
+    """Network and loss; the defaults are the published DeiT-S on CUB-200-2011."""
+
+    backbone: Literal["deit", "conformer"] = "deit"
+    """The transformer; the section of this name applies, the other is not used."""
+    deit: ViTOptions = field(default_factory=ViTOptions)
+    """DeiT. Tiny: width 192, 3 heads; base: width 768, 12 heads."""
+    conformer: ConformerOptions = field(default_factory=lambda: ConformerOptions(last_stride=2))
+    """Conformer."""
+    loss: ClassLoss = "cross_entropy"
+    """cross_entropy: one class an image, as published. soft_margin: images of several classes."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an unknown backbone or loss."""
+        if self.backbone not in ("deit", "conformer"):
+            raise ValueError(f"backbone must be deit or conformer, got {self.backbone!r}.")
+        if self.loss not in get_args(ClassLoss):
+            raise ValueError(f"loss must be one of {', '.join(get_args(ClassLoss))}, got {self.loss!r}.")
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> TsCam:
+        """TS-CAM for ``num_classes`` classes."""
+        return {"deit": TsCamDeiT, "conformer": TsCamConformer}[self.backbone](self, num_classes)
+
+
+_PUBLISHED = Recipe(
+    cam=SeedRecipe(
+        network=TsCamOptions(),
+        # published: the last, incomplete batch of an epoch is trained on too; here it is dropped (one update of 47)
+        fit=Fit(
+            epochs=60, batch_size=128, optimiser="adamw", lr=5e-5, weight_decay=0.05,
+            schedule="step", step_epochs=(30,), step_factor=0.1,
+        ),
+        augment=Augment(order=("square", "crop", "flip", "normalize"), square=256, crop=224, flip=0.5),
+        weights=PRETRAINED_WEIGHTS,
+        # minmax is what the boxes' own step does (wsol.md section 6): the signed map is not rectified
+        infer=CamInference(scales=(224,), square=True, resize="bilinear", flip=False, normalise="minmax"),
+        boxes=BoxInference(side=224, threshold=0.1),
+    ),
+    data="cub200",
+)  # fmt: skip
+
+# trained from random weights; small patches, so that maps of small images have some detail
+_SAMPLE = Recipe(
+    cam=SeedRecipe(
+        network=TsCamOptions(
+            deit=ViTOptions(image_size=112, patch=8, width=96, depth=4, heads=3, drop_path=0.0),
+            conformer=ConformerOptions(patch=8, base=16, ratio=2, width=96, depth=6, heads=3, drop_path=0.0),
+        ),
+        fit=Fit(epochs=24, batch_size=16, optimiser="adamw", lr=1e-3, weight_decay=0.05),
+        augment=Augment(
+            order=("square", "crop", "flip", "jitter", "normalize"), square=128, crop=112, jitter=(0.2, 0.2, 0.2, 0.02)
+        ),
+        infer=CamInference(scales=(112,), square=True, resize="bilinear", flip=False, normalise="minmax"),
+        boxes=BoxInference(side=112, threshold=0.1),
+    ),
+    data="sample_cub",
+)
+
+
+@seed("tscam")
+class TsCam(SeedNetwork):
+    """What both backbones have in common; ``TsCamOptions.build`` makes one of them."""
+
+    recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
+    loss: ClassLoss
+
+    @abstractmethod
+    def logits(self, images: Tensor) -> Tensor:
+        """Class scores, of training and test alike: (B, 3, H, W) -> (B, C) float32."""
+
+    @abstractmethod
+    def coupled_maps(self, images: Tensor) -> Tensor:
+        """Semantic maps times the class token's attention: (B, 3, H, W) -> (B, C, h, w) float32, signed."""
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image (B, 3, S, S), tags (B, C) -> {"cls": the recipe's classification loss}."""
+        return {"cls": class_loss(self.logits(batch["image"]), batch["tags"], self.loss)}
+
+    def classify(self, images: Tensor, num_classes: int) -> Tensor:
+        """The logits."""
+        return self.logits(images)
+
+    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
+        """The coupled map: (B, 3, H, W) -> (B, C, h, w) float32. Signed and not rectified (wsol.md section 2)."""
+        return self.coupled_maps(images)
+
+    def param_groups(self) -> list[Group]:
+        """Decayed is what is a matrix, but for class token and ``pos_embed`` (wsol.md section 5)."""
+        return decay_groups(self, ("pos_embed", "cls_token"))
+
+
+class TsCamDeiT(SemanticViT, TsCam):
+    """On DeiT. State-dict names are those of the official checkpoints, which load strictly; start weights are a
+    DeiT's."""
+
+    def __init__(self, options: TsCamOptions, num_classes: int) -> None:
+        super().__init__(options.deit, num_classes)
+        self.loss = options.loss
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Means of the semantic maps."""
+        return self.semantic_maps(images).mean((2, 3))
+
+
+class TsCamConformer(Conformer, TsCam):
+    """On Conformer: ``trans_cls_head`` is the convolution on the patch tokens, ``conv_cls_head`` a linear layer on the
+    pooled features of the other branch (wsol.md section 2)."""
+
+    heads = ("trans_cls_head", "conv_cls_head")
+
+    def __init__(self, options: TsCamOptions, num_classes: int) -> None:
+        super().__init__(options.conformer)
+        self.loss = options.loss
+        self.trans_cls_head = nn.Conv2d(self.width, num_classes, 3, padding=1)
+        self.conv_cls_head = nn.Linear(self.channels, num_classes)
+        nn.init.trunc_normal_(self.conv_cls_head.weight, std=0.02)
+        nn.init.zeros_(self.conv_cls_head.bias)
+
+    def look(self, images: Tensor, visit: Visit | None = None) -> tuple[Tensor, Tensor]:
+        """Semantic maps (B, C, h, w) and the convolution branch's logits (B, C), both float32."""
+        images = self.whole_patches(images)
+        features, tokens = self.branches(images, visit)
+        grid = tuple(side // self.patch for side in images.shape[-2:])
+        patches = tokens[:, 1:].transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
+        return self.trans_cls_head(patches).float(), self.conv_cls_head(features.mean((2, 3))).float()
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Means of the semantic maps plus the convolution branch's logits."""
+        maps, convolution = self.look(images)
+        return maps.mean((2, 3)) + convolution
+
+    def coupled_maps(self, images: Tensor) -> Tensor:
+        """See ``TsCam``; the attention is the sum over all blocks."""
+        sums = AttentionSums(1, [1.0] * self.depth, [0.0] * self.depth)
+        maps, _ = self.look(images, sums)
+        return maps * sums.to_patches.unflatten(2, maps.shape[-2:])
+
+    def load_weights(self, weights: str) -> str:
+        """Conformer's ImageNet weights without their heads (``conformer_small_patch16.pth``), or a whole TS-CAM
+        checkpoint, whose token head is a convolution, and which must fit in all its parts."""
+        head = read(weights).get("trans_cls_head.weight")
+        if head is not None and head.ndim == 4:
+            return str(load(self, weights))
+        return str(load(self, weights, rename=lambda name: None if name.startswith(self.heads) else name,
+                        allow_missing=self.heads))  # fmt: skip

@@ -1,0 +1,101 @@
+"""Step 8: draw boxes round the objects of the validation images and score them, on data sets that have true boxes:
+box/ID.npz. The maps are cut at one fixed threshold (TS-CAM's protocol: wsol.md sections 6 and 7) and at all of them
+(wsolevaluation's: section 8)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from misc import wsol
+from misc.cams import class_maps, infer_logits, merge, normalise
+from misc.each import each
+from misc.fit import autocast
+from misc.store import read_image, write_arrays
+from step.config import Job
+from step.make_cam import cam_network
+from step.scoring import score_boxes
+
+Maps = Callable[[np.ndarray], list[torch.Tensor]]
+"""Classes -> their raw maps, as ``misc.cams.merge`` takes them; nothing else is known of the image."""
+
+
+def on_grid(job: Job, maps: list[torch.Tensor], mode: str) -> np.ndarray:
+    """Merged maps (K, side, side), each from 0 to 1, float32."""
+    infer, side = job.cfg.cam.infer, job.cfg.cam.boxes.side
+    total = normalise(merge(maps, (side, side), mode=mode), infer.normalise).cpu().numpy()  # type: ignore[arg-type]
+    return np.stack([wsol.by_range(m) for m in total])
+
+
+def localise(
+    job: Job, logits: np.ndarray, maps: Maps, target: int, truth: np.ndarray, region: np.ndarray | None,
+    size: tuple[int, int],
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """What is found in an image and what it is worth.
+
+    The boxes of the five best classes come from logits and image alone. Those of the true class (GT-Known, MaxBoxAcc,
+    PxAP) come from maps that were asked for that class, in a pass of their own.
+
+    Args:
+        logits: (C,). maps: see ``Maps``.
+        target: true class. truth: (n, 4) true boxes in pixels of the image, whose size is ``size`` (H, W).
+        region: see ``Catalog.region``.
+
+    Returns:
+        best (k,), boxes (k, 4), known (4,), truth (n, 4) on the grid; the fields of ``wsol.Verdict``; overlap (2, T);
+        pixels (2, T + 2), zeros where there is no region; score (side, side) uint8, the map of the best class.
+    """
+    options = job.cfg.cam.boxes
+    best = wsol.best_classes(logits)
+    scores = on_grid(job, maps(np.sort(best)), "bilinear")[np.argsort(np.argsort(best))]  # (k, side, side)
+    boxes = np.stack([wsol.fixed_box(m, options.threshold) for m in scores])
+    asked = maps(np.array([target]))
+    known = wsol.fixed_box(on_grid(job, asked, "bilinear")[0], options.threshold)
+    clipped = wsol.scaled_boxes(truth, size, options.side, clip=True)
+    verdict = wsol.judge(best, boxes, known, target, clipped)
+    taus = wsol.thresholds(options.interval)
+    swept = on_grid(job, asked, "bicubic")[0]
+    pixels = np.zeros((2, len(taus) + 2), np.int64)
+    if region is not None:
+        pixels = wsol.region_histograms(swept, wsol.region_on_grid(region, options.side), taus)
+    return {
+        "best": best, "boxes": boxes, "known": known, "truth": clipped, "score": wsol.levels(scores[0]),
+        "overlap": wsol.best_overlaps(swept, taus, wsol.scaled_boxes(truth, size, options.side, clip=False)),
+        "pixels": pixels, **{name: np.array(value) for name, value in vars(verdict).items()},
+    }  # fmt: skip
+
+
+def run(job: Job, device: torch.device) -> None:
+    """Find, score and record the boxes of the validation list. Class scores are computed without tags."""
+    network, catalog = cam_network(job, device), job.catalog
+    infer, kind = job.cfg.cam.infer, network.normalisation
+
+    def prepare(image_id: str) -> np.ndarray:
+        return read_image(catalog.image_path(image_id))
+
+    def work(image_id: str, image: np.ndarray) -> None:
+        targets = np.flatnonzero(catalog.tags(image_id))
+        if len(targets) != 1:
+            raise ValueError(f"it has {len(targets)} classes: boxes are scored on images of one. Take it off the list.")
+
+        def maps(classes: np.ndarray) -> list[torch.Tensor]:
+            asked = np.zeros(catalog.num_classes, np.float32)
+            asked[classes] = 1
+            return list(class_maps(network.cam, image, asked, infer, kind, device))
+
+        grad = contextlib.nullcontext() if network.map_needs_gradient else torch.inference_mode()
+        with grad, autocast(job.cfg.machine, device):
+            logits = infer_logits(network.classify, image, catalog.num_classes, infer, kind, device)
+            found = localise(
+                job, logits, maps, int(targets[0]), catalog.boxes(image_id), catalog.region(image_id), image.shape[:2]
+            )
+        write_arrays(job.run.box(image_id), **found)
+
+    each(
+        "localise", catalog.ids(job.cfg.val_list), work, prepare=prepare, done=lambda i: job.run.box(i).exists(),
+        workers=job.cfg.machine.workers, part=job.cfg.shard_part(),
+    )
+    score_boxes(job)

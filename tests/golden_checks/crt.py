@@ -1,0 +1,199 @@
+"""Golden cases of CRT: tiles, both branches, losses, merging, and its form on CUB (crt.md, wsol.md section 3)."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from golden_checks.wsol import fill, made, one_hot, sampled
+from torch import nn
+
+from misc import cams
+from misc.config import override
+from net.backbone.transformer import AttentionSums
+from net.seed import crt
+from net.seed.crt import Crt, CrtOptions
+
+PUBLISHED = Crt.recipes["published"].cam
+CUB = {
+    "cnn.depth": (3, 4, 6, 3), "transformer.drop_path": 0.0, "tiles": False, "rounds": 1, "loss": "cross_entropy",
+    "agreement": 1.0, "agreement_size": "grid", "agreement_epochs": "alternating", "epochs": 60, "optimisers": "two",
+}  # fmt: skip
+
+
+def fill_cnn(case: Any, cnn: nn.Module, factor: float, keys: dict[str, list[int]]) -> None:
+    """The case's weights, read back from a file in the official form, in which most names are aliases."""
+    own = {k: v for k, v in keys.items() if k.startswith(("resnet50.", "classifier."))}
+    assert case.fill.keys_of(cnn) == own
+    filled = {}
+    for name, value in cnn.state_dict().items():
+        filled[name] = case.fill.tensor_for(name, value)
+        if name.startswith("resnet50.") and value.ndim == 4:
+            filled[name] = filled[name] * factor
+    official = {name: filled[case.meta.get("aliases", {}).get(name, name)] for name in keys}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "res_cam.pth"
+        torch.save(official, path)
+        crt.load_resnet(cnn, str(path), heads=["classifier"])
+    for name, value in cnn.state_dict().items():
+        torch.testing.assert_close(value, filled[name], rtol=0, atol=0)
+    cnn.eval()
+
+
+def factor(case: Any) -> float:
+    """What the CNN's convolutions are multiplied by."""
+    patterns = (r"under 'resnet50\.' times ([\d.]+\d)", r"starts with 'resnet50\.' is multiplied by ([\d.]+\d)")
+    return float(next(m[1] for p in patterns if (m := re.search(p, case.meta["fill"]))))
+
+
+def check_crt_tiles(case: Any) -> None:
+    """Padded sides, cutting, merging."""
+    given, tile = case.meta["input"], PUBLISHED.network.transformer.image_size
+    for side, padded in given["padding_table (side -> padded side)"]:
+        assert crt.padded_side(side, tile) == padded
+    images = made(case, given["image"])
+    height, width = given["padded_size"]
+    padded = nn.functional.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]))
+    tiles, grid = crt.cut(padded, tile)
+    assert grid == (given["tiles_vertical"], given["tiles_horizontal"])
+    np.testing.assert_allclose(tiles[:, 0, ::16, ::16], case.arrays["tiles"], rtol=0, atol=0)
+    merged = crt.merge(torch.from_numpy(case.arrays["tile_maps"]), grid)
+    np.testing.assert_allclose(merged, case.arrays["merged"], rtol=1e-6, atol=1e-6)
+
+
+def check_crt_deit_forward(case: Any) -> None:
+    """The training forward, and the maps of an image with its mirror, down to the tokens and the attention of tiles."""
+    classes = case.meta["keys"]["head.bias"][0]
+    network = crt.TransformerBranch(PUBLISHED.network, classes)
+    fill(case, network, case.meta["keys"])
+    seen: list[torch.Tensor] = []
+    network.norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.inference_mode():
+        maps = network.train()(made(case, case.meta["input"]["train_image"]))
+        network.eval()
+        sampled(case, "train_cam", maps)
+        sampled(case, "train_logits", maps.mean((2, 3)))
+        for number in (0, 1):
+            image = made(case, case.meta["input"][f"cam_image{number}"])
+            pair = network.localise(torch.cat([image, image.flip(-1)]), coupled=True).relu()
+            sampled(case, f"cam{number}", pair[0] + pair[1].flip(-1))
+        sides = [crt.padded_side(side, network.tile) for side in image.shape[-2:]]
+        pair = torch.cat([image, image.flip(-1)])
+        pair = nn.functional.pad(pair, (0, sides[1] - image.shape[3], 0, sides[0] - image.shape[2]))
+        tiles, _ = crt.cut(pair, network.tile)
+        sums = AttentionSums(1, [1.0] * len(network.blocks), [0.0] * len(network.blocks))
+        tokens = network.norm(network.features(tiles, sums)[0])
+    sampled(case, "tile_cls", tokens[:, 0])
+    sampled(case, "tile_patch", tokens[:, 1:])
+    sampled(case, "tile_attention", sums.to_patches[:, 0])
+    torch.testing.assert_close(seen[-2], tokens[:, 1:])  # the maps came from the very tokens that were compared
+
+
+def check_crt_cnn_forward(case: Any) -> None:
+    """Raw maps, scores, and the rectified maps of a pair, of weights in the official form."""
+    keys = case.meta["keys"]
+    classes = keys["classifier.weight"][0]
+    cnn = crt.CnnBranch(PUBLISHED.network.cnn, classes)
+    fill_cnn(case, cnn, factor(case), keys)
+    image = made(case, case.meta["input"]["image"])
+    with torch.inference_mode():
+        maps = cnn.train()(image)
+        sampled(case, "train_cam", maps)
+        sampled(case, "train_logits", maps.mean((2, 3)))
+        pair = cnn(torch.stack([image[1], image[1].flip(-1)])).relu()
+        sampled(case, "cam", pair[0] + pair[1].flip(-1))
+
+
+def check_crt_losses(case: Any) -> None:
+    """Terms and gradients of given maps, in the first epoch and later."""
+    given, options = case.meta["input"], PUBLISHED.network
+    leaves = [torch.from_numpy(case.arrays[name]).requires_grad_() for name in ("cam_cnn", "cam_transformer")]
+    tags = torch.tensor(given["labels"], dtype=torch.float32)
+    assert options.agreement == given["cam_lambda"] and options.agreement_size == "image"
+    assert PUBLISHED.augment.crop == given["upsampled_size"] and options.epochs == PUBLISHED.fit.epochs
+    network = _with_maps(options, leaves)
+    batch = {"image": torch.zeros(len(tags), 3, *[given["upsampled_size"]] * 2), "tags": tags}
+    first, later = network(batch, 0.99 / options.epochs), network(batch, 1 / options.epochs)
+    assert list(first) == ["cnn", "transformer"]
+    sum(later.values()).backward()
+    terms = [later["cnn"], later["transformer"], later["agreement"] / options.agreement]
+    sampled(case, "terms", torch.stack([*terms, sum(first.values()), sum(later.values())]))
+    for name, leaf in zip(("grad_cam_cnn", "grad_cam_transformer"), leaves, strict=True):
+        sampled(case, name, leaf.grad)
+
+
+class _Given(nn.Module):
+    """Stands for a branch: gives back maps that are there."""
+
+    def __init__(self, maps: torch.Tensor) -> None:
+        super().__init__()
+        self.maps = maps
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.maps
+
+
+def _with_maps(options: CrtOptions, maps: list[torch.Tensor]) -> Crt:
+    """CRT whose branches give these maps."""
+    small = override(options, {"cnn.width": 0.125, "cnn.depth": (1, 1, 1, 1), "transformer.depth": 1})
+    network = small.build(maps[0].shape[1], {})
+    network.cnn, network.transformer = _Given(maps[0]), _Given(maps[1])
+    return network
+
+
+def check_crt_cam_merge(case: Any) -> None:
+    """Merging of the summed pairs of all scales, at a quarter of the size and at the size rounded up and cut."""
+    given, infer = case.meta["input"], PUBLISHED.infer
+    assert list(infer.scales) == given["scales"] and infer.flip
+    stored = [int(v) for v in re.search(r"\[(.+)\]", given["stored_channels"])[1].split(",")]
+    keys = sorted(given["label_indices"])
+    np.testing.assert_array_equal(keys, case.arrays["keys"])
+    at = [stored.index(key) for key in keys]
+    passes = [torch.from_numpy(case.arrays[f"cam_scale{i}"])[at] for i in range(len(infer.scales))]  # (K, h, w) each
+    height, width = given["image_size"]
+    sums = iter(passes)
+
+    def cam(images: torch.Tensor, tags: torch.Tensor) -> torch.Tensor:
+        """The stored sum as the image's map, nothing as the mirrored one's."""
+        found = torch.zeros(2, tags.shape[1], *(total := next(sums)).shape[1:])
+        found[0, keys] = total
+        return found
+
+    tags = np.zeros(max(stored) + 1, np.float32)
+    tags[keys] = 1
+    merged, coarse = cams.infer_cams(cam, np.zeros((height, width, 3), np.uint8), tags, infer, Crt.normalisation)
+    sampled(case, "high_res", merged)
+    sampled(case, "cam", coarse)
+
+
+def check_crt_wsol_forward(case: Any) -> None:
+    """CRT on CUB: both branches, the coupled maps, the loss with its gradients, and the epochs of the L1 term."""
+    classes = case.meta["keys"]["head.bias"][0]
+    options = override(PUBLISHED.network, CUB)
+    network = options.build(classes, {})
+    fill(case, network.transformer, case.meta["keys"])
+    fill_cnn(case, network.cnn, factor(case), case.meta["keys_cnn"])
+    network.train()
+    x = made(case, case.meta["input"]["image"])
+    tags = one_hot(case.meta["input"]["targets"], classes)
+    used = case.arrays["l1_term_used"]
+    begins = np.arange(len(used)) / len(used)
+    assert options.epochs == len(used)
+    for share in (0, 0.5, 0.999):  # of each epoch
+        np.testing.assert_array_equal([options.agrees(p + share / len(used)) for p in begins], used)
+    terms = network({"image": x, "tags": tags}, begins[used.argmax()])
+    sampled(case, "terms", torch.stack([terms["transformer"], terms["cnn"], terms["agreement"]]))
+    sum(terms.values()).backward()
+    sampled(case, "grad_head", network.transformer.head.weight.grad)
+    sampled(case, "grad_classifier", network.cnn.classifier.weight.grad)
+    network.eval()
+    with torch.inference_mode():
+        sampled(case, "logits_transformer", network.classify(x, classes))
+        sampled(case, "maps_transformer", network.transformer(x))
+        sampled(case, "maps_cnn", network.cnn(x))
+        sampled(case, "logits_cnn", network.cnn(x).mean((2, 3)))
+        sampled(case, "eval_cams", network.cam(x, tags))

@@ -1,0 +1,207 @@
+"""Golden cases of TS-CAM and of localisation: network, CUB's data, boxes, metrics (wsol.md)."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from misc import wsol
+from misc.config import Fit, override
+from misc.fit import lr_factor
+from net.backbone.transformer import AttentionSums
+from net.contract import class_loss
+from net.seed.tscam import TsCam
+from voc12.catalog import open_catalog
+
+
+def fill(case: Any, network: nn.Module, keys: dict[str, list[int]]) -> None:
+    """The case's weights, in evaluation mode; the state dict must be the official one."""
+    assert case.fill.keys_of(network) == keys
+    case.fill.fill_(network)
+    text = case.meta["fill"]
+    suffix, factor = re.search(r"key ends with '([\w.]+)' (?:is multiplied by|times) (\d+)", text).groups()
+    for name, value in network.state_dict().items():
+        if name.endswith(suffix):
+            value.mul_(float(factor))
+    network.eval()
+
+
+def sampled(case: Any, name: str, value: Any) -> None:
+    """Compare with an output whose meaning says which part of it is stored, relative to its largest entry."""
+    value = np.asarray(value.detach() if isinstance(value, torch.Tensor) else value)
+    expected = case.arrays[name]
+    if part := re.search(r"sampled \[(.+?)\]", case.meta["outputs"][name]["meaning"]):
+        value = value[tuple(
+            slice(*(int(v) if v else None for v in p.split(":"))) if ":" in p else int(p)
+            for p in part[1].replace(" ", "").split(",")
+        )]  # fmt: skip
+    tolerance = case.meta["tolerance"]["max_abs_error_over_max_abs"]
+    assert value.shape == expected.shape, (name, value.shape, expected.shape)
+    error = abs(value - expected).max() / abs(expected).max()
+    assert error <= tolerance, f"{case.name}: {name} is {error:.2g} off, {tolerance} is allowed"
+
+
+def made(case: Any, described: dict[str, Any]) -> torch.Tensor:
+    """An input that the case describes by its name and shape."""
+    return case.fill.image(described["name"], *described["shape"])
+
+
+def one_hot(targets: list[int], classes: int) -> torch.Tensor:
+    return nn.functional.one_hot(torch.tensor(targets), classes).float()
+
+
+def check_tscam_forward(case: Any) -> None:
+    """Logits, semantic and coupled maps, attention and loss."""
+    classes = case.meta["keys"]["head.bias"][0]
+    options = override(TsCam.recipes["published"].cam.network, {"deit.drop_path": 0.0})
+    network = options.build(classes, {})
+    fill(case, network, case.meta["keys"])
+    x = made(case, case.meta["input"]["image"])
+    tags = one_hot(case.meta["input"]["targets"], classes)
+    with torch.inference_mode():
+        sums = AttentionSums(1, [1.0] * len(network.blocks), [0.0] * len(network.blocks))
+        sampled(case, "semantic_maps", network.semantic_maps(x, sums))
+        attention = sums.to_patches
+        sampled(case, "attention", attention.unflatten(2, network.grid)[:, 0])
+        sampled(case, "logits", network.classify(x, classes))
+        sampled(case, "logits", network.train().logits(x))
+        sampled(case, "loss", network({"image": x, "tags": tags}, 0.0)["cls"][None])
+        sampled(case, "cams", network.eval().cam(x, tags))
+    torch.testing.assert_close(
+        class_loss(network.logits(x), tags, "cross_entropy"),
+        nn.functional.cross_entropy(network.logits(x), tags.argmax(1)),
+    )
+
+
+def check_wsol_cub_sample(case: Any) -> None:
+    """Class and box of each row through the reader of the folder, and the rates of the step schedule."""
+    rows = case.meta["input"]["rows [image width, image height, line of bounding_boxes.txt without the id (x y w h)]"]
+    labels = case.meta["input"]["class ids in the file (1-based)"]
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        (root / "images").mkdir()
+        lines = {
+            "classes.txt": [f"{i} {i:03}.Bird{i}" for i in range(1, max(labels) + 1)],
+            "images.txt": [f"{i} {label:03}.Bird{label}/bird_{i}.jpg" for i, label in enumerate(labels, 1)],
+            "image_class_labels.txt": [f"{i} {label}" for i, label in enumerate(labels, 1)],
+            "train_test_split.txt": [f"{i} 0" for i in range(1, len(rows) + 1)],
+            "bounding_boxes.txt": [f"{i} {row[2]}" for i, row in enumerate(rows, 1)],
+        }
+        for name, content in lines.items():
+            (root / name).write_text("\n".join(content))  # no final newline: no digit may be lost
+        catalog = open_catalog("cub200", root)
+        for image_id, (width, height, _) in zip(catalog.ids("test"), rows, strict=True):
+            box = wsol.scaled_boxes(catalog.boxes(image_id), (height, width), 224, clip=True)
+            found.append([catalog.tags(image_id).argmax(), *box[0]])
+    np.testing.assert_array_equal(found, case.arrays["label_and_box"])
+
+    rates = case.arrays["lr_per_epoch"]
+    every = int(re.search(r"LR_STEPS \[(\d+)\]", case.meta["description"])[1])
+    lr, per_epoch = case.meta["input"]["start lr"], 3
+    fit = Fit(epochs=len(rates), lr=lr, schedule="step", step_epochs=(every,))
+    got = [lr * lr_factor(fit, step, len(rates) * per_epoch) for step in range(len(rates) * per_epoch)]
+    np.testing.assert_allclose(got, np.repeat(rates, per_epoch), rtol=1e-6)
+
+
+def _close_boxes(got: np.ndarray, expected: np.ndarray) -> None:
+    """The stated tolerance of boxes."""
+    assert got.shape == expected.shape and abs(got - expected).max() <= 1
+    assert (got == expected).mean() >= 0.95
+
+
+def check_wsol_boxes(case: Any) -> None:
+    """Resized, normalised maps and their boxes at all sizes and thresholds."""
+    maps, sizes = case.arrays["maps"], case.meta["input"]["sizes"]
+    grown = [np.stack([wsol.resized(m, size) for m in maps]) for size in sizes]
+    step = int(re.search(r"::(\d+)", case.meta["outputs"]["resized"]["meaning"])[1])
+    np.testing.assert_allclose(
+        grown[0][:, ::step, ::step], case.arrays["resized"], rtol=0, atol=case.meta["tolerance"]["resized"]
+    )
+    cuts = case.meta["input"]["thresholds"]
+    boxes = [[[wsol.fixed_box(m, cut) for cut in cuts] for m in listed] for listed in grown]
+    _close_boxes(np.array(boxes), case.arrays["boxes"])
+
+
+def check_wsol_metrics(case: Any) -> None:
+    """Flags of every image, and the accuracy of the classification."""
+    given, cams, logits = case.meta["input"], case.arrays["cams"], case.arrays["logits"]
+    side, cut = given["crop_size"], given["cam_threshold"]
+    columns: dict[str, list[float]] = {}
+    verdicts = []
+    truths = given["ground_truth_boxes [x0 y0 x1 y1 ...] on the 224 grid"]
+    for maps, scores, target, text in zip(cams, logits, given["targets"], truths, strict=True):
+        truth = np.array([int(v) for v in text.split()]).reshape(-1, 4)
+        best = wsol.best_classes(scores)
+        boxes = [wsol.fixed_box(wsol.resized(m, side), cut) for m in maps]  # of every class
+        verdict = wsol.judge(best, np.stack(boxes)[best], boxes[target], target, truth)
+        verdicts.append(verdict)
+        kinds = ("right", "cls_wrong", "multi_instances", "region_part", "region_more", "region_wrong")
+        flags = {kind: verdict.error == ours for kind, ours in zip(kinds, wsol.ERRORS, strict=True)}
+        flags |= {"iou_gt_class": verdict.iou, "loc_gt_known": verdict.gt_known}
+        flags |= {k: getattr(verdict, k) for k in ("cls_top1", "cls_top5", "loc_top1", "loc_top5")}
+        for name, flag in flags.items():
+            columns.setdefault(name, []).append(float(flag))
+    tolerance = case.meta["tolerance"]
+    assert set(columns) | {"accuracy"} == set(case.meta["outputs"])
+    for name, values in columns.items():
+        allowed = tolerance["iou_gt_class"] if name == "iou_gt_class" else 0
+        np.testing.assert_allclose(values, case.arrays[name], rtol=0, atol=allowed, err_msg=name)
+    shares = wsol.summary(verdicts)
+    np.testing.assert_allclose([shares["Cls Top-1"], shares["Cls Top-5"]], case.arrays["accuracy"], rtol=1e-5)
+
+
+def _cuts(text: str) -> np.ndarray:
+    """Thresholds of ``np.arange(0,1,STEP)``."""
+    return wsol.thresholds(float(re.fullmatch(r"np\.arange\(0,1,([\d.]+)\)", text)[1]))
+
+
+def check_wsol_maxboxacc(case: Any) -> None:
+    """Score maps, boxes at every threshold, counts and the maxima of both forms."""
+    given, arrays = case.meta["input"], case.arrays
+    side, taus = 224, _cuts(given["thresholds"])
+    scores = np.stack([wsol.resized(m.astype(np.float64), side, "bicubic") for m in arrays["maps14"]])
+    np.testing.assert_allclose(scores[:, ::9, ::9], arrays["scoremap"], rtol=0, atol=1e-5)
+    sizes = given["image_sizes [w,h]"]
+    truths = [
+        wsol.scaled_boxes(np.array(boxes), (height, width), side, clip=False)
+        for (width, height), boxes in zip(sizes, given["ground_truth_boxes [x0,y0,x1,y1] in image pixels"], strict=True)
+    ]
+    np.testing.assert_array_equal(np.concatenate(truths), arrays["gt_resized"])
+    found = [[wsol.all_boxes(wsol.levels(m), float(tau)) for tau in taus] for m in scores]
+    _close_boxes(np.array([[boxes[at] for boxes, at in row] for row in found]), arrays["boxes_single"])
+    counts = np.array([[len(boxes) for boxes, _ in row] for row in found])
+    assert (counts == arrays["box_counts_multi"]).mean() >= 0.98
+    overlap = np.stack([wsol.best_overlaps(m, taus, truth) for m, truth in zip(scores, truths, strict=True)], 1)
+    for name, best in zip(("single", "multi"), overlap, strict=True):
+        curves = wsol.box_accuracy(best)
+        assert (np.rint(curves * len(scores) / 100) == arrays[f"correct_{name}"]).mean() >= 0.98
+        np.testing.assert_allclose(curves.max(1), arrays[f"max_box_acc_{name}"], rtol=1e-6)
+    np.testing.assert_allclose(wsol.max_box_acc(overlap[0], taus)[0], arrays["max_box_acc_single"][1], rtol=1e-6)
+    np.testing.assert_allclose(wsol.max_box_acc_v2(overlap[1]), arrays["max_box_acc_multi"].mean(), rtol=1e-6)
+
+
+def check_wsol_pxap(case: Any) -> None:
+    """Regions on the grid, histograms, and PxAP."""
+    given, arrays = case.meta["input"], case.arrays
+    width = given["mask size (h,w)"][1]
+    masks, ignore = (np.unpackbits(arrays[k], axis=-1)[..., :width] for k in ("masks", "ignore"))
+    owner = np.array(given["mask_owner (image index of each stored mask)"])
+    taus = _cuts(given["thresholds"])
+    total: Any = 0
+    for number, low in enumerate(arrays["maps14"]):
+        region = np.where(ignore[number] > 0, 255, 0).astype(np.uint8)
+        region[(masks[owner == number] > 0).any(0)] = 1
+        region = wsol.region_on_grid(region, 224)
+        np.testing.assert_array_equal(region[::4, ::4], arrays["gt_mask"][number])
+        scores = wsol.resized(low.astype(np.float64), 224, "bicubic")
+        total = total + wsol.region_histograms(scores, region, taus)
+    for ours, name in zip(total, ("true_hist", "false_hist"), strict=True):
+        assert abs(ours - arrays[name]).max() <= 5, name
+    np.testing.assert_allclose(wsol.pxap(total), arrays["pxap"][0], rtol=0, atol=case.meta["tolerance"]["pxap"])
