@@ -22,7 +22,13 @@ _EPSILON = 1e-5
 def input_sizes(size: tuple[int, int], infer: CamInference) -> list[tuple[int, int]]:
     """(h, w) that an image of ``size`` (H, W) is resized to, in the order of the scales; the padding comes on top."""
     scaled = imaging.truncated_size if infer.truncate else imaging.scaled_size
-    return [scaled((1, 1) if infer.square else size, scale) for scale in infer.scales]
+    sizes = [scaled((1, 1) if infer.square else size, scale) for scale in infer.scales]
+    return [rounded_up(s, infer.stretch) for s in sizes]
+
+
+def rounded_up(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """(h, w) as the next multiples."""
+    return size[0] + -size[0] % multiple, size[1] + -size[1] % multiple
 
 
 def _margin(size: tuple[int, int], multiple: int) -> tuple[int, int]:
@@ -66,12 +72,13 @@ def unpad(maps: Tensor, size: tuple[int, int], infer: CamInference) -> Tensor:
     return torch.stack([m[:, :height, at : at + width] for m, at in zip(maps, left, strict=False)])
 
 
-def merge(maps: Iterable[Tensor], size: tuple[int, int]) -> Tensor:
+def merge(maps: Iterable[Tensor], size: tuple[int, int], canvas: int = 1) -> Tensor:
     """Sum of the maps of all passes at image size.
 
     Args:
         maps: a map a scale, (1, K, h, w), or (2, K, h, w) where the second is of the mirrored image; any h and w.
         size: (H, W) of the image.
+        canvas: as ``CamInference.canvas``.
 
     Returns:
         (K, H, W) float32. Bilinear with align_corners False (seam.md section 7.2).
@@ -81,12 +88,12 @@ def merge(maps: Iterable[Tensor], size: tuple[int, int]) -> Tensor:
     """
     total = None
     for low in maps:
-        high = F.interpolate(low.float(), size=size, mode="bilinear", align_corners=False)  # (1 or 2, K, H, W)
+        high = F.interpolate(low.float(), size=rounded_up(size, canvas), mode="bilinear", align_corners=False)
         merged = high[0] + high[1].flip(-1) if len(high) == 2 else high[0]
         total = merged if total is None else total.add_(merged)
     if total is None:
         raise ValueError("There is no map to merge: the scales are empty.")
-    return total
+    return total[:, : size[0], : size[1]]
 
 
 def by_maximum(total: Tensor) -> Tensor:
@@ -170,4 +177,4 @@ def infer_cam(
             maps = maps.detach()[:, keys]
             yield unpad(maps, inner, infer) if infer.multiple > 1 else maps
 
-    return normalise(merge(present(), size), infer.normalise).cpu().numpy()
+    return normalise(merge(present(), size, infer.canvas), infer.normalise).cpu().numpy()

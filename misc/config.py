@@ -104,8 +104,9 @@ class Augment:
     """long_side: the longer side is resized to a random integer in [low, high], PIL bicubic. Pixels."""
     scale: tuple[float, float] = (0.5, 1.5)
     """scale: both sides are multiplied by a random factor in [low, high]; mask nearest."""
-    scale_filter: Literal["cubic", "linear", "bicubic"] = "cubic"
-    """Filter of the image in ``scale``. cubic, linear: OpenCV's. bicubic: PIL's, antialiased when shrinking."""
+    scale_filter: Literal["cubic", "linear", "bicubic", "bilinear"] = "cubic"
+    """Filter of the image in ``scale``. cubic, linear: OpenCV's. bicubic, bilinear: PIL's, antialiased when
+    shrinking."""
     scale_per_batch: bool = False
     """scale: one factor for all images of a batch instead of one for each."""
     flip: float = 0.5
@@ -118,7 +119,9 @@ class Augment:
     """hsv: largest integer shift of hue, saturation, value (OpenCV 8-bit HSV)."""
     area: tuple[float, float] = (0.08, 1.0)
     """resized_crop: a random part of the image, this share of its area and of aspect 3/4 to 4/3, is resized to the
-    square of side ``crop``, PIL bicubic."""
+    square of side ``crop``."""
+    area_filter: Literal["bicubic", "bilinear"] = "bicubic"
+    """resized_crop: PIL's filter of the image."""
     policy: str = "rand-m9-mstd0.5-inc1"
     """rand_augment: timm's RandAugment by the name that timm gives its settings. It moves no mask."""
     erase: float = 0.25
@@ -166,6 +169,11 @@ class CamInference:
     """Scales are not factors but sides in pixels of a square that the image is stretched to (transcam.md 5)."""
     flip: bool = True
     """Add the maps of the mirrored image."""
+    stretch: int = 1
+    """Scaled sizes are rounded up to multiples of this: images are stretched, not padded (semformer.md 6)."""
+    canvas: int = 1
+    """Maps are merged at the image's size rounded up to multiples of this and then cut to the image: published, and
+    moves them by up to that many pixels at the bottom and the right (semformer.md 11, trap 6)."""
     multiple: int = 1
     """Scaled images are padded with the mean colour at the bottom and the right to sides that are multiples of this;
     maps are brought to the padded size and cut to the image again. 1: no padding."""
@@ -181,7 +189,8 @@ class CamInference:
     def __post_init__(self) -> None:
         _check(bool(self.scales) and min(self.scales) > 0, "scales", self.scales, "positive factors")
         _check(not self.square or min(self.scales) >= 8, "scales", self.scales, "sides of 8 pixels or more for square")
-        _check(self.multiple > 0, "multiple", self.multiple, "at least 1")
+        for name in ("stretch", "canvas", "multiple"):
+            _check(getattr(self, name) > 0, name, getattr(self, name), "at least 1")
 
 
 @dataclass(frozen=True)

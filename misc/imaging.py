@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -77,11 +78,13 @@ def truncated_size(size: tuple[int, int], factor: float) -> tuple[int, int]:
     return max(1, int(size[0] * factor)), max(1, int(size[1] * factor))
 
 
-def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W, 3) uint8 -> (h, w, 3) uint8, PIL bicubic (antialiased when shrinking); ``size`` is (h, w)."""
+def resize_image(
+    image: np.ndarray, size: tuple[int, int], kind: Literal["bicubic", "bilinear"] = "bicubic"
+) -> np.ndarray:
+    """(H, W, 3) uint8 -> (h, w, 3) uint8, PIL's filter (antialiased when shrinking); ``size`` is (h, w)."""
     if image.shape[:2] == tuple(size):
         return image
-    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling[kind.upper()]))
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:

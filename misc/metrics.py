@@ -12,6 +12,7 @@ Sources: evaluation.md sections 1 and 2; boundary IoU: Cheng et al., "Boundary I
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal, TypeVar, get_args
 
@@ -274,7 +275,68 @@ def mask_at(maps: Maps, threshold: float) -> np.ndarray:
     return np.where(score > score.dtype.type(threshold), classes[position], np.uint8(0))
 
 
-class ThresholdCurve:
+def erode(mask: np.ndarray, side: int) -> np.ndarray:
+    """Every label's region, the background's too, eroded by a square of odd ``side``; pixels that are left in no region
+    become background: (H, W) uint8 -> the same. What is outside the image counts as inside (semformer.md section 10).
+    """
+    square = np.ones((side, side), np.uint8)
+    return np.where(cv2.erode(mask, square) == cv2.dilate(mask, square), mask, np.uint8(0))
+
+
+class Curve(ABC):
+    """Confusion matrices of CAMs at several background scores, counted image by image."""
+
+    num_classes: int
+    thresholds: np.ndarray
+    """(T,) float64, ascending."""
+
+    @abstractmethod
+    def confusion(self, i: int) -> Confusion:
+        """The confusion matrix at ``thresholds[i]``."""
+
+    def mious(self, convention: Convention = "counting") -> np.ndarray:
+        """mIoU at every threshold, (T,) float64 in [0, 1]."""
+        return np.array([self.confusion(i).miou(convention) for i in range(len(self.thresholds))])
+
+    def best(self, convention: Convention = "counting") -> tuple[float, float]:
+        """(threshold, mIoU) of the first maximum over the whole curve (no early stop: evaluation.md section 1.3)."""
+        mious = self.mious(convention)
+        i = int(np.argmax(mious))
+        return float(self.thresholds[i]), float(mious[i])
+
+
+class ErodedCurve(Curve):
+    """A curve of masks that are eroded after they are cut: every mask has to be made (semformer.md section 10).
+
+    Args:
+        num_classes_with_background: n. thresholds: T background scores. side: of the square.
+    """
+
+    def __init__(self, num_classes_with_background: int, thresholds: Sequence[float], side: int) -> None:
+        self.num_classes, self.side = num_classes_with_background, side
+        self.thresholds = np.asarray(thresholds, np.float64)
+        self.matrices = [Confusion(num_classes_with_background) for _ in thresholds]
+
+    def add(self, truth: np.ndarray, keys: np.ndarray, maps: np.ndarray) -> None:
+        """Counts one image, arguments and errors as ``ThresholdCurve.add``."""
+        empty = np.zeros(np.shape(truth), np.uint8)
+        for threshold, matrix in zip(self.thresholds, self.matrices, strict=True):
+            matrix.add(truth, erode(mask_at((keys, maps), threshold), self.side) if len(keys) else empty)
+
+    def merge(self, other: ErodedCurve) -> ErodedCurve:
+        """Adds the counts of ``other`` (from another part of the images); returns self."""
+        if other.side != self.side or not np.array_equal(other.thresholds, self.thresholds):
+            raise ValueError("only curves of the same thresholds and erosion can be merged")
+        for mine, theirs in zip(self.matrices, other.matrices, strict=True):
+            mine.merge(theirs)
+        return self
+
+    def confusion(self, i: int) -> Confusion:
+        """The confusion matrix at ``thresholds[i]``."""
+        return self.matrices[i]
+
+
+class ThresholdCurve(Curve):
     """Confusion matrices of CAMs at many background scores from ONE pass over the images (DESIGN.md section 6).
 
     Which class is strongest does not depend on the background score, only whether it beats it. So pixels are counted by
@@ -358,13 +420,3 @@ class ThresholdCurve:
         result.counts[:-1, 1:-1] = self.counts[:, :, i + 1 :].sum(axis=2)
         result.counts[:-1, 0] = self.counts[:, :, : i + 1].sum(axis=(1, 2))
         return result
-
-    def mious(self, convention: Convention = "counting") -> np.ndarray:
-        """mIoU at every threshold, (T,) float64 in [0, 1]."""
-        return np.array([self.confusion(i).miou(convention) for i in range(len(self.thresholds))])
-
-    def best(self, convention: Convention = "counting") -> tuple[float, float]:
-        """(threshold, mIoU) of the first maximum over the whole curve (no early stop: evaluation.md section 1.3)."""
-        mious = self.mious(convention)
-        i = int(np.argmax(mious))
-        return float(self.thresholds[i]), float(mious[i])

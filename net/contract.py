@@ -76,7 +76,7 @@ class Options(ABC):
     @abstractmethod
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> Network:
         """The network for ``num_classes`` foreground classes; ``earlier`` holds the trained networks of the phases
-        before this one, by phase name."""
+        before this one, by phase name, in evaluation mode and frozen, on the device of the training."""
 
 
 @dataclass(frozen=True)
@@ -330,3 +330,23 @@ def conv_groups(network: nn.Module, new: Collection[str], head_lr: float = 10.0)
             if parameter.requires_grad:
                 groups[place].params.append(parameter)
     return groups if groups[4].params else groups[:4]
+
+
+def name_groups(network: nn.Module, pretrained: Collection[str], head_lr: float = 10.0) -> list[Group]:
+    """The four groups of the published SemFormer and Puzzle-CAM trainings, sorted by names (semformer.md section 7).
+
+    In this order: pre-trained parameters whose name contains "weight" (base rate, decayed), the other pre-trained ones
+    (twice the rate, not decayed: biases, tokens and positions too), and the same two of the rest at ``head_lr`` times
+    that. Only what is trained is in them; a group may be empty.
+
+    Args:
+        network: its parameters are sorted.
+        pretrained: a parameter is pre-trained where its name contains one of these.
+        head_lr: learning rate of the rest relative to the base rate.
+    """
+    groups = [Group([]), Group([], 2.0, False), Group([], head_lr), Group([], 2 * head_lr, False)]
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            is_new = not any(part in name for part in pretrained)
+            groups[2 * is_new + ("weight" not in name)].params.append(parameter)
+    return groups

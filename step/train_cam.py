@@ -14,4 +14,4 @@ def run(job: Job, device: torch.device) -> None:
     earlier: dict[str, Network] = {}
     for name, phase in job.cfg.cam.phases():
         train(job, name, phase, build(job, phase, earlier), device, ids=job.train_ids())
-        earlier[name] = trained(job, name, phase, device, earlier)
+        earlier[name] = trained(job, name, phase, device, earlier).requires_grad_(False)
