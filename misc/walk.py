@@ -7,13 +7,17 @@ Serves every refiner: PSA (psa.md sections 5.2 and 6), IRNet (irnet.md section 1
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Displacement = tuple[int, int]
 """(dy, dx) from a pair's source to its target, in cells; dy >= 0."""
+
+_IGNORE = 255
+_EPS = 1e-5
 
 
 def half_circle(radius: int) -> list[Displacement]:
@@ -37,18 +41,39 @@ def fitting_radius(radius: int, height: int, width: int, *, early: bool = False)
     return radius if shorter >= 2 * radius + (1 if early else -1) else (shorter - 1) // 2
 
 
-def pair_views(grid: Tensor, displacement: Displacement, radius: int | None = None) -> tuple[Tensor, Tensor]:
-    """Sources and targets of all pairs of one displacement, as views of the grid.
+def path(displacement: Displacement) -> list[Displacement]:
+    """Cells between the ends of a pair, relative to its source: target first, source last (irnet.md section 9.1).
+
+    All cells of the rectangle that the ends span whose distance from their line is below 1: a thick line, no Bresenham
+    (the diagonal (1, 1) has four cells). Sorted by decreasing |y| + |x|, equal ones row by row.
+    """
+    dy, dx = displacement
+    rows, columns = (range(min(0, d), max(0, d) + 1) for d in displacement)
+    cells = [(y, x) for y in rows for x in columns if (dy * x - dx * y) ** 2 < dy * dy + dx * dx]
+    return sorted(cells, key=lambda cell: -abs(cell[0]) - abs(cell[1]))
+
+
+def by_path_length(displacements: Sequence[Displacement]) -> list[Displacement]:
+    """The displacements in IRNet's order: by the number of cells of their path, equal ones as they were (irnet.md
+    section 9.1)."""
+    return sorted(displacements, key=lambda displacement: len(path(displacement)))
+
+
+def cell_views(
+    grid: Tensor, displacement: Displacement, cells: Sequence[Displacement], radius: int | None = None
+) -> list[Tensor]:
+    """What lies at the same place of all pairs of one displacement, as views of the grid.
 
     Args:
         grid: (..., h, w).
         displacement: (dy, dx).
+        cells: places relative to the source, in the rectangle that source and target span: (0, 0) is the source.
         radius: None for all pairs inside the grid. A number keeps the sources from which every displacement of
             ``half_circle(radius)`` stays inside: rows 0 to h - radius, columns radius - 1 to w - radius. Those are
-            PSA's pairs (psa.md section 5.2); they have the same shape for each displacement.
+            PSA's and IRNet's pairs (psa.md section 5.2); they have the same shape for each displacement.
 
     Returns:
-        two views (..., a, b), equal positions are a pair.
+        a view (..., a, b) for each of the cells; equal positions belong to the same pair.
     """
     (height, width), (dy, dx) = grid.shape[-2:], displacement
     if radius is None:
@@ -56,7 +81,13 @@ def pair_views(grid: Tensor, displacement: Displacement, radius: int | None = No
     else:
         bottom, left, right = height - radius + 1, radius - 1, width - radius + 1
     bottom, right = max(0, bottom), max(left, right)
-    return grid[..., :bottom, left:right], grid[..., dy : dy + bottom, left + dx : right + dx]
+    return [grid[..., y : y + bottom, left + x : right + x] for y, x in cells]
+
+
+def pair_views(grid: Tensor, displacement: Displacement, radius: int | None = None) -> tuple[Tensor, Tensor]:
+    """Sources and targets of all pairs of one displacement: ``cell_views`` of both ends, (..., a, b) each."""
+    source, target = cell_views(grid, displacement, ((0, 0), displacement), radius)
+    return source, target
 
 
 def pair_cells(
@@ -81,6 +112,101 @@ def pair_cells(
     )
 
 
+def pair_labels(target: Tensor, radius: int, displacements: Sequence[Displacement] | None = None) -> dict[str, Tensor]:
+    """What is known about every pair of cells (psa.md section 5.3, irnet.md section 9.2).
+
+    Args:
+        target: (B, h, w) local class indices, 0 background, 255 unknown.
+        radius: of the circle, fitting the grid.
+        displacements: D of them, in any order; None for ``half_circle(radius)``.
+
+    Returns:
+        {"bg", "fg", "neg"}: (B, D, P) bool, D displacements and P sources: both background, both of one class, of
+        different ones.
+    """
+    displacements = half_circle(radius) if displacements is None else displacements
+    views = [pair_views(target, displacement, radius) for displacement in displacements]
+    if not views:
+        nothing = target.new_zeros((len(target), 0, 0), dtype=torch.bool)
+        return {"bg": nothing, "fg": nothing, "neg": nothing}
+    source = torch.stack([s.flatten(1) for s, _ in views], dim=1)  # (B, D, P)
+    other = torch.stack([t.flatten(1) for _, t in views], dim=1)
+    known = (source != _IGNORE) & (other != _IGNORE)
+    same = known & (source == other)
+    return {"bg": same & (source == 0), "fg": same & (source != 0), "neg": known & (source != other)}
+
+
+def affinity_losses(affinity: Tensor, labels: Mapping[str, Tensor], counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The three weighted loss terms (psa.md section 5.4, irnet.md section 9.3).
+
+    Args:
+        affinity: (B, D, P) float32 in [0, 1].
+        labels: of ``pair_labels``.
+        counts: number of pairs of each kind, by the same names; over the whole batch, or its mean over micro-batches.
+
+    Returns:
+        {"bg", "fg", "neg"}: scalars, weighted 1/4, 1/4 and 1/2; the loss is their sum.
+    """
+    alike, unlike = torch.log(affinity + _EPS), torch.log(1 + _EPS - affinity)
+    parts = {"bg": (alike, 0.25), "fg": (alike, 0.25), "neg": (unlike, 0.5)}
+    return {name: -weight * (log * labels[name]).sum() / (counts[name] + _EPS) for name, (log, weight) in parts.items()}
+
+
+class _PathMaximum(torch.autograd.Function):
+    """Largest value on the path of every pair: (B, h, w) -> (B, E).
+
+    A running maximum with the number of the path's cell that gave it (one byte a pair) is all that is kept; the plain
+    form gathers every cell of every path, 20 times as many floats at radius 10.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grid: Tensor, displacements: Sequence[Displacement], radius: int | None) -> Tensor:
+        largest, winners = [], []
+        for displacement in displacements:
+            views = cell_views(grid, displacement, path(displacement), radius)
+            best = views[0].clone()  # (B, a, b)
+            winner = torch.zeros(best.shape, dtype=torch.uint8, device=grid.device)
+            for number, view in enumerate(views[1:], 1):
+                if ctx.needs_input_grad[0]:
+                    winner.masked_fill_(view > best, number)
+                torch.maximum(best, view, out=best)
+            largest.append(best.flatten(1))
+            winners.append(winner)
+        ctx.winners, ctx.geometry, ctx.shape = winners, (displacements, radius), grid.shape
+        return torch.cat(largest, dim=1) if largest else grid.new_zeros((len(grid), 0))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        displacements, radius = ctx.geometry
+        total = gradient.new_zeros(ctx.shape)
+        sizes = [winner[0].numel() for winner in ctx.winners]
+        for displacement, winner, part in zip(displacements, ctx.winners, gradient.split(sizes, 1), strict=True):
+            part = part.reshape(winner.shape)  # (B, a, b)
+            for number, view in enumerate(cell_views(total, displacement, path(displacement), radius)):
+                view.add_(part * (winner == number))
+        return total, None, None
+
+
+def path_affinity(boundary: Tensor, displacements: Sequence[Displacement], radius: int | None = None) -> Tensor:
+    """Affinities across a boundary map: 1 - its largest value between the ends of a pair, in float32 (irnet.md section
+    9.3).
+
+    Args:
+        boundary: (B, h, w) in [0, 1].
+        displacements: D of them.
+        radius: as in ``cell_views``; None for all pairs inside the grid (the walk).
+
+    Returns:
+        (B, E) in the order of ``pair_cells``; with a ``radius`` (B, D, P), P sources.
+    """
+    affinity = 1 - _PathMaximum.apply(boundary.float(), displacements, radius)
+    if radius is None:
+        return affinity
+    pairs = affinity.shape[1] // max(1, len(displacements))
+    return affinity.reshape(len(affinity), len(displacements), pairs)  # (B, D, P)
+
+
 def transition(source: Tensor, target: Tensor, affinity: Tensor, cells: int, beta: float) -> Tensor:
     """One step of the walk, from the affinities of the pairs.
 
@@ -97,21 +223,20 @@ def transition(source: Tensor, target: Tensor, affinity: Tensor, cells: int, bet
     Returns:
         T transposed, (N, N) sparse CSR on the device of ``affinity``: what ``walk`` takes.
     """
-    source, target = source.to(affinity.device), target.to(affinity.device)
     weight = (affinity if affinity.dtype == torch.float64 else affinity.float()).pow(beta)
+    source, target = (cell.to(weight.device, torch.int32) for cell in (source, target))
     total = weight.new_ones(cells).index_add_(0, source, weight).index_add_(0, target, weight)
-    itself = torch.arange(cells, device=weight.device)
-    rows = torch.cat([source, target, itself])
+    itself = torch.arange(cells, dtype=torch.int32, device=weight.device)
+    rows = torch.cat([source, target, itself])  # of T', the columns of T
     columns = torch.cat([target, source, itself])
-    weight = torch.cat([weight, weight, weight.new_ones(cells)]) / total[rows]  # rows of T', the columns of T
-    order = torch.argsort(rows * cells + columns)
+    order = torch.argsort(rows.long() * cells + columns)
     starts = torch.zeros(cells + 1, dtype=torch.int32, device=weight.device)
     starts[1:] = torch.bincount(rows, minlength=cells).cumsum(0)
+    weight = torch.cat([weight, weight, weight.new_ones(cells)])[order].div_(total[rows[order]])
+    columns = columns[order]
     with warnings.catch_warnings():  # the library announces once that its CSR tensors may still change
         warnings.filterwarnings("ignore", message="Sparse CSR")
-        return torch.sparse_csr_tensor(
-            starts, columns[order].int(), weight[order], (cells, cells), check_invariants=False
-        )
+        return torch.sparse_csr_tensor(starts, columns, weight, (cells, cells), check_invariants=False)
 
 
 @torch.no_grad()

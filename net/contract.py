@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from misc.config import Augment, CamInference, Fit, SegInference
 from misc.fit import Batch
+from misc.instances import Instances
 
 Preset = str
 
@@ -44,6 +45,8 @@ class Network(nn.Module, ABC):
     """How images are normalised for this network: a name of misc.imaging.NORMALISATIONS."""
     finds_unused: bool = False
     """Whether some trainable parameters get no gradient in some steps (DistributedDataParallel must then search)."""
+    calibrates: ClassVar[bool] = False
+    """Whether ``calibrate`` is called when the training ends."""
 
     @abstractmethod
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
@@ -56,6 +59,16 @@ class Network(nn.Module, ABC):
         ``batch["counts/NAME"]``, so that a term ``sum / count`` is the same number however the batch is divided.
         """
         return {}
+
+    def calibrate(self, images: Iterable[Tensor]) -> None:
+        """Measure with the trained weights what inference needs; only called where ``calibrates`` says so.
+
+        Args:
+            images: the images that CAMs are scored on, as batches (b, 3, S, S), on the network's device: neither
+                resized nor mirrored, the top left part of S = ``augment.crop`` pixels a side, on a canvas where they
+                are smaller. The network is in evaluation mode, without gradients.
+        """
+        raise NotImplementedError(f"{type(self).__name__} measures nothing.")
 
     def param_groups(self) -> list[Group]:
         """Parameter groups; by default one of everything that is trained."""
@@ -92,7 +105,7 @@ class Phase:
     weights: str = "none"
     """Weights to start from: a checkpoint FILE; 'none' for random ones; 'cam' for the CAM network that this run trained
     (refiners and segmenters of the same backbone); 'pretrained' for those that timm fetches from
-    the internet, in networks that have some there (transformers)."""
+    the internet, in networks that have some there (transformers, ResNet)."""
 
 
 @dataclass(frozen=True)
@@ -166,12 +179,26 @@ class SeedNetwork(Network):
 class SoftCam:
     """The CAMs of one image as a refiner gets them.
 
-    keys (K,) int64, present classes, 0-based, ascending; maps (K, H, W) float32 in [0, 1] at image size.
-    K is 0 for an image without a tag.
+    keys (K,) int64, present classes, 0-based, ascending; maps (K, H, W) float32 in [0, 1] at image size; coarse
+    (K, h, w) float32, the same merged on a grid of cells, where the CAM method's recipe asks for it
+    (``infer.coarse``). K is 0 for an image without a tag.
     """
 
     keys: np.ndarray
     maps: np.ndarray
+    coarse: np.ndarray | None = None
+
+    def on_grid(self, size: tuple[int, int]) -> np.ndarray:
+        """The maps on a grid of (h, w) cells: ``coarse`` where that is its size, else the maps resized to it.
+
+        Returns (K, h, w) float32.
+        """
+        if self.coarse is not None and self.coarse.shape[1:] == tuple(size):
+            return self.coarse
+        if len(self.keys) == 0:
+            return np.zeros((0, *size), np.float32)
+        maps = torch.from_numpy(np.asarray(self.maps, np.float32))[None]
+        return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)[0].numpy()
 
 
 class AffinityNetwork(Network):
@@ -216,6 +243,16 @@ class AffinityNetwork(Network):
             (K + 1, H, W) float32, background first, then the classes in the order of ``cam.keys``: the arg-max is the
             pseudo mask.
         """
+
+    @classmethod
+    def finds_instances(cls, options: Any) -> bool:
+        """Whether single objects are told apart with these settings (the recipe's ``walk``): then ``find_instances``
+        is called in place of ``refine``."""
+        return False
+
+    def find_instances(self, image: Tensor, cam: SoftCam, options: Any) -> tuple[np.ndarray, Instances]:
+        """``refine``, and besides the single objects: arguments and first result as there."""
+        raise NotImplementedError(f"{type(self).__name__} tells no objects apart.")
 
 
 class Segmenter(Network):

@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from misc.config import REQUIRED_WEIGHTS, Augment, Fit
 from misc.crf import CRFSettings, DenseCRF
 from misc.imaging import denormalise, truncated
-from misc.walk import fitting_radius, half_circle, pair_cells, pair_views, transition, walk
+from misc.walk import (
+    affinity_losses,
+    fitting_radius,
+    half_circle,
+    pair_cells,
+    pair_labels,
+    pair_views,
+    transition,
+    walk,
+)
 from net import weights as foreign
 from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
 from net.backbone.vgg16 import VGG16, VGG16Options
@@ -173,28 +182,6 @@ def confident(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     return np.where(high == 0, 0, label).astype(np.uint8)
 
 
-def pair_labels(target: Tensor, radius: int) -> dict[str, Tensor]:
-    """What is known about every pair of cells (psa.md section 5.3).
-
-    Args:
-        target: (B, h, w) local class indices, 0 background, 255 unknown.
-        radius: of the circle, fitting the grid.
-
-    Returns:
-        {"bg", "fg", "neg"}: (B, D, P) bool, D displacements and P sources: both background, both of one class, of
-        different ones.
-    """
-    views = [pair_views(target, displacement, radius) for displacement in half_circle(radius)]
-    if not views:
-        nothing = target.new_zeros((len(target), 0, 0), dtype=torch.bool)
-        return {"bg": nothing, "fg": nothing, "neg": nothing}
-    source = torch.stack([s.flatten(1) for s, _ in views], dim=1)  # (B, D, P)
-    other = torch.stack([t.flatten(1) for _, t in views], dim=1)
-    known = (source != IGNORE) & (other != IGNORE)
-    same = known & (source == other)
-    return {"bg": same & (source == 0), "fg": same & (source != 0), "neg": known & (source != other)}
-
-
 # ------------------------------------------------------------------------------------------------ affinities
 
 
@@ -241,24 +228,6 @@ def pair_affinity(features: Tensor, radius: int) -> Tensor:
         (B, D, P) in (0, 1], in the order of ``misc.walk.pair_cells``.
     """
     return torch.exp(-_PairDistance.apply(features.float(), radius))
-
-
-def affinity_losses(affinity: Tensor, labels: Mapping[str, Tensor], counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The three weighted loss terms (psa.md section 5.4).
-
-    Args:
-        affinity: (B, D, P) float32 in [0, 1].
-        labels: of ``pair_labels``.
-        counts: number of pairs of each kind, by the same names; over the whole batch, or its mean over micro-batches.
-
-    Returns:
-        {"bg", "fg", "neg"}: scalars, weighted 1/4, 1/4 and 1/2; the loss is their sum.
-    """
-    alike, unlike = torch.log(affinity + _EPS), torch.log(1 + _EPS - affinity)
-    parts = {"bg": (alike, 0.25), "fg": (alike, 0.25), "neg": (unlike, 0.5)}
-    return {
-        name: -weight * (log * labels[name]).sum() / (counts[name] + _EPS) for name, (log, weight) in parts.items()
-    }
 
 
 # ------------------------------------------------------------------------------------------------ walk

@@ -1,0 +1,314 @@
+"""Edge affinity network on a ResNet: boundaries between classes, learnt from pairs of cells (irnet.md sections 7 to 10).
+
+IRNet's, and with other settings SemFormer's and Puzzle-CAM's (semformer.md section 9, puzzlecam.md section 5). The
+affinity of two cells is 1 - the largest boundary value on the line between them, so pairs with a known relation teach a
+boundary map that nobody has drawn. A refiner subclasses ``EdgeNetwork`` and gives its recipes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from misc.crf import CRFSettings, DenseCRF
+from misc.imaging import denormalise
+from misc.walk import (
+    Displacement,
+    affinity_losses,
+    by_path_length,
+    fitting_radius,
+    half_circle,
+    pair_cells,
+    pair_labels,
+    path_affinity,
+    transition,
+    walk,
+)
+from net.backbone.resnet import STAGES, ResNet, ResNetOptions, Stage, load_resnet
+from net.contract import AffinityNetwork, Batch, Group, Options, SoftCam
+
+STRIDE = 4
+"""Pixels a cell of the boundary map."""
+IGNORE = 255
+_WIDTH, _GROUPS = 32, 4
+
+Taps = Mapping[Stage, Tensor]
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+@dataclass(frozen=True)
+class EdgeOptions(Options):
+    """Edge network (irnet.md section 8); a refiner's options subclass these and build it."""
+
+    resnet: ResNetOptions = field(default_factory=lambda: ResNetOptions(frozen="layer4"))
+    """Backbone. Published is completely frozen; only the layers on its stages are trained."""
+    radius: int = 10
+    """Pairs nearer than this are trained on. Cells of 4 pixels."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that make no network."""
+        if self.resnet.strides[0] != 2:
+            raise ValueError(f"resnet.strides = {self.resnet.strides} is not possible: the stem's must be 2.")
+        if self.radius < 2:
+            raise ValueError(f"radius = {self.radius} is not possible: a circle with pairs has radius 2 or more.")
+
+
+@dataclass(frozen=True)
+class EdgeLabel:
+    """Labels from two thresholds (irnet.md section 7)."""
+
+    threshold_fg: float = 0.30
+    """Background score against which a class must win to be reliable foreground."""
+    threshold_bg: float = 0.05
+    """Background score that must win to be reliable background."""
+    crf: CRFSettings = field(default_factory=lambda: CRFSettings(bilateral_sxy=50.0, bilateral_srgb=5.0))
+    """Dense CRF on both arg-maxes, each held with confidence 0.7 among the image's own labels."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what is no score."""
+        if not 0 <= min(self.threshold_fg, self.threshold_bg) <= max(self.threshold_fg, self.threshold_bg) <= 1:
+            raise ValueError(f"thresholds {self.threshold_fg}, {self.threshold_bg}: both must be in [0, 1].")
+
+
+@dataclass(frozen=True)
+class EdgeWalk:
+    """Random walk across a boundary map (irnet.md section 10)."""
+
+    beta: float = 10.0
+    """Exponent of the affinities."""
+    logt: int = 8
+    """The walk has 2^logt steps."""
+    radius: int = 5
+    """Pairs nearer than this are joined. Cells of 4 pixels."""
+    threshold: float = 0.25
+    """Background score; the walked scores are divided by the largest of them first."""
+    canvas: int = 512
+    """The image is laid on a mean-colour square of at least this side, which takes part in the group normalisation:
+    published is the side of the training crops. Longer sides stay as they are. Pixels."""
+    crf: CRFSettings = field(default_factory=lambda: CRFSettings(0, bilateral_sxy=50.0, bilateral_srgb=5.0))
+    """Dense CRF after the walk, on the arg-max held with confidence 0.7; iterations 0 switches it off (IRNet: 0,
+    SemFormer and Puzzle-CAM: 1)."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that make no walk."""
+        for name, good, wanted in (
+            ("logt", 0 <= self.logt <= 16, "0 to 16, the walk has 2^logt steps"),
+            ("beta", self.beta > 0, "positive"),
+            ("threshold", 0 <= self.threshold <= 1, "in [0, 1]"),
+            ("radius", self.radius >= 2, "at least 2"),
+            ("canvas", self.canvas >= 0, "0 or more"),
+        ):
+            if not good:
+                raise ValueError(f"{name} = {getattr(self, name)} is not possible: it must be {wanted}.")
+
+
+# ------------------------------------------------------------------------------------------------ pieces
+
+
+def two_threshold_label(image: np.ndarray, cam: SoftCam, options: EdgeLabel) -> tuple[np.ndarray, np.ndarray]:
+    """The image's own labels, 0 background and k + 1 the k-th present class, sharpened at both background scores.
+
+    (H, W, 3) uint8 and its CAMs (K >= 1) -> two (H, W) integers: those at ``threshold_fg`` and at ``threshold_bg``. A
+    tie goes to the lower label (irnet.md section 7).
+    """
+    crf = DenseCRF(image, options.crf)  # its lattices serve both
+    labels = []
+    for threshold in (options.threshold_fg, options.threshold_bg):
+        labels.append(crf.from_labels(hard_label(cam.maps, threshold), len(cam.keys) + 1).argmax(axis=0))
+    return labels[0], labels[1]
+
+
+def hard_label(maps: np.ndarray, threshold: float) -> np.ndarray:
+    """Arg-max of a constant background score and K maps: (K, H, W) -> (H, W) integers 0..K."""
+    return np.concatenate([np.full_like(maps[:1], threshold), maps]).argmax(axis=0)
+
+
+def propagate(scores: Tensor, boundary: Tensor, radius: int, beta: float, steps: int) -> Tensor:
+    """Scores after the walk: every cell gets a mean of those around it, weighted by how few boundaries are between.
+
+    The scores are damped by (1 - boundary) first; any size of grid, all pairs nearer than the radius (irnet.md section
+    10.1). Published squares dense matrices of (h w)^2.
+
+    Args:
+        scores: (K, h, w).
+        boundary: (h, w) in [0, 1].
+        radius, beta: of the pairs, exponent of their affinities.
+        steps: 2^exp_times.
+
+    Returns:
+        (K, h, w) float32.
+    """
+    height, width = boundary.shape
+    displacements = half_circle(radius)
+    source, target = pair_cells(displacements, height, width)
+    affinity = path_affinity(boundary[None], displacements)[0]
+    step = transition(source, target, affinity, height * width, beta)
+    return walk(step, (scores * (1 - boundary)).float().flatten(1), steps).view_as(scores)
+
+
+def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(K, h, w) cells -> (K, H, W): enlarged by the stride (align_corners False) and cut (irnet.md section 10.2)."""
+    maps = F.interpolate(maps[None], scale_factor=STRIDE, mode="bilinear", align_corners=False)[0]
+    return maps[:, : size[0], : size[1]]
+
+
+def projection(cin: int, cout: int, groups: int, factor: int, align_corners: bool = False) -> nn.Sequential:
+    """1x1 convolution, group normalisation, enlargement by ``factor``, ReLU, in this order (irnet.md section 8)."""
+    up = [nn.Upsample(scale_factor=factor, mode="bilinear", align_corners=align_corners)] if factor > 1 else []
+    return nn.Sequential(nn.Conv2d(cin, cout, 1, bias=False), nn.GroupNorm(groups, cout), *up, nn.ReLU(inplace=True))
+
+
+def cut(maps: Tensor, like: Tensor) -> Tensor:
+    """The top left part of ``maps`` (B, C, h', w') that has the height and width of ``like``."""
+    return maps[..., : like.shape[-2], : like.shape[-1]]
+
+
+# ------------------------------------------------------------------------------------------------ network
+
+
+class EdgeNetwork(AffinityNetwork):
+    """ResNet with a boundary head on its five stages: labels, losses and the walk.
+
+    State-dict names are the official ones: ``resnet50`` (whatever its depth), ``fc_edge1`` to ``fc_edge6``.
+    """
+
+    normalisation = ResNet.normalisation
+    plane_fill: ClassVar[float] = float(IGNORE)
+    align_corners: ClassVar[bool] = False
+    """Bilinear convention of the enlargements inside the network."""
+    heads: ClassVar[tuple[str, ...]] = ("fc_edge*",)
+    """Patterns of the layers that are no backbone."""
+
+    def __init__(self, options: EdgeOptions) -> None:
+        super().__init__()
+        self.radius = options.radius
+        self.resnet50 = ResNet(options.resnet)
+        channels, strides = self.resnet50.channels, self.resnet50.strides
+        for number, stage in enumerate(STAGES, 1):
+            head = projection(channels[stage], _WIDTH, _GROUPS, strides[stage] // STRIDE, self.align_corners)
+            self.add_module(f"fc_edge{number}", head)
+        self.fc_edge6 = nn.Conv2d(_WIDTH * len(STAGES), 1, 1)
+
+    # --- labels
+
+    @classmethod
+    def make_label(cls, image: np.ndarray, cam: SoftCam, options: EdgeLabel) -> tuple[np.ndarray, np.ndarray]:
+        """Classes where they are reliable, background where it is, 255 elsewhere (irnet.md section 7).
+
+        Foreground wins where both speak. Training reads the picture itself: planes (1, H, W) uint8. An image without a
+        tag is background.
+        """
+        picture = np.zeros(image.shape[:2], np.uint8)
+        if len(cam.keys):
+            certain, possible = two_threshold_label(image, cam, options)
+            values = np.array([0, *(cam.keys + 1)], np.uint8)
+            picture = np.where((certain == 0) & (possible != 0), np.uint8(IGNORE), values[certain])
+        return picture, picture[None]
+
+    @classmethod
+    def target(cls, planes: np.ndarray) -> np.ndarray:
+        """Label of every cell: (1, S, S) -> (S/4, S/4) uint8, the pixel right below its centre (PIL's nearest, irnet.md
+        section 9.2). Raises ValueError where a side is no multiple of 4."""
+        height, width = planes.shape[-2:]
+        if height % STRIDE or width % STRIDE:
+            raise ValueError(f"A crop of {height} x {width} has no whole cells: set augment.crop to a multiple of 4.")
+        return planes[0, STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE]
+
+    # --- training
+
+    def geometry(self, size: tuple[int, int]) -> tuple[list[Displacement], int]:
+        """Displacements of the pairs on a grid (h, w), and the radius that fits it (irnet.md section 9.1; published
+        has one grid only)."""
+        radius = fitting_radius(self.radius, *size)
+        return by_path_length(half_circle(radius)), radius
+
+    def pair_labels(self, target: Tensor) -> dict[str, Tensor]:
+        """``misc.walk.pair_labels`` of targets (B, h, w)."""
+        displacements, radius = self.geometry(target.shape[-2:])
+        return pair_labels(target, radius, displacements)
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Number of background, foreground and negative pairs."""
+        return {name: pairs.sum() for name, pairs in self.pair_labels(batch["target"]).items()}
+
+    def edge_losses(self, logits: Tensor, labels: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """The affinity terms of boundary logits (B, 1, h, w) (irnet.md section 9.3): {"bg", "fg", "neg"}."""
+        boundary = logits[:, 0].float().sigmoid()  # (B, h, w)
+        affinity = path_affinity(boundary, *self.geometry(boundary.shape[-2:]))  # (B, D, P)
+        return affinity_losses(affinity, labels, {name: batch[f"counts/{name}"] for name in labels})
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image (B, 3, S, S), target (B, S/4, S/4) -> the terms of ``misc.walk.affinity_losses``."""
+        logits = self.edge_logits(self.resnet50.taps(batch["image"]))
+        return self.edge_losses(logits, self.pair_labels(batch["target"]), batch)
+
+    def edge_logits(self, taps: Taps) -> Tensor:
+        """Boundary logits from the stages' maps: (B, 1, ceil(H/4), ceil(W/4))."""
+        maps = [getattr(self, f"fc_edge{number}")(taps[stage]) for number, stage in enumerate(STAGES, 1)]
+        return self.fc_edge6(torch.cat([cut(m, maps[1]) for m in maps], dim=1))
+
+    def param_groups(self) -> list[Group]:
+        """All that is trained in one group, everything decayed (irnet.md section 9.4, semformer.md section 9.2)."""
+        return [Group([p for p in self.parameters() if p.requires_grad])]
+
+    # --- inference
+
+    def pair_taps(self, image: Tensor, canvas: int) -> dict[Stage, Tensor]:
+        """Stages of an image (3, H, W) and of its mirror image, (2, ...) each, on the canvas.
+
+        They are padded at the bottom and right after mirroring. Published cuts what is longer than the canvas (irnet.md
+        section 12); here it is as large as it must be.
+        """
+        height, width = image.shape[-2:]
+        pair = torch.stack([image, image.flip(-1)])
+        return self.resnet50.taps(F.pad(pair, (0, max(0, canvas - width), 0, max(0, canvas - height))))
+
+    def pair_boundary(self, taps: Taps, size: tuple[int, int]) -> Tensor:
+        """Boundary of an image of (H, W) from its ``pair_taps``: (ceil(H/4), ceil(W/4)) float32 in [0, 1], the sigmoid
+        of the mean logit of both, cut before the second is mirrored back (irnet.md section 8)."""
+        height, width = (-(-side // STRIDE) for side in size)
+        logits = self.edge_logits(taps)[:, 0, :height, :width].float()  # (2, h, w)
+        return ((logits[0] + logits[1].flip(-1)) / 2).sigmoid()
+
+    @torch.no_grad()
+    def refine(self, image: Tensor, cam: SoftCam, options: EdgeWalk) -> np.ndarray:
+        """Random walk, and the CRF where there is one (irnet.md section 10.2). An image without a tag is all
+        background. Raises ValueError where image and CAM differ in size."""
+        size = check_sizes(image, cam)
+        if len(cam.keys) == 0:
+            return np.ones((1, *size), np.float32)
+        return self.walked(image, cam, self.pair_boundary(self.pair_taps(image, options.canvas), size), options)
+
+    def walked(self, image: Tensor, cam: SoftCam, boundary: Tensor, options: EdgeWalk) -> np.ndarray:
+        """``refine`` from a boundary map (h, w) on: (K + 1, H, W) float32."""
+        maps = torch.from_numpy(cam.on_grid(tuple(boundary.shape))).to(boundary.device)  # (K, h, w)
+        scores = propagate(maps, boundary, options.radius, options.beta, 2**options.logt)
+        scores = enlarge(scores, image.shape[-2:])
+        # the largest over all classes; published divides 0 by 0 where a CAM is empty
+        scores = (scores / scores.max().clamp(min=torch.finfo(torch.float32).tiny)).cpu().numpy()
+        scores = np.concatenate([np.full_like(scores[:1], options.threshold), scores])
+        if options.crf.iterations == 0:
+            return scores
+        pixels = denormalise(image.permute(1, 2, 0).float().cpu().numpy(), self.normalisation, truncate=False)
+        return DenseCRF(pixels, options.crf, image.device).from_labels(scores.argmax(axis=0), len(scores))
+
+    def load_weights(self, weights: str) -> str:
+        """A released network of this kind, a network with the same backbone, or an ImageNet classifier ('pretrained':
+        the option of the backbone); the layers that it lacks start anew. Buffers of the released files that are a
+        function of the settings (path indices) are ignored."""
+        return load_resnet(self, weights, heads=self.heads)
+
+
+def check_sizes(image: Tensor, cam: SoftCam) -> tuple[int, int]:
+    """(H, W) of an image (3, H, W); ValueError where its CAM has another size."""
+    size = tuple(image.shape[-2:])
+    if len(cam.keys) and cam.maps.shape[1:] != size:
+        raise ValueError(f"The CAM is {cam.maps.shape[1:]}, the image {size}: make the CAM again.")
+    return size  # type: ignore[return-value]

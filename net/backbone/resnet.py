@@ -1,0 +1,210 @@
+"""ResNet-50, -101, -152 with bottlenecks, under torchvision's names (irnet.md section 3, crt.md section 3).
+
+A network owns a ``ResNet`` (``self.resnet50`` where the official checkpoint says so, whatever its depth) and puts its
+heads on the five stages: the stem and layer1 to layer4. ``load_resnet`` starts it from ImageNet weights or from the
+checkpoint of any network that owns one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from misc.config import PRETRAINED_WEIGHTS
+from net.backbone import scaled_channels
+from net.weights import load, read
+
+Stage = Literal["stem", "layer1", "layer2", "layer3", "layer4"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+_EXPANSION = 4
+_TELLTALE = "layer1.0.conv1.weight"
+
+
+@dataclass(frozen=True)
+class ResNetOptions:
+    """Size and training behaviour of a ResNet; the defaults are IRNet's ResNet-50."""
+
+    depth: tuple[int, int, int, int] = (3, 4, 6, 3)
+    """Bottlenecks in layer1 to layer4. ResNet-50: 3 4 6 3, -101: 3 4 23 3, -152: 3 8 36 3."""
+    width: float = 1.0
+    """Channel multiplier; channels are rounded to multiples of 8. 1 is the published network."""
+    strides: tuple[int, int, int, int] = (2, 2, 2, 1)
+    """Strides of the stem's convolution, layer2, layer3 and layer4; the stem's pooling has 2 besides. ImageNet's are
+    2 2 2 2; with the last one 1, a cell of the last map has 16 pixels."""
+    dilations: tuple[int, int, int, int] = (1, 1, 1, 1)
+    """Dilations of the 3x3 convolutions of layer1 to layer4; the first bottleneck of each keeps 1."""
+    norm: Literal["trained", "fixed", "frozen"] = "fixed"
+    """Batch normalisation. trained: as usual. fixed: by the running statistics, which stay as loaded; weight and bias
+    are trained (IRNet). frozen: neither moves. Needs 'trained' to learn from random weights."""
+    frozen: Literal["none", "stem", "layer1", "layer2", "layer3", "layer4"] = "none"
+    """The stages up to and including this one get no gradient and keep their batch normalisation (IRNet detaches its
+    CAM network after layer2, its affinity network after layer4)."""
+    pretrained: str = "resnet50.tv_in1k"
+    """timm's name of the classifier that the weights 'pretrained' come from; those of the name *.tv_in1k are
+    torchvision's first ones, the published start (resnet101.tv_in1k, resnet152.tv_in1k)."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that make no network."""
+        if self.width <= 0:
+            raise ValueError(f"width must be above 0, got {self.width}.")
+        for name in ("depth", "strides", "dilations"):
+            numbers = getattr(self, name)
+            if len(numbers) != 4 or min(numbers) < 1:
+                raise ValueError(f"{name} needs four numbers of at least 1, got {numbers}.")
+        if self.norm not in ("trained", "fixed", "frozen"):
+            raise ValueError(f"norm must be trained, fixed or frozen, got {self.norm!r}.")
+        if self.frozen not in ("none", *STAGES):
+            raise ValueError(f"frozen must be none or one of {', '.join(STAGES)}, got {self.frozen!r}.")
+
+
+SAMPLE_RESNET = ResNetOptions(width=0.25, depth=(1, 1, 1, 1), strides=(2, 2, 1, 1), norm="trained")
+"""The backbone of the sample recipes: learns small pictures from random weights within minutes on two CPU cores, at
+8 pixels a cell. One for all, so that a refiner or segmenter can start from the CAM network."""
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 with a shortcut: (B, cin, h, w) -> (B, 4 width, ceil(h/stride), ceil(w/stride)).
+
+    The stride sits in the 3x3 convolution (ResNet v1.5, as torchvision).
+    """
+
+    def __init__(self, cin: int, width: int, *, stride: int = 1, dilation: int = 1) -> None:
+        super().__init__()
+        cout = width * _EXPANSION
+        self.conv1 = nn.Conv2d(cin, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=dilation, dilation=dilation, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, cout, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(cout)
+        self.downsample: nn.Sequential | None = None
+        if stride != 1 or cin != cout:
+            self.downsample = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's rectified output."""
+        main = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        main = F.relu(self.bn2(self.conv2(main)), inplace=True)
+        main = self.bn3(self.conv3(main))
+        return F.relu(main + (x if self.downsample is None else self.downsample(x)), inplace=True)
+
+
+class ResNet(nn.Module):
+    """The backbone: (B, 3, H, W) -> the map of layer4; ``taps`` gives those of all stages.
+
+    ``channels`` and ``strides`` say how many channels and how many pixels a cell each stage has. What the options
+    freeze is frozen at construction already, so that parameter groups made before the first ``train()`` hold what is
+    trained, and again by ``train()``.
+    """
+
+    normalisation = "imagenet"
+
+    def __init__(self, options: ResNetOptions | None = None) -> None:
+        super().__init__()
+        self.options = options = options or ResNetOptions()
+        stem, *widths = (scaled_channels(64 << max(0, i - 1), options.width) for i in range(5))
+        self.conv1 = nn.Conv2d(3, stem, 7, options.strides[0], padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.maxpool = nn.MaxPool2d(3, 2, padding=1)
+        channels, strides = [stem], [2 * options.strides[0]]
+        per_layer = zip(STAGES[1:], options.depth, widths, (1, *options.strides[1:]), options.dilations, strict=True)
+        for name, depth, width, stride, dilation in per_layer:
+            blocks = [Bottleneck(channels[-1], width, stride=stride)]
+            blocks += [Bottleneck(width * _EXPANSION, width, dilation=dilation) for _ in range(depth - 1)]
+            self.add_module(name, nn.Sequential(*blocks))
+            channels.append(width * _EXPANSION)
+            strides.append(strides[-1] * stride)
+        self.channels: dict[Stage, int] = dict(zip(STAGES, channels, strict=True))
+        self.strides: dict[Stage, int] = dict(zip(STAGES, strides, strict=True))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):  # as torchvision
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Put what the options freeze out of training."""
+        options = self.options
+        if options.norm != "trained":
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+                    module.requires_grad_(options.norm == "fixed")
+        if options.frozen != "none":
+            for stage in STAGES[: STAGES.index(options.frozen) + 1]:
+                for module in (self.conv1, self.bn1) if stage == "stem" else (getattr(self, stage),):
+                    module.eval()
+                    module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> ResNet:
+        """Set training or evaluation mode, keep frozen what is frozen, return self."""
+        super().train(mode)
+        self.freeze()
+        return self
+
+    def stage(self, name: Stage, x: Tensor) -> Tensor:
+        """One stage: the stem takes images (B, 3, H, W), a layer the map of the stage before it."""
+        if name == "stem":
+            return self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        return getattr(self, name)(x)
+
+    def taps(self, x: Tensor) -> dict[Stage, Tensor]:
+        """Maps of all stages of normalised images (B, 3, H, W), any H and W: {stage: (B, channels, h, w)} with
+        h = ceil(H / stride) (the strides multiply up from stage to stage, and each rounds up)."""
+        maps: dict[Stage, Tensor] = {}
+        for name in STAGES:
+            maps[name] = x = self.stage(name, x)
+        return maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The map of layer4: (B, 3, H, W) -> (B, 2048 at width 1, ceil(H/16), ceil(W/16)) with the default strides."""
+        for name in STAGES:
+            x = self.stage(name, x)
+        return x
+
+
+def _torchvision_name(name: str) -> str:
+    """Name of a backbone tensor in the five-stage form (stage1 = stem, stage2.0 = layer1, ...) -> torchvision's."""
+    stage, _, rest = name.partition(".")
+    if stage == "stage1":
+        index, _, rest = rest.partition(".")
+        return f"{('conv1', 'bn1')[int(index)]}.{rest}"
+    return f"layer{int(stage.removeprefix('stage')) - 1}.{rest.partition('.')[2]}"
+
+
+def load_resnet(network: nn.Module, weights: str, *, heads: Collection[str], owner: str = "resnet50") -> str:
+    """Start a network that owns a ResNet: from ImageNet weights, or a checkpoint of a network that owns one.
+
+    Recognised are torchvision's names without or with a prefix (``conv1.weight`` of torchvision and timm,
+    ``resnet50.conv1.weight`` of IRNet, CRT and this project, ``model.conv1.weight`` of Puzzle-CAM), and the five-stage
+    form of the edge networks (``stage1.0.weight``). The official files hold each tensor up to three times; the other
+    names are ignored, as is whatever else the network lacks (ImageNet's ``fc``).
+
+    Args:
+        network: takes the values; the names of its other layers are the official ones.
+        weights: a file, or 'pretrained': timm's, by the option of that name, downloaded once.
+        heads: its layers that are no backbone: where the file lacks them or has others, they keep their values.
+        owner: the attribute that holds the ResNet.
+
+    Returns:
+        A one-line report. Raises ValueError where the file does not fit, FileNotFoundError where there is none.
+    """
+    source = f"timm:{getattr(network, owner).options.pretrained}" if weights == PRETRAINED_WEIGHTS else weights
+    state, own = read(source), network.state_dict()
+    prefix = next((name.removesuffix(_TELLTALE) for name in state if name.endswith(_TELLTALE)), None)
+    if f"{owner}.{_TELLTALE}" in state:
+        prefix = f"{owner}."
+    backbone = {}
+    for name, value in state.items():
+        if prefix is not None and name.startswith(prefix):
+            backbone[f"{owner}.{name.removeprefix(prefix)}"] = value
+        elif prefix is None and name.startswith("stage"):
+            backbone[f"{owner}.{_torchvision_name(name)}"] = value
+    deeper = [name for name in backbone if f"{owner}.layer" in name and name not in own]
+    if deeper:
+        raise ValueError(f"{source}: has {deeper[0]} and more that this network lacks. Set its depth to the file's.")
+    named = {name: value for name, value in {**state, **backbone}.items() if name in own}
+    return str(load(network, named, allow_missing=tuple(heads), label=source))
