@@ -9,6 +9,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,16 @@ from torch import Tensor, nn
 from misc import cams
 from misc.config import CamInference, Fit
 from misc.fit import make_optimiser, set_lr
+from misc.imaging import normalise, to_tensor
 from misc.metrics import erode, mask_at
 from misc.score import evaluate_cams
+from misc.walk import pair_cells, path_affinity
 from net.backbone.caae import CAAE, CAAEOptions, similarity_loss, with_background
+from net.backbone.edge import enlarge, hard_label, propagate, two_threshold_label
 from net.backbone.transformer import AttentionSums
 from net.backbone.vit import ViTOptions
-from net.contract import Group
+from net.contract import Group, SoftCam
+from net.refine.edge import EdgeOnly, EdgeOnlyOptions
 from net.seed.semformer import (
     Pairs,
     SemFormer,
@@ -356,3 +361,114 @@ def check_semformer_evaluate(case: Case) -> None:
     mask = mask_at(maps("0"), 0.2)
     np.testing.assert_array_equal(mask, keys[case.arrays["argmax0"]])
     np.testing.assert_array_equal(erode(mask, side), keys[case.arrays["eroded0"]])
+
+
+# --------------------------------------------------------------------------------- labels, edge network, walk
+
+
+def edge_network(case: Case, meta: dict[str, Any], folder: Path) -> EdgeOnly:
+    """The edge network with the weights of ``meta``, read from a file with the official names."""
+    like = {name: torch.empty(shape, dtype=torch.float32 if shape else torch.int64)
+            for name, shape in meta["keys"].items()}  # fmt: skip
+    state = {name: case.fill.tensor_for(name, tensor) for name, tensor in like.items()}
+    for name, factor in case.meta["scaled"].items():
+        state[name] *= factor
+    for name, value in case.meta["set"].items():
+        state[name].fill_(value)
+    state["path_indices_0"] = torch.zeros(1, dtype=torch.int64)  # ignored, as are the copies under other names
+    state |= {name.replace("fc_edge1", "edge_layers.0"): v for name, v in state.items() if name.startswith("fc_edge1")}
+    state["backbone.0.0.weight"] = state["stage1.0.weight"]
+    network = EdgeOnly(EdgeOnlyOptions())
+    torch.save(state, folder / "affinity.pth")
+    report = network.load_weights(str(folder / "affinity.pth"))
+    assert " 0 missing" in report, report
+    return network.eval()
+
+
+def check_semformer_affinitynet(case: Case) -> None:
+    """Edge logits, affinities in their order, pair labels, losses and gradients."""
+    with TemporaryDirectory() as folder:
+        network = edge_network(case, case.meta, Path(folder)).train()
+    images = case.evaluate(case.meta["input"]["image"])
+    network.radius = int(re.search(r"path radius (\d+)", case.meta["constructor"])[1])
+    logits = network.edge_logits(network.resnet50.taps(images))
+    grid = logits.shape[-2:]
+    displacements, radius = network.geometry(grid)
+    np.testing.assert_array_equal(displacements, case.arrays["offsets"])
+    source, _ = pair_cells(displacements[:1], *grid, radius=radius)
+    np.testing.assert_array_equal([source[0], source[-1]], case.arrays["src_first_last"])
+    batch = {"image": images, "target": torch.from_numpy(case.arrays["seg"])}
+    counts = network.counts(batch)
+    batch |= {f"counts/{k}": v.float() for k, v in counts.items()}
+    terms = network(batch, 0.0)
+    total = sum(terms.values())
+    total.backward()
+    values = {
+        "edge": logits, "affinity": path_affinity(logits[:, 0].sigmoid(), displacements, radius),
+        "n_bg_pos": counts["bg"], "n_fg_pos": counts["fg"], "n_neg": counts["neg"], "loss": total,
+        "bg_loss": 4 * terms["bg"], "fg_loss": 4 * terms["fg"], "neg_loss": 2 * terms["neg"],
+        "grad_fc_edge6_weight": network.fc_edge6.weight.grad, "grad_fc_edge6_bias": network.fc_edge6.bias.grad,
+        "grad_fc_edge5_conv": network.fc_edge5[0].weight.grad,
+    }  # fmt: skip
+    for name, value in values.items():
+        close(case, name, value)
+    assert all(p.grad is None for p in network.resnet50.parameters())
+
+
+def check_semformer_edge_inference(case: Case) -> None:
+    """Boundary map of an image from itself and its mirror image on a canvas, here one that is no square."""
+    with TemporaryDirectory() as folder:
+        network = edge_network(case, reference(case, "semformer_affinitynet"), Path(folder))
+    text = case.meta["input"]["image"]
+    image = case.evaluate(text.removesuffix("[0]"))[0]
+    (height, width), (high, wide) = image.shape[-2:], case.meta["input"]["canvas"]
+    pair = nn.functional.pad(torch.stack([image, image.flip(-1)]), (0, wide - width, 0, high - height))
+    with torch.inference_mode():
+        close(case, "edge", network.pair_boundary(network.resnet50.taps(pair), (height, width))[None])
+
+
+def check_semformer_random_walk(case: Case) -> None:
+    """The walk, and its scores at image size."""
+    radius, beta, squarings = map(int, re.search(
+        r"radius (\d+), beta (\d+), (\d+) squarings", case.meta["description"]).groups())  # fmt: skip
+    options = EdgeOnly.recipes["published"].walk
+    assert (options.radius, options.beta, options.logt) == (radius, beta, squarings)
+    maps, boundary = torch.from_numpy(case.arrays["cam"]), torch.from_numpy(case.arrays["edge"])[0]
+    walked = propagate(maps, boundary, radius, beta, 2**squarings)
+    close(case, "rw", walked[:, None])
+    large = enlarge(walked, case.meta["input"]["image size"])
+    close(case, "rw_up", large / large.max())
+
+
+def agreement(case: Case, name: str, got: np.ndarray) -> None:
+    """The stated share of a label map's pixels is equal."""
+    assert (got == case.arrays[name]).mean() >= case.meta["tolerance"]["label_agreement"], name
+
+
+def check_semformer_affinity_labels(case: Case) -> None:
+    """Both arg-maxes, both sharpened labels, and the label that is trained on."""
+    stated = re.search(r"fg_threshold=([\d.]+), bg_threshold=([\d.]+)", case.meta["description"])
+    fg, bg = (float(v) for v in stated.groups())
+    options = replace(EdgeOnly.recipes["published"].label, threshold_fg=fg, threshold_bg=bg)
+    image, maps, keys = (case.arrays[name] for name in ("image", "hr_cam", "keys"))
+    cam = SoftCam(keys[1:] - 1, maps)
+    labels = two_threshold_label(image, cam, options)
+    for side, threshold, label in (("fg", fg, labels[0]), ("bg", bg, labels[1])):
+        np.testing.assert_array_equal(hard_label(maps, threshold), case.arrays[f"{side}_argmax"])
+        agreement(case, f"{side}_label", keys[label])
+    agreement(case, "conf", EdgeOnly.make_label(image, cam, options)[0])
+
+
+def check_semformer_pseudo_label(case: Case) -> None:
+    """Background, arg-max and CRF after the walk."""
+    threshold, iterations = re.search(
+        r"background ([\d.]+), argmax, label-unary CRF with (\d+)", case.meta["description"]
+    ).groups()  # fmt: skip
+    options = EdgeOnly.recipes["published"].walk
+    assert (options.threshold, options.crf.iterations) == (float(threshold), int(iterations))
+    image, maps, keys = (case.arrays[name] for name in ("image", "rw", "keys"))
+    network = EdgeOnly.recipes["sample"].network.build(len(keys), {})
+    x = to_tensor(normalise(image, network.normalisation))
+    plain = replace(options, crf=replace(options.crf, iterations=0))
+    np.testing.assert_array_equal(network.sharpened(x, maps, plain).argmax(0), case.arrays["argmax"])
+    agreement(case, "label", keys[network.sharpened(x, maps, options).argmax(0)])
