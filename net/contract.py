@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -114,6 +114,10 @@ class SeedRecipe(Phase):
 
     infer: CamInference = field(default_factory=CamInference)
     """Inference of the CAMs."""
+    selection: Literal["last", "train_miou"] = "last"
+    """Which weights are kept. last: those after the last update. train_miou: those of the epoch whose CAMs (one scale,
+    no mirror) have the best mIoU on the scored list at their best background score. It looks at the PIXEL LABELS of the
+    training images, as the published SemFormer and Puzzle-CAM do (semformer.md 5.3); they do so on coarser maps."""
 
     def phases(self) -> tuple[tuple[str, Phase], ...]:
         """The trainings in order, each with its name (weights/NAME.pt); the last is the CAM network, named cam."""

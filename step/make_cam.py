@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from misc.cams import infer_cam
+from misc.config import CamInference
 from misc.each import each
 from misc.fit import autocast
 from misc.store import read_image, write_cam
@@ -23,6 +24,15 @@ def cam_network(job: Job, device: torch.device) -> SeedNetwork:
     for name, phase in job.cfg.cam.phases():
         earlier[name] = trained(job, name, phase, device, earlier)
     return earlier["cam"]  # type: ignore[return-value]
+
+
+def infer_maps(
+    job: Job, network: SeedNetwork, image: np.ndarray, tags: np.ndarray, infer: CamInference, device: torch.device
+) -> np.ndarray:
+    """``misc.cams.infer_cam`` at the run's precision, with gradients where the network's map needs them."""
+    grad = contextlib.nullcontext() if network.map_needs_gradient else torch.inference_mode()
+    with grad, autocast(job.cfg.machine, device):
+        return infer_cam(network.cam, image, tags, infer, network.normalisation, device)
 
 
 def run(job: Job, device: torch.device) -> None:
@@ -42,9 +52,7 @@ def run(job: Job, device: torch.device) -> None:
         size = image.shape[:2]
         maps = np.zeros((0, *size), np.float32)
         if len(keys):
-            grad = contextlib.nullcontext() if network.map_needs_gradient else torch.inference_mode()
-            with grad, autocast(job.cfg.machine, device):
-                maps = infer_cam(network.cam, image, tags, infer, network.normalisation, device)
+            maps = infer_maps(job, network, image, tags, infer, device)
         write_cam(job.run.cam(image_id), keys, maps, size)
 
     each(

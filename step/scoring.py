@@ -46,7 +46,8 @@ def score_cams(job: Job) -> None:
             job.catalog.num_classes + 1, THRESHOLDS, boundary=False,
         )
         infer = job.cfg.cam.infer
-        _record(job, "CAM", job.cfg.score_list, scores, tags="true tags", scales=list(infer.scales), flip=infer.flip)
+        _record(job, "CAM", job.cfg.score_list, scores, tags="true tags", scales=list(infer.scales), flip=infer.flip,
+                selection=job.cfg.cam.selection)
 
 
 def score_masks(job: Job, name: str, split: str, path: Callable[[str], Path], **provenance: Any) -> None:
