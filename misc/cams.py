@@ -23,17 +23,18 @@ def input_sizes(size: tuple[int, int], infer: CamInference) -> list[tuple[int, i
     """(h, w) that an image of ``size`` (H, W) is resized to, in the order of the scales; the padding comes on top."""
     scaled = imaging.truncated_size if infer.truncate else imaging.scaled_size
     sizes = [scaled((1, 1) if infer.square else size, scale) for scale in infer.scales]
-    return [rounded_up(s, infer.stretch) for s in sizes]
-
-
-def rounded_up(size: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """(h, w) as the next multiples."""
-    return size[0] + -size[0] % multiple, size[1] + -size[1] % multiple
+    return [_rounded_up(s, infer.stretch) for s in sizes]
 
 
 def _margin(size: tuple[int, int], multiple: int) -> tuple[int, int]:
     """Rows at the bottom and columns on the right that make (h, w) a multiple."""
     return -size[0] % multiple, -size[1] % multiple
+
+
+def _rounded_up(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """(h, w) as the next multiples."""
+    bottom, right = _margin(size, multiple)
+    return size[0] + bottom, size[1] + right
 
 
 def scaled_inputs(image: np.ndarray, infer: CamInference, normalisation: str) -> Iterator[Tensor]:
@@ -72,13 +73,13 @@ def unpad(maps: Tensor, size: tuple[int, int], infer: CamInference) -> Tensor:
     return torch.stack([m[:, :height, at : at + width] for m, at in zip(maps, left, strict=False)])
 
 
-def merge(maps: Iterable[Tensor], size: tuple[int, int], canvas: int = 1) -> Tensor:
+def merge(maps: Iterable[Tensor], size: tuple[int, int], round_up: int = 1) -> Tensor:
     """Sum of the maps of all passes at image size.
 
     Args:
         maps: a map a scale, (1, K, h, w), or (2, K, h, w) where the second is of the mirrored image; any h and w.
         size: (H, W) of the image.
-        canvas: as ``CamInference.canvas``.
+        round_up: they are added up at sides that are multiples of this, then cut (irnet.md section 6).
 
     Returns:
         (K, H, W) float32. Bilinear with align_corners False (seam.md section 7.2).
@@ -87,8 +88,9 @@ def merge(maps: Iterable[Tensor], size: tuple[int, int], canvas: int = 1) -> Ten
         ValueError: there is no map.
     """
     total = None
+    full = _rounded_up(size, round_up)
     for low in maps:
-        high = F.interpolate(low.float(), size=rounded_up(size, canvas), mode="bilinear", align_corners=False)
+        high = F.interpolate(low.float(), size=full, mode="bilinear", align_corners=False)  # (1 or 2, K, H, W)
         merged = high[0] + high[1].flip(-1) if len(high) == 2 else high[0]
         total = merged if total is None else total.add_(merged)
     if total is None:
@@ -148,7 +150,19 @@ def infer_cam(
     normalisation: str,
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
-    """Merged, normalised class maps of one image.
+    """Merged, normalised class maps of one image at its size: the first result of ``infer_cams``, (K, H, W)."""
+    return infer_cams(cam, image, tags, infer, normalisation, device)[0]
+
+
+def infer_cams(
+    cam: Callable[[Tensor, Tensor], Tensor],
+    image: np.ndarray,
+    tags: np.ndarray,
+    infer: CamInference,
+    normalisation: str,
+    device: torch.device | str = "cpu",
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Merged, normalised class maps of one image, at its size and on the recipe's coarse grid.
 
     Only maps of present classes are merged, so the merging's cost does not grow with the number of classes. The
     caller decides on gradients (``inference_mode`` unless the map needs a backward pass) and on mixed precision.
@@ -162,13 +176,15 @@ def infer_cam(
         device: where the network is.
 
     Returns:
-        (K, H, W) float32, present classes in ascending order; the rule ``shifted`` gives values below 0 too. For an
-        image without a tag K is 0 and the network does not run.
+        maps: (K, H, W) float32, present classes in ascending order; the rule ``shifted`` gives values below 0 too. For
+            an image without a tag K is 0 and the network does not run.
+        coarse: (K, ceil(H / infer.coarse), ceil(W / infer.coarse)) float32, None where the recipe has no such grid.
     """
     size = image.shape[:2]
+    grid = (-(-size[0] // infer.coarse), -(-size[1] // infer.coarse)) if infer.coarse else None
     keys = torch.from_numpy(np.flatnonzero(tags)).to(device)  # (K,)
     if len(keys) == 0:
-        return np.zeros((0, *size), np.float32)
+        return np.zeros((0, *size), np.float32), None if grid is None else np.zeros((0, *grid), np.float32)
     row = torch.tensor(tags, dtype=torch.float32, device=device)  # (C,)
 
     def present() -> Iterator[Tensor]:
@@ -177,4 +193,8 @@ def infer_cam(
             maps = maps.detach()[:, keys]
             yield unpad(maps, inner, infer) if infer.multiple > 1 else maps
 
-    return normalise(merge(present(), size, infer.canvas), infer.normalise).cpu().numpy()
+    if grid is None:
+        return normalise(merge(present(), size, infer.round_up), infer.normalise).cpu().numpy(), None
+    passes = list(present())
+    full, coarse = merge(passes, size, infer.round_up), merge(passes, grid)
+    return normalise(full, infer.normalise).cpu().numpy(), normalise(coarse, infer.normalise).cpu().numpy()

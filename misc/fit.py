@@ -170,6 +170,7 @@ def fit(
     name: str,
     made_by: Mapping[str, Any],
     score: Callable[[], float] | None = None,
+    finish: Callable[[], None] | None = None,
 ) -> None:
     """Train a network and write its state dict to ``weights``.
 
@@ -188,6 +189,8 @@ def fit(
         score: rates the network, which is in evaluation mode then; called by the main process after every epoch (each
             1 / epochs of the updates). The weights of the best one are written, the first of equal ones. None: the last
             weights are.
+        finish: called by the main process after the last update, with the network in evaluation mode and without
+            gradients, before the weights are written (Network.calibrate).
 
     Raises:
         NonFiniteLoss: a loss term is NaN or infinite; the batch is kept for a look.
@@ -241,8 +244,13 @@ def fit(
                 _save(resume, network, optimiser, scaler, identity, step + 1)
     _check_weights(network, total - 1, name)
     if main:
-        state = network.state_dict() if score is None else store.read_weights(best)["network"]
-        store.write_weights(weights, {k: v.cpu() for k, v in state.items()})
+        if score is not None:
+            network.load_state_dict(store.read_weights(best)["network"])
+        if finish is not None:
+            network.eval()
+            with torch.no_grad(), autocast(machine, device):
+                finish()
+        store.write_weights(weights, {k: v.cpu() for k, v in network.state_dict().items()})
         for done in (resume, best):
             done.unlink(missing_ok=True)
     distributed.barrier()

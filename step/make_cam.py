@@ -7,7 +7,7 @@ import contextlib
 import numpy as np
 import torch
 
-from misc.cams import infer_cam
+from misc.cams import infer_cams
 from misc.config import CamInference
 from misc.each import each
 from misc.fit import autocast
@@ -28,11 +28,11 @@ def cam_network(job: Job, device: torch.device) -> SeedNetwork:
 
 def infer_maps(
     job: Job, network: SeedNetwork, image: np.ndarray, tags: np.ndarray, infer: CamInference, device: torch.device
-) -> np.ndarray:
-    """``misc.cams.infer_cam`` at the run's precision, with gradients where the network's map needs them."""
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """``misc.cams.infer_cams`` at the run's precision, with gradients where the network's map needs them."""
     grad = contextlib.nullcontext() if network.map_needs_gradient else torch.inference_mode()
     with grad, autocast(job.cfg.machine, device):
-        return infer_cam(network.cam, image, tags, infer, network.normalisation, device)
+        return infer_cams(network.cam, image, tags, infer, network.normalisation, device)
 
 
 def run(job: Job, device: torch.device) -> None:
@@ -50,10 +50,8 @@ def run(job: Job, device: torch.device) -> None:
         image, tags = prepared
         keys = np.flatnonzero(tags)
         size = image.shape[:2]
-        maps = np.zeros((0, *size), np.float32)
-        if len(keys):
-            maps = infer_maps(job, network, image, tags, infer, device)
-        write_cam(job.run.cam(image_id), keys, maps, size)
+        maps, coarse = infer_maps(job, network, image, tags, infer, device)
+        write_cam(job.run.cam(image_id), keys, maps, size, coarse)
 
     each(
         "make_cam", job.cam_ids(), work, prepare=prepare, done=lambda i: job.run.cam(i).exists(),

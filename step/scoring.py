@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from misc import distributed
-from misc.score import Scores, evaluate_cams, evaluate_masks
+from misc.instances import Instances, read_instances, true_instances
+from misc.score import InstanceScores, Scores, evaluate_cams, evaluate_instances, evaluate_masks
 from misc.store import read_cam, read_mask
 from step.config import Job
 
@@ -58,6 +59,42 @@ def score_masks(job: Job, name: str, split: str, path: Callable[[str], Path], **
             ids, _Files(path, read_mask), _Files(job.catalog.mask_path, read_mask), job.catalog.num_classes + 1,
         )
         _record(job, name, split, scores, **provenance)
+
+
+@dataclass(frozen=True)
+class _TrueInstances:
+    """An image's true objects by its id; picklable for worker processes."""
+
+    job: Job
+
+    def __call__(self, image_id: str) -> Instances:
+        catalog = self.job.catalog
+        paths = catalog.object_path(image_id), catalog.mask_path(image_id)
+        assert paths[0] is not None and paths[1] is not None  # score_instances has looked
+        try:
+            return true_instances(read_mask(paths[0]), read_mask(paths[1]))
+        except ValueError as error:
+            raise ValueError(f"{paths[0]}, {paths[1]}: {error}. Replace the wrong one.") from None
+
+
+def score_instances(job: Job, name: str, split: str, path: Callable[[str], Path], **provenance: Any) -> None:
+    """Score single objects of a list, where the data set tells its objects apart, and record them under ``name``."""
+    ids = _scorable(job, split)
+    if ids and any(job.catalog.object_path(i) is None for i in ids):
+        distributed.say(f"The list {split} has images without masks of single objects: {name} are not scored.")
+    elif ids:
+        scores = evaluate_instances(
+            ids, _Files(path, read_instances), _TrueInstances(job), job.catalog.num_classes
+        )
+        _record_instances(job, name, split, scores, **provenance)
+
+
+def _record_instances(job: Job, name: str, split: str, scores: InstanceScores, **provenance: Any) -> None:
+    job.run.add_score(name, {**scores.to_dict(job.catalog.classes, split), **provenance})
+    found = ", ".join(
+        f"{100 * scores.precision.mean(at):.2f} AP at mask IoU {iou:g}" for at, iou in enumerate(scores.precision.ious)
+    )
+    distributed.say(f"{name}: {found} on {split}, {scores.images} images, {scores.precision.objects.sum()} objects")
 
 
 def _scorable(job: Job, split: str) -> list[str]:

@@ -50,9 +50,10 @@ def scored_masks(job: Job) -> dict[str, Path]:
 def train_miou(job: Job, network: SeedNetwork, masks: Mapping[str, Path], device: torch.device) -> float:
     """Best mIoU of the network's maps of one scale over all background scores, against these masks by image id."""
     infer = job.cfg.cam.infer
-    infer = replace(infer, scales=infer.scales[:1] if infer.square else (1.0,), flip=False)
+    infer = replace(infer, scales=infer.scales[:1] if infer.square else (1.0,), flip=False, coarse=0)
     curve = ThresholdCurve(job.catalog.num_classes + 1, _THRESHOLDS)
     for image_id, path in masks.items():
         image, tags = read_image(job.catalog.image_path(image_id)), job.catalog.tags(image_id)
-        curve.add(read_mask(path), np.flatnonzero(tags), infer_maps(job, network, image, tags, infer, device))
+        maps, _ = infer_maps(job, network, image, tags, infer, device)
+        curve.add(read_mask(path), np.flatnonzero(tags), maps)
     return curve.best()[1]

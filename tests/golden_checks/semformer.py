@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from misc import cams
 from misc.config import CamInference, Fit
+from misc.erosion import erode
 from misc.fit import make_optimiser, set_lr
 from misc.imaging import normalise, to_tensor
-from misc.metrics import erode, mask_at
+from misc.metrics import mask_at
 from misc.score import evaluate_cams
 from misc.walk import pair_cells, path_affinity
 from net.backbone.caae import CAAE, CAAEOptions, similarity_loss, with_background
@@ -266,7 +267,7 @@ def check_groups(case: Case, network: SemFormer) -> None:
 def check_semformer_cam_merge(case: Case) -> None:
     """Network inputs, logits, attention and map of a scale, and both merged maps of an image."""
     described = case.meta["input"]
-    infer = CamInference(scales=tuple(described["scales"]), stretch=16, canvas=16)
+    infer = CamInference(scales=tuple(described["scales"]), stretch=16, round_up=16, coarse=4)
     published = SemFormer.recipes["published"].cam
     assert (infer, published.network.map_layers) == (published.infer, described["cra_layers"])
     meta = reference(case, "semformer_forward_train")
@@ -284,11 +285,12 @@ def check_semformer_cam_merge(case: Case) -> None:
                 close(case, "input_1x", x)
                 close(case, "cam_1x", maps[-1])
                 check_attention(case, network, x)
-    chosen = [m[:, present] for m in maps]
-    height, width = picture.shape[:2]
-    quarter = (-(-height // 4), -(-width // 4))
-    close(case, "cam", cams.normalise(cams.merge(chosen, quarter), infer.normalise))
-    close(case, "hr_cam", cams.normalise(cams.merge(chosen, (height, width), infer.canvas), infer.normalise))
+    given = iter(maps)
+    row = np.zeros(guide.classes - 1)
+    row[present] = 1
+    full, coarse = cams.infer_cams(lambda x, tags: next(given), picture, row, infer, network.normalisation)
+    close(case, "cam", coarse)
+    close(case, "hr_cam", full)
 
 
 def check_attention(case: Case, network: SemFormer, x: Tensor) -> None:
