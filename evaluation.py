@@ -49,6 +49,9 @@ class Options:
     """Last background score of the curve."""
     step: float = 0.01
     """Distance of the background scores of the curve."""
+    erosion: int = 0
+    """For maps: erode every region of the cut maps, the background's too, by a square of this odd side; what is left
+    over becomes background. 0: not. Published scores of SemFormer's CAMs: 7; of all others: 0."""
     convention: Convention = "counting"
     """Mean over all classes, absent as 0 (counting), those in truth or prediction (nanmean), or those in the truth."""
     boundary: bool = True
@@ -92,6 +95,8 @@ def _maps(options: Options, image_id: str) -> Maps | None:
 
 def _thresholds(options: Options) -> list[float]:
     """Background scores to try: none for masks. ValueError for a combination of options that makes no sense."""
+    if options.erosion and (options.type == "png" or options.erosion < 0 or options.erosion % 2 == 0):
+        raise ValueError(f"--erosion {options.erosion} must be odd, and is for maps (--type npz or npy)")
     if options.type == "png":
         if options.curve or options.threshold is not None:
             raise ValueError("--curve and --threshold are for maps (--type npz or npy): masks have no background score")
@@ -147,7 +152,7 @@ def _score(options: Options, ids: Sequence[str]) -> Scores:
     try:
         if not thresholds:
             return evaluate_masks(ids, partial(_mask, options), truth, options.num_classes, **common)
-        common["convention"] = options.convention
+        common |= {"convention": options.convention, "erosion": options.erosion}
         return evaluate_cams(ids, partial(_maps, options), truth, options.num_classes, thresholds, **common)
     except EvaluationError as error:
         files = [(f"{options.prediction(i)} against {options.truth(i)}", text) for i, text in error.problems]
@@ -226,6 +231,8 @@ def summary(result: dict[str, Any]) -> str:
         lines["255 in predictions"] = f"{result['void_predictions']} ({sum(result['predicted_void'])} pixels)"
     else:
         lines["threshold"] = f"{result['threshold']:g}, {result['threshold_choice']}"
+        if result["erosion"]:
+            lines["erosion"] = f"regions eroded by {result['erosion']} x {result['erosion']} pixels before counting"
         lines["255 in predictions"] = "none: maps are cut into background and the classes stored in each file"
     if result["missing_as_background"]:
         lines["missing predictions"] = f"{result['missing_as_background']} images counted as background"

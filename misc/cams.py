@@ -23,12 +23,19 @@ _EPSILON = 1e-5
 def input_sizes(size: tuple[int, int], infer: CamInference) -> list[tuple[int, int]]:
     """(h, w) that an image of ``size`` (H, W) is resized to, in the order of the scales; the padding comes on top."""
     scaled = imaging.truncated_size if infer.truncate else imaging.scaled_size
-    return [scaled((1, 1) if infer.square else size, scale) for scale in infer.scales]
+    sizes = [scaled((1, 1) if infer.square else size, scale) for scale in infer.scales]
+    return [_rounded_up(s, infer.stretch) for s in sizes]
 
 
 def _margin(size: tuple[int, int], multiple: int) -> tuple[int, int]:
     """Rows at the bottom and columns on the right that make (h, w) a multiple."""
     return -size[0] % multiple, -size[1] % multiple
+
+
+def _rounded_up(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """(h, w) as the next multiples."""
+    bottom, right = _margin(size, multiple)
+    return size[0] + bottom, size[1] + right
 
 
 def scaled_inputs(image: np.ndarray, infer: CamInference, normalisation: str) -> Iterator[Tensor]:
@@ -89,8 +96,7 @@ def merge(
         ValueError: there is no map.
     """
     total = None
-    bottom, right = _margin(size, round_up)
-    full = (size[0] + bottom, size[1] + right)
+    full = _rounded_up(size, round_up)
     for low in maps:
         high = F.interpolate(low.float(), size=full, mode=mode, align_corners=False)  # (1 or 2, K, H, W)
         merged = high[0] + high[1].flip(-1) if len(high) == 2 else high[0]

@@ -117,8 +117,9 @@ class Augment:
     """long_side: the longer side is resized to a random integer in [low, high], PIL bicubic. Pixels."""
     scale: tuple[float, float] = (0.5, 1.5)
     """scale: both sides are multiplied by a random factor in [low, high]; mask nearest."""
-    scale_filter: Literal["cubic", "linear", "bicubic"] = "cubic"
-    """Filter of the image in ``scale``. cubic, linear: OpenCV's. bicubic: PIL's, antialiased when shrinking."""
+    scale_filter: Literal["cubic", "linear", "bicubic", "bilinear"] = "cubic"
+    """Filter of the image in ``scale``. cubic, linear: OpenCV's. bicubic, bilinear: PIL's, antialiased when
+    shrinking."""
     scale_set: tuple[float, ...] = ()
     """scale: the factors to draw from, instead of any one in the range (deeplab.md C.3)."""
     scale_mask: Literal["opencv", "pil"] = "opencv"
@@ -137,7 +138,9 @@ class Augment:
     """hsv: largest integer shift of hue, saturation, value (OpenCV 8-bit HSV)."""
     area: tuple[float, float] = (0.08, 1.0)
     """resized_crop: a random part of the image, this share of its area and of aspect 3/4 to 4/3, is resized to the
-    square of side ``crop``, PIL bicubic."""
+    square of side ``crop``."""
+    area_filter: Literal["bicubic", "bilinear"] = "bicubic"
+    """resized_crop: PIL's filter of the image."""
     policy: str = "rand-m9-mstd0.5-inc1"
     """rand_augment: timm's RandAugment by the name that timm gives its settings. It moves no mask."""
     erase: float = 0.25
@@ -190,6 +193,8 @@ class CamInference:
     """PIL's filter that resizes the image."""
     flip: bool = True
     """Add the maps of the mirrored image."""
+    stretch: int = 1
+    """Scaled sizes are rounded up to multiples of this: images are stretched, not padded (semformer.md 6)."""
     multiple: int = 1
     """Scaled images are padded with the mean colour at the bottom and the right to sides that are multiples of this;
     maps are brought to the padded size and cut to the image again. 1: no padding."""
@@ -211,6 +216,7 @@ class CamInference:
     def __post_init__(self) -> None:
         _check(bool(self.scales) and min(self.scales) > 0, "scales", self.scales, "positive factors")
         _check(not self.square or min(self.scales) >= 8, "scales", self.scales, "sides of 8 pixels or more for square")
+        _check(self.stretch > 0, "stretch", self.stretch, "at least 1")
         _check(self.multiple > 0, "multiple", self.multiple, "at least 1")
         _check(self.round_up > 0, "round_up", self.round_up, "at least 1")
         _check(self.coarse >= 0, "coarse", self.coarse, "0 or more")

@@ -169,6 +169,11 @@ def resume_point(weights: Path) -> Path:
     return weights.with_name(f"{weights.stem}.resume.pt")
 
 
+def _best_point(weights: Path) -> Path:
+    """The file beside a training's weights that holds its best epoch while it goes on."""
+    return weights.with_name(f"{weights.stem}.best.pt")
+
+
 def fit(
     network: nn.Module,
     batches: Callable[[int], Iterable[Batch]],
@@ -182,6 +187,7 @@ def fit(
     log: Path,
     name: str,
     made_by: Mapping[str, Any],
+    score: Callable[[], float] | None = None,
     finish: Callable[[], None] | None = None,
 ) -> None:
     """Train a network and write its state dict to ``weights``.
@@ -198,6 +204,9 @@ def fit(
         log: TensorBoard folder; this training's curves are in its sub-folder ``name``.
         name: what the progress bar and the log say.
         made_by: plain values that decide the result (settings, data); a resume point of other ones is refused.
+        score: rates the network, which is in evaluation mode then; called by the main process after every epoch (each
+            1 / epochs of the updates). The weights of the best one are written, the first of equal ones. None: the last
+            weights are.
         finish: called by the main process after the last update, with the network in evaluation mode and without
             gradients, before the weights are written (Network.calibrate).
 
@@ -206,6 +215,7 @@ def fit(
         ValueError: the resume point belongs to another training.
     """
     division = divide(recipe, distributed.world())
+    main = distributed.is_main()
     network.to(device)
     if machine.channels_last and device.type == "cuda":
         network.to(memory_format=torch.channels_last)
@@ -215,6 +225,9 @@ def fit(
     resume = resume_point(weights)
     identity = json.dumps({**made_by, "updates": total, "seed": seed}, default=str)
     start = _resume(resume, network, rules, scaler, identity)
+    best = _best_point(weights)
+    if main and not start:
+        best.unlink(missing_ok=True)  # of a training that left no resume point
     model = _wrap(network, machine, device)
     distributed.say(
         f"{name}: {total} updates of {recipe.batch_size} images = {distributed.world()} process(es) x "
@@ -223,7 +236,6 @@ def fit(
     )
     every = machine.checkpoint_every or max(1, total // 20)
     stream = iter(batches(start))
-    main = distributed.is_main()
     with (
         # a folder for each training: what purge_step takes back of an interrupted one, it takes from the whole folder
         SummaryWriter(str(log / name), purge_step=start) if main else contextlib.nullcontext() as writer,
@@ -243,17 +255,23 @@ def fit(
                 writer.add_scalar(f"{name}/lr", rules[0][0].param_groups[0]["lr"], step)
             bar.set_postfix({k: f"{v:.4f}" for k, v in terms.items()}, refresh=False)
             bar.update()
+            if score is not None and (step + 1) * recipe.epochs // total > step * recipe.epochs // total:
+                _check_weights(network, step, name)
+                _keep_best(best, network, score, name)
             if (step + 1) % every == 0 and step + 1 < total:
                 _check_weights(network, step, name)
                 _save(resume, network, rules, scaler, identity, step + 1)
     _check_weights(network, total - 1, name)
     if main:
+        if score is not None:
+            network.load_state_dict(store.read_weights(best)["network"])
         if finish is not None:
             network.eval()
             with torch.no_grad(), autocast(machine, device):
                 finish()
         store.write_weights(weights, {k: v.cpu() for k, v in network.state_dict().items()})
-        resume.unlink(missing_ok=True)
+        for done in (resume, best):
+            done.unlink(missing_ok=True)
     distributed.barrier()
 
 
@@ -317,6 +335,19 @@ def _share_counts(network: nn.Module, micro: list[Batch]) -> None:
         mean = mean / (len(micro) * distributed.world())
         for batch in micro:
             batch[f"counts/{key}"] = mean
+
+
+def _keep_best(path: Path, network: nn.Module, score: Callable[[], float], name: str) -> None:
+    """Rate the network and keep its weights where they are better than those that are kept. A resumed training rates
+    some epochs again and finds them kept already."""
+    if distributed.is_main():
+        network.eval()
+        value, kept = score(), float(store.read_weights(path)["score"]) if path.exists() else -math.inf
+        network.train()
+        distributed.say(f"{name}: epoch rated {value:.4f}" + (", the best so far" if value > kept else ""))
+        if value > kept:
+            store.write_weights(path, {"network": network.state_dict(), "score": value})
+    distributed.barrier()
 
 
 def _save(

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from misc.erosion import ErodedCurve, erode
 from misc.instances import Instances
 from misc.metrics import (
     VOID_RULE,
@@ -56,6 +57,8 @@ class Scores:
     """Background score of the maps; None for masks."""
     curve: ThresholdCurve | None = None
     """All thresholds, if ``threshold`` was searched on these very images; None: it was given, or masks."""
+    erosion: int = 0
+    """Side of the square that the cut maps were eroded by; 0: none."""
 
     def to_dict(self, names: Sequence[str], split: str, convention: Convention = "counting") -> dict[str, Any]:
         """All scores and what they rest on, for JSON: scores in PERCENT, undefined ones None.
@@ -83,6 +86,7 @@ class Scores:
             "split": split,
             "threshold": self.threshold,
             "threshold_choice": None if self.threshold is None else chosen,
+            "erosion": self.erosion,
             "void_predictions": VOID_RULE,
             "convention": convention,
             "unit": "percent",
@@ -158,17 +162,19 @@ def _read_maps(cams: Callable[[str], Maps | None], truth: Callable[[str], np.nda
     return expected, *(((), ()) if maps is None else maps)
 
 
-def _cut(cams: Callable[[str], Maps | None], threshold: float, name: str) -> np.ndarray | None:
+def _cut(cams: Callable[[str], Maps | None], threshold: float, erosion: int, name: str) -> np.ndarray | None:
     maps = cams(name)
-    return None if maps is None else mask_at(maps, threshold)
+    if maps is None:
+        return None
+    return erode(mask_at(maps, threshold), erosion) if erosion else mask_at(maps, threshold)
 
 
 def _mask_counters(num_classes: int, boundary: bool) -> list[Any]:
     return [Confusion(num_classes)] + ([BoundaryConfusion(num_classes)] if boundary else [])
 
 
-def _curve_counters(num_classes: int, thresholds: tuple[float, ...]) -> list[Any]:
-    return [ThresholdCurve(num_classes, thresholds)]
+def _curve_counters(num_classes: int, thresholds: tuple[float, ...], erosion: int) -> list[Any]:
+    return [ErodedCurve(num_classes, thresholds, erosion) if erosion else ThresholdCurve(num_classes, thresholds)]
 
 
 def evaluate_masks(
@@ -200,6 +206,7 @@ def evaluate_cams(
     thresholds: Sequence[float],
     *,
     convention: Convention = "counting",
+    erosion: int = 0,
     boundary: bool = True,
     workers: int = 1,
     progress: bool = True,
@@ -208,19 +215,21 @@ def evaluate_cams(
 
     ``cams(id)`` gives (keys (K,) 0-based classes, maps (K, H, W)), or None for background everywhere. One threshold is
     *fixed*, several are *searched* and give a curve in one pass; ``boundary`` takes a second pass then, at the best.
+    ``erosion``: every region of the cut maps is eroded by a square of this odd side (published for SemFormer's CAMs:
+    7, semformer.md section 10), which takes one mask a threshold and image; 0: none.
     Other arguments and errors as for ``evaluate_masks``.
     """
     curve, best = None, float(thresholds[0])
     if len(thresholds) > 1:
-        job = _Job(partial(_read_maps, cams, truth), partial(_curve_counters, num_classes, tuple(thresholds)))
+        job = _Job(partial(_read_maps, cams, truth), partial(_curve_counters, num_classes, tuple(thresholds), erosion))
         (curve,) = job.count_all(ids, workers, progress)
         best, _ = curve.best(convention)
         if not boundary:
             at = curve.thresholds.tolist().index(best)
-            return Scores(curve.confusion(at), None, len(ids), best, curve)
-    cut = partial(_cut, cams, best)
+            return Scores(curve.confusion(at), None, len(ids), best, curve, erosion)
+    cut = partial(_cut, cams, best, erosion)
     scores = evaluate_masks(ids, cut, truth, num_classes, boundary=boundary, workers=workers, progress=progress)
-    return replace(scores, threshold=best, curve=curve)
+    return replace(scores, threshold=best, curve=curve, erosion=erosion)
 
 
 @dataclass

@@ -93,7 +93,7 @@ class Options(ABC):
     @abstractmethod
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> Network:
         """The network for ``num_classes`` foreground classes; ``earlier`` holds the trained networks of the phases
-        before this one, by phase name."""
+        before this one, by phase name, in evaluation mode and frozen, on the device of the training."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,10 @@ class SeedRecipe(Phase):
     """Inference of the CAMs."""
     boxes: BoxInference = field(default_factory=BoxInference)
     """Boxes from the CAMs, on data sets that ask for boxes."""
+    selection: Literal["last", "train_miou"] = "last"
+    """Which weights are kept. last: those after the last update. train_miou: those of the epoch whose CAMs (one scale,
+    no mirror) have the best mIoU on the scored list at their best background score. It looks at the PIXEL LABELS of the
+    training images, as the published SemFormer and Puzzle-CAM do (semformer.md 5.3); they do so on coarser maps."""
 
     def phases(self) -> tuple[tuple[str, Phase], ...]:
         """The trainings in order, each with its name (weights/NAME.pt); the last is the CAM network, named cam."""

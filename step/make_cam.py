@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from misc.cams import infer_cams
+from misc.config import CamInference
 from misc.each import each
 from misc.fit import autocast
 from misc.store import read_image, write_cam
@@ -25,6 +26,15 @@ def cam_network(job: Job, device: torch.device) -> SeedNetwork:
     return earlier["cam"]  # type: ignore[return-value]
 
 
+def infer_maps(
+    job: Job, network: SeedNetwork, image: np.ndarray, tags: np.ndarray, infer: CamInference, device: torch.device
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """``misc.cams.infer_cams`` at the run's precision, with gradients where the network's map needs them."""
+    grad = contextlib.nullcontext() if network.map_needs_gradient else torch.inference_mode()
+    with grad, autocast(job.cfg.machine, device):
+        return infer_cams(network.cam, image, tags, infer, network.normalisation, device)
+
+
 def run(job: Job, device: torch.device) -> None:
     """Infer and score the CAMs of the training list and of the scored list.
 
@@ -40,9 +50,7 @@ def run(job: Job, device: torch.device) -> None:
         image, tags = prepared
         keys = np.flatnonzero(tags)
         size = image.shape[:2]
-        grad = contextlib.nullcontext() if network.map_needs_gradient else torch.inference_mode()
-        with grad, autocast(job.cfg.machine, device):
-            maps, coarse = infer_cams(network.cam, image, tags, infer, network.normalisation, device)
+        maps, coarse = infer_maps(job, network, image, tags, infer, device)
         write_cam(job.run.cam(image_id), keys, maps, size, coarse)
 
     each(

@@ -62,7 +62,7 @@ def score_cams(job: Job) -> None:
         infer = job.cfg.cam.infer
         _record(
             job, "CAM", job.cfg.score_list, scores, job.cfg.cam.phases()[-1][1], tags="true tags",
-            scales=list(infer.scales), flip=infer.flip,
+            scales=list(infer.scales), flip=infer.flip, selection=job.cfg.cam.selection,
         )
 
 

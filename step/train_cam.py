@@ -2,16 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
 import torch
 
-from net.contract import Network
+from misc.metrics import ThresholdCurve
+from misc.store import read_image, read_mask
+from net.contract import Network, SeedNetwork
 from step.config import Job
+from step.make_cam import infer_maps
 from step.training import build, train, trained
+
+_THRESHOLDS = tuple(i / 100 for i in range(1, 100))
 
 
 def run(job: Job, device: torch.device) -> None:
     """Train every phase of the method on the training list: writes weights/PHASE.pt, the last one weights/cam.pt."""
+    masks = scored_masks(job) if job.cfg.cam.selection == "train_miou" else None
     earlier: dict[str, Network] = {}
     for name, phase in job.cfg.cam.phases():
-        train(job, name, phase, build(job, phase, earlier), device, ids=job.train_ids())
-        earlier[name] = trained(job, name, phase, device, earlier)
+        network = build(job, phase, earlier)
+        score = None
+        if name == "cam" and masks is not None:
+            assert isinstance(network, SeedNetwork)
+            score = partial(train_miou, job, network, masks, device)
+        train(job, name, phase, network, device, ids=job.train_ids(), score=score)
+        earlier[name] = trained(job, name, phase, device, earlier).requires_grad_(False)
+
+
+def scored_masks(job: Job) -> dict[str, Path]:
+    """The mask of every image of the scored list; ValueError where one has none."""
+    split = job.cfg.score_list
+    paths = {image_id: job.catalog.mask_path(image_id) for image_id in job.catalog.ids(split)}
+    without = [image_id for image_id, path in paths.items() if path is None]
+    if without:
+        raise ValueError(
+            f"--cam.selection train_miou needs the masks of the list {split}, {len(without)} images have none "
+            f"({without[0]}). Take --cam.selection last, or name another --score-list."
+        )
+    return {image_id: path for image_id, path in paths.items() if path is not None}
+
+
+def train_miou(job: Job, network: SeedNetwork, masks: Mapping[str, Path], device: torch.device) -> float:
+    """Best mIoU of the network's maps of one scale over all background scores, against these masks by image id."""
+    infer = job.cfg.cam.infer
+    infer = replace(infer, scales=infer.scales[:1] if infer.square else (1.0,), flip=False, coarse=0)
+    curve = ThresholdCurve(job.catalog.num_classes + 1, _THRESHOLDS)
+    for image_id, path in masks.items():
+        image, tags = read_image(job.catalog.image_path(image_id)), job.catalog.tags(image_id)
+        maps, _ = infer_maps(job, network, image, tags, infer, device)
+        curve.add(read_mask(path), np.flatnonzero(tags), maps)
+    return curve.best()[1]

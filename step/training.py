@@ -54,6 +54,7 @@ def train(
     planes: Callable[[str], np.ndarray] | None = None,
     plane_fill: float = 0.0,
     target: Callable[[np.ndarray], Any] | None = None,
+    score: Callable[[], float] | None = None,
 ) -> None:
     """Train a network on the images ``ids`` as its phase says and write weights/NAME.pt, unless it is there.
 
@@ -61,6 +62,7 @@ def train(
         mask: reads the (H, W) uint8 mask of an image, for segmentation networks.
         planes: reads the label planes of an image, for affinity networks, filled with ``plane_fill`` outside it.
         target: turns augmented planes into the training target.
+        score: rates the network after every epoch; the best weights are written instead of the last ones.
     """
     recipe = phase.fit
     if all(distributed.joined([job.run.weights(name).exists()])):
@@ -95,7 +97,7 @@ def train(
         network, batches, recipe, total, machine=job.cfg.machine, device=device, seed=job.cfg.seed,
         weights=job.run.weights(name), log=job.run.log, name=name,
         made_by={**flatten(phase), "images": job.catalog.fingerprint(job.train_list)},
-        finish=calibrate if network.calibrates else None,
+        finish=calibrate if network.calibrates else None, score=score,
     )
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from misc import cams
+from misc import cams, imaging
 from misc.config import CamInference
 
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
@@ -131,6 +131,16 @@ def test_sizes_are_truncated_where_asked() -> None:
     infer = CamInference(scales=(0.5, 1.0, 1.5), truncate=True)
     assert cams.input_sizes((75, 101), infer) == [(37, 50), (75, 101), (112, 151)]
     assert cams.input_sizes((75, 101), CamInference(scales=(0.5, 1.5))) == [(38, 50), (112, 152)]
+
+
+def test_sizes_are_stretched_to_multiples() -> None:
+    infer = CamInference(scales=(0.5, 1.0), stretch=16)
+    assert cams.input_sizes((75, 101), infer) == [(48, 64), (80, 112)]
+    (x,) = cams.scaled_inputs(picture(), CamInference(scales=(1.0,), stretch=16, flip=False), "imagenet")
+    resized = imaging.resize_image(picture(), (48, 64))
+    assert torch.equal(x[0], imaging.to_tensor(imaging.normalise(resized, "imagenet")))
+    with pytest.raises(ValueError, match="stretch"):
+        CamInference(stretch=0)
 
 
 @pytest.mark.parametrize("pad_first", [False, True])

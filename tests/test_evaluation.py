@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from evaluation import main
+from misc.erosion import erode
 from misc.metrics import BoundaryConfusion, Confusion, mask_at
 from misc.store import Cam, write_arrays, write_mask
 
@@ -159,6 +160,16 @@ def test_missing_maps_are_background_at_every_threshold(data: Data) -> None:
     assert result["confusion"] == data.confusion(cut).matrix.tolist()
 
 
+def test_erosion_is_asked_for_and_named(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = data.run(*data.arguments("npz", "--threshold", "0.4"))
+    assert plain["erosion"] == 0 and "eroded" not in capsys.readouterr().out
+    for choice in (["--threshold", "0.4"], ["--curve", "--start", "0.4", "--end", "0.5", "--step", "0.1"]):
+        result = data.run(*data.arguments("npz", *choice, "--erosion", "3"))
+        cut = {name: erode(mask, 3) for name, mask in data.cut(result["threshold"]).items()}
+        assert result["confusion"] == data.confusion(cut).matrix.tolist() != plain["confusion"]
+        assert result["erosion"] == 3 and "regions eroded by 3 x 3 pixels" in capsys.readouterr().out
+
+
 def test_missing_truth_is_never_background(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     (data.root / "gt" / f"{IDS[2]}.png").unlink()
     message = refuse(data, capsys, *data.arguments("png", "--missing-as-background"))
@@ -204,6 +215,8 @@ def test_number_of_classes_counts_the_background(data: Data, capsys: pytest.Capt
         ("npz", ["--curve", "--threshold", "0.2"], "--threshold T or --curve"),
         ("npz", ["--curve", "--step", "0"], "--step"),
         ("png", ["--num-classes", "1"], "--num-classes"),
+        ("png", ["--erosion", "7"], "--erosion 7"),
+        ("npz", ["--curve", "--erosion", "4"], "must be odd"),
         ("png", ["--list", "nowhere.txt"], "nowhere.txt"),
         ("png", ["--classes", "{root}/train.txt"], "12 names"),
     ],

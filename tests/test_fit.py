@@ -329,3 +329,68 @@ def test_trainings_of_one_run_keep_each_others_curves(tmp_path: Path) -> None:
     train(tmp_path)
     train(tmp_path, name="other", weights=tmp_path / "weights" / "other.pt")
     assert len(curve(tmp_path)) == TOTAL
+
+
+# ---------------------------------------------------------------------------------------------- selection
+
+
+def rated(network: nn.Module, ratings: list[float], seen: list[int]) -> Callable[[], float]:
+    """A rating by epoch, told by how often the network has seen data; it changes nothing and must not be in training
+    mode."""
+
+    def score() -> float:
+        assert not network.training
+        number = int(network.updates)
+        seen.append(number)
+        return ratings[number // 2 - 1]
+
+    return score
+
+
+class Counting(Toy):
+    """Knows how many updates it has had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        assert self.training
+        self.updates += 1
+        return super().forward(batch, progress)
+
+
+@pytest.mark.parametrize("ratings, best", [([0.1, 0.7, 0.7, 0.2], 4), ([0.1, 0.2, 0.3, 0.4], 8), ([0.5, 0, 0, 0], 2)])
+def test_the_best_rated_epoch_is_kept(ratings: list[float], best: int, tmp_path: Path) -> None:
+    recipe = Fit(**{**vars(RECIPE), "epochs": 4, "warmup_epochs": 0})
+    network, seen = Counting(), []
+    kept = train(tmp_path, recipe, network, score=rated(network, ratings, seen))
+    assert seen == [2, 4, 6, 8] and kept["updates"] == best
+    assert [p.name for p in (tmp_path / "weights").iterdir()] == ["toy.pt"]
+
+
+@pytest.mark.parametrize("at", [1, 5, 7])
+def test_an_interrupted_selection_keeps_what_an_undisturbed_one_keeps(at: int, tmp_path: Path) -> None:
+    recipe = Fit(**{**vars(RECIPE), "epochs": 4, "warmup_epochs": 0})
+
+    def go(folder: Path, **changes: Any) -> None:
+        network = Counting()
+        train(folder, recipe, network, score=rated(network, [0.1, 0.7, 0.3, 0.2], []), **changes)
+
+    go(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "cut", batches=stopping(at, KeyboardInterrupt))
+    go(tmp_path / "cut")
+    whole, cut = ((tmp_path / name / "weights" / "toy.pt").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut
+
+
+def test_what_another_training_found_best_is_not_taken(tmp_path: Path) -> None:
+    recipe = Fit(**{**vars(RECIPE), "epochs": 4, "warmup_epochs": 0})
+    network = Counting()
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, recipe, network, score=rated(network, [9, 9, 9, 9], []), batches=stopping(5, KeyboardInterrupt))
+    resume_point(tmp_path / "weights" / "toy.pt").unlink()
+    network = Counting()
+    kept = train(tmp_path, recipe, network, score=rated(network, [0.1, 0.2, 0.3, 0.4], []))
+    assert kept["updates"] == 8

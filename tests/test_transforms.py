@@ -331,3 +331,17 @@ def test_square_ignores_the_aspect_and_keeps_places() -> None:
     assert np.array_equal(sample.planes[0], sample.mask) and sample.mask[-1, 0] == 39 and sample.planes[1][0, -1] == 59
     with pytest.raises(ValueError, match="square before normalize"):
         Augment(order=("normalize", "square", "crop"))
+
+
+@pytest.mark.parametrize("name", ["bicubic", "bilinear"])
+def test_pillow_s_filters_of_scale_and_resized_crop(name: str) -> None:
+    image = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    sample = Sample(image.copy())
+    transforms.scale(sample, 1.5, name)
+    kind = Image.Resampling[name.upper()]
+    assert np.array_equal(sample.image, np.asarray(Image.fromarray(image).resize((90, 60), kind)))
+    sample = Sample(image.copy())
+    transforms.resized_crop(sample, 30, (1.0, 1.0), rng(0), name)
+    other = Sample(image.copy())
+    transforms.resized_crop(other, 30, (1.0, 1.0), rng(0), {"bicubic": "bilinear", "bilinear": "bicubic"}[name])
+    assert sample.image.shape == (30, 30, 3) and not np.array_equal(sample.image, other.image)

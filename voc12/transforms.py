@@ -74,10 +74,11 @@ def square(sample: Sample, side: int) -> None:
 
 def scale(sample: Sample, factor: float, image_filter: str, mask_filter: str = "opencv") -> None:
     """Multiply both sides by ``factor``, cut to whole pixels: image OpenCV cubic or linear (deeplab.md A.2, B.2) or
-    PIL bicubic (aream.md section 8), mask OpenCV's or PIL's nearest (deeplab.md C.3)."""
+    PIL bicubic or bilinear (aream.md section 8, semformer.md section 3.4), mask OpenCV's or PIL's nearest
+    (deeplab.md C.3)."""
     size = truncated_size(sample.image.shape[:2], factor)
-    if image_filter == "bicubic":
-        sample.image = resize_image(np.ascontiguousarray(sample.image), size)
+    if image_filter in ("bicubic", "bilinear"):
+        sample.image = resize_image(np.ascontiguousarray(sample.image), size, image_filter)
     else:
         kind = {"cubic": cv2.INTER_CUBIC, "linear": cv2.INTER_LINEAR}[image_filter]
         sample.image = cv2.resize(sample.image, size[::-1], interpolation=kind)
@@ -204,15 +205,17 @@ def _lent(rng: np.random.Generator) -> Iterator[None]:
         torch.set_rng_state(kept[2])
 
 
-def resized_crop(sample: Sample, size: int, area: tuple[float, float], rng: np.random.Generator) -> None:
+def resized_crop(
+    sample: Sample, size: int, area: tuple[float, float], rng: np.random.Generator, image_filter: str = "bicubic"
+) -> None:
     """Cut a random part, of a share of the area in ``area`` and of aspect 3/4 to 4/3, and resize it to a square of
-    side ``size``: image PIL bicubic, mask PIL nearest (mctformer.md section 6)."""
+    side ``size``: image PIL bicubic (mctformer.md section 6) or bilinear (semformer.md 3.4), mask PIL nearest."""
     with _lent(rng):
         top, left, height, width = RandomResizedCrop.get_params(
             Image.fromarray(np.ascontiguousarray(sample.image)), list(area), [3 / 4, 4 / 3]
         )
     rows, columns = slice(top, top + height), slice(left, left + width)
-    sample.image = resize_image(np.ascontiguousarray(sample.image[rows, columns]), (size, size))
+    sample.image = resize_image(np.ascontiguousarray(sample.image[rows, columns]), (size, size), image_filter)
     if sample.mask is not None:
         sample.mask = resize_mask(np.ascontiguousarray(sample.mask[rows, columns]), (size, size))
     if sample.planes is not None:
@@ -295,7 +298,7 @@ def augment(
                 hue, saturation, value = rng.integers(-recipe.hsv, recipe.hsv + 1, 3).tolist()
                 hsv(sample, (hue, saturation, value))
             case "resized_crop":
-                resized_crop(sample, recipe.crop, recipe.area, rng)
+                resized_crop(sample, recipe.crop, recipe.area, rng, recipe.area_filter)
             case "rand_augment":
                 rand_augment(sample, recipe.policy, normalisation, rng)
             case "erase":

@@ -51,6 +51,8 @@ class EdgeOptions(Options):
     """Backbone. Published is completely frozen; only the layers on its stages are trained."""
     radius: int = 10
     """Pairs nearer than this are trained on. Cells of 4 pixels."""
+    align_corners: bool = False
+    """Bilinear convention of the enlargements inside the network: IRNet and Puzzle-CAM no, SemFormer yes."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for values that make no network."""
@@ -181,8 +183,6 @@ class EdgeNetwork(AffinityNetwork):
 
     normalisation = ResNet.normalisation
     plane_fill: ClassVar[float] = float(IGNORE)
-    align_corners: ClassVar[bool] = False
-    """Bilinear convention of the enlargements inside the network."""
     heads: ClassVar[tuple[str, ...]] = ("fc_edge*",)
     """Patterns of the layers that are no backbone."""
 
@@ -192,7 +192,7 @@ class EdgeNetwork(AffinityNetwork):
         self.resnet50 = ResNet(options.resnet)
         channels, strides = self.resnet50.channels, self.resnet50.strides
         for number, stage in enumerate(STAGES, 1):
-            head = projection(channels[stage], _WIDTH, _GROUPS, strides[stage] // STRIDE, self.align_corners)
+            head = projection(channels[stage], _WIDTH, _GROUPS, strides[stage] // STRIDE, options.align_corners)
             self.add_module(f"fc_edge{number}", head)
         self.fc_edge6 = nn.Conv2d(_WIDTH * len(STAGES), 1, 1)
 
@@ -293,6 +293,11 @@ class EdgeNetwork(AffinityNetwork):
         scores = enlarge(scores, image.shape[-2:])
         # the largest over all classes; published divides 0 by 0 where a CAM is empty
         scores = (scores / scores.max().clamp(min=torch.finfo(torch.float32).tiny)).cpu().numpy()
+        return self.sharpened(image, scores, options)
+
+    def sharpened(self, image: Tensor, scores: np.ndarray, options: EdgeWalk) -> np.ndarray:
+        """Walked scores (K, H, W) of an image with their background, and the CRF where there is one (irnet.md section
+        10.2, semformer.md section 9.4): (K + 1, H, W) float32."""
         scores = np.concatenate([np.full_like(scores[:1], options.threshold), scores])
         if options.crf.iterations == 0:
             return scores

@@ -139,14 +139,15 @@ class TransformerBlock(nn.Module):
     Args:
         width: D. heads: divide it. mlp_ratio: width inside the MLP over D.
         drop_path: probability that a sample skips the attention, and the same for the MLP, in training.
+        eps: of the layer norms.
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, drop_path: float) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float, drop_path: float, eps: float = _EPSILON) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=_EPSILON)
+        self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = Attention(width, heads)
         self.drop_path = StochasticDepth(drop_path, "row")
-        self.norm2 = nn.LayerNorm(width, eps=_EPSILON)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
     def forward(self, x: Tensor, see: See | None = None) -> Tensor:

@@ -82,6 +82,14 @@ def resize_positions(
     return maps.flatten(2).transpose(1, 2)
 
 
+def fit_positions(patches: Tensor, grid: Grid, mode: Literal["bicubic", "nearest"] = "bicubic") -> Tensor:
+    """A file's patch positions (1, h0 * h0, D), whose grid is square, for the training grid."""
+    side = round(patches.shape[1] ** 0.5)
+    if (side, side) == grid or side * side != patches.shape[1]:
+        return patches  # the latter cannot fit: loading says so
+    return resize_positions(patches, (side, side), grid, mode=mode)
+
+
 class PatchEmbed(nn.Module):
     """Patches as tokens: (B, 3, H, W) -> (B, N, D), row-major, and their grid (H // patch, W // patch)."""
 
@@ -99,22 +107,11 @@ class PatchEmbed(nn.Module):
         return maps.flatten(2).transpose(1, 2), (maps.shape[2], maps.shape[3])
 
 
-class ViT(nn.Module):
-    """Body of a vision transformer with ``tokens`` class tokens in front of the patches.
+class ViTBody(nn.Module):
+    """What all vision transformers here have: the patch embedding, the blocks and the final ``norm``."""
 
-    The final ``norm`` is in the state dict; whether it is applied, the method decides (MCTformer does not).
-    """
-
-    normalisation = "imagenet"
-    position_offset = 0.0
-    """See ``resize_positions``."""
-
-    def __init__(self, options: ViTOptions, tokens: int) -> None:
+    def __init__(self, options: ViTOptions) -> None:
         super().__init__()
-        self.tokens, self.width, self.grid = tokens, options.width, options.grid
-        self.pretrained = options.pretrained
-        self.cls_token = nn.Parameter(torch.zeros(1, tokens, options.width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, tokens + self.grid[0] * self.grid[1], options.width))
         self.patch_embed = PatchEmbed(options.patch, options.width)
         self.blocks = nn.ModuleList(
             TransformerBlock(
@@ -127,6 +124,61 @@ class ViT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+
+    def run(self, x: Tensor, visit: Visit | None = None) -> Tensor:
+        """All blocks, without the final norm: (B, T, D) -> the same; ``visit`` gets every layer's queries and keys."""
+        for number, block in enumerate(self.blocks):
+            x = block(x, None if visit is None else partial(visit, number))
+        return x
+
+
+class GridViT(nn.Module):
+    """A vision transformer whose patch positions are a parameter of their own, ``grid_posembed``, and whose class
+    tokens, if there are any, come from the caller. The other layers are under ``model.``: names of the official
+    SemFormer checkpoints. semformer.md sections 3.1 and 4.1.
+    """
+
+    def __init__(self, options: ViTOptions) -> None:
+        super().__init__()
+        self.grid = options.grid
+        self.grid_posembed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], options.width))
+        self.model = ViTBody(options)
+        nn.init.trunc_normal_(self.grid_posembed, std=0.02)
+
+    def forward(self, images: Tensor, front: Tensor | None = None, visit: Visit | None = None) -> tuple[Tensor, Grid]:
+        """Normalised images (B, 3, H, W), and tokens (1, n, D) that stand before the patches with their positions
+        added already -> tokens after the final norm (B, n + N, D), and the grid; ``visit`` as in ``ViTBody.run``."""
+        x, grid = self.model.patch_embed(images)
+        x = x + (self.grid_posembed if grid == self.grid else resize_positions(self.grid_posembed, self.grid, grid))
+        if front is not None:
+            x = torch.cat([front.expand(len(x), -1, -1), x], 1)
+        return self.model.norm(self.model.run(x, visit)), grid
+
+    def from_classifier(self, state: State) -> State:
+        """An ImageNet classifier's tensors (DeiT, distilled or not; ViT) under the names of this network; those that
+        it has no use for keep theirs."""
+        table = state["pos_embed"]
+        first = 2 if "dist_token" in state else 1
+        moved = {f"model.{k}" if k.startswith(("patch_embed.", "blocks.", "norm.")) else k: v for k, v in state.items()}
+        return {**moved, "grid_posembed": fit_positions(table[:, first:], self.grid)}
+
+
+class ViT(ViTBody):
+    """Body of a vision transformer with ``tokens`` class tokens in front of the patches.
+
+    The final ``norm`` is in the state dict; whether it is applied, the method decides (MCTformer does not).
+    """
+
+    normalisation = "imagenet"
+    position_offset = 0.0
+    """See ``resize_positions``."""
+
+    def __init__(self, options: ViTOptions, tokens: int) -> None:
+        super().__init__(options)
+        self.tokens, self.width, self.grid = tokens, options.width, options.grid
+        self.pretrained = options.pretrained
+        self.cls_token = nn.Parameter(torch.zeros(1, tokens, options.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens + self.grid[0] * self.grid[1], options.width))
         for parameter in (self.cls_token, self.pos_embed):
             nn.init.trunc_normal_(parameter, std=0.02)
 
@@ -144,12 +196,6 @@ class ViT(nn.Module):
         as_trained = grid == self.grid and images.shape[2] == images.shape[3]
         tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], 1)
         return tokens + self.positions(grid, as_trained), grid
-
-    def run(self, x: Tensor, visit: Visit | None = None) -> Tensor:
-        """All blocks, without the final norm: (B, T, D) -> the same; ``visit`` gets every layer's queries and keys."""
-        for number, block in enumerate(self.blocks):
-            x = block(x, None if visit is None else partial(visit, number))
-        return x
 
     def features(self, images: Tensor, visit: Visit | None = None) -> tuple[Tensor, Grid]:
         """Images (B, 3, H, W) -> tokens after the last block (B, T, D), and the grid; ``visit`` as ``run``."""
@@ -171,15 +217,8 @@ class ViT(nn.Module):
         return {
             **state,
             "cls_token": state["cls_token"].repeat(1, self.tokens, 1),
-            "pos_embed": torch.cat([first.repeat(1, self.tokens, 1), self._fitted(patches)], 1),
+            "pos_embed": torch.cat([first.repeat(1, self.tokens, 1), fit_positions(patches, self.grid)], 1),
         }
-
-    def _fitted(self, patches: Tensor, mode: Literal["bicubic", "nearest"] = "bicubic") -> Tensor:
-        """A file's patch positions (1, h0 * h0, D) for the training grid; the file's grid is square."""
-        side = round(patches.shape[1] ** 0.5)
-        if (side, side) == self.grid or side * side != patches.shape[1]:
-            return patches  # the latter cannot fit: loading says so
-        return resize_positions(patches, (side, side), self.grid, mode=mode)
 
     def load_weights(self, weights: str) -> str:
         """A whole checkpoint of this network, strictly, or an ImageNet classifier (DeiT, ViT) without its head.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit
 from net.backbone.transformer import AttentionSums, spread
-from net.backbone.vit import Grid, MultiClassViT, ViTOptions, resize_positions
+from net.backbone.vit import Grid, MultiClassViT, ViTOptions, fit_positions, resize_positions
 from net.contract import (
     Batch,
     Group,
@@ -298,5 +298,5 @@ class MCTformerPlus(MCTformer):
             **state,
             "cls_token": state["cls_token"].repeat(1, self.tokens, 1),
             "pos_embed_cls": first.repeat(1, self.tokens, 1),
-            "pos_embed_pat": self._fitted(patches, "nearest"),
+            "pos_embed_pat": fit_positions(patches, self.grid, "nearest"),
         }

@@ -1,0 +1,205 @@
+"""The class-aware autoencoder (CAAE) of SemFormer: its first phase, and the frozen judge of its second (semformer.md
+section 3).
+
+A DeiT turns the image into patches; every patch gives one vector a class; their sum over the patches is the image's
+class embedding. A learned table holds what the vector of each class looks like: the two are trained to be similar where
+the image shows the class. A decoder makes the image anew from the class vectors of its patches.
+
+Background is a class of its own: K = C + 1 classes, background first and always present.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from misc.config import PRETRAINED_WEIGHTS
+from net.backbone.transformer import TransformerBlock
+from net.backbone.vit import GridViT, ViTOptions
+from net.contract import Batch, Group, Network, Options, name_groups
+from net.weights import load, read
+
+_EPS = 1e-5
+PRETRAINED_PARTS = ("model", "stage", "backbone")
+"""What the names of pre-trained parameters contain (semformer.md section 7)."""
+
+
+_NEW = ("mlp", "decoder", "convert", "re_convert", "crs")
+"""Layers that an ImageNet classifier does not have."""
+
+
+def with_background(tags: Tensor) -> Tensor:
+    """Tags (B, C) -> labels (B, K) float32 of the classes with the background in front, which is in every image."""
+    return F.pad(tags.float(), (1, 0), value=1.0)
+
+
+def similarity(embeddings: Tensor, semantics: Tensor) -> Tensor:
+    """Clamped cosine of two (..., E) tensors that broadcast -> (...), float32, at most 0.9999 (semformer.md 3.2).
+
+    The clamp ends the gradient of a similarity that is good enough.
+    """
+    with torch.autocast(embeddings.device.type, enabled=False):
+        cosine = F.cosine_similarity(embeddings.float(), semantics.float(), dim=-1, eps=1e-8)
+    return cosine.clamp(-1 + 1e-4, 1 - 1e-4)
+
+
+def similarity_loss(similarities: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross entropy of similarities (B, K), taken as probabilities, and labels (B, K) -> scalar."""
+    with torch.autocast(similarities.device.type, enabled=False):
+        return F.binary_cross_entropy(similarities, labels)
+
+
+@dataclass(frozen=True)
+class CAAEOptions(Options):
+    """Class-aware autoencoder; the defaults are the published ones."""
+
+    encoder: ViTOptions = field(
+        default_factory=lambda: ViTOptions(
+            width=768, heads=12, drop_path=0.0, pretrained="deit_base_distilled_patch16_224"
+        )
+    )
+    """Encoder. SemFormer's masks are judged at its image_size."""
+    class_dim: int = 256
+    """Length of a class vector."""
+    reduction: Literal["sum", "mean", "max"] = "sum"
+    """How the class vectors of all patches become that of the image."""
+    decoder_width: int = 768
+    """Channels of a token in the decoder."""
+    decoder_depth: int = 8
+    """Blocks of the decoder."""
+    decoder_heads: int = 12
+    """Attention heads of the decoder; they divide its width."""
+    similarity_weight: float = 1.0
+    """Weight of the similarities' cross entropy."""
+    reconstruction_weight: float = 1.0
+    """Weight of the reconstruction's squared error."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that make no network."""
+        if min(self.class_dim, self.decoder_width, self.decoder_depth, self.decoder_heads) < 1:
+            raise ValueError("class_dim, decoder_width, decoder_depth and decoder_heads must be positive.")
+        if self.decoder_width % self.decoder_heads:
+            raise ValueError(f"decoder_heads = {self.decoder_heads} must divide decoder_width = {self.decoder_width}.")
+        if self.encoder.image_size % self.encoder.patch:
+            raise ValueError(f"encoder.image_size must be a multiple of the patch, got {self.encoder.image_size}.")
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> CAAE:
+        """The autoencoder for ``num_classes`` foreground classes."""
+        return CAAE(self, num_classes)
+
+
+class Decoder(nn.Module):
+    """Tokens (B, N, width) -> values of the patches (B, N, 3 * patch * patch): blocks without positions."""
+
+    def __init__(self, options: CAAEOptions) -> None:
+        super().__init__()
+        width = options.decoder_width
+        self.blocks = nn.ModuleList(
+            # the encoder's norms have 1e-6 (semformer.md section 11, trap 7)
+            TransformerBlock(width, options.decoder_heads, options.encoder.mlp_ratio, 0.0, eps=_EPS)
+            for _ in range(options.decoder_depth)
+        )
+        self.norm = nn.LayerNorm(width, eps=_EPS)
+        self.mlp = nn.Linear(width, 3 * options.encoder.patch**2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Plain."""
+        for block in self.blocks:
+            x = block(x)
+        return self.mlp(self.norm(x))
+
+
+class CAAE(Network):
+    """Class-aware autoencoder. Names are the official ones; what official files hold beside them (a distillation token
+    and its head) is never used and left out. There is no class token. New layers start by PyTorch's default.
+
+    Nothing is random in it: training and evaluation mode give the same.
+    """
+
+    normalisation = "imagenet"
+
+    def __init__(self, options: CAAEOptions, num_classes: int) -> None:
+        super().__init__()
+        self.options = options
+        self.classes = num_classes + 1
+        vectors, width = self.classes * options.class_dim, options.encoder.width
+        self.encoder = nn.ModuleDict({"vit_backbone": GridViT(options.encoder)})
+        self.mlp = nn.Linear(width, options.decoder_width)
+        self.decoder = Decoder(options)
+        self.convert = nn.Sequential(nn.Linear(width, vectors, bias=False), nn.ReLU())
+        self.re_convert = nn.Sequential(nn.Linear(vectors, width, bias=False), nn.LayerNorm(width, eps=_EPS))
+        self.crs = nn.Sequential(nn.Embedding(self.classes, options.class_dim), nn.ReLU())
+
+    def vectors(self, images: Tensor) -> Tensor:
+        """Class vectors of every patch, class-major: (B, 3, H, W) -> (B, N, K * E), 0 or above.
+
+        Raises ValueError where a side is no multiple of the patch: the reconstruction would have another size.
+        """
+        patch = self.options.encoder.patch
+        if images.shape[2] % patch or images.shape[3] % patch:
+            height, width = images.shape[-2:]
+            raise ValueError(f"The CAAE takes images with sides in multiples of {patch}, got {height} x {width}.")
+        return self.convert(self.encoder["vit_backbone"](images)[0])
+
+    def reduce(self, vectors: Tensor) -> Tensor:
+        """Class vectors of the image: (B, N, K * E) -> (B, K, E) float32."""
+        vectors = vectors.float()
+        match self.options.reduction:
+            case "sum":
+                reduced = vectors.sum(1)
+            case "mean":
+                reduced = vectors.mean(1)
+            case _:
+                reduced = vectors.amax(1)
+        return reduced.unflatten(1, (self.classes, -1))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """The class embeddings ("CRE") of images: (B, 3, H, W) -> (B, K, E) float32."""
+        return self.reduce(self.vectors(images))
+
+    def semantics(self) -> Tensor:
+        """What the vector of each class should look like ("CRS"): (K, E), 0 or above."""
+        return self.crs(torch.arange(self.classes, device=self.crs[0].weight.device))
+
+    def reconstruct(self, vectors: Tensor, size: tuple[int, int]) -> Tensor:
+        """Class vectors (B, N, K * E) -> images (B, 3, H, W) of that size, normalised."""
+        patch = self.options.encoder.patch
+        values = self.decoder(self.mlp(self.re_convert(vectors)))  # (B, N, 3 * patch * patch): channel, row, column
+        return F.fold(values.transpose(1, 2).float(), size, kernel_size=patch, stride=patch)
+
+    def similarities(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Embeddings (B, K, E), labels (B, K) -> similarities (B, K) that train a class's semantics only by images that
+        show it."""
+        semantics = self.semantics()
+        shown = labels[..., None] > 0  # (B, K, 1)
+        return similarity(embeddings, torch.where(shown, semantics, semantics.detach()))
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image (B, 3, S, S), tags (B, C) -> {"similarity", "reconstruction"} (semformer.md section 3.3)."""
+        images, labels = batch["image"], with_background(batch["tags"])
+        vectors = self.vectors(images)
+        similarities = self.similarities(self.reduce(vectors), labels)
+        error = F.mse_loss(self.reconstruct(vectors, images.shape[-2:]), images.float())
+        return {
+            "similarity": self.options.similarity_weight * similarity_loss(similarities, labels),
+            "reconstruction": self.options.reconstruction_weight * error,
+        }
+
+    def param_groups(self) -> list[Group]:
+        """The encoder at the base rate, the rest at 10 times it; what is no weight at twice that, without decay."""
+        return name_groups(self, PRETRAINED_PARTS)
+
+    def load_weights(self, weights: str) -> str:
+        """A CAAE, or an ImageNet classifier (published: the distilled DeiT-B) for the encoder; 'pretrained': timm's."""
+        source = f"timm:{self.options.encoder.pretrained}" if weights == PRETRAINED_WEIGHTS else weights
+        state = read(source)
+        if "crs.0.weight" in state:
+            return str(load(self, state, label=source))
+        body = self.encoder["vit_backbone"].from_classifier(state)
+        moved = {f"encoder.vit_backbone.{name}": value for name, value in body.items()}
+        return str(load(self, moved, label=source, allow_missing=_NEW))

@@ -1,0 +1,77 @@
+"""The edge-only affinity network of SemFormer and Puzzle-CAM (semformer.md sections 8 and 9, puzzlecam.md section 5).
+
+IRNet's boundary branch without its displacements; what it computes is told in net/backbone/edge.py, its numbers here.
+The published recipe is SemFormer's. Puzzle-CAM's differs from it in these fields: ``network.align_corners`` off,
+``label.threshold_fg`` and ``label.threshold_bg`` 0.40 and 0.10 (its script's defaults: 0.30 and 0.05), no ``jitter`` in
+``augment.order``, ``walk.threshold`` 0.35 and one iteration of ``walk.crf`` (defaults: 0.25 and ten).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from misc.config import PRETRAINED_WEIGHTS, Augment, Fit
+from misc.crf import CRFSettings
+from net.backbone.edge import EdgeLabel, EdgeNetwork, EdgeOptions, EdgeWalk
+from net.backbone.resnet import SAMPLE_RESNET
+from net.contract import Network, RefineRecipe, refiner
+
+
+@dataclass(frozen=True)
+class EdgeOnlyOptions(EdgeOptions):
+    """Edge network; the defaults are SemFormer's."""
+
+    align_corners: bool = True
+    """Bilinear convention of the enlargements inside the network. Puzzle-CAM: no."""
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> EdgeOnly:
+        """The affinity network; neither the classes nor earlier networks matter to it."""
+        return EdgeOnly(self)
+
+
+@dataclass(frozen=True)
+class EdgeRecipe(RefineRecipe):
+    """Recipe of the edge network."""
+
+    network: EdgeOnlyOptions = field(default_factory=EdgeOnlyOptions)
+    """Options of the network itself."""
+    label: EdgeLabel = field(default_factory=EdgeLabel)
+    """How affinity labels are made from CAMs."""
+    walk: EdgeWalk = field(default_factory=EdgeWalk)
+    """The random walk."""
+
+
+_CRF = CRFSettings(iterations=1, bilateral_sxy=50.0, bilateral_srgb=5.0)
+
+
+@refiner("edge")
+class EdgeOnly(EdgeNetwork):
+    """Labels, training and walk are those of ``EdgeNetwork``."""
+
+    recipes: ClassVar[Mapping[str, EdgeRecipe]] = {
+        # The momentum is the published poly-SGD's, which passes its weight decay there (semformer.md section 7).
+        "published": EdgeRecipe(
+            fit=Fit(epochs=3, batch_size=32, lr=0.1, momentum=1e-4, nesterov=True, weight_decay=1e-4),
+            augment=Augment(
+                order=("long_side", "flip", "jitter", "normalize", "crop"),
+                long_side=(320, 640),
+                jitter=(0.3, 0.3, 0.3, 0.1),
+                crop=512,
+            ),
+            weights=PRETRAINED_WEIGHTS,
+            # published, and the other way round than the names suggest: the sure foreground is larger than the
+            # possible one, so that hardly a pixel is left out (semformer.md section 8)
+            label=EdgeLabel(threshold_fg=0.11, threshold_bg=0.15),
+            walk=EdgeWalk(crf=_CRF),
+        ),
+        # from random weights, so nothing is frozen and the momentum is a real one
+        "sample": EdgeRecipe(
+            network=EdgeOnlyOptions(resnet=SAMPLE_RESNET, radius=5),
+            fit=Fit(epochs=8, batch_size=8, lr=0.01, momentum=0.9),
+            augment=Augment(order=("long_side", "flip", "jitter", "normalize", "crop"), long_side=(96, 160), crop=96),
+            label=EdgeLabel(threshold_fg=0.40, threshold_bg=0.10),
+            walk=EdgeWalk(logt=6, canvas=0, crf=_CRF),
+        ),
+    }
