@@ -46,6 +46,8 @@ class Trainable(Protocol):
     finds_unused: bool
 
     def __call__(self, batch: Batch, progress: float) -> dict[str, Tensor]: ...
+    def prepare(self, batch: Batch, progress: float) -> Batch: ...
+    def lr_scale(self, progress: float) -> float: ...
     def counts(self, batch: Batch) -> dict[str, Tensor]: ...
     def param_groups(self) -> list[Any]: ...
 
@@ -123,10 +125,10 @@ def make_optimiser(groups: list[Any], fit: Fit, device: torch.device) -> torch.o
     return torch.optim.SGD(listed, lr=fit.lr, momentum=fit.momentum, nesterov=fit.nesterov, fused=fused)
 
 
-def set_lr(optimiser: torch.optim.Optimizer, fit: Fit, step: int, total: int) -> None:
-    """Set every group's rate for update ``step``, before the update."""
+def set_lr(optimiser: torch.optim.Optimizer, fit: Fit, step: int, total: int, scale: float = 1.0) -> None:
+    """Set every group's rate for update ``step``, before the update; ``scale`` is the network's factor of them all."""
     for group in optimiser.param_groups:
-        group["lr"] = fit.lr * group["lr_scale"] * lr_factor(fit, step, total)
+        group["lr"] = fit.lr * group["lr_scale"] * lr_factor(fit, step, total) * scale
 
 
 def autocast(machine: Machine, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -209,7 +211,7 @@ def fit(
         tqdm(total=total, initial=start, desc=name, unit="update", disable=not main, dynamic_ncols=True) as bar,
     ):
         for step in range(start, total):
-            set_lr(optimiser, recipe, step, total)
+            set_lr(optimiser, recipe, step, total, network.lr_scale(step / total))  # type: ignore[operator]
             seed_step(seed, step)
             micro = [_to(batch, device, machine) for batch in _take(stream, division.micro)]
             terms = _update(model, network, optimiser, scaler, micro, step / total, recipe, machine, device)
@@ -257,6 +259,8 @@ def _update(
     micro: list[Batch], progress: float, recipe: Fit, machine: Machine, device: torch.device,
 ) -> dict[str, float]:
     """One update from its micro-batches; returns the loss terms averaged over micro-batches and processes."""
+    for batch in micro:
+        batch.update(network.prepare(batch, progress))  # type: ignore[operator]
     _share_counts(network, micro)
     optimiser.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}

@@ -5,7 +5,11 @@ Tests compare with them, scripts/bench.py measures against them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -32,3 +36,41 @@ def pair_affinity(features: Tensor, source: Tensor, target: Tensor) -> Tensor:
     flat = features.flatten(2)  # (B, C, N)
     difference = flat[:, :, source] - flat[:, :, target]  # (B, C, D, P)
     return torch.exp(-difference.abs().mean(dim=1))
+
+
+LATTICE_SCALE = 0.62
+"""What the permutohedral lattice's sums are of exact Gaussian ones in the five dimensions of GETAM's energy at half of
+128 x 128 pixels; smaller pictures have less (getam.md section 5)."""
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Parts of the dense energy: energy () and the gradient (B, C, h, w) of the small probabilities, both without the
+    weight; filtered (B, C, h, w); gate (B, h, w); the kernel's features (B, N, 5) and what it filters (B, N, C)."""
+
+    energy: Tensor
+    gradient: Tensor
+    filtered: Tensor
+    gate: Tensor
+    features: Tensor
+    values: Tensor
+
+
+def exact_energy(logits: Tensor, label: Tensor, colours: Tensor, inside: Tensor, options: Any) -> Energy:
+    """GETAM's dense energy with every pair of pixels, in double precision (getam.md section 5); arguments as
+    ``net.seed.getam.dense_energy``."""
+    small = [side * options.scale for side in logits.shape[-2:]]
+    h, w = int(small[0]), int(small[1])
+    p = F.interpolate(logits.double().softmax(1), size=(h, w), mode="bilinear", align_corners=False)
+    inside, label, colours = (
+        F.interpolate(planes.double(), size=(h, w)) for planes in (inside[:, None], label[:, None], colours)
+    )
+    gate = torch.where(label == 255, 1.0, inside - p.amax(1, keepdim=True)).clamp(min=0)  # (B, 1, h, w)
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    place = torch.stack([x, y]).double().expand(len(p), -1, -1, -1) / (options.sigma_xy * options.scale)
+    features = torch.cat([place, colours / options.sigma_rgb], 1).flatten(2).transpose(1, 2)  # (B, N, 5)
+    values = (p * inside).flatten(2).transpose(1, 2)  # (B, N, C)
+    kernel = torch.exp(-torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist") ** 2 / 2)
+    filtered = (kernel @ values).transpose(1, 2).unflatten(2, (h, w))
+    energy = -(p * inside * gate * filtered).sum() / len(p)
+    return Energy(energy, -2 / len(p) * gate * filtered * inside, filtered, gate[:, 0], features, values)

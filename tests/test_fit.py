@@ -50,6 +50,12 @@ class Toy(nn.Module):
         valid = ((out - 2) ** 2 * batch["valid"]).sum() / batch["counts/valid"]
         return {"fit": F.mse_loss(out, batch["y"]), "valid": valid * (1 - progress)}
 
+    def prepare(self, batch: Batch, progress: float) -> Batch:
+        return {}
+
+    def lr_scale(self, progress: float) -> float:
+        return 1.0
+
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         return {"valid": batch["valid"].sum()}
 
