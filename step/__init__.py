@@ -12,13 +12,15 @@ from typing import Any
 @dataclass(frozen=True)
 class Step:
     """A step: its name (that of its file), what it does, the folders or files of the run folder that it makes, and
-    every file that is there when it is done (of a job). Steps over images can be done in parts."""
+    every file that is there when it is done (of a job). Steps over images can be done in parts; steps that only a
+    segmenter of its own needs are left out where the CAM network predicts the masks, unless they are named."""
 
     name: str
     does: str
     makes: tuple[str, ...]
     files: Callable[[Any], Iterable[Path]]
     per_image: bool = False
+    for_segmenter: bool = False
 
     def run(self) -> Callable[[Any, Any], None]:
         """The step's function (imported when it is needed)."""
@@ -31,12 +33,13 @@ STEPS: tuple[Step, ...] = (
     Step("make_cam", "infer the CAMs of the training images", ("cam",),
          lambda job: map(job.run.cam, job.cam_ids()), per_image=True),
     Step("make_aff_label", "make affinity labels from the CAMs", ("aff_label",),
-         lambda job: map(job.run.aff_label, job.train_ids()), per_image=True),
-    Step("train_aff", "train the affinity network", ("weights/aff.pt",), lambda job: [job.run.weights("aff")]),
+         lambda job: map(job.run.aff_label, job.train_ids()), per_image=True, for_segmenter=True),
+    Step("train_aff", "train the affinity network", ("weights/aff.pt",), lambda job: [job.run.weights("aff")],
+         for_segmenter=True),
     Step("random_walk", "spread the CAMs by a random walk: pseudo masks", ("label",),
-         lambda job: map(job.run.label, job.cam_ids()), per_image=True),
+         lambda job: map(job.run.label, job.cam_ids()), per_image=True, for_segmenter=True),
     Step("train_seg", "train the segmentation network on the pseudo masks", ("weights/seg.pt",),
-         lambda job: [job.run.weights("seg")]),
+         lambda job: [job.run.weights("seg")], for_segmenter=True),
     Step("infer_seg", "predict the validation images", ("seg",),
          lambda job: map(job.run.seg, job.catalog.ids(job.cfg.val_list)), per_image=True),
     Step("report", "write the page that shows it all", ("report.html", "pictures.png"),
@@ -44,8 +47,9 @@ STEPS: tuple[Step, ...] = (
 )  # fmt: skip
 
 
-def select(wanted: Sequence[str]) -> list[Step]:
-    """The steps that numbers, names and ranges name, in pipeline order: ``["2-4", "report"]``. Nothing: all.
+def select(wanted: Sequence[str], single_stage: bool = False) -> list[Step]:
+    """The steps that numbers, names and ranges name, in pipeline order: ``["2-4", "report"]``. Nothing: all that the
+    run needs, of a ``single_stage`` one without those for a segmenter of its own.
 
     Raises ValueError for what is no step, listing the steps.
     """
@@ -65,4 +69,6 @@ def select(wanted: Sequence[str]) -> list[Step]:
         if dash and number(first) > number(last):
             raise ValueError(f"--steps {part}: the range runs backwards.")
         chosen.update(range(number(first), number(last if dash else first) + 1))
-    return [STEPS[i] for i in sorted(chosen)] if wanted else list(STEPS)
+    if not wanted:
+        return [s for s in STEPS if not (single_stage and s.for_segmenter)]
+    return [STEPS[i] for i in sorted(chosen)]

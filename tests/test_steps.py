@@ -79,8 +79,8 @@ def test_every_combination_has_a_configuration(method: str, preset: str, refiner
 
 @pytest.mark.parametrize("method, preset", list(product(sorted(contract.SEEDS), PRESETS)))
 def test_every_method_has_a_command_line(method: str, preset: str) -> None:
-    cfg = run_sample.parse([method, "--preset", preset, "--cam.fit.lr", "0.125", "--seg.infer.scales", "0.5", "2"])
-    assert cfg.preset == preset and cfg.cam.fit.lr == 0.125 and cfg.seg.infer.scales == (0.5, 2.0)
+    cfg = run_sample.parse([method, "--preset", preset, "--cam.fit.lr", "0.125", "--seg.infer.scales", "16", "32"])
+    assert cfg.preset == preset and cfg.cam.fit.lr == 0.125 and cfg.seg.infer.scales == (16.0, 32.0)
     default = default_config(method, preset)
     unchanged = dataclasses.replace(
         cfg, cam=dataclasses.replace(cfg.cam, fit=default.cam.fit),

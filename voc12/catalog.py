@@ -135,13 +135,16 @@ class Catalog(ABC):
             digest.update(b"?" if image_id in failures else self.tags(image_id).astype(np.uint8).tobytes())
         return digest.hexdigest()
 
-    def check(self, split: str, need_masks: bool = False, need_tags: bool = True) -> list[str]:
+    def check(
+        self, split: str, need_masks: bool = False, need_tags: bool = True, saliency: Path | None = None
+    ) -> list[str]:
         """Look whether everything that a step will read of a split is there, before any work starts.
 
         Args:
             split: as for ``ids``.
             need_masks: whether every image must have a true mask.
             need_tags: whether every image must have (possibly empty) tags.
+            saliency: folder in which every image must have a saliency map ID.png; None: none is needed.
 
         Returns:
             Warnings, one sentence or two each.
@@ -158,6 +161,14 @@ class Catalog(ABC):
         unmasked = [i for i in ids if i not in self.masks] if need_masks else []
         if unmasked:
             problems.append(f"{len(unmasked)} have no mask ({_some(unmasked)}). Add the masks, or use another list.")
+        if saliency is not None:
+            there = {path.stem for path in saliency.glob("*.png")}
+            unseen = [i for i in ids if i not in there]
+            if unseen:
+                problems.append(
+                    f"{len(unseen)} have no saliency map ID.png in {saliency} ({_some(unseen)}). Give the folder that "
+                    "holds them all: --saliency DIR."
+                )
         if need_tags:
             failures = self._read_all_tags(ids)
             if failures:

@@ -51,7 +51,7 @@ def _annotation(name: str, picture: Picture) -> str:
     return ET.tostring(root, encoding="unicode") + "\n"
 
 
-def _write(root: Path, name: str, picture: Picture, saliency: np.ndarray | None) -> None:
+def _write(root: Path, name: str, picture: Picture) -> None:
     """Write one picture's files below `root`; without syncing, as a set counts only once sample.json stands."""
     Image.fromarray(picture.rgb).save(root / "JPEGImages" / f"{name}.jpg", quality=JPEG_QUALITY)
     (root / "Annotations" / f"{name}.xml").write_bytes(_annotation(name, picture).encode())
@@ -59,25 +59,28 @@ def _write(root: Path, name: str, picture: Picture, saliency: np.ndarray | None)
         image = Image.fromarray(mask)
         image.putpalette(palette().tobytes())
         image.save(root / folder / f"{name}.png")
-    if saliency is not None:
-        Image.fromarray(saliency).save(root / "Saliency" / f"{name}.png")
 
 
-def _claim(root: Path, wanted: dict[str, object]) -> bool:
-    """Take the folder for these parameters; True if the set is there, FileExistsError where anything else is."""
+def _claim(root: Path, wanted: dict[str, object]) -> tuple[bool, bool]:
+    """Take the folder for these parameters: whether the pictures are there, and whether the saliency is, if wanted.
+
+    A set with saliency serves where none is wanted, one without it is added to; FileExistsError where anything else is.
+    """
     remedy = "give another folder, or delete this one first"
     for record in (root / "sample.json", root / "sample.json.part"):
         if record.is_file():
             found = store.read_json(record)
-            if found != wanted:
-                fields = [k for k in {**found, **wanted} if found.get(k) != wanted.get(k)]
+            fields = [k for k in {**found, **wanted} if found.get(k) != wanted.get(k) and k != "saliency"]
+            if fields:
                 told = ", ".join(f"{k} is {found.get(k)}, asked for {wanted.get(k)}" for k in fields)
                 raise FileExistsError(f"{root}: a sample set with other parameters ({told}); {remedy}")
-            return record.suffix == ".json"
-    if root.exists() and any(root.iterdir()):
+            if record.suffix == ".json":
+                return True, bool(found["saliency"] or not wanted["saliency"])
+    begun = (root / "sample.json.part").is_file()
+    if root.exists() and not begun and any(root.iterdir()):
         raise FileExistsError(f"{root}: neither empty nor a sample set; {remedy}")
     store.write_json(root / "sample.json.part", wanted)
-    return False
+    return False, False
 
 
 def generate(
@@ -89,7 +92,8 @@ def generate(
     saliency: bool = False,
     long_side: tuple[int, int] = (100, 160),
 ) -> None:
-    """Write the sample set in VOC 2012's layout; a finished set of the same parameters is left as it is.
+    """Write the sample set in VOC 2012's layout; a finished set of the same parameters is left as it is, but for the
+    saliency that it may lack.
 
     Writes JPEGImages, Annotations, SegmentationClass, SegmentationObject, ImageSets/Segmentation, classes.txt (line n
     names class n), Saliency if asked for, and last sample.json, the parameters. An interrupted run is done again.
@@ -115,7 +119,8 @@ def generate(
     wanted = dict(
         images=images, val=val, classes=classes, seed=seed, saliency=saliency, long_side=list(long_side), format=FORMAT
     )
-    if _claim(root, wanted):
+    pictures_done, saliency_done = _claim(root, wanted)
+    if pictures_done and saliency_done:
         return
     folders = ["JPEGImages", "Annotations", "SegmentationClass", "SegmentationObject", "ImageSets/Segmentation"]
     for folder in folders + ["Saliency"] * saliency:
@@ -125,7 +130,14 @@ def generate(
         lists[split] = [f"{SPLITS[split]}_{index + 1:06d}" for index in range(count)]
         for index, name in enumerate(lists[split]):
             picture = draw_picture(seed, split, index, classes, long_side)
-            _write(root, name, picture, draw_saliency(seed, split, index, picture) if saliency else None)
+            if not pictures_done:
+                _write(root, name, picture)
+            if saliency:
+                found = draw_saliency(seed, split, index, picture)
+                Image.fromarray(found).save(root / "Saliency" / f"{name}.png")
+    if pictures_done:  # it stands but for the saliency
+        store.write_json(root / "sample.json", wanted)
+        return
     lists["trainval"] = lists["train"] + lists["val"]
     for split, ids in lists.items():
         store.write_bytes(root / "ImageSets" / "Segmentation" / f"{split}.txt", "".join(f"{i}\n" for i in ids).encode())
