@@ -38,9 +38,9 @@ def pair_affinity(features: Tensor, source: Tensor, target: Tensor) -> Tensor:
     return torch.exp(-difference.abs().mean(dim=1))
 
 
-LATTICE_SCALE = 0.62
-"""What the permutohedral lattice's sums are of exact Gaussian ones in the five dimensions of GETAM's energy at half of
-128 x 128 pixels; smaller pictures have less (getam.md section 5)."""
+LATTICE_SCALE = (0.5, 0.65)
+"""What the permutohedral lattice's sums are of exact Gaussian ones in the five dimensions of GETAM's energy: the less,
+the smaller the picture; about 0.62 at 128 x 128 cells (getam.md section 5)."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Energy:
 
 def exact_energy(logits: Tensor, label: Tensor, colours: Tensor, inside: Tensor, options: Any) -> Energy:
     """GETAM's dense energy with every pair of pixels, in double precision (getam.md section 5); arguments as
-    ``net.seed.getam.dense_energy``."""
+    ``misc.energy.dense_energy``."""
     small = [side * options.scale for side in logits.shape[-2:]]
     h, w = int(small[0]), int(small[1])
     p = F.interpolate(logits.double().softmax(1), size=(h, w), mode="bilinear", align_corners=False)
@@ -74,3 +74,22 @@ def exact_energy(logits: Tensor, label: Tensor, colours: Tensor, inside: Tensor,
     filtered = (kernel @ values).transpose(1, 2).unflatten(2, (h, w))
     energy = -(p * inside * gate * filtered).sum() / len(p)
     return Energy(energy, -2 / len(p) * gate * filtered * inside, filtered, gate[:, 0], features, values)
+
+
+def full_attention_map(network: Any, image: Tensor, c: int) -> Tensor:
+    """GETAM's map of one image (1, 3, H, W) and class with every block's whole attention matrix and its gradient:
+    (gh, gw), H and W whole multiples (getam.md section 3)."""
+    body, seen = network.pretrained.model, []
+
+    def look(attention: Any) -> Tensor:
+        seen.append(attention.logits().softmax(-1))  # (1, n, T, T)
+        return seen[-1]
+
+    x, grid, _ = body.start(image)
+    for block in body.blocks:
+        x = block(x, look)
+    logit = network.cls_head(network.pretrained.act_postprocess4(x, grid).mean((2, 3)))[0, c]
+    first, total = network.options.start_layer, torch.zeros(())
+    for weights, gradient in zip(seen[first:], torch.autograd.grad(logit, seen[first:]), strict=True):
+        total = total + (gradient * weights).clamp(min=0).mean(1) * gradient.clamp(min=0).mean(1)  # (1, T, T)
+    return total[0, 0, body.tokens :].detach().clamp(min=0).unflatten(0, grid)

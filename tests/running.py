@@ -29,9 +29,9 @@ TINY = """
 """Settings of ``psa``; later flags of the same name win."""
 
 
-def make_set(root: Path, images: int = 8, val: int = 3) -> Path:
+def make_set(root: Path, images: int = 8, val: int = 3, saliency: bool = False) -> Path:
     """A generated data set of two classes with images of at most 90 pixels."""
-    generate(root, images=images, val=val, classes=2, long_side=(64, 90))
+    generate(root, images=images, val=val, classes=2, saliency=saliency, long_side=(64, 90))
     return root
 
 

@@ -179,6 +179,21 @@ def test_finished_set_is_left_alone_and_another_one_refused(sample: Path) -> Non
     assert {p: p.stat().st_mtime_ns for p in sample.rglob("*")} == times
 
 
+def test_a_set_without_saliency_gets_it_and_nothing_else(sample: Path, tmp_path: Path) -> None:
+    root, options = tmp_path / "set", {"images": 12, "val": 6, "classes": 3, "seed": 5}
+    generate(root, **options)
+    before, times = digests(root), {p: p.stat().st_mtime_ns for p in root.glob("*/*")}
+    assert not (root / "Saliency").exists()
+    generate(root, **options, saliency=True)
+    assert digests(root) == digests(sample)  # as if it had been made with it: pictures do not depend on it
+    assert {k: v for k, v in digests(root).items() if k in before and k != "sample.json"} == {
+        k: v for k, v in before.items() if k != "sample.json"
+    }
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items() if path.parent.name != "ImageSets")
+    generate(root, **options)
+    assert digests(root) == digests(sample)
+
+
 def test_interrupted_set_is_done_again(sample: Path, tmp_path: Path) -> None:
     root = tmp_path / "set"
     (root / "JPEGImages").mkdir(parents=True)

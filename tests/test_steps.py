@@ -163,16 +163,20 @@ def check_training(network: Network, batch: Batch) -> None:
     groups = [p for group in network.param_groups() for p in group.params]
     trained = [p for p in network.parameters() if p.requires_grad]
     assert len(groups) == len(set(groups)) and set(groups) == set(trained) and trained
-    counts = {f"counts/{k}": v.float() for k, v in network.counts(batch).items()}
     for progress in (0.0, 0.5, 0.99):
-        network.zero_grad()
-        terms = network({**batch, **counts}, progress)
+        made = {**batch, **network.prepare(batch, progress)}
+        assert not any(v.requires_grad for v in made.values())
+        assert not any(p.grad is not None and p.grad.any() for p in network.parameters())  # preparing leaves none
+        counts = {f"counts/{k}": v.float() for k, v in network.counts(made).items()}
+        terms = network({**made, **counts}, progress)
         assert terms and all(isinstance(k, str) and v.shape == () for k, v in terms.items())
         assert all(torch.isfinite(v) for v in terms.values()), terms
         sum(terms.values()).backward()
+        assert network.lr_scale(progress) > 0
         without = [n for n, p in network.named_parameters() if p.requires_grad and p.grad is None]
         assert not without or network.finds_unused, without
         assert all(torch.isfinite(p.grad).all() for p in trained if p.grad is not None)
+        network.zero_grad()
 
 
 def side(phase: Phase) -> int:
@@ -189,6 +193,8 @@ def test_seed_networks_train(name: str) -> None:
             "image": pictures(3, size, size), "tags": torch.tensor([[1.0, 0, 1], [0, 1, 0], [0, 0, 0]]),
             "box": torch.tensor([[0, size, 0, size], [3, size, 0, size - 5], [0, size, 0, size]]),
         }  # fmt: skip
+        if phases[phase_name].network.wants_saliency:
+            batch["saliency"] = 255 * (torch.arange(size * size).view(1, size, size) % 40 < 20).repeat(3, 1, 1).byte()
         check_training(network, batch)
 
 

@@ -54,6 +54,8 @@ class DPTOptions:
     """vitb_hybrid: bottlenecks of the ResNet's stages."""
     features: int = 256
     """Channels of the decoder."""
+    dropout: float = 0.1
+    """Dropout before the decoder's last layer."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for values that make no network (see also ``ViTOptions``)."""
@@ -63,6 +65,8 @@ class DPTOptions:
             raise ValueError(f"depth must be a multiple of 4, got {self.depth}.")
         if self.patch < 8 or self.patch % 4 or (self.hybrid and self.patch not in (8, 16)):
             raise ValueError(f"patch must be a multiple of 4 from 8 on (8 or 16 for the hybrid), got {self.patch}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}.")
         if self.features < 1 or self.stem < 8 or self.stem % 8 or min(self.stem_depth) < 1:
             raise ValueError("features and stem_depth must be positive, stem a multiple of 8.")
         self.vit()
@@ -262,14 +266,16 @@ class _Fusion(nn.Module):
 class Decoder(nn.Module):
     """``scratch`` in the state dict: the four maps fused from the coarsest on (getam.md section 2.4)."""
 
-    def __init__(self, channels: tuple[int, int, int, int], features: int, outputs: int) -> None:
+    def __init__(
+        self, channels: tuple[int, int, int, int], features: int, outputs: int, dropout: float = 0.1
+    ) -> None:
         super().__init__()
         for number, width in enumerate(channels, 1):
             setattr(self, f"layer{number}_rn", nn.Conv2d(width, features, 3, padding=1, bias=False))
             setattr(self, f"refinenet{number}", _Fusion(features))
         self.output_conv = nn.Sequential(
             nn.Conv2d(features, features, 3, padding=1, bias=False), nn.BatchNorm2d(features), nn.ReLU(),
-            nn.Dropout(0.1), nn.Conv2d(features, outputs, 1),
+            nn.Dropout(dropout), nn.Conv2d(features, outputs, 1),
         )  # fmt: skip
         self.refinenet4.resConfUnit1.requires_grad_(False)  # in the checkpoints, never used
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit, SegInference
 from misc.crf import CRFSettings
+from misc.energy import DenseOptions, dense_energy
 from misc.imaging import box_mask, pixels
-from misc.lattice import Lattice
 from misc.par import PAMR, PixelAdaptive
 from net.backbone.dpt import ChannelGate, Decoder, DPTOptions, Encoder
 from net.backbone.transformer import QueryKey
@@ -73,26 +73,6 @@ class LabelOptions:
             raise ValueError("epsilon and power must be positive, opening and iterations 0 or more.")
         if not (0 < self.cut < 1 and 0 <= self.low <= self.high <= 1):
             raise ValueError("cut must be in (0, 1), and 0 <= low <= high <= 1.")
-
-
-@dataclass(frozen=True)
-class DenseOptions:
-    """Dense energy loss (getam.md section 5)."""
-
-    weight: float = 1e-7
-    """Weight. It belongs to the lattice's filter, whose values are about 0.62 of those of exact Gaussian sums. 0: no
-    such loss."""
-    scale: float = 0.5
-    """Factor of the sides at which it is computed."""
-    sigma_rgb: float = 15.0
-    """Standard deviation in colour. Grey levels."""
-    sigma_xy: float = 100.0
-    """Standard deviation in place, multiplied by ``scale``. Pixels."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for impossible values."""
-        if self.weight < 0 or not 0 < self.scale <= 1 or min(self.sigma_rgb, self.sigma_xy) <= 0:
-            raise ValueError("weight must be 0 or more, scale in (0, 1], sigma_rgb and sigma_xy positive.")
 
 
 @dataclass(frozen=True)
@@ -217,47 +197,6 @@ def label_without_saliency(norm: Tensor, keys: Tensor, options: LabelOptions) ->
     return torch.where((high == 0) & (low != 0), IGNORE, high)
 
 
-# ------------------------------------------------------------------------------ losses (getam.md section 5)
-
-
-def dense_energy(logits: Tensor, label: Tensor, colours: Tensor, inside: Tensor, options: DenseOptions) -> Tensor:
-    """Pairwise energy of all pixels: likeness in place and colour that the prediction does not share is lost.
-
-    Time and memory grow linearly with the number of pixels: the sums over all pairs are filtered on a permutohedral
-    lattice. The gradient is the hand-written one of the published code, not the derivative: the gate and the filtered
-    values count as constants, the two ends of a pair as two terms.
-
-    Args:
-        logits: (B, C + 1, H, W) float32.
-        label: (B, H, W) int64; where unknown the gate is open, elsewhere the less the surer the prediction is.
-        colours: (B, 3, H, W) RGB of 0 .. 255.
-        inside: (B, H, W) bool, the part of the crop that shows the image.
-
-    Returns:
-        Scalar, negative.
-    """
-    def nearest(planes: Tensor) -> Tensor:
-        return F.interpolate(planes.float(), scale_factor=options.scale, recompute_scale_factor=True)
-
-    p = F.interpolate(
-        logits.softmax(1), scale_factor=options.scale, recompute_scale_factor=True, mode="bilinear",
-        align_corners=False,
-    )  # (B, C + 1, h, w)
-    inside, label = nearest(inside[:, None]), nearest(label[:, None])  # (B, 1, h, w) each
-    with torch.no_grad():
-        gate = (inside - p.amax(1, keepdim=True)).clamp(min=0).masked_fill(label == IGNORE, 1.0)
-        rows, columns = (torch.arange(side, device=p.device, dtype=torch.float32) for side in p.shape[-2:])
-        grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).flip(0)  # (2, h, w), x first
-        place = grid.expand(len(p), -1, -1, -1) / (options.sigma_xy * options.scale)
-        features = torch.cat([place, nearest(colours) / options.sigma_rgb], 1)  # (B, 5, h, w)
-        lattice = Lattice(features.flatten(2).transpose(1, 2))
-        filtered = lattice.filter((p * inside).flatten(2).transpose(1, 2))  # (B, h * w, C + 1)
-        filtered = filtered.transpose(1, 2).unflatten(2, p.shape[-2:])
-    energy = -options.weight / len(p) * (p * inside * gate * filtered).sum()
-    # value once, gradient twice: both ends of a pair
-    return 2 * energy - energy.detach()
-
-
 def saliency_target(salient: Tensor, rule: str) -> Tensor:
     """What the background's probability should be: (B, H, W) uint8 of ``label_with_saliency`` -> (B, H, W) float32."""
     return 1 - (salient == 255 if rule == "published" else salient > 0).float()
@@ -301,15 +240,15 @@ _SAMPLE = Recipe(
         network=GetamOptions(
             dpt=DPTOptions(
                 image_size=112, patch=8, width=96, depth=4, heads=3, mlp_ratio=2, stem=16, stem_depth=(1, 1, 1),
-                features=32,
+                features=16,
             ),
-            start_layer=1,
+            start_layer=2,
             seg_lr=1.0,
             label=LabelOptions(salient_above=100, epsilon=1e-8, power=8.0, opening=4),
             saliency_loss="intended",
             dense=DenseOptions(weight=1e-6),
         ),
-        fit=Fit(epochs=30, batch_size=16, optimiser="adamw", lr=2e-3, weight_decay=0.01),
+        fit=Fit(epochs=20, batch_size=16, optimiser="adamw", lr=2e-3, weight_decay=0.01),
         augment=Augment(order=("long_side", "flip", "normalize", "crop"), long_side=(112, 160), crop=112),
         infer=CamInference(scales=(1.0, 1.5), flip=True, multiple=16, normalise="minmax"),
     ),
@@ -341,7 +280,7 @@ class Getam(SingleStage):
         dpt = options.dpt
         self.multiple = 2 * dpt.patch
         self.pretrained = Encoder(dpt)
-        self.scratch = Decoder(dpt.channels, dpt.features, num_classes + 1)
+        self.scratch = Decoder(dpt.channels, dpt.features, num_classes + 1, dpt.dropout)
         self.cam_module = ChannelGate(dpt.features)
         self.cls_head = nn.Linear(dpt.channels[-1], num_classes)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from misc.config import Fit, SegInference, override
 from misc.crf import CRFSettings
+from misc.energy import DenseOptions, dense_energy
 from misc.fit import make_optimiser, set_lr
 from misc.imaging import pixels
 from misc.lattice import Lattice
@@ -23,11 +24,9 @@ from misc.testtime import segment, with_crf
 from net.backbone.dpt import DPTOptions
 from net.contract import Group, multilabel_soft_margin
 from net.seed.getam import (
-    DenseOptions,
     Getam,
     GetamOptions,
     LabelOptions,
-    dense_energy,
     label_with_saliency,
     normalised,
     saliency_target,
