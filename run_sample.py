@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -66,7 +67,8 @@ def _description(base: Config) -> str:
     return (
         "Semantic masks from image-level tags: trains a CAM network, refines its maps, trains a segmentation network, "
         f"step by step.\n\nSteps:\n{steps}\n\nMethods: {', '.join(sorted(contract.SEEDS))}\n"
-        f"Refiners: {', '.join(sorted(contract.REFINERS))}\nSegmenters: {', '.join(sorted(contract.SEGMENTERS))}\n\n"
+        f"Refiners: {', '.join(sorted(contract.REFINERS))}\nSegmenters: {', '.join(sorted(contract.SEGMENTERS))}, "
+        f"{contract.OWN} (the CAM network itself, of methods that can)\n\n"
         f"The defaults below are those of {base.method}, preset {base.preset}, refiner {base.refiner}, segmenter "
         f"{base.segmenter}.\n\nExamples:\n"
         "  python run_sample.py\n"
@@ -84,7 +86,15 @@ def check(job: Job, steps: Sequence[Step]) -> None:
     names = {s.name for s in steps}
     phases = [("cam." if n == "cam" else f"cam.{n}.", p) for n, p in cfg.cam.phases()] if "train_cam" in names else []
     phases += [("aff.", cfg.aff)] if "train_aff" in names else []
-    phases += [("seg.", cfg.seg)] if "train_seg" in names else []
+    if "train_seg" in names:
+        if job.single_stage:
+            raise ValueError(
+                "train_seg: with --segmenter own the CAM network predicts the masks, there is nothing else to train. "
+                f"Name a segmenter: {', '.join(sorted(contract.SEGMENTERS))}."
+            )
+        phases += [("seg.", cfg.seg)]
+    if job.single_stage and cfg.masks == "truth":
+        raise ValueError("--masks truth: with --segmenter own nothing is trained on masks. Name a segmenter.")
     for prefix, phase in phases:
         divide(phase.fit, distributed.world())
         if phase.weights == REQUIRED_WEIGHTS:
@@ -101,7 +111,10 @@ def check(job: Job, steps: Sequence[Step]) -> None:
         for source in phase.weights.split(","):
             if source not in ("none", "cam", PRETRAINED_WEIGHTS) and not Path(source).is_file():
                 raise FileNotFoundError(f"--{prefix}weights {source}: there is no such file.")
-    lists = {job.train_list: {"need_masks": cfg.masks == "truth" and "train_seg" in names}}
+    saliency = job.saliency_folder() if any(phase.network.wants_saliency for _, phase in phases) else None
+    lists: dict[str, dict[str, Any]] = {
+        job.train_list: {"need_masks": cfg.masks == "truth" and "train_seg" in names, "saliency": saliency}
+    }
     scored = cfg.score_list != Config.score_list or job.catalog.has_list(cfg.score_list)
     if scored and {"make_cam", "random_walk"} & names:
         lists.setdefault(cfg.score_list, {})
@@ -155,7 +168,7 @@ def run(cfg: Config, device: torch.device, command: Sequence[str] = ("python", "
         sample.generate(cfg.data_root(), images=s.images, val=s.val, classes=s.classes, seed=s.seed, layout=layout)
     distributed.barrier()
     job = open_job(cfg)
-    pipeline, steps = select((), job.catalog.aim), select(cfg.steps, job.catalog.aim)
+    pipeline, steps = select((), job.aim), select(cfg.steps, job.aim)
     check(job, [s for s in steps if cfg.redo or not finished(job, s)])
     names = [name for name in {job.train_list, cfg.score_list, cfg.val_list} if job.catalog.has_list(name)]
     lists = {name: job.catalog.fingerprint(name) for name in sorted(names)}
@@ -164,6 +177,11 @@ def run(cfg: Config, device: torch.device, command: Sequence[str] = ("python", "
         distributed.barrier()
         if distributed.is_main():
             remove(job, steps)
+        distributed.barrier()
+    if cfg.cams is not None:
+        names = [name for name, _ in cfg.cam.phases()]
+        if distributed.is_main():
+            job.run.adopt_cams(cfg.cams, names, cfg.recorded(), lists)
         distributed.barrier()
     parts, partly, ran = cfg.shard_part()[1], False, False
     for step in steps:

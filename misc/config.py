@@ -114,7 +114,9 @@ class Augment:
     order: tuple[AugmentOp, ...] = ("long_side", "flip", "jitter", "normalize", "crop")
     """The operations that are applied, in this order; operations not named are not applied."""
     long_side: tuple[int, int] = (448, 768)
-    """long_side: the longer side is resized to a random integer in [low, high], PIL bicubic. Pixels."""
+    """long_side: the longer side is resized to a random integer in [low, high]. Pixels."""
+    long_side_filter: Literal["bicubic", "linear"] = "bicubic"
+    """long_side: filter of the image. bicubic: PIL's, antialiased when shrinking. linear: OpenCV's."""
     scale: tuple[float, float] = (0.5, 1.5)
     """scale: both sides are multiplied by a random factor in [low, high]; mask nearest."""
     scale_filter: Literal["cubic", "linear", "bicubic", "bilinear"] = "cubic"
@@ -246,11 +248,13 @@ class SegInference:
 
     scales: tuple[float, ...] = (1.0,)
     """Factors of the image size."""
+    square: bool = False
+    """Scales are not factors but sides in pixels of a square that the image is stretched to (getam.md 7)."""
     flip: bool = False
     """Test the mirrored image too."""
     resize: Literal["cubic", "linear"] = "cubic"
     """Filter that scales the normalised image. cubic: OpenCV, sizes rounded. linear: bilinear with aligned corners,
-    sizes truncated."""
+    sizes truncated; of squares OpenCV's."""
     merge: Literal["mean_logits", "max_softmax"] = "mean_logits"
     """How the results of all scales and mirrors become one: softmax of the mean logit, or maximum of the softmax."""
     align_corners: bool = True
@@ -262,6 +266,7 @@ class SegInference:
 
     def __post_init__(self) -> None:
         _check(bool(self.scales) and min(self.scales) > 0, "scales", self.scales, "positive factors")
+        _check(not self.square or min(self.scales) >= 8, "scales", self.scales, "sides of 8 pixels or more for square")
 
 
 @dataclass(frozen=True)

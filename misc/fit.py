@@ -47,6 +47,8 @@ class Trainable(Protocol):
     finds_unused: bool
 
     def __call__(self, batch: Batch, progress: float) -> dict[str, Tensor]: ...
+    def prepare(self, batch: Batch, progress: float) -> Batch: ...
+    def lr_scale(self, progress: float) -> float: ...
     def counts(self, batch: Batch) -> dict[str, Tensor]: ...
     def param_groups(self) -> list[Any]: ...
 
@@ -141,10 +143,10 @@ def make_rules(groups: list[Any], fit: Fit, device: torch.device) -> Rules:
     return [(make_optimiser(listed, rule, device), rule) for rule, listed in sorted_groups.items()]
 
 
-def set_lr(optimiser: torch.optim.Optimizer, fit: Fit, step: int, total: int) -> None:
-    """Set every group's rate for update ``step``, before the update."""
+def set_lr(optimiser: torch.optim.Optimizer, fit: Fit, step: int, total: int, scale: float = 1.0) -> None:
+    """Set every group's rate for update ``step``, before the update; ``scale`` is the network's factor of them all."""
     for group in optimiser.param_groups:
-        group["lr"] = fit.lr * group["lr_scale"] * lr_factor(fit, step, total)
+        group["lr"] = fit.lr * group["lr_scale"] * lr_factor(fit, step, total) * scale
 
 
 def autocast(machine: Machine, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -243,7 +245,7 @@ def fit(
     ):
         for step in range(start, total):
             for optimiser, rule in rules:
-                set_lr(optimiser, rule, step, total)
+                set_lr(optimiser, rule, step, total, network.lr_scale(step / total))  # type: ignore[operator]
             seed_step(seed, step)
             micro = [_to(batch, device, machine) for batch in _take(stream, division.micro)]
             terms = _update(model, network, rules, scaler, micro, step / total, recipe, machine, device)
@@ -301,6 +303,8 @@ def _update(
     micro: list[Batch], progress: float, recipe: Fit, machine: Machine, device: torch.device,
 ) -> dict[str, float]:
     """One update from its micro-batches; returns the loss terms averaged over micro-batches and processes."""
+    for batch in micro:
+        batch.update(network.prepare(batch, progress))  # type: ignore[operator]
     _share_counts(network, micro)
     for optimiser, _ in rules:
         optimiser.zero_grad(set_to_none=True)

@@ -63,6 +63,15 @@ def truncated(image: np.ndarray, name: str) -> np.ndarray:
     return cv2.LUT(np.ascontiguousarray(image), table)
 
 
+def pixels(images: Tensor, name: str) -> Tensor:
+    """``denormalise`` on tensors of any device, the fraction cut off: (B, 3, H, W) network values -> (B, 3, H, W)
+    float32 of the whole numbers 0 .. 255, RGB."""
+    norm = NORMALISATIONS[name]
+    mean, std = (images.new_tensor(x, dtype=torch.float32).view(3, 1, 1) for x in (norm.mean, norm.std))
+    values = ((images.float() * std + mean) * norm.scale).clamp(0, 255).floor()
+    return values.flip(1) if norm.bgr else values
+
+
 def to_tensor(values: np.ndarray) -> Tensor:
     """(H, W, 3) float32 -> (3, H, W) float32 tensor, contiguous."""
     return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,39 @@ class RunFolder:
             record.setdefault("steps", {})
             store.write_json(self.root / "run.json", record)
         distributed.barrier()
+
+    def adopt_cams(self, other: Path, networks: Iterable[str], config: dict[str, Any], data: dict[str, Any]) -> None:
+        """Take the CAM network and the CAMs over from another run, as links (copies where links are impossible).
+
+        Args:
+            other: that run's folder.
+            networks: names of the CAM method's networks.
+            config, data: of this run, as for ``begin``.
+
+        Raises:
+            FileNotFoundError: there is no such run, or it has no CAMs yet.
+            OtherConfiguration: it has other settings of the CAM network, or other data.
+        """
+        source = RunFolder(other)
+        if not all(source.finished(step) for step in ("train_cam", "make_cam")):
+            raise FileNotFoundError(f"--cams {other}: no run with finished steps train_cam and make_cam is there.")
+        record, wanted = source.record(), json.loads(json.dumps(config))
+        there = {**record["config"], **{f"data.{k}": v for k, v in record["data"].items()}}
+        wanted |= {f"data.{k}": v for k, v in data.items() if k in record["data"]}
+        told = [k for k in wanted if k in ("method", "seed") or k.startswith(("cam.", "data."))]
+        differing = [f"  {k}: {there.get(k)!r} there, {wanted[k]!r} now" for k in told if there.get(k) != wanted[k]]
+        if differing:
+            lines = "\n".join(differing)
+            raise OtherConfiguration(f"--cams {other}: its CAMs have other settings or data:\n{lines}")
+        pairs = [(source.weights(name), self.weights(name)) for name in networks]
+        pairs += [(path, self.root / "cam" / path.name) for path in sorted((source.root / "cam").glob("*.npz"))]
+        for path, target in pairs:
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    os.link(path, target)  # safe: files are replaced, never changed
+                except OSError:
+                    store.write_bytes(target, path.read_bytes())
 
     def finished(self, step: str) -> bool:
         """Whether a step is recorded as done."""

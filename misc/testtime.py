@@ -56,7 +56,7 @@ def segment(
     merged: Tensor | None = None
     with torch.inference_mode():
         for factor in infer.scales:
-            images = _scaled(values, factor, infer.resize)  # (1, 3, h, w)
+            images = _scaled(values, factor, infer)  # (1, 3, h, w)
             if infer.flip:
                 images = torch.cat([images, images.flip(-1)])  # (2, 3, h, w): the image and its mirror
             maps = logits(images.to(device)).float()  # (1 or 2, n, h', w')
@@ -106,12 +106,13 @@ def with_crf(
     return DenseCRF(image, infer.crf, device)(scores)
 
 
-def _scaled(values: np.ndarray, factor: float, resize: str) -> Tensor:
+def _scaled(values: np.ndarray, factor: float, infer: SegInference) -> Tensor:
     """Normalised (H, W, 3) values resized by ``factor``: (1, 3, h, w). The size is rounded for cubic, truncated for
-    linear (deeplab.md A.3, B.3)."""
+    linear (deeplab.md A.3, B.3); of a square it is the factor itself (getam.md section 7)."""
     height, width = values.shape[:2]
-    if resize == "cubic":
-        h, w = scaled_size((height, width), factor)
-        return to_tensor(cv2.resize(values, (w, h), interpolation=cv2.INTER_CUBIC))[None]
+    if infer.square or infer.resize == "cubic":
+        h, w = scaled_size((1, 1) if infer.square else (height, width), factor)
+        kind = {"cubic": cv2.INTER_CUBIC, "linear": cv2.INTER_LINEAR}[infer.resize]
+        return to_tensor(cv2.resize(values, (w, h), interpolation=kind))[None]
     truncated = max(1, int(height * factor)), max(1, int(width * factor))
     return F.interpolate(to_tensor(values)[None], size=truncated, mode="bilinear", align_corners=True)

@@ -56,6 +56,16 @@ class Network(nn.Module, ABC):
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """Loss terms (scalars) of a batch; ``progress`` in [0, 1) is the share of training that is done."""
 
+    def prepare(self, batch: Batch, progress: float) -> Batch:
+        """Entries that are added to a batch before ``counts`` and ``forward`` see it: labels that the network makes
+        itself while it trains. Called on the bare network in full precision, with gradients enabled; what it gives
+        carries none, and no random number is drawn."""
+        return {}
+
+    def lr_scale(self, progress: float) -> float:
+        """Factor of all learning rates at this share of the training, on top of the recipe's schedule."""
+        return 1.0
+
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Denominators of loss terms that are means over more than images (valid pixels, pairs), from the batch alone.
 
@@ -94,6 +104,11 @@ class Options(ABC):
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> Network:
         """The network for ``num_classes`` foreground classes; ``earlier`` holds the trained networks of the phases
         before this one, by phase name, in evaluation mode and frozen, on the device of the training."""
+
+    @property
+    def wants_saliency(self) -> bool:
+        """Whether the training batches must hold ``saliency`` (B, S, S) uint8, 0 where the canvas shows no image."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -144,12 +159,17 @@ class RefineRecipe(Phase):
     """The random walk."""
 
 
-@dataclass(frozen=True)
-class SegmentRecipe(Phase):
-    """Recipe of a segmentation network."""
+@dataclass(frozen=True, kw_only=True)
+class SegmentTest:
+    """How masks are predicted: all there is to set where the CAM network itself predicts them."""
 
     infer: SegInference = field(default_factory=SegInference)
     """Test-time scales, merging and CRF."""
+
+
+@dataclass(frozen=True)
+class SegmentRecipe(Phase, SegmentTest):
+    """Recipe of a segmentation network."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +187,12 @@ class Recipe:
     segment: Mapping[str, Any] = field(default_factory=dict)
     data: str | None = None
     """Data set of the recipe, a name of ``--data``. None: voc12, or the generated sample set."""
+    own: SegmentTest | None = None
+    """How the CAM network's own masks are predicted, where it is a ``SingleStage`` (the segmenter named ``OWN``)."""
+
+
+OWN = "own"
+"""On the command line: the segmenter is the CAM network itself."""
 
 
 class SeedNetwork(Network):
@@ -197,6 +223,14 @@ class SeedNetwork(Network):
         these.
         """
         return self.cam(images, images.new_ones(len(images), num_classes)).float().mean((2, 3))
+
+
+class SingleStage(SeedNetwork):
+    """A CAM network that predicts masks too: it can be its own segmenter, and then needs no pseudo masks."""
+
+    @abstractmethod
+    def logits(self, images: Tensor) -> Tensor:
+        """As ``Segmenter.logits``: (B, 3, H, W) normalised -> (B, C + 1, h, w), channel 0 background."""
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,17 @@ import importlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-Aim = Literal["masks", "boxes"]
-"""What is to be found in the images of a data set (Catalog.aim)."""
+Aim = Literal["masks", "single_stage", "boxes"]
+"""What a run is to make: masks by a segmentation network, or by the CAM network itself; or boxes (Job.aim)."""
 
 
 @dataclass(frozen=True)
 class Step:
     """A step: its name (that of its file), what it does, the folders or files of the run folder that it makes, and
-    every file that is there when it is done (of a job). Steps over images can be done in parts. ``aims``: the data sets
-    whose pipeline it is part of; on others it runs where it is named."""
+    every file that is there when it is done (of a job). Steps over images can be done in parts. ``aims``: the runs
+    that it is part of; in others it is done where it is named."""
 
     name: str
     does: str
@@ -30,11 +30,13 @@ class Step:
         return importlib.import_module(f"step.{self.name}").run
 
 
+ALL: tuple[Aim, ...] = get_args(Aim)
+
 STEPS: tuple[Step, ...] = (
     Step("train_cam", "train the CAM network from tags", ("weights/cam.pt",),
-         lambda job: [job.run.weights(name) for name, _ in job.cfg.cam.phases()], aims=("masks", "boxes")),
+         lambda job: [job.run.weights(name) for name, _ in job.cfg.cam.phases()], aims=ALL),
     Step("make_cam", "infer the CAMs of the training images", ("cam",),
-         lambda job: map(job.run.cam, job.cam_ids()), per_image=True),
+         lambda job: map(job.run.cam, job.cam_ids()), per_image=True, aims=("masks", "single_stage")),
     Step("make_aff_label", "make affinity labels from the CAMs", ("aff_label",),
          lambda job: map(job.run.aff_label, job.train_ids()), per_image=True),
     Step("train_aff", "train the affinity network", ("weights/aff.pt",), lambda job: [job.run.weights("aff")]),
@@ -43,17 +45,18 @@ STEPS: tuple[Step, ...] = (
     Step("train_seg", "train the segmentation network on the pseudo masks", ("weights/seg.pt",),
          lambda job: [job.run.weights("seg")]),
     Step("infer_seg", "predict the validation images", ("seg",),
-         lambda job: map(job.run.seg, job.catalog.ids(job.cfg.val_list)), per_image=True),
+         lambda job: map(job.run.seg, job.catalog.ids(job.cfg.val_list)), per_image=True,
+         aims=("masks", "single_stage")),
     Step("localise", "draw boxes round the objects of the validation images", ("box",),
          lambda job: map(job.run.box, job.catalog.ids(job.cfg.val_list)), per_image=True, aims=("boxes",)),
     Step("report", "write the page that shows it all", ("report.html", "pictures.png"),
-         lambda job: [job.run.report], aims=("masks", "boxes")),
+         lambda job: [job.run.report], aims=ALL),
 )  # fmt: skip
 
 
 def select(wanted: Sequence[str], aim: Aim = "masks") -> list[Step]:
-    """The steps that numbers, names and ranges name, in pipeline order: ``["2-4", "report"]``. Nothing: all that data
-    sets of this aim have.
+    """The steps that numbers, names and ranges name, in pipeline order: ``["2-4", "report"]``. Nothing: all
+    of a run with this aim.
 
     Raises ValueError for what is no step, listing the steps.
     """

@@ -66,7 +66,14 @@ class Config:
     refiner: str = "psa"
     """Affinity network (steps 3 to 5)."""
     segmenter: str = "deeplabv1"
-    """Segmentation network (steps 6 and 7)."""
+    """Segmentation network (steps 6 and 7). own: the CAM network itself, of methods that predict masks (getam); steps 3
+    to 6 are then not needed."""
+    cams: Path | None = None
+    """Run folder whose CAM network and CAMs are taken over (linked into this run), made with the same settings of the
+    CAM network and the same data: steps 1 and 2 then have nothing to do."""
+    saliency: Path | None = None
+    """Folder of saliency maps ID.png (one 8-bit channel, sizes of the images), for methods that are trained with them.
+    Default: the folder Saliency of the data set."""
     masks: Literal["pseudo", "truth"] = "pseudo"
     """What the segmentation network is trained on. truth: the data set's own masks, for the upper bound."""
     shard: str = "0/1"
@@ -84,7 +91,7 @@ class Config:
     """The CAM network (steps 1 and 2)."""
     aff: contract.RefineRecipe = None  # type: ignore[assignment]
     """The refiner (steps 3 to 5)."""
-    seg: contract.SegmentRecipe = None  # type: ignore[assignment]
+    seg: contract.SegmentTest = None  # type: ignore[assignment]
     """The segmentation network (steps 6 and 7)."""
 
     def shard_part(self) -> tuple[int, int]:
@@ -106,7 +113,7 @@ class Config:
     def recorded(self) -> dict[str, Any]:
         """The flat settings that decide the result (run.json); two runs with equal ones make the same files."""
         flat = settings.flatten(dataclasses.replace(self, machine=None))
-        for name in ("run", "root", "steps", "shard", "redo", "force", "machine"):
+        for name in ("run", "root", "steps", "shard", "redo", "force", "machine", "cams", "saliency"):
             flat.pop(name)
         if self.root is not None or self.data not in LAYOUTS:
             flat = {k: v for k, v in flat.items() if not k.startswith("sample.")}
@@ -123,13 +130,20 @@ def named(table: Mapping[str, Any], name: str, what: str) -> Any:
 def default_config(method: str, preset: str, refiner: str | None = None, segmenter: str | None = None) -> Config:
     """The configuration of a method and preset before the command line changes it.
 
-    Where another refiner or segmenter than the method's own is named, that one's own recipe is taken.
+    Where another refiner or segmenter than the method's own is named, that one's own recipe is taken. ValueError where
+    the method is to be its own segmenter and predicts no masks.
     """
     contract.load_methods()
     recipe = named(contract.SEEDS, method, "method").recipes[preset]
     refiner, segmenter = refiner or recipe.refiner, segmenter or recipe.segmenter
     aff = named(contract.REFINERS, refiner, "refiner").recipes[preset]
-    seg = named(contract.SEGMENTERS, segmenter, "segmenter").recipes[preset]
+    if segmenter == contract.OWN:
+        if recipe.own is None:
+            names = ", ".join(sorted(contract.SEGMENTERS))
+            raise ValueError(f"--segmenter own: {method} predicts no masks itself. There are: {names}.")
+        seg: contract.SegmentTest = recipe.own
+    else:
+        seg = named(contract.SEGMENTERS, segmenter, "segmenter").recipes[preset]
     if refiner == recipe.refiner:
         aff = settings.override(aff, recipe.refine)
     if segmenter == recipe.segmenter:
@@ -164,6 +178,22 @@ class Job:
             known = set(ids)
             ids = ids + [i for i in self.catalog.ids(self.cfg.score_list) if i not in known]
         return ids
+
+    @property
+    def single_stage(self) -> bool:
+        """Whether the CAM network is the segmenter too."""
+        return self.cfg.segmenter == contract.OWN
+
+    @property
+    def aim(self) -> str:
+        """Which steps the run is made of (step.Aim)."""
+        if self.catalog.aim == "masks" and self.single_stage:
+            return "single_stage"
+        return self.catalog.aim
+
+    def saliency_folder(self) -> Path:
+        """Where the saliency maps are, if the method is trained with any."""
+        return self.cfg.saliency or self.catalog.root / "Saliency"
 
     def refine_method(self) -> type[contract.AffinityNetwork]:
         """The refiner's class."""

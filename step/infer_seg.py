@@ -9,13 +9,21 @@ from misc.each import each
 from misc.fit import autocast
 from misc.store import read_image, write_mask
 from misc.testtime import segment, with_crf
-from net.contract import Segmenter
+from net.contract import Segmenter, SingleStage
 from step.config import Job
+from step.make_cam import cam_network
 from step.scoring import score_masks
 from step.training import trained
 
 
-def predict(job: Job, network: Segmenter, image: np.ndarray, device: torch.device) -> np.ndarray:
+def segmentation_network(job: Job, device: torch.device) -> Segmenter | SingleStage:
+    """The trained network that predicts masks, in evaluation mode: of a single-stage run the CAM network."""
+    network = cam_network(job, device) if job.single_stage else trained(job, "seg", job.cfg.seg, device)
+    assert isinstance(network, Segmenter | SingleStage)
+    return network
+
+
+def predict(job: Job, network: Segmenter | SingleStage, image: np.ndarray, device: torch.device) -> np.ndarray:
     """Predicted mask (H, W) uint8 of one image (H, W, 3) uint8."""
     infer = job.cfg.seg.infer
     with autocast(job.cfg.machine, device):
@@ -25,8 +33,7 @@ def predict(job: Job, network: Segmenter, image: np.ndarray, device: torch.devic
 
 def run(job: Job, device: torch.device) -> None:
     """Predict and score the validation list. No tags are used."""
-    network = trained(job, "seg", job.cfg.seg, device)
-    assert isinstance(network, Segmenter)
+    network = segmentation_network(job, device)
     infer = job.cfg.seg.infer
 
     def prepare(image_id: str) -> np.ndarray:
@@ -39,8 +46,12 @@ def run(job: Job, device: torch.device) -> None:
         "infer_seg", job.catalog.ids(job.cfg.val_list), work, prepare=prepare,
         done=lambda i: job.run.seg(i).exists(), workers=job.cfg.machine.workers, part=job.cfg.shard_part(),
     )
-    trained_on = "pseudo masks" if job.cfg.masks == "pseudo" else "true masks"
+    if job.single_stage:
+        trained_on, phase = f"{job.cfg.method} itself, trained on tags", job.cfg.cam
+    else:
+        masks = {"pseudo": "pseudo masks", "truth": "true masks"}[job.cfg.masks]
+        trained_on, phase = f"{job.cfg.segmenter} trained on {masks}", job.cfg.seg
     score_masks(
-        job, f"predictions ({job.cfg.segmenter} trained on {trained_on})", job.cfg.val_list, job.run.seg, job.cfg.seg,
-        tags="none", scales=list(infer.scales), flip=infer.flip, crf_iterations=infer.crf.iterations,
+        job, f"predictions ({trained_on})", job.cfg.val_list, job.run.seg, phase, tags="none",
+        scales=list(infer.scales), flip=infer.flip, crf_iterations=infer.crf.iterations,
     )

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 
 from misc import distributed, imaging, store
-from net.contract import Segmenter
+from net.contract import Segmenter, SingleStage
 from step.config import Job
-from step.infer_seg import predict
-from step.training import trained
+from step.infer_seg import predict, segmentation_network
 
 ROWS = 12
 """Images of each gallery."""
@@ -44,9 +43,8 @@ def run(job: Job, device: torch.device) -> None:
     if not distributed.is_main():
         return
     network = None
-    if job.run.weights("seg").exists():
-        network = trained(job, "seg", job.cfg.seg, device)
-        assert isinstance(network, Segmenter)
+    if job.run.weights("cam" if job.single_stage else "seg").exists():
+        network = segmentation_network(job, device)
     train = [_train_row(job, i, network, device) for i in _spread(_scored(job), ROWS)]
     val = [_val_row(job, i) for i in _spread(_done(job, job.run.seg), ROWS)]
     boxes = [_box_row(job, i) for i in _spread(_done(job, job.run.box), ROWS)]
@@ -118,7 +116,9 @@ def _spread(ids: Sequence[str], count: int) -> list[str]:
     return [ids[i] for i in np.unique(np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(int))] if ids else []
 
 
-def _train_row(job: Job, image_id: str, network: Segmenter | None, device: torch.device) -> list[_Picture]:
+def _train_row(
+    job: Job, image_id: str, network: Segmenter | SingleStage | None, device: torch.device
+) -> list[_Picture]:
     image = store.read_image(job.catalog.image_path(image_id))
     cam = store.read_cam(job.run.cam(image_id))
     score = cam.full().max(0) if len(cam.keys) else np.zeros(image.shape[:2], np.float32)

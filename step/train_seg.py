@@ -10,15 +10,17 @@ from tqdm import tqdm
 
 from misc import distributed
 from misc.store import read_mask
+from net.contract import SegmentRecipe
 from step.config import Job
 from step.training import build, train
 
 
 def run(job: Job, device: torch.device) -> None:
     """Train on the training list: writes weights/seg.pt."""
-    ids, masks = job.train_ids(), _Masks(job)
+    ids, masks, recipe = job.train_ids(), _Masks(job), job.cfg.seg
+    assert isinstance(recipe, SegmentRecipe)  # the CAM network's own is refused before any work starts
     _look_over(ids, masks, job.catalog.num_classes)
-    train(job, "seg", job.cfg.seg, build(job, job.cfg.seg), device, ids=ids, mask=masks)
+    train(job, "seg", recipe, build(job, recipe), device, ids=ids, mask=masks)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from misc import distributed
 from misc.config import flatten
 from misc.fit import Batch, divide, fit
 from misc.imaging import normalise, to_tensor
-from misc.store import read_image, read_weights
+from misc.store import checked_id, read_image, read_mask, read_weights
 from net.contract import Network, Phase
 from step.config import Job
 from voc12.loader import Draws, TrainSet, make_loader
@@ -42,6 +43,16 @@ def trained(job: Job, name: str, phase: Phase, device: torch.device, earlier: Ma
     return network.to(device).eval()
 
 
+@dataclass(frozen=True)
+class _Saliency:
+    """Reads the saliency map of an image; picklable for worker processes."""
+
+    job: Job
+
+    def __call__(self, image_id: str) -> np.ndarray:
+        return read_mask(self.job.saliency_folder() / f"{checked_id(image_id)}.png")
+
+
 def train(
     job: Job,
     name: str,
@@ -57,6 +68,8 @@ def train(
     score: Callable[[], float] | None = None,
 ) -> None:
     """Train a network on the images ``ids`` as its phase says and write weights/NAME.pt, unless it is there.
+
+    The batches hold saliency maps where the network wants them.
 
     Args:
         mask: reads the (H, W) uint8 mask of an image, for segmentation networks.
@@ -80,6 +93,7 @@ def train(
     samples = TrainSet(
         job.catalog, ids, phase.augment, network.normalisation, job.cfg.seed,
         with_mask=mask, planes=planes, plane_fill=plane_fill, target=target,
+        saliency=_Saliency(job) if phase.network.wants_saliency else None,
     )
 
     def batches(start: int) -> Iterable[Batch]:

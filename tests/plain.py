@@ -5,7 +5,11 @@ Tests compare with them, scripts/bench.py measures against them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -32,3 +36,60 @@ def pair_affinity(features: Tensor, source: Tensor, target: Tensor) -> Tensor:
     flat = features.flatten(2)  # (B, C, N)
     difference = flat[:, :, source] - flat[:, :, target]  # (B, C, D, P)
     return torch.exp(-difference.abs().mean(dim=1))
+
+
+LATTICE_SCALE = (0.5, 0.65)
+"""What the permutohedral lattice's sums are of exact Gaussian ones in the five dimensions of GETAM's energy: the less,
+the smaller the picture; about 0.62 at 128 x 128 cells (getam.md section 5)."""
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Parts of the dense energy: energy () and the gradient (B, C, h, w) of the small probabilities, both without the
+    weight; filtered (B, C, h, w); gate (B, h, w); the kernel's features (B, N, 5) and what it filters (B, N, C)."""
+
+    energy: Tensor
+    gradient: Tensor
+    filtered: Tensor
+    gate: Tensor
+    features: Tensor
+    values: Tensor
+
+
+def exact_energy(logits: Tensor, label: Tensor, colours: Tensor, inside: Tensor, options: Any) -> Energy:
+    """GETAM's dense energy with every pair of pixels, in double precision (getam.md section 5); arguments as
+    ``misc.energy.dense_energy``."""
+    small = [side * options.scale for side in logits.shape[-2:]]
+    h, w = int(small[0]), int(small[1])
+    p = F.interpolate(logits.double().softmax(1), size=(h, w), mode="bilinear", align_corners=False)
+    inside, label, colours = (
+        F.interpolate(planes.double(), size=(h, w)) for planes in (inside[:, None], label[:, None], colours)
+    )
+    gate = torch.where(label == 255, 1.0, inside - p.amax(1, keepdim=True)).clamp(min=0)  # (B, 1, h, w)
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    place = torch.stack([x, y]).double().expand(len(p), -1, -1, -1) / (options.sigma_xy * options.scale)
+    features = torch.cat([place, colours / options.sigma_rgb], 1).flatten(2).transpose(1, 2)  # (B, N, 5)
+    values = (p * inside).flatten(2).transpose(1, 2)  # (B, N, C)
+    kernel = torch.exp(-torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist") ** 2 / 2)
+    filtered = (kernel @ values).transpose(1, 2).unflatten(2, (h, w))
+    energy = -(p * inside * gate * filtered).sum() / len(p)
+    return Energy(energy, -2 / len(p) * gate * filtered * inside, filtered, gate[:, 0], features, values)
+
+
+def full_attention_map(network: Any, image: Tensor, c: int) -> Tensor:
+    """GETAM's map of one image (1, 3, H, W) and class with every block's whole attention matrix and its gradient:
+    (gh, gw), H and W whole multiples (getam.md section 3)."""
+    body, seen = network.pretrained.model, []
+
+    def look(attention: Any) -> Tensor:
+        seen.append(attention.logits().softmax(-1))  # (1, n, T, T)
+        return seen[-1]
+
+    x, grid, _ = body.start(image)
+    for block in body.blocks:
+        x = block(x, look)
+    logit = network.cls_head(network.pretrained.act_postprocess4(x, grid).mean((2, 3)))[0, c]
+    first, total = network.options.start_layer, torch.zeros(())
+    for weights, gradient in zip(seen[first:], torch.autograd.grad(logit, seen[first:]), strict=True):
+        total = total + (gradient * weights).clamp(min=0).mean(1) * gradient.clamp(min=0).mean(1)  # (1, T, T)
+    return total[0, 0, body.tokens :].detach().clamp(min=0).unflatten(0, grid)

@@ -153,6 +153,20 @@ def test_all_problems_come_in_one_report(voc: Path) -> None:
     assert "2007_000001.xml holds a document type" in text and "2007_000002.xml is no well-formed XML" in text
 
 
+def test_saliency_must_be_there_for_every_image(voc: Path, tmp_path: Path) -> None:
+    catalog, folder = open_catalog("voc12", voc), tmp_path / "saliency"
+    ids = catalog.ids("train")
+    with pytest.raises(DataError, match=f"{len(ids)} have no saliency map ID.png in .*saliency .*--saliency DIR"):
+        catalog.check("train", saliency=folder)
+    folder.mkdir()
+    for image_id in ids[1:]:
+        (folder / f"{image_id}.png").write_bytes(b"")
+    with pytest.raises(DataError, match=rf"1 have no saliency map ID.png in .* \({ids[0]}\)"):
+        catalog.check("train", saliency=folder)
+    (folder / f"{ids[0]}.png").write_bytes(b"")
+    catalog.check("train", saliency=folder)
+
+
 def test_document_type_without_entities_is_refused() -> None:
     with pytest.raises(DataError, match="document type"):
         names_from_xml('<!DOCTYPE annotation SYSTEM "http://example.org/x.dtd">' + xml("dog"))

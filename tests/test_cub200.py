@@ -50,12 +50,10 @@ def test_every_class_has_its_turn(made: Path) -> None:
     assert np.sum([catalog.tags(i) for i in catalog.ids("train")], axis=0).min() >= 2
 
 
-def test_the_layouts_are_two_sets_that_do_not_mix(made: Path, tmp_path: Path) -> None:
+def test_the_layouts_are_two_sets_that_do_not_mix(made: Path) -> None:
     generate(made, images=7, val=4, classes=3, seed=2, long_side=(64, 90), layout="cub")  # left as it is
     with pytest.raises(FileExistsError, match="layout is cub, asked for None"):
         generate(made, images=7, val=4, classes=3, seed=2, long_side=(64, 90))
-    with pytest.raises(ValueError, match="saliency"):
-        generate(tmp_path / "set", layout="cub", saliency=True)
 
 
 def test_the_archive_may_lie_in_a_folder_of_its_own_name(own: Path, tmp_path: Path) -> None:

@@ -51,6 +51,12 @@ class Toy(nn.Module):
         valid = ((out - 2) ** 2 * batch["valid"]).sum() / batch["counts/valid"]
         return {"fit": F.mse_loss(out, batch["y"]), "valid": valid * (1 - progress)}
 
+    def prepare(self, batch: Batch, progress: float) -> Batch:
+        return {}
+
+    def lr_scale(self, progress: float) -> float:
+        return 1.0
+
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         return {"valid": batch["valid"].sum()}
 
@@ -115,6 +121,31 @@ def test_the_global_batch_is_divided_evenly_or_not_at_all() -> None:
         divide(Fit(batch_size=12), 5)
     with pytest.raises(ValueError, match="6 images is no multiple of micro_batch = 4"):
         divide(Fit(batch_size=12, micro_batch=4), 2)
+
+
+def test_what_a_network_prepares_is_counted_and_its_rate_is_heeded(tmp_path: Path) -> None:
+    class Prepares(Toy):
+        """Finds its valid entries itself, in the second half at a hundredth of the rate."""
+
+        def prepare(self, batch: Batch, progress: float) -> Batch:
+            assert "counts/valid" not in batch
+            return {"valid": batch["hidden"]}
+
+        def lr_scale(self, progress: float) -> float:
+            return 1.0 if progress < 0.5 else 0.01
+
+    def hide(step: int, batch: Batch) -> Batch:
+        return {"x": batch["x"], "y": batch["y"], "hidden": batch["valid"]}
+
+    recipe = Fit(**{**vars(RECIPE), "micro_batch": 2})
+    train(tmp_path / "plain", recipe, Toy(dropout=0))
+    train(tmp_path / "own", recipe, Prepares(dropout=0), batches=micro_batches(2, hide))
+    half = math.ceil(TOTAL / 2)
+    for term in ("fit", "valid"):
+        assert curve(tmp_path / "own", term)[: half + 1] == curve(tmp_path / "plain", term)[: half + 1]
+    rates = [curve(tmp_path / name, "lr") for name in ("own", "plain")]
+    assert rates[0][:half] == rates[1][:half]
+    assert rates[0][half:] == pytest.approx([rate / 100 for rate in rates[1][half:]])
 
 
 def test_accumulation_changes_nothing(tmp_path: Path) -> None:

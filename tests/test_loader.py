@@ -104,6 +104,15 @@ def test_batch_contents(data: Catalog) -> None:
         assert not image[:, outside].any() and (mask[outside] == 255).all() and (mask[~outside] < 3).all()
 
 
+def test_saliency_is_in_the_batch_where_it_is_asked_for(data: Catalog) -> None:
+    train = TrainSet(data, IDS, RECIPE, "imagenet", 5, with_mask=Masks(data), saliency=Masks(data))
+    sample = train[(4, 3, 0)]
+    assert sample["saliency"].dtype == torch.uint8
+    assert torch.equal(sample["saliency"].long(), sample["mask"].masked_fill(sample["mask"] == 255, 0))
+    del sample["saliency"]
+    assert same([sample], [TrainSet(data, IDS, RECIPE, "imagenet", 5, with_mask=Masks(data))[(4, 3, 0)]])
+
+
 def test_samples_of_a_batch_are_augmented_independently(data: Catalog) -> None:
     train = TrainSet(data, IDS, RECIPE, "imagenet", 5)
     images = [train[(0, position, 0)]["image"] for position in range(4)]

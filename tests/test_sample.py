@@ -35,12 +35,12 @@ def read_list(root: Path, split: str) -> list[str]:
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sample") / "set"
-    generate(root, images=12, val=6, classes=3, seed=5, saliency=True)
+    generate(root, images=12, val=6, classes=3, seed=5)
     return root
 
 
 def test_same_parameters_give_the_same_bytes_in_another_process(sample: Path, tmp_path: Path) -> None:
-    options = "--images 12 --val 6 --classes 3 --seed 5 --saliency".split()
+    options = "--images 12 --val 6 --classes 3 --seed 5".split()
     command = [sys.executable, "-m", "voc12.sample", str(tmp_path / "again"), *options]
     subprocess.run(command, cwd=ROOM, check=True)
     assert digests(tmp_path / "again") == digests(sample)
@@ -173,9 +173,9 @@ def test_long_side_is_kept() -> None:
 
 def test_finished_set_is_left_alone_and_another_one_refused(sample: Path) -> None:
     times = {p: p.stat().st_mtime_ns for p in sample.rglob("*")}
-    generate(sample, images=12, val=6, classes=3, seed=5, saliency=True)
+    generate(sample, images=12, val=6, classes=3, seed=5)
     with pytest.raises(FileExistsError, match=r"seed is 5, asked for 6.*another folder"):
-        generate(sample, images=12, val=6, classes=3, seed=6, saliency=True)
+        generate(sample, images=12, val=6, classes=3, seed=6)
     assert {p: p.stat().st_mtime_ns for p in sample.rglob("*")} == times
 
 
@@ -184,7 +184,7 @@ def test_interrupted_set_is_done_again(sample: Path, tmp_path: Path) -> None:
     (root / "JPEGImages").mkdir(parents=True)
     (root / "JPEGImages" / "2025_000001.jpg").write_bytes(b"half")
     (root / "sample.json.part").write_text((sample / "sample.json").read_text())
-    generate(root, images=12, val=6, classes=3, seed=5, saliency=True)
+    generate(root, images=12, val=6, classes=3, seed=5)
     assert digests(root) == digests(sample)
 
 

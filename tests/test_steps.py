@@ -85,8 +85,8 @@ def test_every_combination_has_a_configuration(method: str, preset: str, refiner
 
 @pytest.mark.parametrize("method, preset", list(product(sorted(contract.SEEDS), PRESETS)))
 def test_every_method_has_a_command_line(method: str, preset: str) -> None:
-    cfg = run_sample.parse([method, "--preset", preset, "--cam.fit.lr", "0.125", "--seg.infer.scales", "0.5", "2"])
-    assert cfg.preset == preset and cfg.cam.fit.lr == 0.125 and cfg.seg.infer.scales == (0.5, 2.0)
+    cfg = run_sample.parse([method, "--preset", preset, "--cam.fit.lr", "0.125", "--seg.infer.scales", "16", "32"])
+    assert cfg.preset == preset and cfg.cam.fit.lr == 0.125 and cfg.seg.infer.scales == (16.0, 32.0)
     default = default_config(method, preset)
     unchanged = dataclasses.replace(
         cfg, cam=dataclasses.replace(cfg.cam, fit=default.cam.fit),
@@ -169,16 +169,20 @@ def check_training(network: Network, batch: Batch) -> None:
     groups = [p for group in network.param_groups() for p in group.params]
     trained = [p for p in network.parameters() if p.requires_grad]
     assert len(groups) == len(set(groups)) and set(groups) == set(trained) and trained
-    counts = {f"counts/{k}": v.float() for k, v in network.counts(batch).items()}
     for progress in (0.0, 0.5, 0.99):
-        network.zero_grad()
-        terms = network({**batch, **counts}, progress)
+        made = {**batch, **network.prepare(batch, progress)}
+        assert not any(v.requires_grad for v in made.values())
+        assert not any(p.grad is not None and p.grad.any() for p in network.parameters())  # preparing leaves none
+        counts = {f"counts/{k}": v.float() for k, v in network.counts(made).items()}
+        terms = network({**made, **counts}, progress)
         assert terms and all(isinstance(k, str) and v.shape == () for k, v in terms.items())
         assert all(torch.isfinite(v) for v in terms.values()), terms
         sum(terms.values()).backward()
+        assert network.lr_scale(progress) > 0
         without = [n for n, p in network.named_parameters() if p.requires_grad and p.grad is None]
         assert not without or network.finds_unused, without
         assert all(torch.isfinite(p.grad).all() for p in trained if p.grad is not None)
+        network.zero_grad()
 
 
 def side(phase: Phase) -> int:
@@ -195,6 +199,8 @@ def test_seed_networks_train(name: str) -> None:
             "image": pictures(3, size, size), "tags": torch.tensor([[1.0, 0, 1], [0, 1, 0], [0, 0, 0]]),
             "box": torch.tensor([[0, size, 0, size], [3, size, 0, size - 5], [0, size, 0, size]]),
         }  # fmt: skip
+        if phases[phase_name].network.wants_saliency:
+            batch["saliency"] = 255 * (torch.arange(size * size).view(1, size, size) % 40 < 20).repeat(3, 1, 1).byte()
         check_training(network, batch)
 
 

@@ -73,6 +73,23 @@ def test_sizes_are_rounded_for_cubic_and_truncated_for_linear() -> None:
     assert seen == [(1, 3, 6, 9), (1, 3, 12, 19), (1, 3, 5, 9), (1, 3, 11, 18)]
 
 
+@pytest.mark.parametrize("resize, kind", [("linear", cv2.INTER_LINEAR), ("cubic", cv2.INTER_CUBIC)])
+def test_squares_have_the_sides_that_the_scales_say(resize: str, kind: int) -> None:
+    image, seen = picture(21, 34), []
+
+    def record(images: Tensor) -> Tensor:
+        seen.append(images[0])
+        return network(images)
+
+    infer = SegInference(scales=(16, 40), square=True, resize=resize)
+    assert segment(record, image, infer, "imagenet").shape == (5, 21, 34)
+    for images, side in zip(seen, (16, 40), strict=True):
+        values = cv2.resize(normalise(image, "imagenet"), (side, side), interpolation=kind)
+        assert torch.equal(images, to_tensor(values))
+    with pytest.raises(ValueError, match="sides of 8 pixels or more"):
+        SegInference(square=True)
+
+
 def test_a_scale_never_gives_an_empty_image() -> None:
     for resize in ("cubic", "linear"):
         scores = segment(network, picture(3, 4), SegInference(scales=(0.1,), resize=resize), "imagenet")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -21,14 +22,15 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def located(height: int = 40, width: int = 60) -> Sample:
-    """Colour (row + 50, column + 50, 100), mask the row, planes row and column as whole numbers and as scores."""
+    """Colour (row + 50, column + 50, 100), mask and saliency the row, planes row and column as whole numbers."""
     rows, columns = np.mgrid[:height, :width].astype(np.uint8)
     image = np.stack([rows + 50, columns + 50, np.full_like(rows, 100)], -1)
-    return Sample(image, rows.copy(), np.stack([rows, columns]))
+    return Sample(image, rows.copy(), np.stack([rows, columns]), rows.copy())
 
 
 def aligned(sample: Sample, fill: int) -> None:
-    """Wherever there is a photograph, colour, mask and planes tell of the same place; elsewhere there is filling."""
+    """Wherever there is a photograph, colour, mask, saliency and planes tell of the same place; elsewhere there is
+    filling."""
     top, bottom, left, right = sample.box
     inside = np.zeros(sample.image.shape[:2], bool)
     inside[top:bottom, left:right] = True
@@ -36,7 +38,8 @@ def aligned(sample: Sample, fill: int) -> None:
     assert np.array_equal(sample.image[inside][:, 0].astype(int) - 50, sample.mask[inside])
     assert np.array_equal(sample.planes[0][inside], sample.mask[inside])
     assert np.array_equal(sample.image[inside][:, 1].astype(int) - 50, sample.planes[1][inside])
-    assert not sample.image[~inside].any()
+    assert sample.saliency is not None and np.array_equal(sample.saliency[inside], sample.mask[inside])
+    assert not sample.image[~inside].any() and not sample.saliency[~inside].any()
     assert (sample.mask[~inside] == 255).all() and (sample.planes[:, ~inside] == fill).all()
 
 
@@ -100,7 +103,11 @@ def test_long_side(size: tuple[int, int], length: int, wanted: tuple[int, int]) 
     assert sample.image.shape[:2] == wanted == sample.mask.shape == sample.planes.shape[1:]  # type: ignore[union-attr]
     assert sample.box == (0, wanted[0], 0, wanted[1])
     plain = Image.fromarray(before).resize(wanted[::-1], Image.Resampling.BICUBIC)
-    assert np.array_equal(sample.image, np.asarray(plain))
+    assert np.array_equal(sample.image, np.asarray(plain)) and np.array_equal(sample.saliency, sample.mask)
+    linear = located(*size)
+    transforms.long_side(linear, length, "linear")
+    assert np.array_equal(linear.image, cv2.resize(before, wanted[::-1], interpolation=cv2.INTER_LINEAR))
+    assert np.array_equal(linear.mask, sample.mask)
 
 
 @pytest.mark.parametrize(("factor", "wanted"), [(0.5, (20, 30)), (1.26, (50, 75)), (0.71, (28, 42))])
@@ -109,7 +116,7 @@ def test_scale_cuts_sizes_and_keeps_places(factor: float, wanted: tuple[int, int
     sample = located()
     transforms.scale(sample, factor, image_filter)
     assert sample.image.shape[:2] == wanted == sample.mask.shape == sample.planes.shape[1:]  # type: ignore[union-attr]
-    assert set(np.unique(sample.mask)) <= set(range(40))
+    assert set(np.unique(sample.mask)) <= set(range(40)) and np.array_equal(sample.saliency, sample.mask)
     away = np.abs(sample.image[..., 0].astype(int) - 50 - sample.mask)  # type: ignore[operator]
     assert away.max() <= 1.5 / factor
     assert np.abs(sample.image[..., 1].astype(int) - 50 - sample.planes[1]).max() <= 1.5 / factor  # type: ignore[index]

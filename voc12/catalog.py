@@ -165,7 +165,12 @@ class Catalog(ABC):
         return digest.hexdigest()
 
     def check(
-        self, split: str, need_masks: bool = False, need_tags: bool = True, need_boxes: bool = False
+        self,
+        split: str,
+        need_masks: bool = False,
+        need_tags: bool = True,
+        need_boxes: bool = False,
+        saliency: Path | None = None,
     ) -> list[str]:
         """Look whether everything that a step will read of a split is there, before any work starts.
 
@@ -174,6 +179,7 @@ class Catalog(ABC):
             need_masks: whether every image must have a true mask.
             need_tags: whether every image must have (possibly empty) tags.
             need_boxes: whether every image must have a true box.
+            saliency: folder in which every image must have a saliency map ID.png; None: none is needed.
 
         Returns:
             Warnings, one sentence or two each.
@@ -193,6 +199,14 @@ class Catalog(ABC):
         if need_boxes:
             for image_id in ids:
                 self.boxes(image_id)  # an error of its own
+        if saliency is not None:
+            there = {path.stem for path in saliency.glob("*.png")}
+            unseen = [i for i in ids if i not in there]
+            if unseen:
+                problems.append(
+                    f"{len(unseen)} have no saliency map ID.png in {saliency} ({_some(unseen)}). Give the folder that "
+                    "holds them all: --saliency DIR."
+                )
         if need_tags:
             failures = self._read_all_tags(ids)
             if failures:

@@ -102,6 +102,7 @@ class TrainSet(Dataset[dict[str, Tensor]]):
         planes: reads the label planes of an id, (P, H, W); None: samples have no target.
         plane_fill: what the planes hold where a crop shows no image.
         target: makes the target of a sample from its augmented planes (P, S, S); needed with ``planes``.
+        saliency: reads the saliency map of an id, (H, W) uint8; None: samples have none.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class TrainSet(Dataset[dict[str, Tensor]]):
         planes: Callable[[str], np.ndarray] | None = None,
         plane_fill: float = 0.0,
         target: Callable[[np.ndarray], np.ndarray] | None = None,
+        saliency: Callable[[str], np.ndarray] | None = None,
     ) -> None:
         if not {"crop", "resized_crop"} & set(recipe.order):
             raise ValueError(
@@ -132,6 +134,7 @@ class TrainSet(Dataset[dict[str, Tensor]]):
         self.planes = planes
         self.plane_fill = plane_fill
         self.target = target
+        self.saliency = saliency
 
     def __len__(self) -> int:
         """Number of images."""
@@ -139,7 +142,8 @@ class TrainSet(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, draw: Draw) -> dict[str, Tensor]:
         """One sample: image (3, S, S) float32 normalised; tags (C,) float32; box (4,) int64, the part of the crop that
-        shows the image (top, bottom, left, right); mask (S, S) int64 and target, where asked for.
+        shows the image (top, bottom, left, right); mask (S, S) int64, target and saliency (S, S) uint8, where asked
+        for.
 
         Raises DataError with the id and the file where anything goes wrong.
         """
@@ -159,6 +163,7 @@ class TrainSet(Dataset[dict[str, Tensor]]):
                 image,
                 self.with_mask(image_id) if self.with_mask else None,
                 self.planes(image_id) if self.planes else None,
+                self.saliency(image_id) if self.saliency else None,
             ),
             self.recipe,
             self.normalisation,
@@ -181,6 +186,8 @@ class TrainSet(Dataset[dict[str, Tensor]]):
             made["mask"] = torch.from_numpy(sample.mask.astype(np.int64))
         if sample.planes is not None and self.target is not None:
             made["target"] = torch.from_numpy(np.ascontiguousarray(self.target(sample.planes)))
+        if sample.saliency is not None:
+            made["saliency"] = torch.from_numpy(np.ascontiguousarray(sample.saliency))
         return made
 
 

@@ -3,7 +3,7 @@
 Deterministic: the same parameters give the same bytes, and a smaller set is a prefix of a larger one. In the layout of
 CUB-200-2011 each picture shows one object, whose box is known.
 
-    python -m voc12.sample OUT --images 240 --val 80 --classes 5 --seed 0 --saliency
+    python -m voc12.sample OUT --images 240 --val 80 --classes 5 --seed 0
     python -m voc12.sample OUT --layout cub
 """
 
@@ -58,7 +58,7 @@ def _annotation(name: str, picture: Picture) -> str:
     return ET.tostring(root, encoding="unicode") + "\n"
 
 
-def _write(root: Path, name: str, picture: Picture, saliency: np.ndarray | None) -> None:
+def _write(root: Path, name: str, picture: Picture, saliency: np.ndarray) -> None:
     """Write one picture's files below `root`; without syncing, as a set counts only once sample.json stands."""
     Image.fromarray(picture.rgb).save(root / "JPEGImages" / f"{name}.jpg", quality=JPEG_QUALITY)
     (root / "Annotations" / f"{name}.xml").write_bytes(_annotation(name, picture).encode())
@@ -66,8 +66,7 @@ def _write(root: Path, name: str, picture: Picture, saliency: np.ndarray | None)
         image = Image.fromarray(mask)
         image.putpalette(palette().tobytes())
         image.save(root / folder / f"{name}.png")
-    if saliency is not None:
-        Image.fromarray(saliency).save(root / "Saliency" / f"{name}.png")
+    Image.fromarray(saliency).save(root / "Saliency" / f"{name}.png")
 
 
 def _claim(root: Path, wanted: dict[str, object]) -> bool:
@@ -93,16 +92,15 @@ def generate(
     val: int = 80,
     classes: int = 5,
     seed: int = 0,
-    saliency: bool = False,
     long_side: tuple[int, int] = (100, 160),
     layout: Literal["voc", "cub"] = "voc",
 ) -> None:
     """Write the sample set; a finished set of the same parameters is left as it is.
 
     In VOC 2012's layout writes JPEGImages, Annotations, SegmentationClass, SegmentationObject, ImageSets/Segmentation,
-    classes.txt (line n names class n), Saliency if asked for; in CUB's images, segmentations, classes.txt, images.txt,
-    image_class_labels.txt, train_test_split.txt, bounding_boxes.txt. Last sample.json, the parameters. An interrupted
-    run is done again.
+    Saliency (noisy object saliency, 8 bit, one channel), classes.txt (line n names class n); in CUB's images,
+    segmentations, classes.txt, images.txt, image_class_labels.txt, train_test_split.txt, bounding_boxes.txt. Last
+    sample.json, the parameters. An interrupted run is done again.
 
     Raises ValueError for impossible parameters and FileExistsError for a folder that holds anything else.
 
@@ -112,9 +110,8 @@ def generate(
         val: Number of validation images (test images in CUB's layout), at least 1.
         classes: Number of classes, 1 to 14.
         seed: Seed, not negative; the same seed gives the same bytes.
-        saliency: Also write a noisy object saliency for every image (8 bit, one channel).
         long_side: Least and greatest length of an image's longer side, pixels.
-        layout: That of VOC 2012, for masks, or of CUB-200-2011, for boxes: one object an image, no saliency.
+        layout: That of VOC 2012, for masks, or of CUB-200-2011, for boxes: one object an image.
     """
     names = class_names(classes)
     if min(images, val) < 1 or seed < 0:
@@ -124,34 +121,32 @@ def generate(
     if not SHORTEST <= long_side[0] <= long_side[1]:
         raise ValueError(f"long_side = {long_side}: give a smallest (>= {SHORTEST}) and a largest length")
     wanted = dict(
-        images=images, val=val, classes=classes, seed=seed, saliency=saliency, long_side=list(long_side), format=FORMAT
+        images=images, val=val, classes=classes, seed=seed, long_side=list(long_side), format=FORMAT
     )
     if layout == "cub":
-        if saliency:
-            raise ValueError("saliency = True: the layout cub has no place for it")
         wanted["layout"] = layout
     if _claim(root, wanted):
         return
     if layout == "cub":
         _write_cub(root, {"train": images, "val": val}, names, seed, long_side)
     else:
-        _write_voc(root, {"train": images, "val": val}, names, seed, long_side, saliency)
+        _write_voc(root, {"train": images, "val": val}, names, seed, long_side)
     os.replace(root / "sample.json.part", root / "sample.json")
 
 
 def _write_voc(
-    root: Path, counts: dict[str, int], names: Sequence[str], seed: int, long_side: tuple[int, int], saliency: bool
+    root: Path, counts: dict[str, int], names: Sequence[str], seed: int, long_side: tuple[int, int]
 ) -> None:
     """All files of VOC's layout but sample.json."""
-    folders = ["JPEGImages", "Annotations", "SegmentationClass", "SegmentationObject", "ImageSets/Segmentation"]
-    for folder in folders + ["Saliency"] * saliency:
+    folders = ["JPEGImages", "Annotations", "SegmentationClass", "SegmentationObject", "Saliency"]
+    for folder in [*folders, "ImageSets/Segmentation"]:
         (root / folder).mkdir(parents=True, exist_ok=True)
     lists: dict[str, list[str]] = {}
     for split, count in counts.items():
         lists[split] = [f"{SPLITS[split]}_{index + 1:06d}" for index in range(count)]
         for index, name in enumerate(lists[split]):
             picture = draw_picture(seed, split, index, len(names), long_side)
-            _write(root, name, picture, draw_saliency(seed, split, index, picture) if saliency else None)
+            _write(root, name, picture, draw_saliency(seed, split, index, picture))
     lists["trainval"] = lists["train"] + lists["val"]
     for split, ids in lists.items():
         store.write_bytes(root / "ImageSets" / "Segmentation" / f"{split}.txt", "".join(f"{i}\n" for i in ids).encode())

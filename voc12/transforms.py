@@ -28,22 +28,25 @@ Size = tuple[int, int]
 class Sample:
     """What augmentation acts on.
 
-    image (H, W, 3) uint8 RGB, after ``normalize`` float32; mask (H, W) uint8 or None; planes (P, H, W) of any dtype or
-    None: integer planes are label maps (resized PIL nearest), floating ones scores (OpenCV bilinear). ``box`` (top,
-    bottom, left, right), half-open: the part of the image that shows the photograph, the rest is canvas.
+    image (H, W, 3) uint8 RGB, after ``normalize`` float32; mask and saliency (H, W) uint8 or None; planes (P, H, W) of
+    any dtype or None: integer planes are label maps (resized PIL nearest), floating ones scores (OpenCV bilinear).
+    ``box`` (top, bottom, left, right), half-open: the part of the image that shows the photograph, the rest is canvas.
 
-    Raises ValueError where the mask or the planes have another size than the image.
+    Raises ValueError where mask, planes or saliency have another size than the image.
     """
 
     image: np.ndarray
     mask: np.ndarray | None = None
     planes: np.ndarray | None = None
+    saliency: np.ndarray | None = None
     box: tuple[int, int, int, int] = field(init=False)
 
     def __post_init__(self) -> None:
         height, width = self.image.shape[:2]
         self.box = (0, height, 0, width)
-        for name, found in (("mask", self.mask), ("label", self.planes)):
+        for name, found in (
+            ("mask", self.mask), ("label", self.planes), ("saliency map", self.saliency)
+        ):
             if found is not None and found.shape[-2:] != (height, width):
                 high, wide = found.shape[-2:]
                 raise ValueError(
@@ -51,24 +54,29 @@ class Sample:
                     f"belong together. Make the {name} again."
                 )
 
+    def on_masks(self, change: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Mask and saliency, where there are any, through a function of (H, W) arrays."""
+        self.mask, self.saliency = (None if m is None else change(m) for m in (self.mask, self.saliency))
 
-def long_side(sample: Sample, length: int) -> None:
-    """Resize so that the longer side has ``length`` pixels, the other one rounded: image PIL bicubic, mask PIL nearest
-    (seam.md 4.2)."""
+
+def long_side(sample: Sample, length: int, image_filter: str = "bicubic") -> None:
+    """Resize so that the longer side has ``length`` pixels, the other one rounded: image PIL bicubic or OpenCV linear
+    (getam.md section 6), mask PIL nearest (seam.md 4.2)."""
     height, width = sample.image.shape[:2]
     longer = max(height, width)
     size = (max(1, round(height * length / longer)), max(1, round(width * length / longer)))
-    sample.image = resize_image(sample.image, size)
-    if sample.mask is not None:
-        sample.mask = resize_mask(sample.mask, size)
+    if image_filter == "bicubic":
+        sample.image = resize_image(sample.image, size)
+    else:
+        sample.image = cv2.resize(sample.image, size[::-1], interpolation=cv2.INTER_LINEAR)
+    sample.on_masks(lambda mask: resize_mask(mask, size))
     _resized(sample, size)
 
 
 def square(sample: Sample, side: int) -> None:
     """Stretch to a square of ``side``, whatever the aspect: image PIL bilinear, mask PIL nearest (wsol.md 4)."""
     sample.image = resize_image(np.ascontiguousarray(sample.image), (side, side), "bilinear")
-    if sample.mask is not None:
-        sample.mask = resize_mask(np.ascontiguousarray(sample.mask), (side, side))
+    sample.on_masks(lambda mask: resize_mask(np.ascontiguousarray(mask), (side, side)))
     _resized(sample, (side, side))
 
 
@@ -82,10 +90,10 @@ def scale(sample: Sample, factor: float, image_filter: str, mask_filter: str = "
     else:
         kind = {"cubic": cv2.INTER_CUBIC, "linear": cv2.INTER_LINEAR}[image_filter]
         sample.image = cv2.resize(sample.image, size[::-1], interpolation=kind)
-    if sample.mask is not None and mask_filter == "pil":
-        sample.mask = resize_mask(sample.mask, size)
-    elif sample.mask is not None:
-        sample.mask = cv2.resize(sample.mask, size[::-1], interpolation=cv2.INTER_NEAREST)
+    if mask_filter == "pil":
+        sample.on_masks(lambda mask: resize_mask(mask, size))
+    else:
+        sample.on_masks(lambda mask: cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST))
     _resized(sample, size)
 
 
@@ -104,8 +112,7 @@ def flip(sample: Sample) -> None:
     """Mirror everything left to right."""
     width = sample.image.shape[1]
     sample.image = sample.image[:, ::-1]
-    if sample.mask is not None:
-        sample.mask = sample.mask[:, ::-1]
+    sample.on_masks(lambda mask: mask[:, ::-1])
     if sample.planes is not None:
         sample.planes = sample.planes[..., ::-1]
     top, bottom, left, right = sample.box
@@ -149,7 +156,7 @@ def crop(
     plane_fill: float = 0.0,
 ) -> None:
     """Cut a square of side ``size``; where the image is smaller, it lies on a canvas: image 0 (the mean colour after
-    ``normalize``, black before), mask ``mask_fill``, planes ``plane_fill``.
+    ``normalize``, black before), mask ``mask_fill``, planes ``plane_fill``, saliency 0.
 
     An axis longer than the square starts at a uniform offset; a shorter one lands at a uniform place (seam.md 4.2), or
     with another ``place`` (Augment.crop_place) at 0 (deeplab.md B.2, C.3).
@@ -168,6 +175,8 @@ def crop(
     sample.image = image
     if sample.mask is not None:
         sample.mask = paste(sample.mask, np.full((size, size), mask_fill, sample.mask.dtype))
+    if sample.saliency is not None:
+        sample.saliency = paste(sample.saliency, np.zeros((size, size), sample.saliency.dtype))
     if sample.planes is not None:
         shape = (len(sample.planes), size, size)
         sample.planes = paste(sample.planes, np.full(shape, plane_fill, sample.planes.dtype))
@@ -216,8 +225,7 @@ def resized_crop(
         )
     rows, columns = slice(top, top + height), slice(left, left + width)
     sample.image = resize_image(np.ascontiguousarray(sample.image[rows, columns]), (size, size), image_filter)
-    if sample.mask is not None:
-        sample.mask = resize_mask(np.ascontiguousarray(sample.mask[rows, columns]), (size, size))
+    sample.on_masks(lambda mask: resize_mask(np.ascontiguousarray(mask[rows, columns]), (size, size)))
     if sample.planes is not None:
         sample.planes = np.ascontiguousarray(sample.planes[:, rows, columns])
     _resized(sample, (size, size))
@@ -236,9 +244,9 @@ def _rand_augment(policy: str, normalisation: str, side: int) -> Callable[[Image
 def rand_augment(sample: Sample, policy: str, normalisation: str, rng: np.random.Generator) -> None:
     """timm's RandAugment on the 8-bit image; what it uncovers has the mean colour (mctformer.md section 6).
 
-    Raises ValueError where there is a mask or planes: its rotations and shears would not move them.
+    Raises ValueError where there is a mask, planes or saliency: its rotations and shears would not move them.
     """
-    if sample.mask is not None or sample.planes is not None:
+    if any(found is not None for found in (sample.mask, sample.planes, sample.saliency)):
         raise ValueError("rand_augment moves the image without its mask: take it out of augment.order.")
     operation = _rand_augment(policy, normalisation, min(sample.image.shape[:2]))
     with _lent(rng):
@@ -275,12 +283,13 @@ def augment(
         plane_fill: what planes hold on the canvas.
 
     Returns:
-        ``sample``: image (S, S, 3) float32, mask (S, S), planes (P, S, S), with S = ``recipe.crop``.
+        ``sample``: image (S, S, 3) float32, mask and saliency (S, S), planes (P, S, S), with S = ``recipe.crop``.
     """
     for operation in recipe.order:
         match operation:
             case "long_side":
-                long_side(sample, int(rng.integers(recipe.long_side[0], recipe.long_side[1] + 1)))
+                length = int(rng.integers(recipe.long_side[0], recipe.long_side[1] + 1))
+                long_side(sample, length, recipe.long_side_filter)
             case "scale":
                 source = batch_rng if recipe.scale_per_batch else rng
                 factor = source.choice(recipe.scale_set) if recipe.scale_set else source.uniform(*recipe.scale)

@@ -28,6 +28,10 @@ class QueryKey:
     query: Tensor
     key: Tensor
 
+    def first_weights(self, rows: int) -> Tensor:
+        """Softmax over keys of the first ``rows`` queries: (B, n, rows, T)."""
+        return (self._scaled[:, :, :rows] @ self.key.transpose(2, 3)).softmax(-1)
+
     @property
     def _scaled(self) -> Tensor:
         return self.query * self.query.shape[-1] ** -0.5
@@ -54,8 +58,10 @@ class QueryKey:
         return total.div_(heads)
 
 
-See = Callable[[QueryKey], None]
-Visit = Callable[[int, QueryKey], None]
+See = Callable[[QueryKey], Tensor | None]
+"""May give back attention weights of the first r tokens, (B, n, r, T): these are then used in place of the layer's own
+(so that a gradient with respect to them can be asked for)."""
+Visit = Callable[[int, QueryKey], Tensor | None]
 """Called with every layer (from 0) and its queries and keys, in order, while the network runs."""
 
 
@@ -114,9 +120,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, see: See | None = None) -> Tensor:
         """``see`` gets the queries and keys."""
         query, key, value = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, n, T, d) each
-        if see is not None:
-            see(QueryKey(query, key))
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        first = None if see is None else see(QueryKey(query, key))
+        if first is None:
+            mixed = F.scaled_dot_product_attention(query, key, value)
+        else:
+            rest = F.scaled_dot_product_attention(query[:, :, first.shape[2] :], key, value)
+            mixed = torch.cat([first @ value, rest], 2)  # (B, n, T, d)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 

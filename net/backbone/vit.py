@@ -62,7 +62,8 @@ class ViTOptions:
 
 
 def resize_positions(
-    table: Tensor, source: Grid, target: Grid, *, offset: float = 0.0, mode: Literal["bicubic", "nearest"] = "bicubic"
+    table: Tensor, source: Grid, target: Grid, *, offset: float = 0.0,
+    mode: Literal["bicubic", "bilinear", "nearest"] = "bicubic",
 ) -> Tensor:
     """A position embedding for another grid: (1, h0 * w0, D), row-major -> (1, h * w, D).
 
@@ -70,10 +71,10 @@ def resize_positions(
         offset: the target is sampled as if it were larger by this many cells: at (i + 0.5) * h0 / (h + offset) - 0.5.
             0.1 is the published oddity of MCTformer and AReAM (mctformer.md section 2.2). With 0 the wanted size comes
             out for every grid (mctformer.md section 9, trap 6).
-        mode: bicubic (a = -0.75, not antialiased) or nearest.
+        mode: bicubic (a = -0.75, not antialiased), bilinear (align_corners False) or nearest.
     """
     maps = table.unflatten(1, source).permute(0, 3, 1, 2)  # (1, D, h0, w0)
-    align = {"align_corners": False} if mode == "bicubic" else {}
+    align = {} if mode == "nearest" else {"align_corners": False}
     if offset:
         factors = tuple((side + offset) / old for side, old in zip(target, source, strict=True))
         maps = F.interpolate(maps, scale_factor=factors, mode=mode, **align)

@@ -1,0 +1,454 @@
+"""GETAM: gradient-weighted attention maps of a transformer, and a decoder that learns from them in the same training
+(Sun et al., 2021; getam.md).
+
+The attention of the class token, times its gradient for a class, says where the transformer saw that class. In the
+second half of its training the network turns these maps, with a saliency map, into labels at every update and trains
+its own decoder on them: it is a CAM network and a segmentation network in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit, SegInference
+from misc.crf import CRFSettings
+from misc.energy import DenseOptions, dense_energy
+from misc.imaging import box_mask, pixels
+from misc.par import PAMR, PixelAdaptive
+from net.backbone.dpt import ChannelGate, Decoder, DPTOptions, Encoder
+from net.backbone.transformer import QueryKey
+from net.contract import (
+    Batch,
+    Network,
+    Options,
+    Recipe,
+    SeedRecipe,
+    SegmentTest,
+    SingleStage,
+    multilabel_soft_margin,
+    seed,
+)
+from net.weights import load, read
+
+IGNORE = 255
+
+
+@dataclass(frozen=True)
+class LabelOptions:
+    """Labels that the network makes for itself (getam.md section 4)."""
+
+    saliency: bool = True
+    """Take the background from saliency maps (--saliency DIR), as published. Without them the maps alone decide by two
+    constant background scores; that is this project's rule, nothing was published."""
+    salient_above: int = 0
+    """Largest saliency that counts as none. Published: 0, any trace is salient."""
+    epsilon: float = 1e-5
+    """Added to a map's maximum before it is divided by it. Published oddity: maps have its order of magnitude, so that
+    the background score depends on the size of the gradients (section 4.3)."""
+    power: float = 32.0
+    """With saliency: the background's score is (1 - largest map) to this power."""
+    cut: float = 0.9
+    """With saliency: share of a class's positive scores above which a pixel that is not salient gets the class. COCO:
+    0.95."""
+    opening: int = 10
+    """With saliency: side of the square that opens the foreground. Pixels. 0: none."""
+    low: float = 0.2
+    """Without saliency: pixels whose scores are all below are background."""
+    high: float = 0.4
+    """Without saliency: pixels with a score above have that class; what lies between is unknown."""
+    iterations: int = 10
+    """Iterations of PAMR on the maps. 0: none."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for impossible values."""
+        if not 0 <= self.salient_above < 255:
+            raise ValueError(f"salient_above must be in 0 .. 254, got {self.salient_above}.")
+        if self.epsilon <= 0 or self.power <= 0 or min(self.opening, self.iterations) < 0:
+            raise ValueError("epsilon and power must be positive, opening and iterations 0 or more.")
+        if not (0 < self.cut < 1 and 0 <= self.low <= self.high <= 1):
+            raise ValueError("cut must be in (0, 1), and 0 <= low <= high <= 1.")
+
+
+@dataclass(frozen=True)
+class GetamOptions(Options):
+    """Network, map, labels and losses; the defaults are the published ones."""
+
+    dpt: DPTOptions = field(default_factory=DPTOptions)
+    """Transformer and decoder."""
+    start_layer: int = 6
+    """First block (from 0) whose attention is in the map."""
+    cls_share: float = 0.5
+    """Share of the training in which only the classifier is trained."""
+    seg_lr: float = 0.1
+    """Factor of the learning rate after that."""
+    label: LabelOptions = field(default_factory=LabelOptions)
+    """Labels made while it trains."""
+    saliency_loss: Literal["published", "intended", "none"] = "published"
+    """Target of the background's probability. intended: 0 where salient, else 1. published: 1 everywhere but where a
+    label was completed (the published code divides by 255 what it had made 0 and 1: section 9, trap 1)."""
+    dense: DenseOptions = field(default_factory=DenseOptions)
+    """Dense energy loss."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for impossible values."""
+        if not 0 <= self.start_layer < self.dpt.depth:
+            raise ValueError(f"start_layer must be in 0 .. {self.dpt.depth - 1}, got {self.start_layer}.")
+        if not 0 <= self.cls_share <= 1 or self.seg_lr <= 0:
+            raise ValueError("cls_share must be in [0, 1], seg_lr positive.")
+        if self.saliency_loss not in ("published", "intended", "none"):
+            raise ValueError(f"saliency_loss must be published, intended or none, got {self.saliency_loss!r}.")
+
+    @property
+    def wants_saliency(self) -> bool:
+        """As the label rule does."""
+        return self.label.saliency
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> Getam:
+        """GETAM for ``num_classes`` foreground classes."""
+        return Getam(self, num_classes)
+
+
+# ------------------------------------------------------------------------------ labels (getam.md section 4)
+
+
+def normalised(maps: Tensor, colours: Tensor, options: LabelOptions) -> Tensor:
+    """Raw maps of one image, resized, refined and divided by their maxima.
+
+    Args:
+        maps: (K, h, w) of the present classes.
+        colours: (3, H, W) RGB of 0 .. 255.
+        options: epsilon and iterations.
+
+    Returns:
+        (K, H, W) float32, each maximum below 1; no minimum is subtracted.
+    """
+    if not len(maps):
+        return maps.new_zeros((0, *colours.shape[1:]))
+    high = F.interpolate(maps[None].float(), size=colours.shape[1:], mode="bilinear", align_corners=True)
+    if options.iterations:
+        high = PixelAdaptive(colours[None], PAMR)(high, options.iterations)  # (1, K, H, W)
+    return high[0] / (high[0].amax((1, 2), keepdim=True) + options.epsilon)
+
+
+def opened(mask: Tensor, side: int) -> Tensor:
+    """Morphological opening with a square as OpenCV does it: (H, W) bool -> the same.
+
+    With an even side its anchor is off the centre in the erosion and the dilation alike, so that what survives moves
+    by a pixel and every region loses its first row and column. Outside the image counts as foreground in the erosion
+    (getam.md section 4.7).
+    """
+    margin = (side // 2, side - 1 - side // 2) * 2
+    eroded = -F.max_pool2d(F.pad(-mask.float()[None], margin, value=-1.0), side, 1)
+    return F.max_pool2d(F.pad(eroded, margin), side, 1)[0] > 0.5
+
+
+def best(norm: Tensor, background: Tensor, keys: Tensor) -> Tensor:
+    """Arg-max over a background score (H, W) and maps (K, H, W) of the classes ``keys`` (K,), ascending: (H, W) int64,
+    0 background, class + 1; of equal scores the first counts."""
+    values = torch.cat([keys.new_zeros(1), keys + 1])
+    return values[torch.cat([background[None], norm]).argmax(0)]
+
+
+def label_with_saliency(
+    norm: Tensor, keys: Tensor, salient: Tensor, options: LabelOptions
+) -> tuple[Tensor, Tensor]:
+    """The published rule, in its order (getam.md sections 4.4 to 4.7).
+
+    Args:
+        norm: (K, H, W) from ``normalised``.
+        keys: (K,) int64 classes, ascending.
+        salient: (H, W) bool.
+
+    Returns:
+        label: (H, W) int64, 0 background, class + 1, 255 unknown.
+        salient: (H, W) uint8, 0 not, 1 salient, 255 completed: not salient, but high enough in a class's map.
+    """
+    background = (1 - norm.amax(0)) ** options.power if len(norm) else torch.ones_like(salient, dtype=torch.float32)
+    label = best(norm, background, keys)
+    label[label == 0] = IGNORE
+    label[~salient] = 0
+    after = salient.to(torch.uint8)
+    for scores, key in zip(norm, keys, strict=True):
+        ranked = scores[scores > 0].sort().values
+        place = int(options.cut * len(ranked))
+        if place:
+            # a pixel that two classes claim is the first one's: it is no longer 0
+            completed = (scores > ranked[place]) & (label == 0)
+            label[completed] = key + 1
+            after[completed] = 255
+    if options.opening:
+        label[~opened(label != 0, options.opening)] = 0
+    return label, after
+
+
+def label_without_saliency(norm: Tensor, keys: Tensor, options: LabelOptions) -> Tensor:
+    """This project's rule where there is no saliency: maps (K, H, W) of the classes ``keys`` (K,) -> (H, W) int64.
+
+    Two constant background scores, as for PSA's affinity labels: below the lower one a pixel is background, above the
+    higher one it has the class of the largest map, between them it is unknown.
+    """
+    low, high = (best(norm, norm.new_full(norm.shape[1:], score), keys) for score in (options.low, options.high))
+    return torch.where((high == 0) & (low != 0), IGNORE, high)
+
+
+def saliency_target(salient: Tensor, rule: str) -> Tensor:
+    """What the background's probability should be: (B, H, W) uint8 of ``label_with_saliency`` -> (B, H, W) float32."""
+    return 1 - (salient == 255 if rule == "published" else salient > 0).float()
+
+
+# ------------------------------------------------------------------------------ recipes (getam.md sections 6 and 7)
+
+_CRF = CRFSettings(
+    iterations=20, gauss_sxy=3, gauss_weight=3, bilateral_sxy=83, bilateral_srgb=5, bilateral_weight=4
+)
+# maps of a single scale, as labels are made of them: no inference of maps alone was published
+
+_PUBLISHED = Recipe(
+    cam=SeedRecipe(
+        network=GetamOptions(),
+        # published oddity: the weight decay is passed as momentum, and nothing is decayed (section 9, trap 3)
+        fit=Fit(epochs=20, batch_size=4, sample_order="stream", lr=0.04, momentum=5e-4, weight_decay=0.0, power=0.9),
+        augment=Augment(
+            order=("long_side", "flip", "normalize", "crop"),
+            long_side=(230, 292),
+            long_side_filter="linear",
+            flip=0.5,
+            crop=256,
+        ),
+        weights=PRETRAINED_WEIGHTS,
+        infer=CamInference(scales=(1.0,), flip=True, multiple=32, normalise="minmax"),
+    ),
+    refiner="psa",
+    segmenter="own",
+    # squares: the aspect ratio is not kept (the published CRF sees the image as BGR, which its kernels do not tell)
+    own=SegmentTest(
+        infer=SegInference(
+            scales=(256, 320, 480), square=True, resize="linear", merge="mean_logits", align_corners=False, crf=_CRF
+        )
+    ),
+)
+
+# trained from random weights, hence the convolutional stem; smaller patches, because the images are
+_SAMPLE = Recipe(
+    cam=SeedRecipe(
+        network=GetamOptions(
+            dpt=DPTOptions(
+                image_size=112, patch=8, width=96, depth=4, heads=3, mlp_ratio=2, stem=16, stem_depth=(1, 1, 1),
+                features=16,
+            ),
+            start_layer=2,
+            seg_lr=1.0,
+            label=LabelOptions(salient_above=100, epsilon=1e-8, power=8.0, opening=4),
+            saliency_loss="intended",
+            dense=DenseOptions(weight=1e-6),
+        ),
+        fit=Fit(epochs=20, batch_size=16, optimiser="adamw", lr=2e-3, weight_decay=0.01),
+        augment=Augment(order=("long_side", "flip", "normalize", "crop"), long_side=(112, 160), crop=112),
+        infer=CamInference(scales=(1.0, 1.5), flip=True, multiple=16, normalise="minmax"),
+    ),
+    refiner="psa",
+    segmenter="own",
+    own=SegmentTest(
+        infer=SegInference(
+            scales=(112, 160), square=True, resize="linear", align_corners=False,
+            crf=CRFSettings(iterations=5, bilateral_sxy=32),
+        )
+    ),
+)
+
+
+@seed("getam")
+class Getam(SingleStage):
+    """DPT with a linear classifier on the pooled coarsest map. getam.md section 2.
+
+    State-dict names are those of the official checkpoints.
+    """
+
+    recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
+    map_needs_gradient = True
+    finds_unused = True  # the decoder in the first phase
+
+    def __init__(self, options: GetamOptions, num_classes: int) -> None:
+        super().__init__()
+        self.options = options
+        dpt = options.dpt
+        self.multiple = 2 * dpt.patch
+        self.pretrained = Encoder(dpt)
+        self.scratch = Decoder(dpt.channels, dpt.features, num_classes + 1, dpt.dropout)
+        self.cam_module = ChannelGate(dpt.features)
+        self.cls_head = nn.Linear(dpt.channels[-1], num_classes)
+
+    # ---------------------------------------------------------------------------------------------- network
+
+    def _whole(self, images: Tensor) -> Tensor:
+        """Padded with the mean colour at the bottom and right to sides that the four maps fit."""
+        height, width = images.shape[-2:]
+        return F.pad(images, (0, -width % self.multiple, 0, -height % self.multiple))
+
+    def _classes(self, coarsest: Tensor) -> Tensor:
+        return self.cls_head(coarsest.mean((2, 3)))
+
+    def class_logits(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, C)."""
+        return self._classes(self.pretrained(self._whole(images))[-1])
+
+    def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits (B, C), and segmentation logits (B, C + 1, H, W), background first, of images (B, 3, H, W)."""
+        whole = self._whole(images)
+        maps = self.pretrained(whole)
+        x = self.scratch.output_conv(self.cam_module(self.scratch(maps)))
+        x = F.interpolate(x, size=whole.shape[-2:], mode="bilinear", align_corners=True)
+        return self._classes(maps[-1]), x[..., : images.shape[2], : images.shape[3]]
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Segmentation logits: (B, 3, H, W) -> (B, C + 1, H, W)."""
+        return self.both(images)[1]
+
+    # ---------------------------------------------------------------------------------------------- map
+
+    def attention_gradients(self, images: Tensor, tags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the map is made of, for the k-th present class of every image at once.
+
+        Only the class token's row of the attention is looked at, so that is all that is kept of it; and there is no
+        graph before the first block that is looked at. In full precision: magnitudes are about 1e-5 (trap 8).
+
+        Args:
+            images: (B, 3, H, W) normalised, any H and W.
+            tags: (B, C) in {0, 1}.
+
+        Returns:
+            attention: (L, B, n, T) of the class token in the L blocks from ``start_layer`` on, after the softmax.
+            gradients: (K, L, B, n, T) of the logit of each image's k-th present class, signed; 0 where it has fewer.
+            logits: (B, C).
+        """
+        rows: list[Tensor] = []
+
+        def look(attention: QueryKey) -> Tensor:
+            rows.append(attention.first_weights(1))  # (B, n, 1, T)
+            return rows[-1]
+
+        first, body = self.options.start_layer, self.pretrained.model
+        last = self.pretrained.act_postprocess4
+        with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
+            with torch.no_grad():
+                x, grid, _ = body.start(self._whole(images.float()))
+                for block in body.blocks[:first]:
+                    x = block(x)
+            x.requires_grad_()
+            for block in body.blocks[first:]:
+                x = block(x, look)
+            logits = self._classes(last(x, grid))
+            rank = tags.cumsum(1) * tags  # 1 for an image's first class, 2 for its second, ...
+            count = int(rank.max())
+            gradients = [
+                torch.stack(torch.autograd.grad(logits[rank == k].sum(), rows, retain_graph=k < count))
+                for k in range(1, count + 1)
+            ]  # (L, B, n, 1, T) each
+        attention = torch.stack(rows).detach()[:, :, :, 0]
+        none = attention.new_zeros((0, *attention.shape))
+        return attention, torch.stack(gradients)[:, :, :, :, 0] if gradients else none, logits.detach()
+
+    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
+        """Raw maps of the present classes, others 0: (B, 3, H, W) -> (B, C, ceil(H / patch), ceil(W / patch)) float32.
+
+        Sum over blocks of (mean over heads of the positive part of attention times gradient) times (mean over heads of
+        the gradient's positive part): two means multiplied, not a mean of products (getam.md section 3).
+        """
+        attention, gradients, _ = self.attention_gradients(images, tags)
+        layers = (gradients * attention).clamp(min=0).mean(3) * gradients.clamp(min=0).mean(3)  # (K, L, B, T)
+        values = layers.sum(1)[:, :, self.pretrained.model.tokens :]  # (K, B, N)
+        patch, (height, width) = self.options.dpt.patch, images.shape[-2:]
+        grid = tuple(-(-side // self.multiple) * 2 for side in (height, width))
+        maps = values.new_zeros((*tags.shape, values.shape[2]))  # (B, C, N)
+        rank = tags.cumsum(1) * tags
+        for k, value in enumerate(values, 1):
+            maps += (rank == k)[:, :, None] * value[:, None]
+        return maps.unflatten(2, grid)[..., : -(-height // patch), : -(-width // patch)]
+
+    # ---------------------------------------------------------------------------------------------- training
+
+    def segments(self, progress: float) -> bool:
+        """Whether the second phase has begun. Published: one update after its share of the training."""
+        return progress > self.options.cls_share
+
+    def lr_scale(self, progress: float) -> float:
+        """``seg_lr`` in the second phase."""
+        return self.options.seg_lr if self.segments(progress) else 1.0
+
+    def prepare(self, batch: Batch, progress: float) -> Batch:
+        """In the second phase ``label`` (B, S, S) int64 and, with saliency, ``salient`` (B, S, S) uint8, from the maps
+        that the network gives at this moment, in training mode as published."""
+        if not self.segments(progress):
+            return {}
+        options, colours = self.options.label, pixels(batch["image"], self.normalisation)
+        maps = self.cam(batch["image"], batch["tags"])
+        labels, salient = [], []
+        for index, tags in enumerate(batch["tags"]):
+            keys = tags.nonzero()[:, 0]
+            norm = normalised(maps[index, keys], colours[index], options)
+            if options.saliency:
+                label, after = label_with_saliency(
+                    norm, keys, batch["saliency"][index] > options.salient_above, options
+                )
+                salient.append(after)
+            else:
+                label = label_without_saliency(norm, keys, options)
+            labels.append(label)
+        made = {"label": torch.stack(labels)}
+        return {**made, "salient": torch.stack(salient)} if salient else made
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """In the second phase the numbers of background and of foreground pixels."""
+        if "label" not in batch:
+            return {}
+        background = batch["label"] == 0
+        return {"background": background.sum(), "foreground": (~background & (batch["label"] != IGNORE)).sum()}
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image (B, 3, S, S), tags (B, C), box (B, 4), saliency (B, S, S) where it is asked for.
+
+        Returns {"cls": multi-label soft margin loss}, and in the second phase with it {"ce_background",
+        "ce_foreground": cross entropies, each over the pixels of its kind; "dense": energy; "saliency": binary cross
+        entropy of the background's probability}. Padding is background but in the energy, as published.
+        """
+        images = batch["image"]
+        if "label" not in batch:
+            return {"cls": multilabel_soft_margin(self.class_logits(images), batch["tags"])}
+        classes, logits = self.both(images)
+        terms = {"cls": multilabel_soft_margin(classes, batch["tags"])}
+        with torch.autocast(images.device.type, enabled=False):
+            return {**terms, **self.segmentation_losses(logits.float(), batch)}
+
+    def segmentation_losses(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The terms of logits (B, C + 1, S, S) float32 against the labels of the batch (see ``forward``)."""
+        label, options = batch["label"], self.options
+        errors = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")  # (B, S, S), 0 where unknown
+        background = label == 0
+        # published: 0 / 0 where a batch has no pixel of a kind (section 9, trap 2)
+        terms = {
+            "ce_background": errors[background].sum() / batch["counts/background"].clamp(min=1e-5),
+            "ce_foreground": errors[~background].sum() / batch["counts/foreground"].clamp(min=1e-5),
+        }
+        if options.dense.weight:
+            inside = box_mask(batch["box"], label.shape[-2:])
+            colours = pixels(batch["image"], self.normalisation)
+            terms["dense"] = dense_energy(logits, label, colours, inside, options.dense)
+        if options.label.saliency and options.saliency_loss != "none":
+            target = saliency_target(batch["salient"], options.saliency_loss)
+            terms["saliency"] = F.binary_cross_entropy(logits.softmax(1)[:, 0], target)
+        return terms
+
+    def load_weights(self, weights: str) -> str:
+        """A whole GETAM checkpoint, strictly, or an ImageNet classifier for the transformer (a file in timm's naming,
+        or 'pretrained': timm's own)."""
+        if weights == PRETRAINED_WEIGHTS:
+            return self.pretrained.model.load_weights(weights)
+        if any(name.startswith("pretrained.model.") for name in read(weights)):
+            return str(load(self, weights))
+        return self.pretrained.model.load_weights(weights)

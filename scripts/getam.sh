@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# GETAM as published (Sun et al., 2021) on PASCAL VOC 2012: a CAM network that is its own segmentation network. NOT RUN
+# by this project yet: no VOC, weights or GPU were at hand. Expected scores are the published ones.
+#
+#   command    scripts/getam.sh VOC_ROOT SALIENCY [flags of run_sample.py]
+#              VOC_ROOT   VOCdevkit/VOC2012 with JPEGImages, Annotations, SegmentationClass(Aug) and
+#                         ImageSets/Segmentation/{train,train_aug,val}.txt
+#              SALIENCY   folder of saliency maps ID.png: one 8-bit channel, sizes of the images, any value above 0 is
+#                         salient (the authors link theirs in the README of their repository)
+#   weights    timm's ImageNet weights are fetched; without a way to the internet: --cam.weights FILE, one of
+#              jx_vit_base_resnet50_384-9fd3c705.pth, jx_vit_base_p16_384-83fb41ba.pth (vitb),
+#              deit_base_patch16_384-8de9b5d1.pth (deitb), deit_base_distilled_patch16_384-d0272ac0.pth (its kind).
+#              A released checkpoint (weight/NAME_last.pth) is tested without a training: copy it to
+#              RUN/weights/cam.pt first; to go on training from it, give it to --cam.weights
+#   backbone   --cam.network.dpt.backbone vitb_hybrid (default), vitb, deitb, deitb_distilled
+#   hardware   published: one GPU, batch 4 of 256 x 256 in float32 (several GPUs: put "torchrun --nproc-per-node N"
+#              before run_sample.py; the batch stays the recipe's, and gradients are averaged in both phases)
+#
+#   step          list   expected: hybrid  vitb  deitb  deitb_distilled     source
+#   7 infer_seg   val              71.7    68.1  66.0   70.7                published
+#                 test             72.3    68.8  68.9   71.1                published
+#   2 make_cam    train            not published
+#
+# Steps 3 to 6 are not needed. The second command sends the same maps through a refiner and a segmentation network of
+# its own (nothing was published for that; IMAGENET_PARAMS: see scripts/seam.sh):
+#
+#   scripts/getam.sh VOC_ROOT SALIENCY --out runs/getam
+#   scripts/getam.sh VOC_ROOT SALIENCY --out runs/getam-deeplabv1 --cams runs/getam --segmenter deeplabv1 \
+#       --aff.weights IMAGENET_PARAMS --seg.weights IMAGENET_PARAMS
+#
+# On the sample set: python run_sample.py getam --out runs/one, and
+# python run_sample.py getam --out runs/many --cams runs/one --segmenter deeplabv1.
+set -euo pipefail
+if [ $# -lt 2 ]; then
+    sed -n '2,/^set/p' "$0" | sed '$d'
+    exit 2
+fi
+root=$(realpath "$1")
+saliency=$(realpath "$2")
+shift 2
+. "$(dirname "$0")/env.sh" requirements.txt
+exec .venv/bin/python run_sample.py getam --preset published --data voc12 --root "$root" --saliency "$saliency" "$@"
