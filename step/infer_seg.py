@@ -10,6 +10,7 @@ from misc.fit import autocast
 from misc.store import read_image, write_mask
 from misc.testtime import segment, with_crf
 from net.contract import Segmenter
+from step import overlays
 from step.config import Job
 from step.scoring import score_masks
 from step.training import trained
@@ -39,9 +40,11 @@ def run(job: Job, device: torch.device) -> None:
         "infer_seg", job.catalog.ids(job.cfg.val_list), work, prepare=prepare,
         done=lambda i: job.run.seg(i).exists(), workers=job.cfg.machine.workers, part=job.cfg.shard_part(),
     )
+    overlays.draw(job, job.run.seg, job.catalog.ids(job.cfg.val_list))
+    known = set(job.train_ids())
     trained_on = "pseudo masks" if job.cfg.masks == "pseudo" else "true masks"
     score_masks(
         job, f"predictions ({job.cfg.segmenter} trained on {trained_on})", job.cfg.val_list, job.run.seg, tags="none",
         scales=list(infer.scales), flip=infer.flip, crf_iterations=infer.crf.iterations,
-        start_weights=job.cfg.seg.weights,
+        start_weights=job.cfg.seg.weights, seen_in_training=sum(i in known for i in job.catalog.ids(job.cfg.val_list)),
     )

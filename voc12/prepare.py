@@ -384,9 +384,7 @@ class _Shrink:
         size = scaled_size(image.shape[:2], min(1.0, self.long_side / max(image.shape[:2])))
         if path is not None:
             store.write_mask(self.out / "masks" / f"{image_id}.png", resize_mask(store.read_mask(path), size))
-        buffer = io.BytesIO()
-        Image.fromarray(resize_image(image, size)).save(buffer, "JPEG", quality=95)
-        store.write_bytes(self.image(image_id), buffer.getvalue())  # written last
+        store.write_bytes(self.image(image_id), store.jpeg_bytes(resize_image(image, size), 95))  # written last
 
 
 def shrink(root: Folder, out: Folder, long_side: int = 1024, overwrite: bool = False, workers: int = WORKERS) -> int:
