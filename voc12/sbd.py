@@ -29,10 +29,10 @@ def read_segmentation(path: Path, num_classes: int = 20) -> np.ndarray:
 
     Raises DataError for a file that is missing, damaged or of another structure (``inst/ID.mat``, MATLAB 7.3).
     """
+    if not path.is_file():
+        raise DataError(f"{path} does not exist.")
     try:
         content = scipy.io.loadmat(path, struct_as_record=False)
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist.") from None
     except NotImplementedError:
         raise DataError(f"{path} is of MATLAB 7.3, SBD's are version 5: save it with -v7, or download it.") from None
     except Exception as error:  # scipy's reader raises whatever the bytes lead it to
