@@ -70,6 +70,11 @@ class RunFolder:
         """Boxes found in an image, and what they are worth."""
         return self._file("box", image_id, ".npz")
 
+    def overlay(self, mask: Path) -> Path:
+        """A mask of this folder laid over its image: the same path in label_overlay or seg_overlay, a JPEG."""
+        kind, *rest = mask.relative_to(self.root).parts
+        return self.root.joinpath(f"{kind}_overlay", *rest).with_name(mask.stem + ".jpg")
+
     @property
     def log(self) -> Path:
         """TensorBoard folder."""

@@ -122,11 +122,22 @@ def checked_id(image_id: str) -> str:
     return image_id
 
 
-def read_list(path: Path) -> list[str]:
-    """Image ids of a list file: the first word of each line, its file name without extension (evaluation.md 3.1).
+def id_of_line(line: str) -> str:
+    """Id of a line of a list file: its first word, the file name without extension (evaluation.md 3.1).
 
     Bare ids and lines such as ``/JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png`` are understood.
-    Raises FileNotFoundError, ValueError (an empty list, an id that leaves the folder, an id twice, no text).
+    Raises ValueError for an id that leaves the folder.
+    """
+    word = line.split()[0]
+    # a path is cut to its file name, but one that climbs is refused rather than quietly tamed
+    checked_id(word.lstrip("/"))
+    return checked_id(image_id(word))
+
+
+def read_list(path: Path, key: Callable[[str], str] = id_of_line) -> list[str]:
+    """Image ids of a list file, ``key`` of each line that is not blank.
+
+    Raises FileNotFoundError, ValueError (an empty list, an id twice, no text, what ``key`` refuses).
     """
     with _reading(path, "List file", "", "save it as UTF-8 text, one image id a line"):
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -134,11 +145,8 @@ def read_list(path: Path) -> list[str]:
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
-        word = line.split()[0]
         try:
-            # a path is cut to its file name, but one that climbs is refused rather than quietly tamed
-            checked_id(word.lstrip("/"))
-            ids.append(checked_id(image_id(word)))
+            ids.append(key(line))
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
     if not ids:
@@ -194,6 +202,13 @@ def png_bytes(image: np.ndarray) -> bytes:
     """(H, W, 3) uint8 -> PNG file bytes."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def jpeg_bytes(image: np.ndarray, quality: int = 90) -> bytes:
+    """(H, W, 3) uint8 -> JPEG file bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -45,8 +45,9 @@ class Config:
     preset: Literal["published", "sample"] = "sample"
     """published: the paper's recipe. sample: tiny networks, minutes on two CPU cores."""
     data: str = "sample"
-    """Data set: sample (generated), voc12 (VOC 2012 or any folder in its layout); of boxes, not masks: sample_cub
-    (generated), cub200 (CUB-200-2011)."""
+    """Data set: sample (generated), voc12 (VOC 2012 or any folder in its layout), coco14 (MS-COCO 2014), folder (your
+    own images and labels.csv: docs/your_data.md); of boxes, not masks: sample_cub (generated), cub200
+    (CUB-200-2011)."""
     root: Annotated[Path | None, tyro.conf.arg(aliases=["--voc12-root"])] = None
     """Folder of the data set. Default for the sample set: data/sample-..., named after its settings."""
     run: Annotated[Path | None, tyro.conf.arg(aliases=["--out"])] = None
@@ -57,8 +58,8 @@ class Config:
     seed: int = 0
     """Seed of initial weights, data order, augmentation and dropout."""
     train_list: str | None = None
-    """List of training images: a name in ImageSets/Segmentation or a file. Default: train_aug where the data set has
-    it, else train."""
+    """List of training images: a name in ImageSets/Segmentation (coco14, folder: in splits) or a file. Default:
+    train_aug where the data set has it, else train."""
     score_list: str = "train"
     """List on which CAMs and pseudo masks are scored, where it has masks."""
     val_list: str = "val"
@@ -78,6 +79,8 @@ class Config:
     """What the segmentation network is trained on. truth: the data set's own masks, for the upper bound."""
     shard: str = "0/1"
     """i/n: do only the i-th of n parts of the images in per-image steps (independent jobs, i from 0)."""
+    overlays: bool = False
+    """Lay pseudo masks and predictions over their images too: label_overlay/ID.jpg, seg_overlay/ID.jpg."""
     redo: bool = False
     """Do the named steps again though they are finished: their files, and those of all later steps, are removed first.
     To go on after an interruption leave it out."""
@@ -113,7 +116,7 @@ class Config:
     def recorded(self) -> dict[str, Any]:
         """The flat settings that decide the result (run.json); two runs with equal ones make the same files."""
         flat = settings.flatten(dataclasses.replace(self, machine=None))
-        for name in ("run", "root", "steps", "shard", "redo", "force", "machine", "cams", "saliency"):
+        for name in ("run", "root", "steps", "shard", "overlays", "redo", "force", "machine", "cams", "saliency"):
             flat.pop(name)
         if self.root is not None or self.data not in LAYOUTS:
             flat = {k: v for k, v in flat.items() if not k.startswith("sample.")}
@@ -194,6 +197,11 @@ class Job:
     def saliency_folder(self) -> Path:
         """Where the saliency maps are, if the method is trained with any."""
         return self.cfg.saliency or self.catalog.root / "Saliency"
+
+    def mask_files(self, mask: Callable[[str], Path], ids: Iterable[str]) -> list[Path]:
+        """The masks ``mask(id)`` that a step makes, and their overlays where these are asked for."""
+        masks = [mask(i) for i in ids]
+        return masks + [self.run.overlay(path) for path in masks] if self.cfg.overlays else masks
 
     def refine_method(self) -> type[contract.AffinityNetwork]:
         """The refiner's class."""

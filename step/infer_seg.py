@@ -10,6 +10,7 @@ from misc.fit import autocast
 from misc.store import read_image, write_mask
 from misc.testtime import segment, with_crf
 from net.contract import Segmenter, SingleStage
+from step import overlays
 from step.config import Job
 from step.make_cam import cam_network
 from step.scoring import score_masks
@@ -46,6 +47,8 @@ def run(job: Job, device: torch.device) -> None:
         "infer_seg", job.catalog.ids(job.cfg.val_list), work, prepare=prepare,
         done=lambda i: job.run.seg(i).exists(), workers=job.cfg.machine.workers, part=job.cfg.shard_part(),
     )
+    overlays.draw(job, job.run.seg, job.catalog.ids(job.cfg.val_list))
+    known = set(job.train_ids())
     if job.single_stage:
         trained_on, phase = f"{job.cfg.method} itself, trained on tags", job.cfg.cam
     else:
@@ -54,4 +57,5 @@ def run(job: Job, device: torch.device) -> None:
     score_masks(
         job, f"predictions ({trained_on})", job.cfg.val_list, job.run.seg, phase, tags="none",
         scales=list(infer.scales), flip=infer.flip, crf_iterations=infer.crf.iterations,
+        seen_in_training=sum(i in known for i in job.catalog.ids(job.cfg.val_list)),
     )

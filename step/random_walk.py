@@ -15,6 +15,7 @@ from misc.imaging import normalise, to_tensor
 from misc.instances import Instances, write_instances
 from misc.store import read_image, write_mask
 from net.contract import AffinityNetwork, SoftCam
+from step import overlays
 from step.config import Job
 from step.make_aff_label import soft_cam
 from step.scoring import score_instances, score_masks
@@ -52,6 +53,7 @@ def run(job: Job, device: torch.device) -> None:
         "random_walk", job.cam_ids(), work, prepare=prepare, done=lambda i: job.run.label(i).exists(),
         workers=job.cfg.machine.workers, part=job.cfg.shard_part(),
     )
+    overlays.draw(job, job.run.label, job.cam_ids())
     score_masks(
         job, "pseudo masks after the walk", job.cfg.score_list, job.run.label, job.cfg.aff,
         tags="true tags", walk=flatten(walk),

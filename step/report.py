@@ -16,6 +16,7 @@ from misc import distributed, imaging, store
 from net.contract import Segmenter, SingleStage
 from step.config import Job
 from step.infer_seg import predict, segmentation_network
+from step.scoring import why_unscored
 
 ROWS = 12
 """Images of each gallery."""
@@ -60,8 +61,17 @@ def run(job: Job, device: torch.device) -> None:
 
 def show(job: Job) -> None:
     """Print the score table and where the pictures are."""
-    distributed.say(score_table(job.run.scores()))
+    scores = job.run.scores()
+    distributed.say(score_table(scores) if scores else "scores: none.")
+    for reason in _unscored(job):
+        distributed.say(reason)
     distributed.say(f"pictures: {job.run.report}, {job.run.root / 'pictures.png'}")
+
+
+def _unscored(job: Job) -> list[str]:
+    """Why lists have no scores, as far as it lies with the data set."""
+    reasons = (why_unscored(job, split) for split in dict.fromkeys((job.cfg.score_list, job.cfg.val_list)))
+    return [reason for reason in reasons if reason is not None]
 
 
 def current(job: Job) -> bool:
@@ -173,7 +183,7 @@ def _page(
     parts = [
         f"<h1>{_text(title)}</h1><p class=small>{_text(record['command'][-1])}<br>seed {job.cfg.seed}, commit "
         f"{_text(record['git_commit'])}, {_text(_versions(record))}</p>",
-        "<h2>Scores</h2>" + _scores(scores),
+        "<h2>Scores</h2>" + _scores(scores, _unscored(job)),
     ]
     curves = [(name, s["curve"]) for name, s in scores.items() if "curve" in s]
     if curves:
@@ -221,10 +231,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], numbers: Callable
     return "<table>" + cells(head, "th") + "".join(cells(row, "td") for row in rows) + "</table>"
 
 
-def _scores(scores: dict[str, dict[str, Any]]) -> str:
+def _scores(scores: dict[str, dict[str, Any]], unscored: list[str]) -> str:
+    notes = "".join(f"<p>{_text(reason)}</p>" for reason in unscored)
     if not scores:
-        return "<p>Nothing was scored: the data set has no masks, or no step that makes masks has run.</p>"
-    known = {"scales", "flip", "crf_iterations", "start_weights", "walk", "grid"}
+        return notes or "<p>No step that is scored has run.</p>"
+    known = {"scales", "flip", "crf_iterations", "start_weights", "walk", "grid", "seen_in_training"}
     rows = [
         (
             name, _main(s), _number(s.get("boundary_miou")), s["split"], s["images"], _threshold(s),
@@ -233,7 +244,7 @@ def _scores(scores: dict[str, dict[str, Any]]) -> str:
         for name, s in scores.items()
     ]
     head = ("", _measure(scores), "boundary mIoU %", "list", "images", "threshold", "tags used", "test settings")
-    return _table(head, rows, lambda i: i in (1, 2, 4))
+    return _table(head, rows, lambda i: i in (1, 2, 4)) + notes
 
 
 def _number(value: float | None) -> str:

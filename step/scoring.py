@@ -53,7 +53,7 @@ def _read_maps(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def score_cams(job: Job) -> None:
     """Search the background score of the CAMs on the scored list and record curve and best mIoU."""
-    ids = _scorable(job, job.cfg.score_list)
+    ids = _scorable(job, "CAM", job.cfg.score_list)
     if ids:
         scores = evaluate_cams(
             ids, _Files(job.run.cam, _read_maps), _Files(job.catalog.mask_path, read_mask),
@@ -70,7 +70,7 @@ def score_masks(
     job: Job, name: str, split: str, path: Callable[[str], Path], phase: Phase, **provenance: Any
 ) -> None:
     """Score masks of a list, which the network of ``phase`` made, and record them under ``name``."""
-    ids = _scorable(job, split)
+    ids = _scorable(job, name, split)
     if ids:
         scores = evaluate_masks(
             ids, _Files(path, read_mask), _Files(job.catalog.mask_path, read_mask), job.catalog.num_classes + 1,
@@ -96,7 +96,7 @@ class _TrueInstances:
 
 def score_instances(job: Job, name: str, split: str, path: Callable[[str], Path], **provenance: Any) -> None:
     """Score single objects of a list, where the data set tells its objects apart, and record them under ``name``."""
-    ids = _scorable(job, split)
+    ids = _scorable(job, name, split)
     if ids and any(job.catalog.object_path(i) is None for i in ids):
         distributed.say(f"The list {split} has images without masks of single objects: {name} are not scored.")
     elif ids:
@@ -157,18 +157,32 @@ def _whole(job: Job) -> bool:
     return distributed.is_main()
 
 
-def _scorable(job: Job, split: str) -> list[str]:
-    """Ids of a list if this process is to score it and all its images have masks."""
+def why_unscored(job: Job, split: str) -> str | None:
+    """Why the data set lets nothing be scored on a list, in a sentence or two; None where all its images have masks."""
+    if not job.catalog.has_list(split):
+        return f"There is no list {split} in {job.catalog.root}, so nothing is scored on it."
+    ids = job.catalog.ids(split)
+    with_mask = sum(job.catalog.mask_path(i) is not None for i in ids)
+    if with_mask == 0:
+        return f"The list {split} has no true masks, so scores are left out."
+    if with_mask < len(ids):
+        return (
+            f"Only {with_mask} of the {len(ids)} images of the list {split} have true masks, so scores are left out. "
+            "Add the others, or name a list of images with masks."
+        )
+    return None
+
+
+def _scorable(job: Job, name: str, split: str) -> list[str]:
+    """Ids of a list if this process is to score it: all images have masks, and no part of them is another job's.
+    Otherwise it is said why ``name`` has no score."""
     if not _whole(job):
         return []
-    if not job.catalog.has_list(split):
-        distributed.say(f"No list {split} in {job.catalog.root}: nothing is scored.")
+    reason = why_unscored(job, split)
+    if reason is not None:
+        distributed.say(f"{name}: no score. {reason}")
         return []
-    ids = job.catalog.ids(split)
-    if any(job.catalog.mask_path(i) is None for i in ids):
-        distributed.say(f"The list {split} has images without masks: nothing is scored.")
-        return []
-    return ids
+    return job.catalog.ids(split)
 
 
 def _record(job: Job, name: str, split: str, scores: Scores, phase: Phase, **provenance: Any) -> None:

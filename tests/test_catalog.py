@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from misc import store
 from voc12.catalog import VOC_CLASSES, DataError, open_catalog
-from voc12.tags import encode, names_from_xml, read_csv
+from voc12.table import read_table
+from voc12.tags import encode, names_from_xml
 
 
 def xml(*names: str) -> str:
@@ -200,7 +202,7 @@ def test_image_twice_on_a_list_and_empty_list(voc: Path) -> None:
 def test_damaged_table(tmp_path: Path, text: str, told: str) -> None:
     write(tmp_path / "labels.csv", text)
     with pytest.raises(DataError, match=told):
-        read_csv(tmp_path / "labels.csv", ["cup", "box"])
+        read_table(tmp_path / "labels.csv", ["cup", "box"], store.image_id)
 
 
 def test_image_missing_in_table(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 from misc import store
 from misc.store import IMAGE_SUFFIXES
 from voc12 import tags as tags_of
+from voc12.table import read_table
 from voc12.tags import DataError
 
 VOC_CLASSES = (
@@ -32,6 +33,10 @@ VOC_CLASSES = (
 
 _SHOWN = 10
 _CHUNK = 128
+
+
+class NoSuchList(DataError):
+    """The data set has no list of this name; a list that is there and damaged is another error."""
 
 
 class Catalog(ABC):
@@ -58,7 +63,7 @@ class Catalog(ABC):
     # What a data set says of itself.
     @abstractmethod
     def named_list(self, split: str) -> list[str]:
-        """Ids of a split by its name; DataError where there is no such split, listing those there are."""
+        """Ids of a split by its name; NoSuchList where there is no such split, listing those there are."""
 
     @abstractmethod
     def index_images(self) -> Mapping[str, str]:
@@ -114,17 +119,30 @@ class Catalog(ABC):
         Args:
             split: name of a list of the data set (``train``), or path of a list file (has a ``/`` or ends in .txt).
 
-        Raises DataError: no such list, an empty one, an id twice.
+        Raises DataError: no such list (NoSuchList), an empty one, an id twice.
         """
         if split.endswith(".txt") or "/" in split or os.sep in split:
-            return _read_list(Path(split))
+            return self.read_list(Path(split))
         return self.named_list(split)
 
+    def read_list(self, path: Path) -> list[str]:
+        """Ids of a list file, in its order; NoSuchList where it does not exist, DataError for a damaged one."""
+        try:
+            return store.read_list(path, self.id_of_line)
+        except FileNotFoundError as error:
+            raise NoSuchList(str(error)) from None
+        except (OSError, ValueError) as error:
+            raise DataError(str(error)) from None
+
+    def id_of_line(self, line: str) -> str:
+        """Id of an image from a line of a list file; ValueError for one that leaves the folder."""
+        return store.id_of_line(line)
+
     def has_list(self, split: str) -> bool:
-        """Whether ``ids(split)`` finds a list."""
+        """Whether there is such a list; DataError for one that is there and damaged."""
         try:
             return bool(self.ids(split))
-        except DataError:
+        except NoSuchList:
             return False
 
     def default_train_list(self) -> str:
@@ -144,6 +162,16 @@ class Catalog(ABC):
     def object_path(self, image_id: str) -> Path | None:
         """File of the mask of an image's single objects, None where there is none."""
         return self.root / self.objects[image_id] if image_id in self.objects else None
+
+    def tags_from_mask(self, image_id: str) -> np.ndarray:
+        """(C,) float32, the classes in the true mask of an image; DataError where there is none, or a damaged one."""
+        path = self.mask_path(image_id)
+        if path is None:
+            raise DataError("no mask tells its classes, nor anything else.")
+        try:
+            return tags_of.tags_from_mask(store.read_mask(path), self.num_classes)
+        except DataError as error:
+            raise DataError(f"Mask {path} {error} List them in classes.txt, or replace the mask.") from None
 
     def tags(self, image_id: str) -> np.ndarray:
         """Tags of an image: (C,) float32 of 0 and 1, kept and read-only; DataError where there are none."""
@@ -251,22 +279,23 @@ class VocCatalog(Catalog):
     """VOC 2012's layout: JPEGImages, ImageSets/Segmentation, and what there is of Annotations, SegmentationClass,
     SegmentationClassAug, SegmentationObject, ``classes.txt`` and ``labels.csv``.
 
-    Classes are VOC's 20 unless ``classes.txt`` names others. Tags come from Annotations; without these from
-    ``labels.csv``; without that from the masks. Masks of SegmentationClass go before those of SegmentationClassAug.
+    Classes are VOC's 20 unless ``classes.txt`` names others. Tags come from ``labels.csv`` (``voc12.prepare`` writes
+    one); without that from Annotations; without these from the masks. Masks of SegmentationClass go before those of
+    SegmentationClassAug.
 
     Raises DataError where ``root`` is no such folder, nor a parent of one as the official archive has it.
     """
 
     def __init__(self, name: str, root: Path) -> None:
-        root = _find_root(root)
+        root = find_root(root)
         listed = root / "classes.txt"
         classes = tags_of.read_classes(listed) if listed.is_file() else VOC_CLASSES
         self._table: dict[str, np.ndarray] = {}
-        if _holds(root / "Annotations", ".xml"):
-            source = "Annotations"
-        elif (root / "labels.csv").is_file():
+        if (root / "labels.csv").is_file():
             source = "labels.csv"
-            self._table = tags_of.read_csv(root / "labels.csv", classes)
+            self._table = read_table(root / "labels.csv", classes, store.image_id).tags
+        elif _holds(root / "Annotations", ".xml"):
+            source = "Annotations"
         else:
             source = "masks"
         super().__init__(name, root, classes, source)
@@ -277,9 +306,9 @@ class VocCatalog(Catalog):
         spellings = ("train_aug", "trainaug") if split in ("train_aug", "trainaug") else (split,)
         for spelling in spellings:
             if (folder / f"{spelling}.txt").is_file():
-                return _read_list(folder / f"{spelling}.txt")
+                return self.read_list(folder / f"{spelling}.txt")
         there = ", ".join(sorted(p.stem for p in folder.glob("*.txt"))) or "none"
-        raise DataError(
+        raise NoSuchList(
             f"There is no list {split!r} in {folder} (there: {there}). Name one of these, give the path of a list "
             "file (one image id a line), or put the list there."
         )
@@ -311,13 +340,9 @@ class VocCatalog(Catalog):
             if image_id not in self._table:
                 raise DataError(f"{self.root / 'labels.csv'} has no line for it (no object: write '{image_id},').")
             return self._table[image_id]
-        path = self.mask_path(image_id)
-        if path is None:
+        if image_id not in self.masks:
             raise DataError("neither Annotations nor labels.csv nor a mask tells its classes.")
-        try:
-            return tags_of.tags_from_mask(store.read_mask(path), self.num_classes)
-        except DataError as error:
-            raise DataError(f"Mask {path} {error} List them in classes.txt, or replace the mask.") from None
+        return self.tags_from_mask(image_id)
 
 
 READERS = {
@@ -325,6 +350,8 @@ READERS = {
     "sample": "catalog.VocCatalog",
     "cub200": "cub200.CubCatalog",
     "sample_cub": "cub200.CubCatalog",
+    "folder": "folder.FolderCatalog",
+    "coco14": "coco14.Coco14Catalog",
 }
 """By the name that the command line knows: the file in this folder and its Catalog, made from name and root folder."""
 
@@ -337,7 +364,8 @@ def open_catalog(data: str, root: Path) -> Catalog:
     return getattr(importlib.import_module(f"voc12.{module}"), reader)(data, Path(root))
 
 
-def _find_root(root: Path) -> Path:
+def find_root(root: Path) -> Path:
+    """The folder of VOC's layout: ``root``, or below it where the official archive has it; DataError without one."""
     tried = (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012")
     for folder in tried:
         if (folder / "JPEGImages").is_dir():
@@ -366,13 +394,6 @@ def _index(root: Path, folder: str, suffixes: tuple[str, ...]) -> dict[str, str]
             if place is not None and not stem.startswith(".") and (stem not in found or place < found[stem][0]):
                 found[stem] = (place, f"{folder}/{entry.name}")
     return {stem: path for stem, (_, path) in found.items()}
-
-
-def _read_list(path: Path) -> list[str]:
-    try:
-        return store.read_list(path)
-    except (OSError, ValueError) as error:
-        raise DataError(str(error)) from None
 
 
 def _some(items: Iterable[str], between: str = ", ") -> str:

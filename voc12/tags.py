@@ -1,18 +1,15 @@
-"""Image-level tags: from VOC annotations, from ``labels.csv``, from masks (evaluation.md 3.4, seam.md 6).
+"""Image-level tags: from VOC annotations and from masks; names of classes (evaluation.md 3.4, seam.md 6).
 
 Tags are (C,) float32 vectors of 0 and 1 over the foreground classes.
 """
 
 from __future__ import annotations
 
-import csv
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-
-from misc.store import image_id
 
 IGNORE = 255
 
@@ -27,11 +24,12 @@ def encode(names: Iterable[str], classes: Sequence[str]) -> np.ndarray:
     return np.array([name in present for name in classes], np.float32)
 
 
-def names_from_xml(text: str) -> list[str]:
+def names_from_xml(text: str, difficult: bool = True) -> list[str]:
     """Names of all objects in a VOC annotation, in its order, repetitions kept.
 
-    Objects flagged difficult count; names of body parts do not (seam.md section 6). Raises DataError for text that is
-    no XML, and for a document type or entities: annotations need none, and a few lines of them can fill the memory.
+    Objects flagged difficult count unless ``difficult`` is False; names of body parts do not (seam.md section 6).
+    Raises DataError for text that is no XML, and for a document type or entities: annotations need none, and a few
+    lines of them can fill the memory.
     """
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise DataError("holds a document type or entities, which annotations never need: remove them.")
@@ -39,51 +37,23 @@ def names_from_xml(text: str) -> list[str]:
         root = ET.fromstring(text)
     except ET.ParseError as error:
         raise DataError(f"is no well-formed XML ({error}): replace it.") from None
-    return [(thing.findtext("name") or "").strip() for thing in root.iter("object")]
+    return [
+        (thing.findtext("name") or "").strip()
+        for thing in root.iter("object")
+        if difficult or (thing.findtext("difficult") or "0").strip() in ("", "0")
+    ]
 
 
-def read_xml(path: Path) -> list[str]:
+def read_xml(path: Path, difficult: bool = True) -> list[str]:
     """``names_from_xml`` of a UTF-8 file; DataError names the file."""
     try:
-        return names_from_xml(path.read_text(encoding="utf-8-sig"))
+        return names_from_xml(path.read_text(encoding="utf-8-sig"), difficult)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist.") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not in UTF-8 ({error.reason}): save it as UTF-8.") from None
     except DataError as error:
         raise DataError(f"{path} {error}") from None
-
-
-def read_csv(path: Path, classes: Sequence[str]) -> dict[str, np.ndarray]:
-    """Tags of a table with the columns ``file,classes``: an image file or id, and class names separated by ``;``.
-
-    An image without any class has a line with an empty second column. Returns {id: (C,) float32}.
-    Raises DataError (with the line) for an unknown class, a line that is no such pair, an image that comes twice.
-    """
-    known = set(classes)
-    table: dict[str, np.ndarray] = {}
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            for row in reader:
-                if not row or (reader.line_num == 1 and row[0].strip().lower() == "file"):
-                    continue
-                where = f"{path}, line {reader.line_num}"
-                if len(row) != 2:
-                    raise DataError(f"{where} has {len(row)} columns: write file,class1;class2.")
-                key = image_id(row[0])
-                names = [name.strip() for name in row[1].split(";") if name.strip()]
-                strange = [name for name in names if name not in known]
-                if strange:
-                    raise DataError(f"{where}: {strange[0]!r} is no class. Correct it, or add it to classes.txt.")
-                if key in table:
-                    raise DataError(f"{where}: image {key!r} comes twice. Put all its classes on one line.")
-                table[key] = encode(names, classes)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not in UTF-8 ({error.reason}): save it as UTF-8.") from None
-    except csv.Error as error:
-        raise DataError(f"{path} is no comma-separated table ({error}).") from None
-    return table
 
 
 def tags_from_mask(mask: np.ndarray, num_classes: int) -> np.ndarray:
@@ -103,8 +73,7 @@ def tags_from_mask(mask: np.ndarray, num_classes: int) -> np.ndarray:
 def read_classes(path: Path) -> tuple[str, ...]:
     """Class names of a ``classes.txt``: line n names class n, the background is not among them.
 
-    Raises DataError for an empty file, an empty line between two names, a name twice, a line for the background, and
-    more than 254 names (masks are 8-bit, 0 and 255 are taken).
+    Raises DataError for an empty file, and for what ``checked_classes`` refuses.
     """
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
@@ -112,13 +81,26 @@ def read_classes(path: Path) -> tuple[str, ...]:
         raise DataError(f"{path} is not in UTF-8 ({error.reason}): save it as UTF-8.") from None
     if not names:
         raise DataError(f"{path} is empty: write one class name a line.")
+    return checked_classes(names, lambda number: f"{path}, line {number}")
+
+
+def checked_classes(names: Sequence[str], where: Callable[[int], str]) -> tuple[str, ...]:
+    """The names themselves; ``where(n)`` says where name n (from 1) stands.
+
+    Raises DataError for no name at all, an empty name, a name twice, a name of the background or with a ``;``, and
+    more than 254 names (masks are 8-bit, 0 and 255 are taken).
+    """
+    if not names:
+        raise DataError(f"{where(1)}: there is no class at all. Name at least one.")
     for number, name in enumerate(names, 1):
         if not name:
-            raise DataError(f"{path}, line {number} is empty: line n names class n.")
+            raise DataError(f"{where(number)} is empty: the n-th name is that of class n.")
         if name.strip("_").lower() == "background":
-            raise DataError(f"{path}, line {number}: the background is no class of its own here. Remove the line.")
+            raise DataError(f"{where(number)}: the background is no class of its own here. Remove it.")
+        if ";" in name:
+            raise DataError(f"{where(number)}: {name!r} has a semicolon, which separates classes. Rename it.")
         if name in names[: number - 1]:
-            raise DataError(f"{path}, line {number}: class {name!r} comes twice.")
+            raise DataError(f"{where(number)}: class {name!r} comes twice.")
     if len(names) > 254:
-        raise DataError(f"{path} names {len(names)} classes: 8-bit masks hold at most 254.")
+        raise DataError(f"{where(255)}: {len(names)} classes are too many, 8-bit masks hold at most 254.")
     return tuple(names)

@@ -1,0 +1,203 @@
+"""A folder of one's own images: ``--data folder --root DIR`` (docs/your_data.md).
+
+    DIR/images/         images of any format that Pillow reads, in sub-folders too; without this folder the images are
+                        those that labels.csv names, relative to DIR
+    DIR/labels.csv      file,class1;class2  or one column a class (voc12/table.py)
+    DIR/classes.txt     names of the classes in the order of their mask values; left out: taken from labels.csv
+    DIR/masks/          optional: ID.png, palette or grey, 0 background, 1..C classes, 255 ignored
+    DIR/splits/         optional: train.txt, val.txt, ..., one image a line
+
+The id of an image is its path below images/ without the ending. Names may hold spaces and any letters: they are
+compared in Unicode's composed form, whichever form the file system and the table have.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+
+from misc import store
+from voc12 import tags as tags_of
+from voc12.catalog import Catalog, NoSuchList
+from voc12.table import Table, read_table
+from voc12.tags import DataError
+
+_SHOWN = 10
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Endings (with the dot, lower case) of the image formats that this Pillow reads."""
+    Image.init()
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+
+
+def stem(path: str) -> str:
+    """A relative path in composed Unicode, ``/`` between its parts, without an image format's ending."""
+    path = unicodedata.normalize("NFC", path).replace("\\", "/")
+    base, suffix = os.path.splitext(path)
+    return base if suffix.lower() in image_suffixes() else path
+
+
+class FolderCatalog(Catalog):
+    """The layout above. Tags come from labels.csv; without that from the masks (classes.txt is needed then).
+
+    Lists are the files in splits/. Without splits/ there are ``train``, every image with tags, ``val``, every image
+    without (or all, where all have tags), and ``all``.
+
+    Raises DataError for a folder that does not exist or has neither labels.csv nor masks, and for a damaged table.
+    """
+
+    image_folders: tuple[str, ...] = ("images",)
+    """Below the root; names of images may be relative to one of these or to the root."""
+    mask_folders: tuple[str, ...] = ("masks",)
+    """Below the root."""
+
+    def __init__(self, name: str, root: Path) -> None:
+        if not root.is_dir():
+            raise DataError(f"The data folder {root} does not exist: give --root DIR, the folder with images and tags.")
+        table, listed = root / "labels.csv", root / "classes.txt"
+        classes = tags_of.read_classes(listed) if listed.is_file() else None
+        self.classes_are_listed = classes is not None
+        self._prefixes = tuple(f"{folder}/" for folder in self.image_folders if (root / folder).is_dir())
+        if table.is_file():
+            self.table = read_table(table, classes, self.id_of_line)
+        elif classes is None or not any((root / folder).is_dir() for folder in self.mask_folders):
+            raise DataError(self._needs(root))
+        else:
+            self.table = Table(classes, {}, {})
+        super().__init__(name, root, self.table.classes, "labels.csv" if table.is_file() else "masks")
+
+    def _needs(self, root: Path) -> str:
+        """What to say of a folder without tags."""
+        return (
+            f"{root} has no labels.csv: write one with a line 'file,class1;class2' for every image. (Tags can be read "
+            "from masks/ID.png too: that takes a classes.txt, one class name a line.)"
+        )
+
+    def id_of_line(self, line: str) -> str:
+        """Id of an image from its file as a person writes it: the whole line, spaces included; ValueError for one that
+        leaves the folder."""
+        written = store.checked_id(stem(line.strip()).removeprefix("./"))
+        return next((written[len(p) :] for p in self._prefixes if written.startswith(p)), written)
+
+    def named_list(self, split: str) -> list[str]:
+        """splits/SPLIT.txt, or where there is no splits/ folder one of the three lists that are made up."""
+        folder = self.root / "splits"
+        if (folder / f"{split}.txt").is_file():
+            return self.read_list(folder / f"{split}.txt")
+        there = sorted(p.stem for p in folder.glob("*.txt"))
+        if not there and split in ("train", "val", "all"):
+            tagged = list(self.table.tags) if self.tag_source == "labels.csv" else sorted(self.masks)
+            known = set(tagged)
+            rest = sorted(i for i in self.images if i not in known)
+            ids = {"train": tagged, "val": rest or tagged, "all": tagged + rest}[split]
+            if ids:
+                return ids
+        listed = ", ".join(there) or "none, so train, val and all are made up"
+        raise NoSuchList(
+            f"There is no list {split!r} in {folder} (there: {listed}). "
+            "Name one of these, give the path of a list file (one image a line), or put the list there."
+        )
+
+    def index_images(self) -> dict[str, str]:
+        """The image folders in one pass; then what labels.csv names elsewhere, one pass over each folder it names.
+
+        Raises DataError where several files have one id and labels.csv does not say which is meant.
+        """
+        found: dict[str, list[str]] = {}
+        for folder in self.image_folders:
+            for path in _walk(self.root, folder):
+                if PurePosixPath(path).suffix.lower() in image_suffixes():
+                    found.setdefault(stem(path[len(folder) + 1 :]), []).append(path)
+        listing = cache(lambda folder: _listing(self.root, folder))
+        for image_id, written in self.table.files.items():
+            paths = found.get(image_id, [])
+            if len(paths) != 1:  # not in an image folder, or there more than once
+                name = unicodedata.normalize("NFC", written.replace("\\", "/")).removeprefix("./")
+                exact = [p for p in paths if f"/{unicodedata.normalize('NFC', p)}".endswith(f"/{name}")]
+                folder, _, file = name.rpartition("/")
+                named = listing(folder).get(file, []) or listing(folder).get(stem(file), [])
+                if exact or named:
+                    found[image_id] = exact or named
+        several = [paths for paths in found.values() if len(paths) > 1]
+        if several:
+            shown = "; ".join([" and ".join(sorted(p)) for p in several[:_SHOWN]] + ["..."] * (len(several) > _SHOWN))
+            raise DataError(
+                f"{len(several)} images of {self.root} have a file too many ({shown}): "
+                "masks are named after the image without its ending. Remove or rename one of each, or name the right "
+                "one with its ending in labels.csv."
+            )
+        return {image_id: paths[0] for image_id, paths in found.items()}
+
+    def index_masks(self) -> dict[str, str]:
+        """The mask folders in one pass; PNG only."""
+        return {
+            stem(path[len(folder) + 1 :]): path
+            for folder in self.mask_folders
+            for path in _walk(self.root, folder)
+            if path.lower().endswith(".png")
+        }
+
+    def read_tags(self, image_id: str) -> np.ndarray:
+        """(C,) float32; DataError for an image that has no line in labels.csv (no mask, where tags come from those)."""
+        if self.tag_source == "masks":
+            return self.tags_from_mask(image_id)
+        if image_id not in self.table.tags:
+            raise DataError(f"{self.root / 'labels.csv'} has no line for it (no object: write '{image_id},').")
+        return self.table.tags[image_id]
+
+    def check(self, split: str, need_masks: bool = False, need_tags: bool = True) -> list[str]:
+        """As for every data set; and what is made up for want of a file is said."""
+        warnings = super().check(split, need_masks, need_tags)
+        if split in ("train", "val", "all") and not (self.root / "splits" / f"{split}.txt").is_file():
+            seen = " They are the training images themselves: put lists into splits/, or run python -m voc12.prepare "
+            seen += "folder --val-share 0.2, to test on others."
+            same = split == "val" and self.ids("val") == self.ids("train")
+            warnings.append(f"There is no splits/ folder: {_MADE_UP[split]}.{seen if same else ''}")
+        if need_tags and not self.classes_are_listed:
+            warnings.append(
+                f"There is no classes.txt: mask value n is the n-th of {', '.join(self.classes[:_SHOWN])}"
+                f"{', ...' * (self.num_classes > _SHOWN)} (from labels.csv, where a name misspelt would be one more)."
+            )
+        return warnings
+
+
+_MADE_UP = {
+    "train": "every image that has tags is trained on",
+    "val": "the images without tags are predicted (all, where all have tags)",
+    "all": "all images are taken",
+}
+
+
+def _walk(root: Path, folder: str) -> Iterator[str]:
+    """Paths below ``root`` (``/`` between parts) of the files in a folder and its sub-folders; hidden ones are left
+    out."""
+    seen: set[str] = set()
+    for place, folders, files in os.walk(root / folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if os.path.realpath(place) in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        below = os.path.relpath(place, root).replace(os.sep, "/")
+        yield from (f"{below}/{file}" for file in files if not file.startswith("."))
+
+
+def _listing(root: Path, folder: str) -> dict[str, list[str]]:
+    """Files of one folder by name and by name without ending, both in composed Unicode: paths below ``root``."""
+    listed: dict[str, list[str]] = {}
+    if not (root / folder).is_dir():
+        return listed
+    with os.scandir(root / folder) as entries:
+        for entry in entries:
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            for name in {unicodedata.normalize("NFC", entry.name), stem(entry.name)}:
+                listed.setdefault(name, []).append(path)
+    return listed

@@ -1,0 +1,125 @@
+"""Tags and masks from COCO's ``instances_*.json`` (evaluation.md section 4): the rules of ReCAM, 64-bit safe.
+
+Mask value = rank of the category id (1..80 for COCO 2014, whose ids run to 90 with gaps). Tags: all categories among an
+image's annotations, crowds included unless asked otherwise. Masks: annotations in the order of the file, later objects
+over earlier ones, crowds left out (background) or ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+from pycocotools import mask as rle
+
+from voc12.tags import IGNORE, DataError, checked_classes
+
+Crowds = Literal["background", "ignore"]
+
+
+@dataclass
+class Instances:
+    """What one file says.
+
+    Attributes:
+        classes: category names in the order of their ids.
+        values: {category id: mask value}.
+        files: {image number: file name without folders}, in ascending order of the numbers.
+        sizes: {image number: (H, W)}.
+        objects: {image number: its annotations in the order of the file}; images without any are not in it.
+    """
+
+    classes: tuple[str, ...]
+    values: dict[int, int]
+    files: dict[int, str]
+    sizes: dict[int, tuple[int, int]]
+    objects: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def names(self, number: int, crowds: bool = True) -> list[str]:
+        """Classes of an image, each once, in the order of the classes."""
+        present = {self.values[o["category_id"]] for o in self.objects.get(number, ()) if crowds or not o["iscrowd"]}
+        return [self.classes[value - 1] for value in sorted(present)]
+
+    def mask(self, number: int, crowds: Crowds = "background") -> np.ndarray:
+        """(H, W) uint8 mask of an image: 0 background, 1..C, 255 where a crowd is ignored and no object covers it.
+
+        Raises DataError for a segmentation that is none.
+        """
+        height, width = self.sizes[number]
+        mask = np.zeros((height, width), np.uint8)
+        crowd_first = sorted(self.objects.get(number, ()), key=lambda o: not o["iscrowd"])  # stable: file order stays
+        for thing in crowd_first:
+            if thing["iscrowd"] and crowds == "background":
+                continue
+            value = IGNORE if thing["iscrowd"] else self.values[thing["category_id"]]
+            mask[_region(thing, height, width)] = value
+        return mask
+
+
+def _region(thing: dict[str, Any], height: int, width: int) -> np.ndarray:
+    """(H, W) bool of an annotation: polygons, or run lengths, compressed or not."""
+    shape = thing.get("segmentation")
+    where = f"annotation {thing.get('id')} of image {thing['image_id']}"
+    if shape in (None, []):
+        return np.zeros((height, width), bool)  # only a box is known
+    if not isinstance(shape, (list, dict)):
+        raise DataError(f"{where}: its segmentation is a {type(shape).__name__}, not polygons or run lengths.")
+    if isinstance(shape, dict) and list(shape.get("size", ())) != [height, width]:
+        raise DataError(f"{where}: its run lengths are of size {shape.get('size')}, the image is {height} x {width}.")
+    if isinstance(shape, list):
+        if not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in shape):
+            raise DataError(f"{where}: a polygon is a list of x and y in turn, at least three points.")
+        coded = rle.merge(rle.frPyObjects(shape, height, width))
+    elif isinstance(shape["counts"], list):
+        coded = rle.frPyObjects(shape, height, width)
+    else:
+        coded = {"size": shape["size"], "counts": shape["counts"].encode()}
+    return rle.decode(coded).astype(bool)
+
+
+def read_instances(path: Path) -> Instances:
+    """Read an instances file as a whole (COCO's train2014 takes some GB of memory while it is read).
+
+    Raises DataError for a missing or damaged file, one of another kind (captions, keypoints ...), an annotation of an
+    unknown image or category, an image twice.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            content = json.load(file)
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: put COCO's annotations there, or say --annotations DIR.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path} is damaged ({error}): unpack or download it again.") from None
+    lists = ("images", "annotations", "categories")
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in lists):
+        raise DataError(f"{path} is no instances file: it lacks one of the lists {', '.join(lists)}.")
+    try:
+        return _collect(path, content)
+    except KeyError as error:
+        raise DataError(f"{path} is no instances file: an entry lacks {error}.") from None
+
+
+def _collect(path: Path, content: dict[str, Any]) -> Instances:
+    categories = sorted(content["categories"], key=lambda c: c["id"])
+    classes = checked_classes([c["name"] for c in categories], lambda n: f"{path}, category {n}")
+    values = {c["id"]: rank for rank, c in enumerate(categories, 1)}
+    files: dict[int, str] = {}
+    sizes: dict[int, tuple[int, int]] = {}
+    for image in sorted(content["images"], key=lambda i: i["id"]):
+        if image["id"] in files:
+            raise DataError(f"{path}: image {image['id']} comes twice.")
+        files[image["id"]] = PurePosixPath(image["file_name"]).name
+        sizes[image["id"]] = (int(image["height"]), int(image["width"]))
+    found = Instances(classes, values, files, sizes)
+    for thing in content["annotations"]:
+        where = f"{path}: annotation {thing.get('id')}"
+        if thing["image_id"] not in files:
+            raise DataError(f"{where} is of image {thing['image_id']}, which the file does not list.")
+        if thing["category_id"] not in values:
+            raise DataError(f"{where} is of category {thing['category_id']}, which the file does not list.")
+        kept = {k: thing.get(k) for k in ("id", "image_id", "category_id", "segmentation")}
+        found.objects.setdefault(thing["image_id"], []).append({**kept, "iscrowd": bool(thing.get("iscrowd", 0))})
+    return found
