@@ -20,7 +20,7 @@ import torch
 import tyro
 
 from misc import distributed
-from misc.config import PRETRAINED_WEIGHTS, REQUIRED_WEIGHTS, flatten
+from misc.config import REQUIRED_WEIGHTS, START_WORDS, flatten
 from misc.each import EachFailed, WorkerDied
 from misc.fit import NonFiniteLoss, divide, resume_point
 from misc.runfolder import OtherConfiguration
@@ -95,7 +95,7 @@ def check(job: Job, steps: Sequence[Step]) -> None:
                 f"--{prefix}weights cam: {job.run.weights('cam')} does not exist. Run train_cam first, or give "
                 f"another run's: --{prefix}weights OTHER/weights/cam.pt"
             )
-        if phase.weights not in ("none", "cam", PRETRAINED_WEIGHTS):
+        if phase.weights not in START_WORDS:
             if not Path(phase.weights).is_file():
                 raise FileNotFoundError(f"--{prefix}weights {phase.weights}: there is no such file.")
     lists = {job.train_list: {"need_masks": cfg.masks == "truth" and "train_seg" in names}}
@@ -171,7 +171,7 @@ def run(cfg: Config, device: torch.device, command: Sequence[str] = ("python", "
             distributed.say(f"\n{title}: needs all {parts} parts. When they are there, call without --shard.")
             return
         distributed.say(f"\n{title}: {step.does}")
-        with job.run.step(step.name, done=parts == 1 or not step.per_image):
+        with job.run.step(step.name, done=parts == 1 or not step.per_image, makes=step.makes):
             step.run()(job, device)
         partly |= parts > 1 and step.per_image
         ran = True

@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 REQUIRED_WEIGHTS = "required"
 PRETRAINED_WEIGHTS = "pretrained"
+START_WORDS = ("none", "cam", PRETRAINED_WEIGHTS, REQUIRED_WEIGHTS)
+"""What a ``weights`` option says besides the path of a file (net.contract.Phase)."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from misc.config import flatten
 from misc.fit import Batch, divide, fit
 from misc.store import read_weights
 from net.contract import Network, Phase
-from step.config import Job
+from step.config import Job, identity
 from voc12.loader import Draws, TrainSet, make_loader
 
 
@@ -87,5 +87,5 @@ def train(
     fit(
         network, batches, recipe, total, machine=job.cfg.machine, device=device, seed=job.cfg.seed,
         weights=job.run.weights(name), log=job.run.log, name=name,
-        made_by={**flatten(phase), "images": job.catalog.fingerprint(job.train_list)},
+        made_by={**identity(flatten(phase)), "images": job.catalog.fingerprint(job.train_list)},
     )

@@ -309,6 +309,21 @@ def test_a_checkpoint_of_another_network_is_refused(out: Path, data: Path, capsy
     assert "other.pt" in told and not (out.with_name("new") / "weights" / "cam.pt").exists()
 
 
+def test_a_weight_file_is_known_by_its_content_not_by_its_place(
+    out: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--steps", "train_cam", "--redo", "--force", "--cam.weights")
+    first = shutil.copy(out / "weights" / "cam.pt", tmp_path / "start.pt")
+    said(capsys, data, out, *flags, str(first))
+    moved = shutil.move(first, tmp_path / "elsewhere.pt")
+    assert "train_cam: done already" in said(capsys, data, out, "--steps", "train_cam", "--cam.weights", str(moved))
+    state = store.read_weights(moved)
+    state["fc8.weight"] += 1
+    store.write_weights(moved, state)
+    told = refused(capsys, data, out, "--steps", "train_cam", "--cam.weights", str(moved))
+    assert re.search(r"cam\.weights: '\d+ bytes, sha256 \w{64}' there, '\d+ bytes, sha256", told)
+
+
 def test_a_resume_point_of_other_settings_is_refused(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
