@@ -164,8 +164,9 @@ def fit(
     log: Path,
     name: str,
     made_by: Mapping[str, Any],
+    description: Mapping[str, Any],
 ) -> None:
-    """Train a network and write its state dict to ``weights``.
+    """Train a network and write its state dict with its description to ``weights`` (store.write_model).
 
     Args:
         network: a Trainable on any device; it is moved to ``device``.
@@ -179,6 +180,7 @@ def fit(
         log: TensorBoard folder; this training's curves are in its sub-folder ``name``.
         name: what the progress bar and the log say.
         made_by: plain values that decide the result (settings, data); a resume point of other ones is refused.
+        description: plain values that the file says of the network.
 
     Raises:
         NonFiniteLoss: a loss term is NaN or infinite; the batch is kept for a look.
@@ -226,7 +228,7 @@ def fit(
                 _save(resume, network, optimiser, scaler, identity, step + 1)
     _check_weights(network, total - 1, name)
     if main:
-        store.write_weights(weights, {k: v.cpu() for k, v in network.state_dict().items()})
+        store.write_model(weights, {k: v.cpu() for k, v in network.state_dict().items()}, description)
         resume.unlink(missing_ok=True)
     distributed.barrier()
 

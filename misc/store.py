@@ -11,7 +11,7 @@ import io
 import json
 import pickle
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -72,6 +72,27 @@ def read_weights(path: Path) -> Any:
     """
     with _reading(path, "", ": run the step that trains it first", "delete it and start the same command again"):
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def write_model(path: Path, state: dict[str, Any], description: Mapping[str, Any]) -> None:
+    """Write a network's state dict with its description (plain values, kept as JSON) atomically."""
+    write_weights(path, {"model": state, "description": json.dumps(description)})
+
+
+def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """State dict (on the CPU) and description of a file of ``write_model``.
+
+    Raises FileNotFoundError; ValueError for a damaged file and for one that doesn't describe itself.
+    """
+    stored = read_weights(path)
+    try:
+        return stored["model"], dict(json.loads(stored["description"]))
+    except (KeyError, TypeError, ValueError, IndexError):
+        raise ValueError(
+            f"{path} doesn't say which network and classes it is of: it was written by another project, or by an early "
+            "version of this one. Train with this version (a run's weights/*.pt do say it); foreign weights can be "
+            "what such a training starts from (--seg.weights FILE)."
+        ) from None
 
 
 @lru_cache

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from misc.cams import infer_cam
+from misc.config import CamInference, Machine
 from misc.each import each
 from misc.fit import autocast
 from misc.store import read_image, write_cam
@@ -25,6 +26,16 @@ def cam_network(job: Job, device: torch.device) -> SeedNetwork:
     return earlier["cam"]  # type: ignore[return-value]
 
 
+def class_maps(
+    network: SeedNetwork, image: np.ndarray, tags: np.ndarray, infer: CamInference, machine: Machine,
+    device: torch.device,
+) -> np.ndarray:
+    """Maps (K, H, W) float32 of the K tags of an image: (H, W, 3) uint8, tags (C,) in {0, 1}."""
+    grad = contextlib.nullcontext() if network.map_needs_gradient else torch.inference_mode()
+    with grad, autocast(machine, device):
+        return infer_cam(network.cam, image, tags, infer, network.normalisation, device)
+
+
 def run(job: Job, device: torch.device) -> None:
     """Infer and score the CAMs of the training list and of the scored list.
 
@@ -38,14 +49,8 @@ def run(job: Job, device: torch.device) -> None:
 
     def work(image_id: str, prepared: tuple[np.ndarray, np.ndarray]) -> None:
         image, tags = prepared
-        keys = np.flatnonzero(tags)
-        size = image.shape[:2]
-        maps = np.zeros((0, *size), np.float32)
-        if len(keys):
-            grad = contextlib.nullcontext() if network.map_needs_gradient else torch.inference_mode()
-            with grad, autocast(job.cfg.machine, device):
-                maps = infer_cam(network.cam, image, tags, infer, network.normalisation, device)
-        write_cam(job.run.cam(image_id), keys, maps, size)
+        maps = class_maps(network, image, tags, infer, job.cfg.machine, device)
+        write_cam(job.run.cam(image_id), np.flatnonzero(tags), maps, image.shape[:2])
 
     each(
         "make_cam", job.cam_ids(), work, prepare=prepare, done=lambda i: job.run.cam(i).exists(),

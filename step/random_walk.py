@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
-from misc.config import flatten
+from misc.config import Machine, flatten
 from misc.each import each
 from misc.fit import autocast
 from misc.imaging import normalise, to_tensor
@@ -15,6 +17,15 @@ from step.config import Job
 from step.make_aff_label import soft_cam
 from step.scoring import score_masks
 from step.training import trained
+
+
+def walked(
+    network: AffinityNetwork, image: torch.Tensor, cam: SoftCam, options: Any, machine: Machine, device: torch.device
+) -> np.ndarray:
+    """Scores (K + 1, H, W) float32 of background and the CAM's K classes: (3, H, W) normalised image, the recipe's
+    ``walk``."""
+    with torch.inference_mode(), autocast(machine, device):
+        return network.refine(image.to(device), cam, options)
 
 
 def run(job: Job, device: torch.device) -> None:
@@ -30,8 +41,7 @@ def run(job: Job, device: torch.device) -> None:
         image, cam = prepared
         mask = np.zeros(image.shape[1:], np.uint8)
         if len(cam.keys):
-            with torch.inference_mode(), autocast(job.cfg.machine, device):
-                scores = network.refine(image.to(device), cam, job.cfg.aff.walk)  # (K + 1, H, W)
+            scores = walked(network, image, cam, job.cfg.aff.walk, job.cfg.machine, device)  # (K + 1, H, W)
             mask = np.concatenate([[0], cam.keys + 1]).astype(np.uint8)[scores.argmax(0)]
         write_mask(job.run.label(image_id), mask)
 

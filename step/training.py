@@ -11,8 +11,8 @@ import torch
 from misc import distributed
 from misc.config import flatten
 from misc.fit import Batch, divide, fit
-from misc.store import read_weights
 from net.contract import Network, Phase
+from net.model import Part, describe, load_state
 from step.config import Job, identity
 from voc12.loader import Draws, TrainSet, make_loader
 
@@ -30,14 +30,7 @@ def trained(job: Job, name: str, phase: Phase, device: torch.device, earlier: Ma
     Raises FileNotFoundError before its step has run; ValueError if the file belongs to another network.
     """
     network = build(job, phase, earlier)
-    path = job.run.weights(name)
-    try:
-        network.load_state_dict(read_weights(path))
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise ValueError(
-            f"{path} belongs to another network ({first[:200]}). Train this one with --redo, or use its run folder."
-        ) from None
+    load_state(network, job.run.weights(name))
     return network.to(device).eval()
 
 
@@ -88,4 +81,14 @@ def train(
         network, batches, recipe, total, machine=job.cfg.machine, device=device, seed=job.cfg.seed,
         weights=job.run.weights(name), log=job.run.log, name=name,
         made_by={**identity(flatten(phase)), "images": job.catalog.fingerprint(job.train_list)},
+        description=_description(job, name, network),
     )
+
+
+def _description(job: Job, name: str, network: Network) -> dict[str, Any]:
+    """What the file of the phase ``name`` says of itself."""
+    cfg = job.cfg
+    part: Part = "aff" if name == "aff" else "seg" if name == "seg" else "cam"
+    method = {"cam": cfg.method, "aff": cfg.refiner, "seg": cfg.segmenter}[part]
+    recipe = getattr(cfg, part)
+    return describe(part, method, cfg.preset, identity(flatten(recipe)), job.catalog.classes, network)

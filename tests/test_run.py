@@ -317,9 +317,9 @@ def test_a_weight_file_is_known_by_its_content_not_by_its_place(
     said(capsys, data, out, *flags, str(first))
     moved = shutil.move(first, tmp_path / "elsewhere.pt")
     assert "train_cam: done already" in said(capsys, data, out, "--steps", "train_cam", "--cam.weights", str(moved))
-    state = store.read_weights(moved)
+    state, description = store.read_model(moved)
     state["fc8.weight"] += 1
-    store.write_weights(moved, state)
+    store.write_model(moved, state, description)
     told = refused(capsys, data, out, "--steps", "train_cam", "--cam.weights", str(moved))
     assert re.search(r"cam\.weights: '\d+ bytes, sha256 \w{64}' there, '\d+ bytes, sha256", told)
 
