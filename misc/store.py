@@ -206,6 +206,13 @@ def png_bytes(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def jpeg_bytes(image: np.ndarray) -> bytes:
+    """(H, W, 3) uint8 -> JPEG file bytes, for pictures to look at."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Write named arrays as a compressed npz, atomically; equal arrays give equal bytes."""
     with writing(path) as file:

@@ -35,6 +35,8 @@ class Model:
     """Names of the foreground classes."""
     recipe: Any
     """Its recipe (contract.SeedRecipe, RefineRecipe or SegmentRecipe)."""
+    fingerprint: str
+    """Of its file (store.fingerprint)."""
 
 
 def describe(
@@ -90,7 +92,7 @@ def load_model(path: Path, part: Part) -> Model:
     there, here = description["normalisation"], asdict(imaging.NORMALISATIONS[network.normalisation])
     if there != {"name": network.normalisation, **{k: list(v) if isinstance(v, tuple) else v for k, v in here.items()}}:
         raise ValueError(f"{path} was trained with images normalised as {there}, this version has {here}: train anew.")
-    return Model(network.eval(), method, classes, recipe)
+    return Model(network.eval(), method, classes, recipe, store.fingerprint(path))
 
 
 def _recipe(part: Part, method: str, preset: str) -> Phase:
