@@ -115,11 +115,13 @@ def colour_mask(mask: np.ndarray) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.55) -> np.ndarray:
-    """The mask's colours on the image, background and ignored pixels left clear, a white line round each class:
-    (H, W, 3) uint8."""
-    mask = np.where(mask == 255, 0, mask)
+    """The mask's colours on the image, background left clear, ignored pixels (255) under a white veil, a white line
+    round each class: (H, W, 3) uint8."""
+    colours = palette()
+    colours[255] = 255
     mixed, inside = image.copy(), mask != 0
-    mixed[inside] = image[inside] * (1 - opacity) + palette()[mask[inside]] * opacity
+    mixed[inside] = image[inside] * (1 - opacity) + colours[mask[inside]] * opacity
+    mask = np.where(mask == 255, 0, mask)
     edge = np.zeros(mask.shape, bool)
     edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
     edge[1:] |= mask[1:] != mask[:-1]

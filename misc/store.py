@@ -209,7 +209,7 @@ def png_bytes(image: np.ndarray) -> bytes:
 def jpeg_bytes(image: np.ndarray) -> bytes:
     """(H, W, 3) uint8 -> JPEG file bytes, for pictures to look at."""
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=90)
+    Image.fromarray(image).save(buffer, "JPEG", quality=90, subsampling=0)
     return buffer.getvalue()
 
 

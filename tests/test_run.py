@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -113,9 +114,13 @@ def test_scores_say_where_they_come_from(finished: Path) -> None:
 
 def test_the_report_is_one_page(finished: Path) -> None:
     page = (finished / "report.html").read_text()
-    assert page.count("data:image/png;base64,") > 20 and "<polyline" in page and "cam.fit.lr" in page
+    assert page.count("data:image/jpeg;base64,") > 20 and "<polyline" in page and "cam.fit.lr" in page
     assert set(re.findall(r"(?:src|href)=\W*(\w+:?)", page)) == {"data:"}
     assert (finished / "pictures.png").stat().st_size > 1000
+    assert "name=viewport" in page and "prefers-color-scheme: dark" in page
+    assert page.count("<div class=scroll><table>") == page.count("<table>") == 3  # no table widens a narrow page
+    assert "searched on the scored list used its true masks" in page
+    assert json.loads((finished / "run.json").read_text())["command"][0] in html.unescape(page)
 
 
 def test_a_finished_run_is_left_as_it_is(out: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
