@@ -21,7 +21,7 @@ import torch
 import tyro
 
 from misc import distributed
-from misc.config import PRETRAINED_WEIGHTS, REQUIRED_WEIGHTS, flatten
+from misc.config import REQUIRED_WEIGHTS, START_WORDS, flatten
 from misc.each import EachFailed, WorkerDied
 from misc.fit import NonFiniteLoss, divide, resume_point
 from misc.runfolder import OtherConfiguration
@@ -109,7 +109,7 @@ def check(job: Job, steps: Sequence[Step]) -> None:
                 f"another run's: --{prefix}weights OTHER/weights/cam.pt"
             )
         for source in phase.weights.split(","):
-            if source not in ("none", "cam", PRETRAINED_WEIGHTS) and not Path(source).is_file():
+            if source not in START_WORDS and not Path(source).is_file():
                 raise FileNotFoundError(f"--{prefix}weights {source}: there is no such file.")
     saliency = job.saliency_folder() if any(phase.network.wants_saliency for _, phase in phases) else None
     lists: dict[str, dict[str, Any]] = {
@@ -195,7 +195,7 @@ def run(cfg: Config, device: torch.device, command: Sequence[str] = ("python", "
             distributed.say(f"\n{title}: needs all {parts} parts. When they are there, call without --shard.")
             return
         distributed.say(f"\n{title}: {step.does}")
-        with job.run.step(step.name, done=parts == 1 or not step.per_image):
+        with job.run.step(step.name, done=parts == 1 or not step.per_image, makes=step.makes):
             step.run()(job, device)
         partly |= parts > 1 and step.per_image
         ran = True

@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 REQUIRED_WEIGHTS = "required"
 PRETRAINED_WEIGHTS = "pretrained"
+START_WORDS = ("none", "cam", PRETRAINED_WEIGHTS, REQUIRED_WEIGHTS)
+"""What a ``weights`` option says besides the path of a file (net.contract.Phase)."""
 
 
 @dataclass(frozen=True)
@@ -329,3 +331,29 @@ def flatten(instance: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + field.name] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def restored(instance: T, flat: Mapping[str, Any]) -> T:
+    """The inverse of ``flatten``: a copy of a (nested, frozen) dataclass with the flat values (lists become tuples).
+
+    Fields that ``flat`` lacks keep the instance's value. Raises ValueError for a name that is no field, and for values
+    that the dataclasses refuse.
+    """
+    unknown = sorted(set(flat) - set(flatten(instance)))
+    if unknown:
+        raise ValueError(f"{type(instance).__name__} has no field {', '.join(unknown)}")
+
+    def tuples(value: Any) -> Any:
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    def build(old: Any, prefix: str) -> Any:
+        changes = {}
+        for field in dataclasses.fields(old):
+            name, value = prefix + field.name, getattr(old, field.name)
+            if dataclasses.is_dataclass(value):
+                changes[field.name] = build(value, f"{name}.")
+            elif name in flat:
+                changes[field.name] = tuples(flat[name])
+        return dataclasses.replace(old, **changes)  # all at once: single values may be impossible beside old ones
+
+    return build(instance, "")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from misc import distributed, store
+from misc import atomic, distributed, store
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def each(
 
     Raises:
         EachFailed: after all other images are finished, in all processes of a torchrun alike.
-        store.DiskFull, WorkerDied: at once.
+        atomic.DiskFull, WorkerDied: at once.
     """
     mine = shard(ids, part)
     left = [i for i in mine if not done(i)]
@@ -105,7 +105,7 @@ def each(
 def _guarded(image_id: str, action: Callable[[], Any], failures: list[Failure]) -> None:
     try:
         action()
-    except store.DiskFull:
+    except atomic.DiskFull:
         raise
     except torch.OutOfMemoryError as error:
         failures.append(Failure(image_id, f"out of GPU memory ({error})"))

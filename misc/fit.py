@@ -189,10 +189,11 @@ def fit(
     log: Path,
     name: str,
     made_by: Mapping[str, Any],
+    description: Mapping[str, Any],
     score: Callable[[], float] | None = None,
     finish: Callable[[], None] | None = None,
 ) -> None:
-    """Train a network and write its state dict to ``weights``.
+    """Train a network and write its state dict with its description to ``weights`` (store.write_model).
 
     Args:
         network: a Trainable on any device; it is moved to ``device``.
@@ -206,6 +207,7 @@ def fit(
         log: TensorBoard folder; this training's curves are in its sub-folder ``name``.
         name: what the progress bar and the log say.
         made_by: plain values that decide the result (settings, data); a resume point of other ones is refused.
+        description: plain values that the file says of the network.
         score: rates the network, which is in evaluation mode then; called by the main process after every epoch (each
             1 / epochs of the updates). The weights of the best one are written, the first of equal ones. None: the last
             weights are.
@@ -271,7 +273,7 @@ def fit(
             network.eval()
             with torch.no_grad(), autocast(machine, device):
                 finish()
-        store.write_weights(weights, {k: v.cpu() for k, v in network.state_dict().items()})
+        store.write_model(weights, {k: v.cpu() for k, v in network.state_dict().items()}, description)
         for done in (resume, best):
             done.unlink(missing_ok=True)
     distributed.barrier()

@@ -12,6 +12,7 @@ from typing import Literal
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -139,16 +140,37 @@ def colour_mask(mask: np.ndarray) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.55) -> np.ndarray:
-    """The mask's colours on the image, background and ignored pixels left clear, a white line round each class:
-    (H, W, 3) uint8."""
+    """The mask's colours on the image, background left clear, ignored pixels (255) under a white veil, a white line
+    round each class: (H, W, 3) uint8."""
+    colours = palette()
+    colours[255] = 255
+    mixed, inside = image.copy(), mask != 0
+    mixed[inside] = image[inside] * (1 - opacity) + colours[mask[inside]] * opacity
     mask = np.where(mask == 255, 0, mask)
-    weight = np.where(mask == 0, 0.0, opacity)[..., None]
-    mixed = image * (1 - weight) + colour_mask(mask) * weight
     edge = np.zeros(mask.shape, bool)
     edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
     edge[1:] |= mask[1:] != mask[:-1]
     mixed[edge] = 255
-    return mixed.astype(np.uint8)
+    return mixed
+
+
+def resized_argmax(scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Largest of (n, h, w) scores resized to ``size`` (H, W), bilinear with align_corners False: (H, W) uint8 indices.
+
+    One class at a time, so that memory doesn't grow with their number.
+    """
+    if scores.shape[1:] == tuple(size):
+        return scores.argmax(0).astype(np.uint8)
+    best: Tensor | None = None
+    index = torch.zeros(size, dtype=torch.uint8)
+    for number, score in enumerate(torch.from_numpy(np.ascontiguousarray(scores, np.float32))):
+        large = F.interpolate(score[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+        if best is None:
+            best = large
+            continue
+        index[large > best] = number
+        torch.maximum(best, large, out=best)
+    return index.numpy()
 
 
 def heat(image: np.ndarray, score: np.ndarray) -> np.ndarray:

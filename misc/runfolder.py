@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from misc import distributed, store
+from misc import atomic, distributed, store
 
 
 class OtherConfiguration(ValueError):
@@ -107,28 +107,43 @@ class RunFolder:
         Raises:
             OtherConfiguration: the folder holds a run of another configuration (the differing fields are listed).
         """
-        record = self.record()
         config = json.loads(json.dumps(config))
-        wanted = {**config, **{f"data.{k}": v for k, v in data.items()}}
-        there = {**record.get("config", {}), **{f"data.{k}": v for k, v in record.get("data", {}).items()}}
-        differing = [k for k in sorted({*wanted, *there}) if wanted.get(k) != there.get(k)] if record else []
-        if differing and not force:
-            lines = "\n".join(f"  {k}: {there.get(k)!r} there, {wanted.get(k)!r} now" for k in differing)
+        self.record()  # a damaged one is an error in every process
+        refused: list[str] = []
+        if distributed.is_main():
+            with self._locked():
+                record = self.record()
+                refused = self._differing(record, config, data)
+                if not refused or force:
+                    record.update(
+                        config=config, data=data, machine=json.loads(json.dumps(machine)),
+                        world_size=distributed.world(), command=[*record.get("command", []), " ".join(sys.argv)],
+                        versions=_versions(), git_commit=_git_commit(),
+                    )
+                    record.setdefault("steps", {})
+                    store.write_json(self.root / "run.json", record)
+        refused = distributed.joined(refused)
+        if refused and not force:
+            lines = "\n".join(refused)
             raise OtherConfiguration(
                 f"{self.root} holds a run of another configuration:\n{lines}\n"
                 "Use another --out folder, give the recorded settings, or say --force to go on in it (finished files "
                 "are kept as they are)."
             )
-        distributed.barrier()
-        if distributed.is_main():
-            record.update(
-                config=config, data=data, machine=json.loads(json.dumps(machine)), world_size=distributed.world(),
-                command=[*record.get("command", []), " ".join(sys.argv)] if record else [" ".join(sys.argv)],
-                versions=_versions(), git_commit=_git_commit(),
-            )
-            record.setdefault("steps", {})
-            store.write_json(self.root / "run.json", record)
-        distributed.barrier()
+
+    @staticmethod
+    def _differing(record: dict[str, Any], config: dict[str, Any], data: dict[str, Any]) -> list[str]:
+        """A line for each setting in which a record and the present configuration differ; none for a new folder."""
+        if not record:
+            return []
+        wanted = {**config, **{f"data.{k}": v for k, v in data.items()}}
+        there = {**record["config"], **{f"data.{k}": v for k, v in record["data"].items()}}
+        differing = [k for k in sorted({*wanted, *there}) if wanted.get(k) != there.get(k)]
+        return [f"  {k}: {there.get(k)!r} there, {wanted.get(k)!r} now" for k in differing]
+
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
+        """Held while run.json or scores.json is read and written anew: parallel jobs (--shard) share them."""
+        return atomic.locked(self.root / ".lock")
 
     def adopt_cams(self, other: Path, networks: Iterable[str], config: dict[str, Any], data: dict[str, Any]) -> None:
         """Take the CAM network and the CAMs over from another run, as links (copies where links are impossible).
@@ -169,27 +184,40 @@ class RunFolder:
 
     def forget(self, step: str) -> None:
         """Take back that a step is done, and its scores."""
-        record = self.record()
-        if record.get("steps", {}).pop(step, None):
-            store.write_json(self.root / "run.json", record)
-        scores = self.scores()
-        kept = {name: score for name, score in scores.items() if score.get("step") != step}
-        if len(kept) < len(scores):
-            store.write_json(self.root / "scores.json", kept)
+        with self._locked():
+            record = self.record()
+            if record.get("steps", {}).pop(step, None):
+                store.write_json(self.root / "run.json", record)
+            scores = self.scores()
+            kept = {name: score for name, score in scores.items() if score.get("step") != step}
+            if len(kept) < len(scores):
+                store.write_json(self.root / "scores.json", kept)
 
-    @contextmanager
-    def step(self, step: str, done: bool = True) -> Iterator[None]:
-        """Time a step and record it when the block ends without an error: as done, or (one shard of it) not yet."""
+    @contextlib.contextmanager
+    def step(self, step: str, done: bool = True, makes: Sequence[str] = ()) -> Iterator[None]:
+        """Time a step and record it when the block ends without an error: as done, or (one shard of it) not yet.
+
+        What killed processes left half written of what the step ``makes`` (folders and files of the run folder) is
+        removed first. Parallel parts of a step may end in any order: their times add up, the highest peak counts.
+        """
+        if distributed.is_main():
+            atomic.remove_leftovers(self.root / made for made in makes)
         begin = time.perf_counter()
         _reset_peak()
         self._step = step
         yield
         seconds = time.perf_counter() - begin
         if distributed.is_main():
-            record = self.record()
-            before = record["steps"].get(step, {}).get("seconds", 0.0)
-            record["steps"][step] = {"done": done, "seconds": round(before + seconds, 2), **_peak()}
-            store.write_json(self.root / "run.json", record)
+            with self._locked():
+                record = self.record()
+                before = record["steps"].get(step, {})
+                peaks = {name: max(value, before.get(name, 0.0)) for name, value in _peak().items()}
+                record["steps"][step] = {
+                    "done": done or before.get("done", False),
+                    "seconds": round(before.get("seconds", 0.0) + seconds, 2),
+                    **peaks,
+                }
+                store.write_json(self.root / "run.json", record)
         distributed.barrier()
 
     # --- scores.json ----------------------------------------------------------------------------------------------
@@ -201,7 +229,8 @@ class RunFolder:
 
     def add_score(self, name: str, score: dict[str, Any]) -> None:
         """Record a score with its provenance, and the step that runs, under a name (replacing one of the same name)."""
-        store.write_json(self.root / "scores.json", {**self.scores(), name: {**score, "step": self._step}})
+        with self._locked():
+            store.write_json(self.root / "scores.json", {**self.scores(), name: {**score, "step": self._step}})
 
 
 def _versions() -> dict[str, str]:

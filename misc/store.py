@@ -1,21 +1,20 @@
 """Files in and out: everything the project reads or writes passes here.
 
-A file appears whole or not at all (written beside its place, flushed, renamed). Nothing is unpickled that could run
+A file appears whole or not at all (misc/atomic.py). Nothing is unpickled that could run
 code. An image id cannot leave its folder. Errors name the file and the remedy.
 """
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import io
 import json
-import os
 import pickle
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -24,35 +23,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from misc.atomic import writing
 from misc.imaging import palette
-
-
-class DiskFull(OSError):
-    """No space is left: the step must stop, not go on to the next image."""
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write; it takes its name only when the block ends without an error. Raises DiskFull."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")  # a pid could be another machine's too
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException as error:
-        beside.unlink(missing_ok=True)
-        cause: BaseException | None = error
-        while cause is not None:  # zip writers put an error of their own over the disk's
-            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise DiskFull(
-                    cause.errno, f"No disk space left while writing {path}. Free some and start the same command again"
-                ) from error
-            cause = cause.__context__
-        raise
 
 
 @contextmanager
@@ -100,6 +72,43 @@ def read_weights(path: Path) -> Any:
     """
     with _reading(path, "", ": run the step that trains it first", "delete it and start the same command again"):
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def write_model(path: Path, state: dict[str, Any], description: Mapping[str, Any]) -> None:
+    """Write a network's state dict with its description (plain values, kept as JSON) atomically."""
+    write_weights(path, {"model": state, "description": json.dumps(description)})
+
+
+def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """State dict (on the CPU) and description of a file of ``write_model``.
+
+    Raises FileNotFoundError; ValueError for a damaged file and for one that doesn't describe itself.
+    """
+    stored = read_weights(path)
+    try:
+        return stored["model"], dict(json.loads(stored["description"]))
+    except (KeyError, TypeError, ValueError, IndexError):
+        raise ValueError(
+            f"{path} doesn't say which network and classes it is of: it was written by another project, or by an early "
+            "version of this one. Train with this version (a run's weights/*.pt do say it); foreign weights can be "
+            "what such a training starts from (--seg.weights FILE)."
+        ) from None
+
+
+@lru_cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 22):
+            digest.update(part)
+    return f"{size} bytes, sha256 {digest.hexdigest()}"
+
+
+def fingerprint(path: Path) -> str:
+    """Size and sha256 of a file's content: the same wherever it lies. Raises FileNotFoundError."""
+    path = Path(path).resolve()
+    state = path.stat()
+    return _digest(path, state.st_size, state.st_mtime_ns)
 
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
@@ -205,10 +214,10 @@ def png_bytes(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def jpeg_bytes(image: np.ndarray, quality: int = 90) -> bytes:
-    """(H, W, 3) uint8 -> JPEG file bytes."""
+def jpeg_bytes(image: np.ndarray) -> bytes:
+    """(H, W, 3) uint8 -> JPEG file bytes, for pictures to look at."""
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=quality)
+    Image.fromarray(image).save(buffer, "JPEG", quality=90, subsampling=0)
     return buffer.getvalue()
 
 

@@ -21,14 +21,6 @@
 # Layers weighted by entropy: train with --cam.network.pair-weight 0 in a run folder of its own, measure with
 # "python scripts/layer_entropy.py aream_conformer ..." and the same flags, and add what it prints to this command.
 set -euo pipefail
-if [ $# -lt 3 ]; then
-    sed -n '2,/^set/p' "$0" | sed '$d'
-    exit 2
-fi
-root=$(realpath "$1")
-conformer=$(realpath "$2")
-classifier=$(realpath "$3")
-shift 3
-. "$(dirname "$0")/env.sh" requirements.txt
-exec .venv/bin/python run_sample.py aream_conformer --preset published --data voc12 --root "$root" \
-    --cam.weights "$conformer" --aff.weights "$classifier" --seg.weights "$classifier" "$@"
+. "$(dirname "$0")/system.sh" root conformer classifier -- "$@"
+launch aream_conformer --data voc12 --root "$root" \
+    --cam.weights "$conformer" --aff.weights "$classifier" --seg.weights "$classifier"

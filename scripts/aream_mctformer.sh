@@ -22,13 +22,5 @@
 # Layers weighted by entropy: train with --cam.network.pair-weight 0 in a run folder of its own, measure with
 # "python scripts/layer_entropy.py aream_mctformer ..." and the same flags, and add what it prints to this command.
 set -euo pipefail
-if [ $# -lt 2 ]; then
-    sed -n '2,/^set/p' "$0" | sed '$d'
-    exit 2
-fi
-root=$(realpath "$1")
-classifier=$(realpath "$2")
-shift 2
-. "$(dirname "$0")/env.sh" requirements.txt
-exec .venv/bin/python run_sample.py aream_mctformer --preset published --data voc12 --root "$root" \
-    --aff.weights "$classifier" --seg.weights "$classifier" "$@"
+. "$(dirname "$0")/system.sh" root classifier -- "$@"
+launch aream_mctformer --data voc12 --root "$root" --aff.weights "$classifier" --seg.weights "$classifier"

@@ -18,19 +18,10 @@
 #                                                              never published, those of v2 are taken)
 #   7 infer_seg    val                   -     71.9    74.0    papers (a user's v2: 71.1)
 set -euo pipefail
-if [ $# -lt 3 ]; then
-    sed -n '2,/^set/p' "$0" | sed '$d'
-    exit 2
-fi
-version=$1
-root=$(realpath "$2")
-classifier=$(realpath "$3")
-shift 3
+. "$(dirname "$0")/system.sh" version= root classifier -- "$@"
 recipe=(--cam.network.version "$version")
 if [ "$version" = plus ]; then
     recipe+=(--cam.network.backbone.image-size 448 --cam.augment.crop 448 --cam.fit.batch-size 32 --cam.fit.epochs 45
         --cam.fit.lr 3.125e-5 --cam.infer.scales 1.0 0.75 1.25)
 fi
-. "$(dirname "$0")/env.sh" requirements.txt
-exec .venv/bin/python run_sample.py mctformer --preset published --data voc12 --root "$root" "${recipe[@]}" \
-    --aff.weights "$classifier" --seg.weights "$classifier" "$@"
+launch mctformer --data voc12 --root "$root" "${recipe[@]}" --aff.weights "$classifier" --seg.weights "$classifier"

@@ -15,14 +15,6 @@
 #   5 random_walk  train       61.0 (released weights, alphas 4/16/32)    repository
 #   7 infer_seg    val         61.7, with the paper's ResNet38; here DeepLab v1 as SEAM re-trains it, so not comparable
 set -euo pipefail
-if [ $# -lt 2 ]; then
-    sed -n '2,/^set/p' "$0" | sed '$d'
-    exit 2
-fi
-root=$(realpath "$1")
-params=$(realpath "$2")
-shift 2
-. "$(dirname "$0")/env.sh" requirements.txt
-exec .venv/bin/python run_sample.py psa --preset published --data voc12 --root "$root" \
-    --cam.weights "$params" --aff.weights "$params" --seg.weights "$params" \
-    --machine.amp off "$@"
+. "$(dirname "$0")/system.sh" root params -- "$@"
+launch psa --data voc12 --root "$root" --cam.weights "$params" --aff.weights "$params" --seg.weights "$params" \
+    --machine.amp off

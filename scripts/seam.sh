@@ -15,14 +15,6 @@
 #   5 random_walk  train       63.61 (a user's re-run: 63.42)             paper, repository
 #   7 infer_seg    val         64.5 (released re-training: 64.75)         paper, codebase
 set -euo pipefail
-if [ $# -lt 2 ]; then
-    sed -n '2,/^set/p' "$0" | sed '$d'
-    exit 2
-fi
-root=$(realpath "$1")
-params=$(realpath "$2")
-shift 2
-. "$(dirname "$0")/env.sh" requirements.txt
-exec .venv/bin/python run_sample.py seam --preset published --data voc12 --root "$root" \
-    --cam.weights "$params" --aff.weights "$params" --seg.weights "$params" \
-    --machine.amp off "$@"
+. "$(dirname "$0")/system.sh" root params -- "$@"
+launch seam --data voc12 --root "$root" --cam.weights "$params" --aff.weights "$params" --seg.weights "$params" \
+    --machine.amp off

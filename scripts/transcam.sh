@@ -19,14 +19,6 @@
 #
 # Seeds vary by about 2 with the random seed, the author says; the published training sets none.
 set -euo pipefail
-if [ $# -lt 3 ]; then
-    sed -n '2,/^set/p' "$0" | sed '$d'
-    exit 2
-fi
-root=$(realpath "$1")
-conformer=$(realpath "$2")
-params=$(realpath "$3")
-shift 3
-. "$(dirname "$0")/env.sh" requirements.txt
-exec .venv/bin/python run_sample.py transcam --preset published --data voc12 --root "$root" \
-    --cam.weights "$conformer" --aff.weights "$params" --seg.weights "$params" "$@"
+. "$(dirname "$0")/system.sh" root conformer params -- "$@"
+launch transcam --data voc12 --root "$root" \
+    --cam.weights "$conformer" --aff.weights "$params" --seg.weights "$params"

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from misc import config as settings
+from misc import store
 from misc.config import Machine
 from misc.runfolder import RunFolder
 from net import contract
@@ -120,7 +121,19 @@ class Config:
             flat.pop(name)
         if self.root is not None or self.data not in LAYOUTS:
             flat = {k: v for k, v in flat.items() if not k.startswith("sample.")}
-        return {k: str(v) if isinstance(v, Path) else v for k, v in flat.items()}
+        return identity({k: str(v) if isinstance(v, Path) else v for k, v in flat.items()})
+
+
+def identity(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat settings with the content's fingerprint in place of the path of a weight file: the same file is the same
+    setting wherever it lies. A file that is not there (any more) keeps its path."""
+
+    def content(name: str, value: Any) -> Any:
+        if name.rpartition(".")[2] != "weights" or value in settings.START_WORDS:
+            return value
+        return ",".join(store.fingerprint(Path(f)) if Path(f).is_file() else f for f in value.split(","))
+
+    return {name: content(name, value) for name, value in flat.items()}
 
 
 def named(table: Mapping[str, Any], name: str, what: str) -> Any:

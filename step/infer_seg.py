@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from misc.config import Machine, SegInference
 from misc.each import each
 from misc.fit import autocast
 from misc.store import read_image, write_mask
@@ -24,12 +25,18 @@ def segmentation_network(job: Job, device: torch.device) -> Segmenter | SingleSt
     return network
 
 
+def class_scores(
+    network: Segmenter | SingleStage, image: np.ndarray, infer: SegInference, machine: Machine, device: torch.device
+) -> np.ndarray:
+    """Scores (C + 1, H, W) float32 of one image (H, W, 3) uint8 over scales, after the CRF, background first."""
+    with autocast(machine, device):
+        scores = segment(network.logits, image, infer, network.normalisation, device)
+    return with_crf(scores, image, infer, network.normalisation, device)
+
+
 def predict(job: Job, network: Segmenter | SingleStage, image: np.ndarray, device: torch.device) -> np.ndarray:
     """Predicted mask (H, W) uint8 of one image (H, W, 3) uint8."""
-    infer = job.cfg.seg.infer
-    with autocast(job.cfg.machine, device):
-        scores = segment(network.logits, image, infer, network.normalisation, device)
-    return with_crf(scores, image, infer, network.normalisation, device).argmax(0).astype(np.uint8)
+    return class_scores(network, image, job.cfg.seg.infer, job.cfg.machine, device).argmax(0).astype(np.uint8)
 
 
 def run(job: Job, device: torch.device) -> None:

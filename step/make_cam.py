@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from misc.cams import infer_cams
-from misc.config import CamInference
+from misc.config import CamInference, Machine
 from misc.each import each
 from misc.fit import autocast
 from misc.store import read_image, write_cam
@@ -26,12 +26,13 @@ def cam_network(job: Job, device: torch.device) -> SeedNetwork:
     return earlier["cam"]  # type: ignore[return-value]
 
 
-def infer_maps(
-    job: Job, network: SeedNetwork, image: np.ndarray, tags: np.ndarray, infer: CamInference, device: torch.device
+def class_maps(
+    network: SeedNetwork, image: np.ndarray, tags: np.ndarray, infer: CamInference, machine: Machine,
+    device: torch.device,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """``misc.cams.infer_cams`` at the run's precision, with gradients where the network's map needs them."""
+    """``misc.cams.infer_cams`` at the machine's precision, with gradients where the network's map needs them."""
     grad = contextlib.nullcontext() if network.map_needs_gradient else torch.inference_mode()
-    with grad, autocast(job.cfg.machine, device):
+    with grad, autocast(machine, device):
         return infer_cams(network.cam, image, tags, infer, network.normalisation, device)
 
 
@@ -48,10 +49,8 @@ def run(job: Job, device: torch.device) -> None:
 
     def work(image_id: str, prepared: tuple[np.ndarray, np.ndarray]) -> None:
         image, tags = prepared
-        keys = np.flatnonzero(tags)
-        size = image.shape[:2]
-        maps, coarse = infer_maps(job, network, image, tags, infer, device)
-        write_cam(job.run.cam(image_id), keys, maps, size, coarse)
+        maps, coarse = class_maps(network, image, tags, infer, job.cfg.machine, device)
+        write_cam(job.run.cam(image_id), np.flatnonzero(tags), maps, image.shape[:2], coarse)
 
     each(
         "make_cam", job.cam_ids(), work, prepare=prepare, done=lambda i: job.run.cam(i).exists(),

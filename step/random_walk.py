@@ -5,10 +5,12 @@ Refiners that tell single objects apart also give instance/ID.npz, and instance/
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
-from misc.config import flatten
+from misc.config import Machine, flatten
 from misc.each import each
 from misc.fit import autocast
 from misc.imaging import normalise, to_tensor
@@ -20,6 +22,17 @@ from step.config import Job
 from step.make_aff_label import soft_cam
 from step.scoring import score_instances, score_masks
 from step.training import trained
+
+
+def walked(
+    network: AffinityNetwork, image: torch.Tensor, cam: SoftCam, options: Any, machine: Machine, device: torch.device
+) -> tuple[np.ndarray, Instances]:
+    """Scores (K + 1, H, W) float32 of background and the CAM's K classes, and the single objects, none where these are
+    not told apart: (3, H, W) normalised image, the recipe's ``walk``."""
+    with torch.inference_mode(), autocast(machine, device):
+        if network.finds_instances(options):
+            return network.find_instances(image.to(device), cam, options)
+        return network.refine(image.to(device), cam, options), Instances.none(image.shape[1:])
 
 
 def run(job: Job, device: torch.device) -> None:
@@ -38,11 +51,7 @@ def run(job: Job, device: torch.device) -> None:
         mask = np.zeros(image.shape[1:], np.uint8)
         instances = Instances.none(mask.shape)
         if len(cam.keys):
-            with torch.inference_mode(), autocast(job.cfg.machine, device):
-                if finds_instances:
-                    scores, instances = network.find_instances(image.to(device), cam, walk)
-                else:
-                    scores = network.refine(image.to(device), cam, walk)  # (K + 1, H, W)
+            scores, instances = walked(network, image, cam, walk, job.cfg.machine, device)
             mask = np.concatenate([[0], cam.keys + 1]).astype(np.uint8)[scores.argmax(0)]
         if finds_instances:
             write_instances(job.run.instance(image_id), instances)

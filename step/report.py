@@ -21,14 +21,29 @@ from step.scoring import why_unscored
 ROWS = 12
 """Images of each gallery."""
 
+LARGEST = 480
+"""Longest side of a picture on the page, in pixels."""
+
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; margin: 2rem auto; max-width: 75rem; padding: 0 1rem }
-table { border-collapse: collapse; margin: .5rem 0 1.5rem } td, th { padding: .25rem .8rem; text-align: left;
-border-bottom: 1px solid #d8dee4; vertical-align: top } th { font-weight: 600 } td.n { text-align: right;
-font-variant-numeric: tabular-nums } .small { color: #57606a; font-size: 13px } pre { background: #f6f8fa;
-padding: .8rem; overflow-x: auto; font-size: 12.5px } .row { display: flex; gap: 4px; margin-bottom: 4px }
-figure { margin: 0 } figure img { height: 130px; display: block } figcaption { font-size: 12px; color: #57606a }
+:root { color-scheme: light dark; --ink: #1b1f24; --pale: #57606a; --line: #d8dee4; --panel: #f6f8fa; --paper: #fff;
+--blue: #0969da; --red: #cf222e }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --pale: #9198a1; --line: #3d444d; --panel: #1c2128;
+--paper: #0d1117; --blue: #58a6ff; --red: #ff7b72 } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
+max-width: 75rem; padding: 0 1rem } h1 { line-height: 1.2 } h2 { margin: 2.2rem 0 .6rem; font-size: 1.25rem }
+.scroll { overflow-x: auto } table { border-collapse: collapse; margin: .3rem 0 } td, th { padding: .3rem .8rem;
+text-align: left; border-bottom: 1px solid var(--line); vertical-align: top } tr > :first-child { padding-left: 0;
+min-width: 7rem } th { font-weight: 600; vertical-align: bottom } .n { text-align: right;
+font-variant-numeric: tabular-nums } td.n { white-space: nowrap }
+td:last-child:not(.n) { min-width: 12rem } .small, figcaption, summary { color: var(--pale);
+font-size: 13px } pre { background: var(--panel); padding: .8rem; margin: .5rem 0; overflow-x: auto; border-radius: 6px;
+font-size: 12.5px } pre.wrap { white-space: pre-wrap; overflow-wrap: anywhere } summary { cursor: pointer }
+figure { margin: 0; min-width: 0 } svg { width: 100%; max-width: 620px; height: auto; display: block } svg text {
+fill: var(--pale) } .row { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .5rem;
+margin-bottom: .9rem } .row img { width: 100%; aspect-ratio: 4 / 3; object-fit: contain; display: block;
+background: var(--panel) } .row figcaption { line-height: 1.35; overflow-wrap: anywhere } .key { margin-bottom: .5rem }
 .key span { display: inline-block; padding: 0 .5rem; margin: 0 .3rem .3rem 0; border-radius: 3px; font-size: 13px }
+.key .void { border: 1px dashed var(--pale) }
 """
 
 
@@ -180,9 +195,11 @@ def _page(
 ) -> str:
     record, scores = job.run.record(), job.run.scores()
     title = f"{job.cfg.method} on {job.cfg.data}"
+    commands = "\n".join(f"python {command}" for command in dict.fromkeys(record["command"]))
     parts = [
-        f"<h1>{_text(title)}</h1><p class=small>{_text(record['command'][-1])}<br>seed {job.cfg.seed}, commit "
-        f"{_text(record['git_commit'])}, {_text(_versions(record))}</p>",
+        f"<h1>{_text(title)}</h1><pre class=wrap>{_text(commands)}</pre><p class=small>preset {job.cfg.preset}, seed "
+        f"{job.cfg.seed}, {record['world_size']} process(es), commit {_text(record['git_commit'])}, "
+        f"{_text(_versions(record))}</p>",
         "<h2>Scores</h2>" + _scores(scores, _unscored(job)),
     ]
     curves = [(name, s["curve"]) for name, s in scores.items() if "curve" in s]
@@ -194,6 +211,7 @@ def _page(
         f'<span style="background: rgb{tuple(int(v) for v in colour)}; color: {_ink(colour)}">{_text(name)}</span>'
         for name, colour in zip(job.catalog.classes, imaging.palette()[1:], strict=False)
     )
+    key += "<span class=void>white veil: not labelled</span>"
     if train:
         parts.append(f"<h2>Training images</h2><div class=key>{key}</div>" + _gallery(train))
     if val:
@@ -203,10 +221,14 @@ def _page(
     parts.append("<h2>Steps</h2>" + _steps(record))
     configuration = "\n".join(f"{k} = {v}" for k, v in record["config"].items())
     lists = "\n".join(f"list {k} = {v}" for k, v in record["data"].items())
-    parts.append(f"<h2>Configuration</h2><pre>{_text(configuration)}\n{_text(lists)}</pre>")
+    parts.append(
+        f"<h2>Configuration</h2><details><summary>{len(record['config'])} settings, {len(record['data'])} lists "
+        f"(sha256 of class names, ids and tags)</summary><pre>{_text(configuration)}\n{_text(lists)}</pre></details>"
+    )
     body = "\n".join(parts)
     return (
-        f"<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport "
+        f"content='width=device-width, initial-scale=1'>"
         f"<title>{_text(title)}</title><style>{_STYLE}</style>\n{body}\n</html>\n"
     )
 
@@ -228,7 +250,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], numbers: Callable
         marks = (f"<{tag}{' class=n' if numbers(i) else ''}>{_text(v)}</{tag}>" for i, v in enumerate(row))
         return "<tr>" + "".join(marks) + "</tr>"
 
-    return "<table>" + cells(head, "th") + "".join(cells(row, "td") for row in rows) + "</table>"
+    table = cells(head, "th") + "".join(cells(row, "td") for row in rows)
+    return f"<div class=scroll><table>{table}</table></div>"
 
 
 def _scores(scores: dict[str, dict[str, Any]], unscored: list[str]) -> str:
@@ -239,12 +262,23 @@ def _scores(scores: dict[str, dict[str, Any]], unscored: list[str]) -> str:
     rows = [
         (
             name, _main(s), _number(s.get("boundary_miou")), s["split"], s["images"], _threshold(s),
-            s["tags"], ", ".join(f"{k.replace('_', ' ')}: {s[k]}" for k in s if k in known),
+            s["tags"], "; ".join(f"{k.replace('_', ' ')} {_setting(s[k])}" for k in s if k in known),
         )
         for name, s in scores.items()
     ]
     head = ("", _measure(scores), "boundary mIoU %", "list", "images", "threshold", "tags used", "test settings")
+    searched = any((s.get("threshold_choice") or "").startswith("searched") for s in scores.values())
+    if searched:
+        notes += "<p class=small>A threshold that was searched on the scored list used its truth.</p>"
     return _table(head, rows, lambda i: i in (1, 2, 4)) + notes
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_setting(v)}" for k, v in value.items())
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _number(value: float | None) -> str:
@@ -277,16 +311,16 @@ def _curve(name: str, curve: list[dict[str, float]]) -> str:
     for y in np.arange(0, top + 1, 10):
         x0, y0 = place(0, y)
         grid += (
-            f'<line x1="{x0}" y1="{y0:.1f}" x2="{width - 10}" y2="{y0:.1f}" stroke="#d8dee4"/>'
+            f'<line x1="{x0}" y1="{y0:.1f}" x2="{width - 10}" y2="{y0:.1f}" stroke="var(--line)"/>'
             f'<text x="{left - 6}" y="{y0 + 4:.1f}" text-anchor="end">{y:.0f}</text>'
         )
     for x in np.arange(0, last + 0.01, 0.1):
         x0, y0 = place(x, 0)
         grid += f'<text x="{x0:.1f}" y="{y0 + 18:.1f}" text-anchor="middle">{x:.1f}</text>'
     return (
-        f'<figure><svg width="{width}" height="{height}" font-size="12" fill="#57606a" role="img">{grid}'
-        f'<polyline points="{points}" fill="none" stroke="#0969da" stroke-width="2"/>'
-        f'<circle cx="{bx:.1f}" cy="{by:.1f}" r="4" fill="#cf222e"/></svg><figcaption>{_text(name)}: mIoU in % over '
+        f'<figure><svg viewBox="0 0 {width} {height}" font-size="12" role="img" aria-label="threshold curve">{grid}'
+        f'<polyline points="{points}" fill="none" stroke="var(--blue)" stroke-width="2"/>'
+        f'<circle cx="{bx:.1f}" cy="{by:.1f}" r="4" fill="var(--red)"/></svg><figcaption>{_text(name)}: mIoU in % over '
         f"the background score; best {ys[best]:.2f} at {xs[best]:.2f}</figcaption></figure>"
     )
 
@@ -296,9 +330,12 @@ def _gallery(rows: list[list[_Picture]]) -> str:
 
 
 def _figure(picture: _Picture) -> str:
-    data = base64.b64encode(store.png_bytes(picture.pixels)).decode()
+    height, width = picture.pixels.shape[:2]
+    scale = min(1.0, LARGEST / max(height, width))
+    pixels = imaging.resize_image(picture.pixels, imaging.scaled_size((height, width), scale))
+    data = base64.b64encode(store.jpeg_bytes(pixels)).decode()
     return (
-        f'<figure><img src="data:image/png;base64,{data}" alt="{_text(picture.caption)}">'
+        f'<figure><img src="data:image/jpeg;base64,{data}" alt="{_text(picture.caption)}">'
         f"<figcaption>{_text(picture.caption)}</figcaption></figure>"
     )
 

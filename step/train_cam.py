@@ -14,7 +14,7 @@ from misc.metrics import ThresholdCurve
 from misc.store import read_image, read_mask
 from net.contract import Network, SeedNetwork
 from step.config import Job
-from step.make_cam import infer_maps
+from step.make_cam import class_maps
 from step.training import build, train, trained
 
 _THRESHOLDS = tuple(i / 100 for i in range(1, 100))
@@ -54,6 +54,6 @@ def train_miou(job: Job, network: SeedNetwork, masks: Mapping[str, Path], device
     curve = ThresholdCurve(job.catalog.num_classes + 1, _THRESHOLDS)
     for image_id, path in masks.items():
         image, tags = read_image(job.catalog.image_path(image_id)), job.catalog.tags(image_id)
-        maps, _ = infer_maps(job, network, image, tags, infer, device)
+        maps, _ = class_maps(network, image, tags, infer, job.cfg.machine, device)
         curve.add(read_mask(path), np.flatnonzero(tags), maps)
     return curve.best()[1]

@@ -13,9 +13,10 @@ from misc import distributed
 from misc.config import flatten
 from misc.fit import Batch, divide, fit
 from misc.imaging import normalise, to_tensor
-from misc.store import checked_id, read_image, read_mask, read_weights
+from misc.store import checked_id, read_image, read_mask
 from net.contract import Network, Phase
-from step.config import Job
+from net.model import Part, describe, load_state
+from step.config import Job, identity
 from voc12.loader import Draws, TrainSet, make_loader
 
 
@@ -32,14 +33,7 @@ def trained(job: Job, name: str, phase: Phase, device: torch.device, earlier: Ma
     Raises FileNotFoundError before its step has run; ValueError if the file belongs to another network.
     """
     network = build(job, phase, earlier)
-    path = job.run.weights(name)
-    try:
-        network.load_state_dict(read_weights(path))
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise ValueError(
-            f"{path} belongs to another network ({first[:200]}). Train this one with --redo, or use its run folder."
-        ) from None
+    load_state(network, job.run.weights(name))
     return network.to(device).eval()
 
 
@@ -110,8 +104,8 @@ def train(
     fit(
         network, batches, recipe, total, machine=job.cfg.machine, device=device, seed=job.cfg.seed,
         weights=job.run.weights(name), log=job.run.log, name=name,
-        made_by={**flatten(phase), "images": job.catalog.fingerprint(job.train_list)},
-        finish=calibrate if network.calibrates else None, score=score,
+        made_by={**identity(flatten(phase)), "images": job.catalog.fingerprint(job.train_list)},
+        description=_description(job, name, network), finish=calibrate if network.calibrates else None, score=score,
     )
 
 
@@ -125,3 +119,12 @@ def _corner_images(job: Job, split: str, phase: Phase, normalisation: str) -> It
             image = to_tensor(normalise(read_image(job.catalog.image_path(image_id)), normalisation))[:, :side, :side]
             canvas[:, : image.shape[1], : image.shape[2]] = image
         yield batch
+
+
+def _description(job: Job, name: str, network: Network) -> dict[str, Any]:
+    """What the file of the phase ``name`` says of itself."""
+    cfg = job.cfg
+    part: Part = "aff" if name == "aff" else "seg" if name == "seg" else "cam"
+    method = {"cam": cfg.method, "aff": cfg.refiner, "seg": cfg.segmenter}[part]
+    recipe = getattr(cfg, part)
+    return describe(part, method, cfg.preset, identity(flatten(recipe)), job.catalog.classes, network)

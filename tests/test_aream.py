@@ -422,10 +422,9 @@ def test_measuring_the_entropy_of_a_trained_network(tmp_path: Path) -> None:
     first = [*flags, "--run", str(out), "--steps", "train_cam", "--cam.network.pair-weight", "0"]
     assert run_sample.main(first) == 0
     job = open_job(run_sample.parse(first))
-    state = store.read_weights(job.run.weights("cam"))  # so short a training leaves all flat
-    store.write_weights(
-        job.run.weights("cam"), {n: v * 20 if "qkv" in n or n.startswith("head") else v for n, v in state.items()}
-    )
+    state, description = store.read_model(job.run.weights("cam"))  # so short a training leaves all flat
+    state = {n: v * 20 if "qkv" in n or n.startswith("head") else v for n, v in state.items()}
+    store.write_model(job.run.weights("cam"), state, description)
     measured = start(["scripts/layer_entropy.py", *flags, "--run", str(out)])
     assert measured.returncode == 0, measured.stderr
     name, *printed = measured.stdout.split()

@@ -75,8 +75,9 @@ def test_every_weight_is_in_one_group_or_frozen(cls: type[Segmenter], preset: st
 
 def test_rates_of_form_a() -> None:
     net = network(DeepLabV1)
-    backbone, head, bias = net.param_groups()
+    backbone, none, head, bias = net.param_groups()
     assert [(g.lr_scale, g.decay) for g in (backbone, head, bias)] == [(1, True), (10, True), (20, False)]
+    assert not none.params
     assert any(p is net.backbone.conv1a.weight for p in backbone.params)
     assert bias.params == [net.cls_conv.bias]
 

@@ -12,7 +12,7 @@ from test_fit import RECIPE, Toy, curve, train
 
 from misc import distributed
 from misc.config import Fit
-from misc.store import read_cam, read_weights
+from misc.store import read_cam, read_model
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -37,7 +37,7 @@ def test_the_loops_of_two_processes(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     assert "2 process(es) x 2 micro-batch(es) x 1" in ended.stdout
     alone = train(tmp_path / "alone", Fit(**{**vars(RECIPE), "micro_batch": None}), Toy(dropout=0))
-    assert close(read_weights(tmp_path / "fit" / "weights" / "toy.pt"), alone)
+    assert close(read_model(tmp_path / "fit" / "weights" / "toy.pt")[0], alone)
     for term in ("fit", "valid"):
         assert curve(tmp_path / "fit", term) == pytest.approx(curve(tmp_path / "alone", term), rel=1e-4)
     assert (tmp_path / "unused" / "weights" / "toy.pt").exists()
@@ -65,7 +65,7 @@ def test_a_run_of_two_processes_gives_the_losses_weights_and_files_of_one(tmp_pa
         assert logged[0].keys() == logged[1].keys() and len(logged[0]) >= 2
         for term, values in logged[0].items():
             assert values == pytest.approx(logged[1][term], rel=1e-2, abs=1e-4), term
-        weights = [read_weights(tmp_path / name / "weights" / f"{part}.pt") for name in ended]
+        weights = [read_model(tmp_path / name / "weights" / f"{part}.pt")[0] for name in ended]
         assert close(*weights), part
     for path in (tmp_path / "one" / "cam").iterdir():
         maps = [torch.from_numpy(read_cam(p).maps) for p in (path, tmp_path / "two" / "cam" / path.name)]

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from misc import atomic, store
 from misc import each as each_module
-from misc import store
 from misc.each import EachFailed, WorkerDied, each, shard
 
 IDS = [f"im{i}" for i in range(12)]
@@ -35,7 +35,7 @@ class Work:
         if image_id in self.deadly:
             os.kill(os.getpid(), signal.SIGKILL)
         if image_id in self.full:
-            raise store.DiskFull(28, "No disk space left")
+            raise atomic.DiskFull(28, "No disk space left")
         store.write_bytes(self.folder / image_id, f"{os.getpid()} {prepared}".encode())
 
     def done(self, image_id: str) -> bool:
@@ -120,7 +120,7 @@ def test_a_long_list_of_failures_is_cut(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_a_full_disk_stops_at_once(mode: str, tmp_path: Path) -> None:
     work = Work(tmp_path, full=("im1",))
-    with pytest.raises(store.DiskFull):
+    with pytest.raises(atomic.DiskFull):
         each("step", IDS, work, done=work.done, **MODES[mode])
     assert "im0" in work.made() and "im11" not in work.made()
 

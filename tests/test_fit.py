@@ -25,6 +25,7 @@ from misc.fit import (
     resume_point,
     set_lr,
 )
+from misc.store import read_model
 from net.contract import Group
 
 TOTAL, BATCH = 8, 4
@@ -82,12 +83,12 @@ def train(folder: Path, recipe: Fit = RECIPE, network: nn.Module | None = None, 
     """Train the toy; its weights."""
     options: dict[str, Any] = {
         "machine": MACHINE, "device": torch.device("cpu"), "seed": 0, "weights": folder / "weights" / "toy.pt",
-        "log": folder / "log", "name": "toy", "made_by": {"fit.lr": recipe.lr},
+        "log": folder / "log", "name": "toy", "made_by": {"fit.lr": recipe.lr}, "description": {"of": "toy"},
         "batches": micro_batches(recipe.micro_batch or BATCH), **changes,
     }  # fmt: skip
     batches = options.pop("batches")
     fit(network or Toy(), batches, recipe, TOTAL, **options)
-    return torch.load(options["weights"], weights_only=True)
+    return read_model(options["weights"])[0]
 
 
 def curve(folder: Path, term: str = "fit") -> list[float]:

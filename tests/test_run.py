@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -114,9 +115,13 @@ def test_scores_say_where_they_come_from(finished: Path) -> None:
 
 def test_the_report_is_one_page(finished: Path) -> None:
     page = (finished / "report.html").read_text()
-    assert page.count("data:image/png;base64,") > 20 and "<polyline" in page and "cam.fit.lr" in page
+    assert page.count("data:image/jpeg;base64,") > 20 and "<polyline" in page and "cam.fit.lr" in page
     assert set(re.findall(r"(?:src|href)=\W*(\w+:?)", page)) == {"data:"}
     assert (finished / "pictures.png").stat().st_size > 1000
+    assert "name=viewport" in page and "prefers-color-scheme: dark" in page
+    assert page.count("<div class=scroll><table>") == page.count("<table>") == 3  # no table widens a narrow page
+    assert "searched on the scored list used its true masks" in page
+    assert json.loads((finished / "run.json").read_text())["command"][0] in html.unescape(page)
 
 
 def test_a_finished_run_is_left_as_it_is(out: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -308,6 +313,21 @@ def test_a_checkpoint_of_another_network_is_refused(out: Path, data: Path, capsy
     store.write_weights(out / "other.pt", {"blocks.0.weight": torch.zeros(3)})
     told = refused(capsys, data, out.with_name("new"), "--cam.weights", str(out / "other.pt"))
     assert "other.pt" in told and not (out.with_name("new") / "weights" / "cam.pt").exists()
+
+
+def test_a_weight_file_is_known_by_its_content_not_by_its_place(
+    out: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--steps", "train_cam", "--redo", "--force", "--cam.weights")
+    first = shutil.copy(out / "weights" / "cam.pt", tmp_path / "start.pt")
+    said(capsys, data, out, *flags, str(first))
+    moved = shutil.move(first, tmp_path / "elsewhere.pt")
+    assert "train_cam: done already" in said(capsys, data, out, "--steps", "train_cam", "--cam.weights", str(moved))
+    state, description = store.read_model(moved)
+    state["fc8.weight"] += 1
+    store.write_model(moved, state, description)
+    told = refused(capsys, data, out, "--steps", "train_cam", "--cam.weights", str(moved))
+    assert re.search(r"cam\.weights: '\d+ bytes, sha256 \w{64}' there, '\d+ bytes, sha256", told)
 
 
 def test_a_resume_point_of_other_settings_is_refused(

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from misc import store
+from misc import atomic, store
 
 
 class Hostile:
@@ -44,12 +44,12 @@ def files(folder: Path) -> list[str]:
 
 def test_a_file_whose_writing_fails_leaves_nothing_and_the_old_one_stays(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "file"
-    with pytest.raises(RuntimeError), store.writing(path) as file:
+    with pytest.raises(RuntimeError), atomic.writing(path) as file:
         file.write(b"half")
         raise RuntimeError("in the middle")
     assert files(tmp_path) == []
     store.write_bytes(path, b"old")
-    with pytest.raises(KeyboardInterrupt), store.writing(path) as file:
+    with pytest.raises(KeyboardInterrupt), atomic.writing(path) as file:
         file.write(b"half")
         raise KeyboardInterrupt
     assert files(tmp_path) == ["file"] and path.read_bytes() == b"old"
@@ -76,8 +76,8 @@ def test_a_full_disk_is_reported_as_such_and_nothing_half_stays(
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store.os, "fsync", full)
-    with pytest.raises(store.DiskFull, match=r"No disk space left while writing .*here.*same command again"):
+    monkeypatch.setattr(atomic.os, "fsync", full)
+    with pytest.raises(atomic.DiskFull, match=r"No disk space left while writing .*here.*same command again"):
         WRITERS[kind](tmp_path / "here")
     assert files(tmp_path) == []
 
@@ -99,7 +99,7 @@ def small_disk(tmp_path: Path):
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_a_disk_that_is_really_full(kind: str, small_disk: Path) -> None:
-    with pytest.raises(store.DiskFull, match=r"No disk space left while writing .*here"):
+    with pytest.raises(atomic.DiskFull, match=r"No disk space left while writing .*here"):
         WRITERS[kind](small_disk / "here")
     assert files(small_disk) == []
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from misc.config import REQUIRED_WEIGHTS, Augment, Fit, SegInference
 from misc.crf import CRFSettings
 from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
-from net.contract import Group, Network, Options, Preset, Segmenter, SegmentRecipe, segmenter
+from net.contract import Group, Network, Options, Preset, Segmenter, SegmentRecipe, conv_groups, segmenter
 from net.weights import load, resnet38_from_mxnet
 
 
@@ -155,17 +155,9 @@ class DeepLabV1(Segmenter):
         return F.interpolate(x, size=images.shape[-2:], mode="bilinear", align_corners=True)
 
     def param_groups(self) -> list[Group]:
-        """Backbone convolutions, head convolutions, the classifier's bias (deeplab.md A.2; the published group of
-        backbone biases is empty), and the affine parameters of batch normalisation where they are trained."""
-        affine = [p for m in self.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()]
-        groups = [
-            Group([m.weight for m in self.backbone.modules() if isinstance(m, nn.Conv2d)]),
-            Group([self.conv_fov.weight, self.conv_fov2.weight, self.cls_conv.weight], lr_scale=self.head_lr),
-            Group([self.cls_conv.bias], lr_scale=2 * self.head_lr, decay=False),
-            Group(affine, decay=False),
-        ]
-        trained = [Group([p for p in g.params if p.requires_grad], g.lr_scale, g.decay) for g in groups]
-        return [group for group in trained if group.params]
+        """Convolutions of the backbone and of the head (deeplab.md A.2; the published group of backbone biases is
+        empty), and the affine parameters of batch normalisation where they are trained."""
+        return conv_groups(self, ("conv_fov", "conv_fov2", "cls_conv"), self.head_lr)
 
     def load_weights(self, weights: str) -> str:
         """Start from a ResNet38 file (ImageNet ``.params``, PSA's or SEAM's classifier) or a whole ``deeplabv1``."""

@@ -1,0 +1,121 @@
+"""Files that several processes share: each appears whole or not at all, is changed by one process at a time, and what
+killed processes left half written is cleared away."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import platform
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from filelock import FileLock, Timeout
+
+SUFFIX = ".part"
+"""Of files that are being written."""
+
+_OLD = 24 * 3600
+_LONGEST_WAIT = 300
+
+
+class DiskFull(OSError):
+    """No space is left: the step must stop, not go on to the next image."""
+
+
+def _host() -> str:
+    """A short name of the space in which this process's id is unique: the machine, or a container on it."""
+    space = "/proc/self/ns/pid"
+    inner = os.stat(space).st_ino if os.path.exists(space) else 0
+    return hashlib.sha256(f"{platform.node()} {inner}".encode()).hexdigest()[:8]
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write; it takes its name only when the block ends without an error. Raises DiskFull."""
+    path = Path(path)
+    # the writer's host and process id tell remove_leftovers whether it lives
+    beside = path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{SUFFIX}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException as error:
+        beside.unlink(missing_ok=True)
+        cause: BaseException | None = error
+        while cause is not None:  # zip writers put an error of their own over the disk's
+            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DiskFull(
+                    cause.errno, f"No disk space left while writing {path}. Free some and start the same command again"
+                ) from error
+            cause = cause.__context__
+        raise
+
+
+def remove_leftovers(places: Iterable[Path]) -> int:
+    """Remove half-written files that no process goes on with; returns their number.
+
+    These are files that ``writing`` began in a process of this host that is no more, and, whoever began them (another
+    machine of a cluster), files that nothing was written to for a day. Parallel jobs on one folder don't disturb each
+    other.
+
+    Args:
+        places: folders, which are searched with all below, and files, whose own folder is searched.
+    """
+    found: list[Path] = []
+    for place in places:
+        if place.is_dir():
+            found += [Path(top, name) for top, _, names in os.walk(place) for name in names if name.endswith(SUFFIX)]
+        else:
+            found += place.parent.glob(f".*{SUFFIX}")
+    removed = 0
+    for path in found:
+        try:
+            if _abandoned(path):
+                path.unlink()
+                removed += 1
+        except FileNotFoundError:  # finished or removed meanwhile
+            pass
+    return removed
+
+
+def _abandoned(path: Path) -> bool:
+    host, _, rest = path.name.removesuffix(SUFFIX).rpartition(".")[2].partition("-")
+    pid = rest.partition("-")[0]
+    if os.name == "posix" and host == _host() and pid.isdecimal() and not _alive(int(pid)):
+        return True
+    return time.time() - path.stat().st_mtime > _OLD
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait until no other process, on any machine that shares the folder, holds the lock file ``path``, and hold it.
+
+    The system frees the lock of a killed process. Raises OSError after minutes without success.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(str(path), timeout=_LONGEST_WAIT):
+            yield
+    except Timeout:
+        raise OSError(
+            f"{path} has been held by another process for {_LONGEST_WAIT} s. If none works in this folder (its machine "
+            "may have gone down), delete the file and start the same command again."
+        ) from None

@@ -1,0 +1,113 @@
+"""What a trained network's file says of itself, and the network made again from the file alone.
+
+A file in weights/ is {"model": state dict, "description": JSON}: classes, normalisation, method and recipe. Nothing
+else need be told to use it, and the tensors keep their official names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from misc import imaging, store
+from misc.config import restored
+from net import contract
+from net.contract import Network, Phase, SeedRecipe
+
+Part = Literal["cam", "aff", "seg"]
+"""What a network is in the pipeline, by the name of its section of the command line: its CAM network (or an earlier
+phase of it), refiner or segmenter."""
+
+_NAMES = {"cam": "CAM network", "aff": "refiner", "seg": "segmentation network"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained network with what it was trained for."""
+
+    network: Network
+    """In evaluation mode, on the CPU."""
+    method: str
+    """Its registered name."""
+    classes: tuple[str, ...]
+    """Names of the foreground classes."""
+    recipe: Any
+    """Its recipe (contract.SeedRecipe, RefineRecipe or SegmentRecipe)."""
+    fingerprint: str
+    """Of its file (store.fingerprint)."""
+
+
+def describe(
+    part: Part, method: str, preset: str, recipe: Mapping[str, Any], classes: Sequence[str], network: Network
+) -> dict[str, Any]:
+    """The description of a network that was trained by a recipe (``misc.config.flatten``) of a method and preset."""
+    return {
+        "part": part,
+        "method": method,
+        "preset": preset,
+        "classes": list(classes),
+        "normalisation": {"name": network.normalisation, **asdict(imaging.NORMALISATIONS[network.normalisation])},
+        "recipe": dict(recipe),
+    }
+
+
+def load_state(network: Network, path: Path) -> None:
+    """Give a network the weights of its file; ValueError where the file belongs to another network."""
+    state, _ = store.read_model(path)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise ValueError(
+            f"{path} belongs to another network ({first[:200]}). Train this one with --redo, or use its run folder."
+        ) from None
+
+
+def load_model(path: Path, part: Part) -> Model:
+    """The network of a file, by its own description.
+
+    A CAM network that is trained in several phases needs the files of its earlier phases beside it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it describes no network, or one of another part, method or version than this project has.
+    """
+    contract.load_methods()
+    _, description = store.read_model(path)
+    if description.get("part") != part:
+        kind = _NAMES.get(description.get("part"), "something else")
+        raise ValueError(f"{path} is a {kind}, a {_NAMES[part]} is needed: give a run's weights/{part}.pt.")
+    method, classes = description["method"], tuple(description["classes"])
+    try:
+        recipe = restored(_recipe(part, method, description["preset"]), description["recipe"])
+        network = _build(recipe, len(classes), path)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} describes a {_NAMES[part]} that this version of the project can't build ({error}). Use the "
+            "version that trained it, or train it anew with this one."
+        ) from error
+    load_state(network, path)
+    there, here = description["normalisation"], asdict(imaging.NORMALISATIONS[network.normalisation])
+    if there != {"name": network.normalisation, **{k: list(v) if isinstance(v, tuple) else v for k, v in here.items()}}:
+        raise ValueError(f"{path} was trained with images normalised as {there}, this version has {here}: train anew.")
+    return Model(network.eval(), method, classes, recipe, store.fingerprint(path))
+
+
+def _recipe(part: Part, method: str, preset: str) -> Phase:
+    tables = {"cam": contract.SEEDS, "aff": contract.REFINERS, "seg": contract.SEGMENTERS}
+    if method not in tables[part]:
+        raise ValueError(f"there is no {_NAMES[part]} named {method}")
+    recipe = tables[part][method].recipes[preset]
+    return recipe.cam if part == "cam" else recipe
+
+
+def _build(recipe: Phase, num_classes: int, path: Path) -> Network:
+    """The network without its weights; those of the phases before it have theirs."""
+    earlier: dict[str, Network] = {}
+    phases = recipe.phases() if isinstance(recipe, SeedRecipe) else ()
+    for name, phase in phases[:-1]:
+        earlier[name] = phase.network.build(num_classes, earlier)
+        load_state(earlier[name], path.with_name(f"{name}.pt"))
+    return recipe.network.build(num_classes, earlier)

@@ -1,0 +1,165 @@
+"""Masks of new images from trained networks; a trained segmentation network as ONNX (see --help)."""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see run_sample.py
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from misc import distributed
+from misc.config import Machine
+from misc.each import EachFailed
+from misc.imagefiles import find_images
+from misc.runfolder import RunFolder
+from net.contract import Segmenter
+from net.export import export_onnx
+from net.model import Model, load_model
+from step.new_images import Folder, Refinement, map_images, segment_images
+
+
+@dataclass(frozen=True)
+class Options:
+    """Masks of new images, without a list, a data set or truth.
+
+    A segmentation network needs nothing else than its file:
+
+      python predict.py photos/ --weights runs/seam-sample/weights/seg.pt --out masks
+
+    A CAM network needs the classes that are in the images:
+
+      python predict.py a.jpg b.jpg --run runs/seam-sample --tags "dog,person" --out maps
+
+    The segmentation network for other software:
+
+      python predict.py --weights runs/seam-sample/weights/seg.pt --export onnx --out models
+
+    Results: masks/ID.png (palette PNG: 0 background, then the classes; predict.json lists them), overlays/ID.jpg, with
+    --tags maps/ID.npz and maps/ID_CLASS.jpg. Images are turned as their EXIF data says, transparency is left out, of
+    an animation the first frame is taken. An image that can't be read is reported, the others go on. Called again,
+    only what is missing, or older than its image, is made.
+    """
+
+    images: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Image files, folders (with all below) and globs."""
+    weights: Path | None = None
+    """File of a trained segmentation network (a run's weights/seg.pt)."""
+    run: Annotated[Path | None, tyro.conf.arg(aliases=["--run-folder"])] = None
+    """Run folder: its segmentation network, or with --tags its CAM network and refiner. Under torchrun say
+    --run-folder: it takes --run for an option of its own."""
+    out: Path = Path("predictions")
+    """Folder of the results."""
+    tags: str | None = None
+    """Classes that are in the images, separated by commas: take the run's CAM network and make maps from them."""
+    refine: Refinement = "auto"
+    """With --tags, what makes the mask. walk: the run's refiner. crf: a dense CRF over the maps and the background
+    score. threshold: the background score alone. auto: the walk if the run has trained its refiner, else the CRF."""
+    threshold: float | None = None
+    """With --tags and without a walk: the background score in [0, 1]. Default: the one that the run found best on its
+    own scored list, else 0.3."""
+    probabilities: bool = False
+    """Also write probabilities/ID.npz: probabilities (classes + 1, h, w) float16 at the size the network saw, size."""
+    fast: bool = False
+    """One scale, no mirror image, no CRF in testing: many times as quick, a little less exact."""
+    max_megapixels: float | None = None
+    """Larger images are shrunk to this for the network; masks have the image's own size. 0: never. Default: six times
+    the area of the crops it was trained on (448 pixels: 1.2), as objects far larger than there are not recognised."""
+    redo: bool = False
+    """Make all masks anew, also where --out holds those of another model or other settings."""
+    export: Literal["onnx"] | None = None
+    """Write the segmentation network as ONNX (one scale, no CRF; any batch, height, width; normalisation inside)
+    instead, checked against PyTorch: OUT/NAME.onnx."""
+    machine: Machine = field(default_factory=Machine)
+    """Devices, processes, precision."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what makes no sense together."""
+        if (self.weights is None) == (self.run is None):
+            raise ValueError("Give either --weights FILE or --run RUNFOLDER.")
+        if self.tags is not None and (self.run is None or self.export):
+            raise ValueError("--tags needs a CAM network: give --run RUNFOLDER, and no --export.")
+        if bool(self.images) == bool(self.export):
+            raise ValueError("Give images, or --export onnx without images.")
+        if not (0 <= (self.max_megapixels or 0) and 0 <= (self.threshold or 0) <= 1):
+            raise ValueError("--max-megapixels must be 0 or more, --threshold in [0, 1].")
+
+    def network_file(self) -> Path:
+        """File of the segmentation network; FileNotFoundError where the run has none."""
+        if self.weights is not None:
+            return self.weights
+        assert self.run is not None
+        path = RunFolder(self.run).weights("seg")
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{self.run} has no trained segmentation network ({path}). Run its steps up to train_seg, or give "
+                "--tags to make masks with its CAM network."
+            )
+        return path
+
+
+def export(options: Options) -> None:
+    """Write the ONNX file."""
+    model = load_model(options.network_file(), "seg")
+    assert isinstance(model.network, Segmenter)
+    path = options.out / f"{options.network_file().stem}.onnx"
+    difference = export_onnx(model.network, path, model.classes, model.recipe.infer.align_corners)
+    print(f"{model.method}, {len(model.classes)} classes: differs from PyTorch by at most {difference:.1e} of the "
+          f"largest logit\nfiles: {path}")  # fmt: skip
+
+
+def predict(options: Options, device: torch.device) -> None:
+    """Make the masks."""
+    images = find_images(options.images, leave_out=options.out)
+    folder = Folder(options.out, options.max_megapixels, options.redo, options.machine)
+    if options.tags is None:
+        model = load_model(options.network_file(), "seg")
+        distributed.say(f"{model.method}, trained for {', '.join(model.classes)}; {len(images)} images on {device}")
+        segment_images(model, images, folder, device, probabilities=options.probabilities, fast=options.fast)
+        return
+    assert options.run is not None
+    run = RunFolder(options.run)
+    cam = load_model(run.weights("cam"), "cam")
+    refiner: Model | None = None
+    if run.weights("aff").exists() and options.refine in ("auto", "walk"):
+        refiner = load_model(run.weights("aff"), "aff")
+    threshold = options.threshold
+    if threshold is None:
+        threshold = run.scores().get("CAM", {}).get("threshold", 0.3)
+    tags = [tag.strip() for tag in options.tags.split(",") if tag.strip()]
+    distributed.say(f"{cam.method} (CAM network); {len(images)} images on {device}")
+    how = map_images(
+        cam, refiner, tags, images, folder, device, refine=options.refine, threshold=threshold, fast=options.fast
+    )
+    distributed.say(f"masks made by {how}")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Command line; returns the exit status: 1 where an image, or all, failed."""
+    try:
+        options = tyro.cli(Options, args=list(argv), prog="predict.py")
+        if options.export:
+            export(options)
+        else:
+            predict(options, distributed.start(options.machine.device))
+            distributed.stop()
+    except (ValueError, OSError, EachFailed) as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted: start the same command again to go on.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")
+    distributed.end(main(sys.argv[1:]))

@@ -1,0 +1,60 @@
+"""ONNX files of every registered segmenter compute what PyTorch computes, at any size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from misc.imaging import normalise
+from net import contract, export
+from net.contract import Segmenter
+
+contract.load_methods()
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+CLASSES = ("dog", "Tür")
+SIZES = ((1, 1, 1), (1, 48, 64), (3, 31, 90), (1, 200, 9), (2, 129, 128))
+
+
+def network(name: str) -> Segmenter:
+    torch.manual_seed(0)
+    return contract.SEGMENTERS[name].recipes["sample"].network.build(len(CLASSES), {}).eval()  # type: ignore
+
+
+@pytest.mark.parametrize("name", sorted(contract.SEGMENTERS))
+def test_the_file_computes_what_the_network_computes(name: str, tmp_path: Path) -> None:
+    path, net, corners = tmp_path / "deep" / "seg.onnx", network(name), name != "deeplabv1"
+    assert export.export_onnx(net, path, CLASSES, corners) < 1e-4
+    assert [p.name for p in path.parent.iterdir()] == ["seg.onnx"]  # weights inside
+    session = onnxruntime.InferenceSession(str(path))
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == ["background", *CLASSES]
+    rng = np.random.default_rng(0)
+    for batch, height, width in SIZES:
+        images = rng.integers(0, 256, (batch, height, width, 3), dtype=np.uint8)
+        found = session.run(None, {"image": images.transpose(0, 3, 1, 2).astype(np.float32)})[0]
+        values = torch.from_numpy(np.stack([normalise(image, net.normalisation) for image in images]))
+        with torch.no_grad():
+            wanted = net.logits(values.permute(0, 3, 1, 2))
+            wanted = torch.nn.functional.interpolate(
+                wanted, size=(height, width), mode="bilinear", align_corners=corners
+            )
+        np.testing.assert_allclose(found, wanted.numpy(), rtol=0, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "_PACKAGES", ("onnx", "nosuchpackage"))
+    with pytest.raises(ValueError, match="--export onnx needs nosuchpackage: pip install onnx nosuchpackage"):
+        export.export_onnx(network("deeplabv1"), tmp_path / "x.onnx", CLASSES, True)
+
+
+def test_a_file_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    with pytest.raises(ValueError, match=r"x\.onnx is not written: it would differ from PyTorch"):
+        export.export_onnx(network("deeplabv1"), tmp_path / "x.onnx", CLASSES, True)
+    assert not list(tmp_path.iterdir())

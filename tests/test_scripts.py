@@ -1,0 +1,64 @@
+"""The scripts of the published systems: their arguments become flags that the driver knows."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from running import ROOM
+
+import run_sample
+from misc.config import REQUIRED_WEIGHTS
+
+SYSTEMS = sorted(p.stem for p in (ROOM / "scripts").glob("*.sh") if "\nlaunch " in p.read_text())
+WORDS = {"VERSION": "plus"}
+"""Arguments that are no paths."""
+
+PYTHON = """#!/usr/bin/env bash
+if [ "$1" != -m ]; then for word in "$@"; do echo "$word"; done; fi
+"""
+
+
+@pytest.fixture
+def room(tmp_path: Path) -> Path:
+    """A checkout whose Python prints its arguments, a line each."""
+    shutil.copytree(ROOM / "scripts", tmp_path / "room" / "scripts")
+    shutil.copy(ROOM / "requirements.txt", tmp_path / "room")
+    python = tmp_path / "room" / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    return tmp_path / "room"
+
+
+def call(room: Path, system: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(room / "scripts" / f"{system}.sh"), *arguments], cwd=room.parent, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_script_runs_its_published_recipe(system: str, room: Path) -> None:
+    text = (room / "scripts" / f"{system}.sh").read_text()
+    names = re.search(rf"command +scripts/{system}\.sh ([A-Z0-9_ ]+) \[flags", text)[1].split()
+    short = call(room, system, *["x"] * (len(names) - 1))
+    assert short.returncode == 2 and all(name in short.stdout for name in names) and "set -e" not in short.stdout
+
+    given = [WORDS.get(name, f"some folder/{name}") for name in names]  # relative to where it is called
+    (room.parent / "some folder").mkdir()
+    told = call(room, system, *given, "--seed", "7", "--run", "a b")
+    assert told.returncode == 0, told.stderr
+    driver, *flags = told.stdout[told.stdout.index("run_sample.py") :].splitlines()
+    cfg = run_sample.parse(flags)
+    assert (driver, cfg.preset, cfg.seed, cfg.run) == ("run_sample.py", "published", 7, Path("a b"))
+    assert cfg.method.startswith(system.split("_")[0])
+    places = {str(room.parent / word) for word in given if "/" in word}
+    weights = {phase.weights for _, phase in cfg.cam.phases()} | {cfg.aff.weights, cfg.seg.weights}
+    assert places <= {str(cfg.root), *weights} and REQUIRED_WEIGHTS not in weights
+
+
+def test_all_published_systems_share_one_launcher() -> None:
+    assert {"seam", "psa", "mctformer", "transcam", "aream_mctformer", "aream_conformer"} <= set(SYSTEMS)
