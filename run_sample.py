@@ -175,7 +175,8 @@ def run(cfg: Config, device: torch.device, command: Sequence[str] = ("python", "
             step.run()(job, device)
         partly |= parts > 1 and step.per_image
         ran = True
-        distributed.say(f"    files: {', '.join(str(job.run.root / m) for m in step.makes)}")
+        made = [job.run.root / m for m in step.makes]
+        distributed.say(f"    files: {', '.join(str(path) for path in made if path.exists())}")
         if step is not STEPS[-1]:
             following = STEPS[STEPS.index(step) + 1]
             distributed.say(f"    next: {shlex.join(command)} --steps {following.name}")

@@ -66,12 +66,13 @@ def unpad(maps: Tensor, size: tuple[int, int], infer: CamInference) -> Tensor:
     return torch.stack([m[:, :height, at : at + width] for m, at in zip(maps, left, strict=False)])
 
 
-def merge(maps: Iterable[Tensor], size: tuple[int, int]) -> Tensor:
+def merge(maps: Iterable[Tensor], size: tuple[int, int], round_up: int = 1) -> Tensor:
     """Sum of the maps of all passes at image size.
 
     Args:
         maps: a map a scale, (1, K, h, w), or (2, K, h, w) where the second is of the mirrored image; any h and w.
         size: (H, W) of the image.
+        round_up: they are added up at sides that are multiples of this, then cut (irnet.md section 6).
 
     Returns:
         (K, H, W) float32. Bilinear with align_corners False (seam.md section 7.2).
@@ -80,13 +81,15 @@ def merge(maps: Iterable[Tensor], size: tuple[int, int]) -> Tensor:
         ValueError: there is no map.
     """
     total = None
+    bottom, right = _margin(size, round_up)
+    full = (size[0] + bottom, size[1] + right)
     for low in maps:
-        high = F.interpolate(low.float(), size=size, mode="bilinear", align_corners=False)  # (1 or 2, K, H, W)
+        high = F.interpolate(low.float(), size=full, mode="bilinear", align_corners=False)  # (1 or 2, K, H, W)
         merged = high[0] + high[1].flip(-1) if len(high) == 2 else high[0]
         total = merged if total is None else total.add_(merged)
     if total is None:
         raise ValueError("There is no map to merge: the scales are empty.")
-    return total
+    return total[:, : size[0], : size[1]]
 
 
 def by_maximum(total: Tensor) -> Tensor:
@@ -141,7 +144,19 @@ def infer_cam(
     normalisation: str,
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
-    """Merged, normalised class maps of one image.
+    """Merged, normalised class maps of one image at its size: the first result of ``infer_cams``, (K, H, W)."""
+    return infer_cams(cam, image, tags, infer, normalisation, device)[0]
+
+
+def infer_cams(
+    cam: Callable[[Tensor, Tensor], Tensor],
+    image: np.ndarray,
+    tags: np.ndarray,
+    infer: CamInference,
+    normalisation: str,
+    device: torch.device | str = "cpu",
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Merged, normalised class maps of one image, at its size and on the recipe's coarse grid.
 
     Only maps of present classes are merged, so the merging's cost does not grow with the number of classes. The
     caller decides on gradients (``inference_mode`` unless the map needs a backward pass) and on mixed precision.
@@ -155,13 +170,15 @@ def infer_cam(
         device: where the network is.
 
     Returns:
-        (K, H, W) float32, present classes in ascending order; the rule ``shifted`` gives values below 0 too. For an
-        image without a tag K is 0 and the network does not run.
+        maps: (K, H, W) float32, present classes in ascending order; the rule ``shifted`` gives values below 0 too. For
+            an image without a tag K is 0 and the network does not run.
+        coarse: (K, ceil(H / infer.coarse), ceil(W / infer.coarse)) float32, None where the recipe has no such grid.
     """
     size = image.shape[:2]
+    grid = (-(-size[0] // infer.coarse), -(-size[1] // infer.coarse)) if infer.coarse else None
     keys = torch.from_numpy(np.flatnonzero(tags)).to(device)  # (K,)
     if len(keys) == 0:
-        return np.zeros((0, *size), np.float32)
+        return np.zeros((0, *size), np.float32), None if grid is None else np.zeros((0, *grid), np.float32)
     row = torch.tensor(tags, dtype=torch.float32, device=device)  # (C,)
 
     def present() -> Iterator[Tensor]:
@@ -170,4 +187,8 @@ def infer_cam(
             maps = maps.detach()[:, keys]
             yield unpad(maps, inner, infer) if infer.multiple > 1 else maps
 
-    return normalise(merge(present(), size), infer.normalise).cpu().numpy()
+    if grid is None:
+        return normalise(merge(present(), size, infer.round_up), infer.normalise).cpu().numpy(), None
+    passes = list(present())
+    full, coarse = merge(passes, size, infer.round_up), merge(passes, grid)
+    return normalise(full, infer.normalise).cpu().numpy(), normalise(coarse, infer.normalise).cpu().numpy()

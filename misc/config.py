@@ -187,11 +187,19 @@ class CamInference:
     (seam.md 5).
     minmax: (S - min) / (max - min + 1e-8) (mctformer.md 4).
     rectified: clipped at 0, then D / (max D + 1e-6) with D = S - min (aream.md 9)."""
+    round_up: int = 1
+    """Maps are added up at sides that are multiples of this, then cut to the image: misaligned by up to as many pixels,
+    which published thresholds were tuned with (IRNet's high_res: 16; irnet.md 6). 1: at image size."""
+    coarse: int = 0
+    """Also keep the maps added up on a grid with this many pixels a cell, for refiners that work on it (IRNet's cam: 4;
+    irnet.md 6). 0: they get the maps at image size."""
 
     def __post_init__(self) -> None:
         _check(bool(self.scales) and min(self.scales) > 0, "scales", self.scales, "positive factors")
         _check(not self.square or min(self.scales) >= 8, "scales", self.scales, "sides of 8 pixels or more for square")
         _check(self.multiple > 0, "multiple", self.multiple, "at least 1")
+        _check(self.round_up > 0, "round_up", self.round_up, "at least 1")
+        _check(self.coarse >= 0, "coarse", self.coarse, "0 or more")
 
 
 @dataclass(frozen=True)

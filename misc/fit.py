@@ -165,6 +165,7 @@ def fit(
     log: Path,
     name: str,
     made_by: Mapping[str, Any],
+    finish: Callable[[], None] | None = None,
 ) -> None:
     """Train a network and write its state dict to ``weights``.
 
@@ -180,6 +181,8 @@ def fit(
         log: TensorBoard folder; this training's curves are in its sub-folder ``name``.
         name: what the progress bar and the log say.
         made_by: plain values that decide the result (settings, data); a resume point of other ones is refused.
+        finish: called by the main process after the last update, with the network in evaluation mode and without
+            gradients, before the weights are written (Network.calibrate).
 
     Raises:
         NonFiniteLoss: a loss term is NaN or infinite; the batch is kept for a look.
@@ -227,6 +230,10 @@ def fit(
                 _save(resume, network, optimiser, scaler, identity, step + 1)
     _check_weights(network, total - 1, name)
     if main:
+        if finish is not None:
+            network.eval()
+            with torch.no_grad(), autocast(machine, device):
+                finish()
         store.write_weights(weights, {k: v.cpu() for k, v in network.state_dict().items()})
         resume.unlink(missing_ok=True)
     distributed.barrier()

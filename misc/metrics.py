@@ -6,17 +6,21 @@ Everything here works on arrays; misc/score.py runs it over a set of images. Mas
 How 255 is treated (stated with every score): in the truth the pixel drops out; in a prediction it is *no class*, so it
 is a miss (false negative) of the true class and a false positive of none.
 
-Sources: evaluation.md sections 1 and 2; boundary IoU: Cheng et al., "Boundary IoU", CVPR 2021, equation 2.
+Sources: evaluation.md sections 1 and 2; boundary IoU: Cheng et al., "Boundary IoU", CVPR 2021, equation 2; average
+precision of single objects: irnet.md section 11.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal, TypeVar, get_args
 
 import cv2
 import numpy as np
+
+from misc.instances import Instances
 
 VOID = 255
 VOID_RULE = "no class: a miss (false negative) of the true class, a false positive of none"
@@ -368,3 +372,84 @@ class ThresholdCurve:
         mious = self.mious(convention)
         i = int(np.argmax(mious))
         return float(self.thresholds[i]), float(mious[i])
+
+
+class InstancePrecision:
+    """VOC's average precision of single objects by mask IoU, at several IoUs (irnet.md section 11).
+
+    A detection belongs to the true object of its class that it overlaps most, if that IoU is reached; a second one on
+    the same object is a false positive. The area is that under the monotone envelope, not the 11 points of VOC 2007.
+    """
+
+    def __init__(self, num_classes: int, ious: Sequence[float] = (0.5, 0.7)) -> None:
+        """``num_classes`` foreground classes."""
+        self.num_classes = num_classes
+        self.ious = tuple(ious)
+        self.objects = np.zeros(num_classes, np.int64)
+        """True objects of each class."""
+        self._found: dict[int, list[tuple[float, tuple[bool, ...]]]] = defaultdict(list)
+
+    def add(self, truth: Instances, found: Instances) -> None:
+        """Counts one image. Raises ValueError, before anything is counted, for different sizes and unknown classes."""
+        if len(truth.masks) and len(found.masks):
+            _check_size(found.masks[0], truth.masks[0])
+        for name, instances in (("truth", truth), ("prediction", found)):
+            strange = [c for c in instances.classes.tolist() if not 0 <= c < self.num_classes]
+            if strange:
+                raise ValueError(f"an object of the {name} has the class {strange[0]} of 0..{self.num_classes - 1}")
+        self.objects += np.bincount(truth.classes, minlength=self.num_classes)
+        for label in np.unique(found.classes).tolist():
+            self._found[label] += self._match(truth.masks[truth.classes == label], found, label)
+
+    def _match(self, objects: np.ndarray, found: Instances, label: int) -> list[tuple[float, tuple[bool, ...]]]:
+        """Score and whether it hits (at each IoU) of the detections of a class, the surest first."""
+        chosen = np.flatnonzero(found.classes == label)
+        chosen = chosen[np.argsort(found.scores[chosen], kind="stable")[::-1]]
+        scores = found.scores[chosen].tolist()
+        if not len(objects):
+            return [(score, (False,) * len(self.ious)) for score in scores]
+        a = found.masks[chosen].reshape(len(chosen), -1).astype(np.float32)  # (R, N)
+        b = objects.reshape(len(objects), -1).astype(np.float32)  # (T, N)
+        both = a @ b.T  # (R, T) pixels, exact up to 2^24
+        iou = both / np.maximum(a.sum(1)[:, None] + b.sum(1) - both, 1)
+        nearest = iou.argmax(axis=1)
+        taken: list[set[int]] = [set() for _ in self.ious]
+        result = []
+        for row, (score, at) in enumerate(zip(scores, nearest.tolist(), strict=True)):
+            hits = tuple(
+                bool(iou[row, at] >= least) and at not in used for least, used in zip(self.ious, taken, strict=True)
+            )
+            for least, used in zip(self.ious, taken, strict=True):
+                if iou[row, at] >= least:
+                    used.add(at)
+            result.append((score, hits))
+        return result
+
+    def merge(self, other: InstancePrecision) -> InstancePrecision:
+        """Adds the detections of ``other`` (from another part of the images); returns self."""
+        if (other.num_classes, other.ious) != (self.num_classes, self.ious):
+            raise ValueError("only precisions of the same classes and IoUs can be merged")
+        self.objects += other.objects
+        for label, found in other._found.items():
+            self._found[label] += found
+        return self
+
+    def average_precision(self, at: int = 0) -> np.ndarray:
+        """Of every class at ``ious[at]``: (C,) float64 in [0, 1], nan for a class without true objects."""
+        return np.array([self._area(label, at) for label in range(self.num_classes)])
+
+    def _area(self, label: int, at: int) -> float:
+        if not self.objects[label]:
+            return math.nan
+        found = self._found.get(label, [])
+        order = np.argsort([score for score, _ in found], kind="stable")[::-1]
+        hits = np.array([found[i][1][at] for i in order], np.int64)
+        right = hits.cumsum()
+        precision = np.concatenate([[0], right / np.arange(1, len(hits) + 1), [0]])
+        recall = np.concatenate([[0], right / self.objects[label], [1]])
+        envelope = np.maximum.accumulate(precision[::-1])[::-1]
+        return float((np.diff(recall) * envelope[1:]).sum())
+
+    def mean(self, at: int = 0) -> float:
+        """Mean over the classes with true objects; nan if there are none."""
+        return _nanmean(self.average_precision(at))

@@ -54,6 +54,14 @@ class RunFolder:
         """Pseudo mask of an image."""
         return self._file("label", image_id, ".png")
 
+    def instance(self, image_id: str) -> Path:
+        """Objects of an image (instances.write_instances)."""
+        return self._file("instance", image_id, ".npz")
+
+    def instance_picture(self, image_id: str) -> Path:
+        """Objects of an image, as a picture."""
+        return self._file("instance", image_id, ".png")
+
     def seg(self, image_id: str) -> Path:
         """Predicted mask of an image."""
         return self._file("seg", image_id, ".png")

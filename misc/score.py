@@ -18,7 +18,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from misc.metrics import VOID_RULE, BoundaryConfusion, Confusion, Convention, Maps, ThresholdCurve, mask_at
+from misc.instances import Instances
+from misc.metrics import (
+    VOID_RULE,
+    BoundaryConfusion,
+    Confusion,
+    Convention,
+    InstancePrecision,
+    Maps,
+    ThresholdCurve,
+    mask_at,
+)
 from misc.store import quiet_threads
 
 
@@ -211,3 +221,59 @@ def evaluate_cams(
     cut = partial(_cut, cams, best)
     scores = evaluate_masks(ids, cut, truth, num_classes, boundary=boundary, workers=workers, progress=progress)
     return replace(scores, threshold=best, curve=curve)
+
+
+@dataclass
+class InstanceScores:
+    """Result of ``evaluate_instances``."""
+
+    precision: InstancePrecision
+    """Detections, matched."""
+    images: int
+    """Images counted."""
+
+    def to_dict(self, names: Sequence[str], split: str) -> dict[str, Any]:
+        """Scores in PERCENT for JSON, undefined ones None: ap50 (and one for each further IoU) as the mean over classes
+        and of each class. ``names`` (C,) of the foreground classes; ``split`` names the images."""
+        keys = [f"ap{round(100 * iou)}" for iou in self.precision.ious]
+        columns = {key: self.precision.average_precision(at) for at, key in enumerate(keys)}
+        return {
+            "images": self.images,
+            "split": split,
+            "threshold": None,
+            "threshold_choice": None,
+            "unit": "percent",
+            **{key: _percent(self.precision.mean(at)) for at, key in enumerate(keys)},
+            "objects": int(self.precision.objects.sum()),
+            "classes": [
+                {"index": i + 1, "name": name, **{key: _percent(column[i]) for key, column in columns.items()}}
+                for i, name in enumerate(names)
+            ],
+        }
+
+
+def _read_instances(predict: Callable[[str], Instances], truth: Callable[[str], Instances], name: str):
+    return truth(name), predict(name)
+
+
+def evaluate_instances(
+    ids: Sequence[str],
+    predict: Callable[[str], Instances],
+    truth: Callable[[str], Instances],
+    num_classes: int,
+    *,
+    workers: int = 1,
+    progress: bool = True,
+) -> InstanceScores:
+    """Scores single objects by VOC's average precision at mask IoU 0.5 and 0.7 (irnet.md section 11).
+
+    ``predict(id)`` and ``truth(id)`` give an image's objects; ``num_classes`` does not count the background. Other
+    arguments and errors as for ``evaluate_masks``.
+    """
+    job = _Job(partial(_read_instances, predict, truth), partial(_instance_counters, num_classes))
+    (precision,) = job.count_all(ids, workers, progress)
+    return InstanceScores(precision, len(ids))
+
+
+def _instance_counters(num_classes: int) -> list[Any]:
+    return [InstancePrecision(num_classes)]

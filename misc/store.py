@@ -215,12 +215,14 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 class Cam:
     """The class maps of one image.
 
-    keys (K,) int64, present classes, 0-based; maps (K, h, w) float32; size: height and width of the image.
+    keys (K,) int64, present classes, 0-based; maps (K, h, w) float32; size: height and width of the image; coarse
+    (K, h', w') float32, the same maps added up on a coarser grid, where the method's recipe keeps them.
     """
 
     keys: np.ndarray
     maps: np.ndarray
     size: tuple[int, int]
+    coarse: np.ndarray | None = None
 
     def full(self) -> np.ndarray:
         """The maps at image size, (K, H, W) float32, bilinear with align_corners False."""
@@ -230,19 +232,22 @@ class Cam:
         return torch.nn.functional.interpolate(maps, size=self.size, mode="bilinear", align_corners=False)[0].numpy()
 
 
-def write_cam(path: Path, keys: np.ndarray, maps: np.ndarray, size: tuple[int, int]) -> None:
-    """Write ``cam/ID.npz``: maps are clipped to [0, 1] and stored as float16.
+def write_cam(
+    path: Path, keys: np.ndarray, maps: np.ndarray, size: tuple[int, int], coarse: np.ndarray | None = None
+) -> None:
+    """Write ``cam/ID.npz``: maps, and ``coarse`` ones if there are any, are clipped to [0, 1] and stored as float16.
 
     SEAM's rule gives negative values where a class is ruled out (seam.md 5); as 0 they lose every arg-max alike.
     Raises ValueError for values that are not finite: no later step could tell.
     """
-    if not np.isfinite(maps).all():
+    stored = {"maps": maps} if coarse is None else {"maps": maps, "coarse": coarse}
+    if not all(np.isfinite(values).all() for values in stored.values()):
         raise ValueError(f"{path} is not written, its maps are not finite: train again, or try --machine.amp off.")
     write_arrays(
         path,
         keys=np.asarray(keys, np.int64),
-        maps=np.clip(maps, 0, 1).astype(np.float16),
         size=np.asarray(size, np.int64),
+        **{name: np.clip(values, 0, 1).astype(np.float16) for name, values in stored.items()},
     )
 
 
@@ -258,7 +263,8 @@ def read_cam(path: Path) -> Cam:
     keys, maps, size = stored["keys"], stored["maps"].astype(np.float32), tuple(int(v) for v in stored["size"])
     if maps.ndim != 3 or len(keys) != len(maps) or len(size) != 2:
         raise ValueError(f"{path} is no CAM file: {len(keys)} keys, maps of shape {maps.shape}, size {size}.")
-    return Cam(keys.astype(np.int64), maps, size)  # type: ignore[arg-type]
+    coarse = stored["coarse"].astype(np.float32) if "coarse" in stored else None
+    return Cam(keys.astype(np.int64), maps, size, coarse)  # type: ignore[arg-type]
 
 
 def _foreign_cam(path: Path, stored: Any) -> Cam:
@@ -267,14 +273,17 @@ def _foreign_cam(path: Path, stored: Any) -> Cam:
     if "keys" in stored or "key" in stored:
         keys = np.asarray(stored.get("keys", stored.get("key")))
         maps = np.asarray(stored.get("high_res", stored.get("hr_cam", stored.get("cam"))), np.float32)
+        full = {"high_res", "hr_cam"} & stored.keys()
+        coarse = np.asarray(stored["cam"], np.float32) if full and stored.get("cam") is not None else None
         if len(keys) == len(maps) + 1:
             keys = keys[1:] - 1  # SemFormer's keys start with the background and count from 1 (semformer.md 6)
     else:
+        coarse = None
         keys = np.asarray(sorted(stored), dtype=np.int64)
         maps = np.stack([np.asarray(stored[k], np.float32) for k in keys]) if len(keys) else np.zeros((0, 1, 1))
     if maps.ndim != 3 or len(keys) != len(maps):
         raise ValueError(f"{path}: {len(keys)} classes but maps of shape {maps.shape}.")
-    return Cam(keys.astype(np.int64), maps.astype(np.float32), (maps.shape[1], maps.shape[2]))
+    return Cam(keys.astype(np.int64), maps.astype(np.float32), (maps.shape[1], maps.shape[2]), coarse)
 
 
 class _Dtype:
@@ -306,13 +315,27 @@ def _scalar(dtype: _Dtype, content: bytes) -> Any:
     return np.frombuffer(content, dtype.real())[0]
 
 
+def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> np.ndarray:
+    return torch.empty(0, dtype=storage.dtype).set_(storage, offset, size, stride).numpy()
+
+
+def _storage(content: bytes) -> Any:
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
 class _Unpickler(pickle.Unpickler):
-    """Knows NumPy arrays, scalars and dtypes, and the plain containers that pickle builds in; nothing else."""
+    """Knows NumPy arrays, scalars and dtypes, torch tensors (IRNet's files hold some; they come as arrays), and the
+    plain containers that pickle builds in; nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         known = {"_reconstruct": lambda *_: _Array(0), "scalar": _scalar, "ndarray": _Array, "dtype": _Dtype}
         if module.split(".")[0] == "numpy" and name in known:  # NumPy 1 and 2 have them in modules of other names
             return known[name]
+        tensors = {"_rebuild_tensor_v2": _tensor, "_load_from_bytes": _storage}
+        if module in ("torch._utils", "torch.storage") and name in tensors:
+            return tensors[name]
+        if (module, name) == ("collections", "OrderedDict"):  # a tensor's hooks, empty
+            return dict
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not read from data files")
 
 

@@ -33,7 +33,7 @@ STEPS: tuple[Step, ...] = (
     Step("make_aff_label", "make affinity labels from the CAMs", ("aff_label",),
          lambda job: map(job.run.aff_label, job.train_ids()), per_image=True),
     Step("train_aff", "train the affinity network", ("weights/aff.pt",), lambda job: [job.run.weights("aff")]),
-    Step("random_walk", "spread the CAMs by a random walk: pseudo masks", ("label",),
+    Step("random_walk", "spread the CAMs by a random walk: pseudo masks", ("label", "instance"),
          lambda job: map(job.run.label, job.cam_ids()), per_image=True),
     Step("train_seg", "train the segmentation network on the pseudo masks", ("weights/seg.pt",),
          lambda job: [job.run.weights("seg")]),

@@ -11,7 +11,7 @@ from misc.store import read_image, write_mask
 from misc.testtime import segment, with_crf
 from net.contract import Segmenter
 from step.config import Job
-from step.scoring import score_masks
+from step.scoring import score_masks, start_weights
 from step.training import trained
 
 
@@ -41,6 +41,7 @@ def run(job: Job, device: torch.device) -> None:
     )
     trained_on = "pseudo masks" if job.cfg.masks == "pseudo" else "true masks"
     score_masks(
-        job, f"predictions ({job.cfg.segmenter} trained on {trained_on})", job.cfg.val_list, job.run.seg, job.cfg.seg,
-        tags="none", scales=list(infer.scales), flip=infer.flip, crf_iterations=infer.crf.iterations,
+        job, f"predictions ({job.cfg.segmenter} trained on {trained_on})", job.cfg.val_list, job.run.seg, tags="none",
+        scales=list(infer.scales), flip=infer.flip, crf_iterations=infer.crf.iterations,
+        start_weights=start_weights(job.cfg.seg, job.cfg.cam),
     )

@@ -33,7 +33,7 @@ def soft_cam(job: Job, image_id: str, size: tuple[int, int]) -> SoftCam:
     cam = read_cam(path)
     if cam.size != tuple(size):
         raise ValueError(f"{path} was made from an image of {cam.size}, the image is {tuple(size)} now. Delete it.")
-    return SoftCam(cam.keys, cam.full())
+    return SoftCam(cam.keys, cam.full(), cam.coarse)
 
 
 def run(job: Job, device: torch.device) -> None:

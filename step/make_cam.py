@@ -7,7 +7,7 @@ import contextlib
 import numpy as np
 import torch
 
-from misc.cams import infer_cam
+from misc.cams import infer_cams
 from misc.each import each
 from misc.fit import autocast
 from misc.store import read_image, write_cam
@@ -40,12 +40,10 @@ def run(job: Job, device: torch.device) -> None:
         image, tags = prepared
         keys = np.flatnonzero(tags)
         size = image.shape[:2]
-        maps = np.zeros((0, *size), np.float32)
-        if len(keys):
-            grad = contextlib.nullcontext() if network.map_needs_gradient else torch.inference_mode()
-            with grad, autocast(job.cfg.machine, device):
-                maps = infer_cam(network.cam, image, tags, infer, network.normalisation, device)
-        write_cam(job.run.cam(image_id), keys, maps, size)
+        grad = contextlib.nullcontext() if network.map_needs_gradient else torch.inference_mode()
+        with grad, autocast(job.cfg.machine, device):
+            maps, coarse = infer_cams(network.cam, image, tags, infer, network.normalisation, device)
+        write_cam(job.run.cam(image_id), keys, maps, size, coarse)
 
     each(
         "make_cam", job.cam_ids(), work, prepare=prepare, done=lambda i: job.run.cam(i).exists(),

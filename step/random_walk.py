@@ -1,4 +1,7 @@
-"""Step 5: spread the CAMs by a random walk over affinities: pseudo masks label/ID.png."""
+"""Step 5: spread the CAMs by a random walk over affinities: pseudo masks label/ID.png.
+
+Refiners that tell single objects apart also give instance/ID.npz, and instance/ID.png to look at.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ from misc.config import flatten
 from misc.each import each
 from misc.fit import autocast
 from misc.imaging import normalise, to_tensor
+from misc.instances import Instances, write_instances
 from misc.store import read_image, write_mask
 from net.contract import AffinityNetwork, SoftCam
 from step.config import Job
 from step.make_aff_label import soft_cam
-from step.scoring import score_masks
+from step.scoring import score_instances, score_masks, start_weights
 from step.training import trained
 
 
@@ -21,6 +25,8 @@ def run(job: Job, device: torch.device) -> None:
     """Make and score the pseudo masks of the training list and of the scored list."""
     network = trained(job, "aff", job.cfg.aff, device)
     assert isinstance(network, AffinityNetwork)
+    walk = job.cfg.aff.walk
+    finds_instances = network.finds_instances(walk)
 
     def prepare(image_id: str) -> tuple[torch.Tensor, SoftCam]:
         image = read_image(job.catalog.image_path(image_id))
@@ -29,17 +35,29 @@ def run(job: Job, device: torch.device) -> None:
     def work(image_id: str, prepared: tuple[torch.Tensor, SoftCam]) -> None:
         image, cam = prepared
         mask = np.zeros(image.shape[1:], np.uint8)
+        instances = Instances.none(mask.shape)
         if len(cam.keys):
             with torch.inference_mode(), autocast(job.cfg.machine, device):
-                scores = network.refine(image.to(device), cam, job.cfg.aff.walk)  # (K + 1, H, W)
+                if finds_instances:
+                    scores, instances = network.find_instances(image.to(device), cam, walk)
+                else:
+                    scores = network.refine(image.to(device), cam, walk)  # (K + 1, H, W)
             mask = np.concatenate([[0], cam.keys + 1]).astype(np.uint8)[scores.argmax(0)]
-        write_mask(job.run.label(image_id), mask)
+        if finds_instances:
+            write_instances(job.run.instance(image_id), instances)
+            write_mask(job.run.instance_picture(image_id), instances.picture())
+        write_mask(job.run.label(image_id), mask)  # written last
 
     each(
         "random_walk", job.cam_ids(), work, prepare=prepare, done=lambda i: job.run.label(i).exists(),
         workers=job.cfg.machine.workers, part=job.cfg.shard_part(),
     )
     score_masks(
-        job, "pseudo masks after the walk", job.cfg.score_list, job.run.label, job.cfg.aff,
-        tags="true tags", walk=flatten(job.cfg.aff.walk),
+        job, "pseudo masks after the walk", job.cfg.score_list, job.run.label, tags="true tags",
+        walk=flatten(walk), start_weights=start_weights(job.cfg.aff, job.cfg.cam),
     )
+    if finds_instances:
+        score_instances(
+            job, "pseudo objects after the walk", job.cfg.score_list, job.run.instance, tags="true tags",
+            walk=flatten(walk), start_weights=start_weights(job.cfg.aff, job.cfg.cam),
+        )

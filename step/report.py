@@ -69,15 +69,19 @@ def current(job: Job) -> bool:
 
 
 def score_table(scores: dict[str, dict[str, Any]]) -> str:
-    """The recorded scores as aligned text: name, mIoU, list, number of images, how the threshold was chosen, tags, what
-    the network was trained from."""
+    """The recorded scores as aligned text: name, mIoU (of single objects AP50), list, number of images, how the
+    threshold was chosen, tags, what the network was trained from."""
     rows = [("score", "mIoU", "list", "images", "background score", "tags used", "trained from")]
     rows += [
-        (n, _number(s["miou"]), s["split"], str(s["images"]), _threshold(s), s["tags"], s.get("start_weights", "-"))
+        (n, _main(s), s["split"], str(s["images"]), _threshold(s), s["tags"], s.get("start_weights", "-"))
         for n, s in scores.items()
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _main(score: dict[str, Any]) -> str:
+    return _number(score["miou"]) if "miou" in score else f"{_number(score['ap50'])} AP50"
 
 
 def _threshold(score: dict[str, Any]) -> str:
@@ -110,6 +114,7 @@ def _train_row(job: Job, image_id: str, network: Segmenter | None, device: torch
     row = [_Picture(f"{image_id}: {names or 'no tag'}", image), _Picture("CAM", imaging.heat(image, score))]
     row += _mask_picture("affinity label", image, job.run.aff_label(image_id))
     row += _mask_picture("after the walk", image, job.run.label(image_id))
+    row += _mask_picture("objects", image, job.run.instance_picture(image_id))
     if network is not None:
         mask = predict(job, network, image, device)
         row.append(_Picture("prediction", imaging.overlay(image, mask)))
@@ -185,7 +190,7 @@ def _scores(scores: dict[str, dict[str, Any]]) -> str:
     known = {"scales", "flip", "crf_iterations", "start_weights", "walk"}
     rows = [
         (
-            name, _number(s["miou"]), _number(s.get("boundary_miou")), s["split"], s["images"], _threshold(s),
+            name, _main(s), _number(s.get("boundary_miou")), s["split"], s["images"], _threshold(s),
             s["tags"], ", ".join(f"{k.replace('_', ' ')}: {s[k]}" for k in s if k in known),
         )
         for name, s in scores.items()
@@ -199,9 +204,9 @@ def _number(value: float | None) -> str:
 
 
 def _classes(scores: dict[str, dict[str, Any]]) -> str:
-    if not scores:
+    columns = [name for name, score in scores.items() if "miou" in score]
+    if not columns:
         return ""
-    columns = list(scores)
     names = [c["name"] for c in scores[columns[0]]["classes"]]
     rows = [(n, *(_number(scores[c]["classes"][i]["iou"]) for c in columns)) for i, n in enumerate(names)]
     return _table(("IoU %", *columns), rows, lambda i: i > 0)

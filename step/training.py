@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,8 @@ import torch
 from misc import distributed
 from misc.config import flatten
 from misc.fit import Batch, divide, fit
-from misc.store import read_weights
+from misc.imaging import normalise, to_tensor
+from misc.store import read_image, read_weights
 from net.contract import Network, Phase
 from step.config import Job
 from voc12.loader import Draws, TrainSet, make_loader
@@ -84,8 +85,26 @@ def train(
             start_step=start, total_steps=total, workers=job.cfg.machine.workers,
         )
 
+    def calibrate() -> None:
+        split = job.cfg.score_list if job.catalog.has_list(job.cfg.score_list) else job.train_list
+        distributed.say(f"{name}: measures what inference needs, on {split}.")
+        network.calibrate(images.to(device) for images in _corner_images(job, split, phase, network.normalisation))
+
     fit(
         network, batches, recipe, total, machine=job.cfg.machine, device=device, seed=job.cfg.seed,
         weights=job.run.weights(name), log=job.run.log, name=name,
         made_by={**flatten(phase), "images": job.catalog.fingerprint(job.train_list)},
+        finish=calibrate if network.calibrates else None,
     )
+
+
+def _corner_images(job: Job, split: str, phase: Phase, normalisation: str) -> Iterator[torch.Tensor]:
+    """Images of a list, unscaled, cut or padded at the bottom and right to the training crop: batches (b, 3, S, S)."""
+    side, ids = phase.augment.crop, job.catalog.ids(split)
+    size = phase.fit.micro_batch or phase.fit.batch_size
+    for begin in range(0, len(ids), size):
+        batch = torch.zeros(len(ids[begin : begin + size]), 3, side, side)
+        for canvas, image_id in zip(batch, ids[begin : begin + size], strict=True):
+            image = to_tensor(normalise(read_image(job.catalog.image_path(image_id)), normalisation))[:, :side, :side]
+            canvas[:, : image.shape[1], : image.shape[2]] = image
+        yield batch

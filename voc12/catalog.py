@@ -63,6 +63,11 @@ class Catalog(ABC):
     def index_masks(self) -> Mapping[str, str]:
         """All true masks there are: {id: path below ``root``}."""
 
+    def index_objects(self) -> Mapping[str, str]:
+        """All masks of single objects there are, in the form of VOC's SegmentationObject: {id: path below ``root``}; a
+        data set has none unless it says so."""
+        return {}
+
     @abstractmethod
     def read_tags(self, image_id: str) -> np.ndarray:
         """(C,) float32 tags of an image, read anew; DataError where they are missing or damaged."""
@@ -82,6 +87,11 @@ class Catalog(ABC):
     def masks(self) -> Mapping[str, str]:
         """``index_masks``, looked up once."""
         return self.index_masks()
+
+    @cached_property
+    def objects(self) -> Mapping[str, str]:
+        """``index_objects``, looked up once."""
+        return self.index_objects()
 
     def ids(self, split: str) -> list[str]:
         """Image ids of a split, in the order of the list.
@@ -115,6 +125,10 @@ class Catalog(ABC):
     def mask_path(self, image_id: str) -> Path | None:
         """File of the true mask of an image, None where there is none."""
         return self.root / self.masks[image_id] if image_id in self.masks else None
+
+    def object_path(self, image_id: str) -> Path | None:
+        """File of the mask of an image's single objects, None where there is none."""
+        return self.root / self.objects[image_id] if image_id in self.objects else None
 
     def tags(self, image_id: str) -> np.ndarray:
         """Tags of an image: (C,) float32 of 0 and 1, kept and read-only; DataError where there are none."""
@@ -200,7 +214,7 @@ class Catalog(ABC):
 
 class VocCatalog(Catalog):
     """VOC 2012's layout: JPEGImages, ImageSets/Segmentation, and what there is of Annotations, SegmentationClass,
-    SegmentationClassAug, ``classes.txt`` and ``labels.csv``.
+    SegmentationClassAug, SegmentationObject, ``classes.txt`` and ``labels.csv``.
 
     Classes are VOC's 20 unless ``classes.txt`` names others. Tags come from Annotations; without these from
     ``labels.csv``; without that from the masks. Masks of SegmentationClass go before those of SegmentationClassAug.
@@ -245,6 +259,10 @@ class VocCatalog(Catalog):
             **_index(self.root, "SegmentationClassAug", (".png",)),
             **_index(self.root, "SegmentationClass", (".png",)),
         }
+
+    def index_objects(self) -> dict[str, str]:
+        """SegmentationObject."""
+        return _index(self.root, "SegmentationObject", (".png",))
 
     def read_tags(self, image_id: str) -> np.ndarray:
         """(C,) float32 from the data set's one source of tags; DataError where it has none for this image."""

@@ -1,4 +1,4 @@
-"""Edge affinity network on a ResNet: boundaries between classes, learnt from pairs of cells (irnet.md sections 7 to 10).
+"""Edge affinity network on a ResNet: class boundaries, learnt from pairs of cells (irnet.md sections 7 to 10).
 
 IRNet's, and with other settings SemFormer's and Puzzle-CAM's (semformer.md section 9, puzzlecam.md section 5). The
 affinity of two cells is 1 - the largest boundary value on the line between them, so pairs with a known relation teach a

@@ -1,0 +1,101 @@
+"""IRNet's CAM network: a 1x1 classifier on ResNet-50 (Ahn, Cho and Kwak, CVPR 2019). irnet.md sections 3 to 6."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit
+from net.backbone.resnet import SAMPLE_RESNET, ResNet, ResNetOptions, load_resnet
+from net.contract import (
+    Batch,
+    Group,
+    Network,
+    Options,
+    Recipe,
+    SeedNetwork,
+    SeedRecipe,
+    multilabel_soft_margin,
+    seed,
+)
+
+
+@dataclass(frozen=True)
+class IRNCamOptions(Options):
+    """Network; the defaults are the published ones."""
+
+    resnet: ResNetOptions = field(default_factory=lambda: ResNetOptions(frozen="layer2"))
+    """Backbone. Published gets no gradient up to layer2, whose map is detached."""
+    head_lr: float = 10.0
+    """Learning rate of the classifier relative to the backbone's."""
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> IRNCam:
+        """The classifier for ``num_classes`` foreground classes."""
+        return IRNCam(self, num_classes)
+
+
+_PUBLISHED = Recipe(
+    cam=SeedRecipe(
+        network=IRNCamOptions(),
+        # the momentum is the published poly-SGD's, which passes its weight decay there: with a real one of 0.9 the
+        # rates are ten times too large (irnet.md section 5)
+        fit=Fit(epochs=5, batch_size=16, lr=0.1, momentum=1e-4, weight_decay=1e-4),
+        augment=Augment(order=("long_side", "normalize", "flip", "crop"), long_side=(320, 640), crop=512),
+        weights=PRETRAINED_WEIGHTS,
+        infer=CamInference(scales=(1.0, 0.5, 1.5, 2.0), flip=True, normalise="max", round_up=16, coarse=4),
+    ),
+    refiner="irn",
+    segmenter="deeplabv1",
+)
+
+# trained from random weights: nothing frozen
+_SAMPLE = Recipe(
+    cam=SeedRecipe(
+        network=IRNCamOptions(resnet=SAMPLE_RESNET, head_lr=1.0),
+        fit=Fit(epochs=25, batch_size=16, optimiser="adamw", lr=0.003, weight_decay=0.01),
+        augment=Augment(order=("long_side", "normalize", "flip", "crop"), long_side=(112, 160), crop=112),
+        infer=CamInference(scales=(1.0, 1.5), flip=True, normalise="max", coarse=4),
+    ),
+    refiner="irn",
+    refine={"weights": "cam"},
+    segmenter="deeplabv1",
+)
+
+
+@seed("irn_cam")
+class IRNCam(SeedNetwork):
+    """The classifier; state-dict names are the official ones (each tensor once): ``resnet50``, ``classifier``."""
+
+    recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
+    normalisation = ResNet.normalisation
+
+    def __init__(self, options: IRNCamOptions, num_classes: int) -> None:
+        super().__init__()
+        self.head_lr = options.head_lr
+        self.resnet50 = ResNet(options.resnet)
+        self.classifier = nn.Conv2d(self.resnet50.channels["layer4"], num_classes, 1, bias=False)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Class scores: the features are pooled, then classified; (B, 3, H, W) -> (B, C)."""
+        return self.classifier(self.resnet50(images).mean((2, 3), keepdim=True)).flatten(1)
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image (B, 3, S, S), tags (B, C) -> {"cls": multi-label soft margin loss}."""
+        return {"cls": multilabel_soft_margin(self.logits(batch["image"]), batch["tags"])}
+
+    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
+        """Rectified maps of all classes: (B, 3, H, W) -> (B, C, ceil(H/16), ceil(W/16)) float32."""
+        return F.relu(self.classifier(self.resnet50(images)).float())
+
+    def param_groups(self) -> list[Group]:
+        """Backbone at the base rate, classifier at ``head_lr`` times it; everything is decayed (irnet.md section 5)."""
+        backbone = [p for p in self.resnet50.parameters() if p.requires_grad]
+        return [Group(backbone), Group(list(self.classifier.parameters()), self.head_lr)]
+
+    def load_weights(self, weights: str) -> str:
+        """ImageNet weights ('pretrained': torchvision's by the option of the backbone, or a file), or a whole
+        checkpoint; the classifier may be absent or of other classes: then it stays random, and the report says so."""
+        return load_resnet(self, weights, heads=("classifier",))
