@@ -14,7 +14,7 @@ from net.contract import Segmenter, SingleStage
 from step import overlays
 from step.config import Job
 from step.make_cam import cam_network
-from step.scoring import score_masks
+from step.scoring import score_masks, start_weights
 from step.training import trained
 
 
@@ -62,7 +62,8 @@ def run(job: Job, device: torch.device) -> None:
         masks = {"pseudo": "pseudo masks", "truth": "true masks"}[job.cfg.masks]
         trained_on, phase = f"{job.cfg.segmenter} trained on {masks}", job.cfg.seg
     score_masks(
-        job, f"predictions ({trained_on})", job.cfg.val_list, job.run.seg, phase, tags="none",
+        job, f"predictions ({trained_on})", job.cfg.val_list, job.run.seg, tags="none",
         scales=list(infer.scales), flip=infer.flip, crf_iterations=infer.crf.iterations,
+        start_weights=start_weights(phase, job.cfg.cam),
         seen_in_training=sum(i in known for i in job.catalog.ids(job.cfg.val_list)),
     )

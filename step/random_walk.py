@@ -20,7 +20,7 @@ from net.contract import AffinityNetwork, SoftCam
 from step import overlays
 from step.config import Job
 from step.make_aff_label import soft_cam
-from step.scoring import score_instances, score_masks
+from step.scoring import score_instances, score_masks, start_weights
 from step.training import trained
 
 
@@ -64,11 +64,11 @@ def run(job: Job, device: torch.device) -> None:
     )
     overlays.draw(job, job.run.label, job.cam_ids())
     score_masks(
-        job, "pseudo masks after the walk", job.cfg.score_list, job.run.label, job.cfg.aff,
-        tags="true tags", walk=flatten(walk),
+        job, "pseudo masks after the walk", job.cfg.score_list, job.run.label, tags="true tags",
+        walk=flatten(walk), start_weights=start_weights(job.cfg.aff, job.cfg.cam),
     )
     if finds_instances:
         score_instances(
             job, "pseudo objects after the walk", job.cfg.score_list, job.run.instance, tags="true tags",
-            walk=flatten(walk),
+            walk=flatten(walk), start_weights=start_weights(job.cfg.aff, job.cfg.cam),
         )

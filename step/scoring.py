@@ -14,20 +14,20 @@ from misc import distributed, wsol
 from misc.instances import Instances, read_instances, true_instances
 from misc.score import InstanceScores, Scores, evaluate_cams, evaluate_instances, evaluate_masks
 from misc.store import read_arrays, read_cam, read_mask
-from net.contract import Phase
+from net.contract import Phase, SeedRecipe
 from step.config import Job
 
 THRESHOLDS = tuple(i / 100 for i in range(60))
 """Background scores of the published curves (evaluation.md 1.3)."""
 
 
-def start_weights(phase: Phase, cam: Phase) -> str:
-    """What a network was trained from, in words: random weights, a file and what that was trained on, or (``cam`` is
-    the CAM network's last phase) the CAM network."""
+def start_weights(phase: Phase, cam: SeedRecipe | None = None) -> str:
+    """What the network of a phase was trained from, in words, for the provenance of its scores: random weights, a file
+    and what that was trained on, or the CAM network, which ``cam`` made."""
     if phase.weights == "none":
         return "random"
-    if phase.weights == "cam":
-        return f"CAM network (from {start_weights(cam, cam)})"
+    if phase.weights == "cam" and cam is not None:
+        return f"CAM network (from {start_weights(cam.phases()[-1][1])})"
     name = Path(phase.weights).name
     return f"{phase.init} ({name})" if phase.init else name
 
@@ -61,21 +61,19 @@ def score_cams(job: Job) -> None:
         )
         infer = job.cfg.cam.infer
         _record(
-            job, "CAM", job.cfg.score_list, scores, job.cfg.cam.phases()[-1][1], tags="true tags",
-            scales=list(infer.scales), flip=infer.flip, selection=job.cfg.cam.selection,
+            job, "CAM", job.cfg.score_list, scores, tags="true tags", scales=list(infer.scales), flip=infer.flip,
+            selection=job.cfg.cam.selection, start_weights=start_weights(job.cfg.cam.phases()[-1][1]),
         )
 
 
-def score_masks(
-    job: Job, name: str, split: str, path: Callable[[str], Path], phase: Phase, **provenance: Any
-) -> None:
-    """Score masks of a list, which the network of ``phase`` made, and record them under ``name``."""
+def score_masks(job: Job, name: str, split: str, path: Callable[[str], Path], **provenance: Any) -> None:
+    """Score masks of a list and record them under ``name``."""
     ids = _scorable(job, name, split)
     if ids:
         scores = evaluate_masks(
             ids, _Files(path, read_mask), _Files(job.catalog.mask_path, read_mask), job.catalog.num_classes + 1,
         )
-        _record(job, name, split, scores, phase, **provenance)
+        _record(job, name, split, scores, **provenance)
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,10 @@ def _record_instances(job: Job, name: str, split: str, scores: InstanceScores, *
     found = ", ".join(
         f"{100 * scores.precision.mean(at):.2f} AP at mask IoU {iou:g}" for at, iou in enumerate(scores.precision.ious)
     )
-    distributed.say(f"{name}: {found} on {split}, {scores.images} images, {scores.precision.objects.sum()} objects")
+    distributed.say(
+        f"{name}: {found} on {split}, {scores.images} images, {scores.precision.objects.sum()} objects; trained from "
+        f"{provenance['start_weights']}"
+    )
 
 
 def score_boxes(job: Job) -> None:
@@ -185,14 +186,13 @@ def _scorable(job: Job, name: str, split: str) -> list[str]:
     return job.catalog.ids(split)
 
 
-def _record(job: Job, name: str, split: str, scores: Scores, phase: Phase, **provenance: Any) -> None:
+def _record(job: Job, name: str, split: str, scores: Scores, **provenance: Any) -> None:
     names = ["background", *job.catalog.classes]
-    start = start_weights(phase, job.cfg.cam.phases()[-1][1])
-    job.run.add_score(name, {**scores.to_dict(names, split), **provenance, "start_weights": start})
+    job.run.add_score(name, {**scores.to_dict(names, split), **provenance})
     chosen = ""
     if scores.threshold is not None:
         chosen = f" at background score {scores.threshold:.2f} (searched on {split} itself)"
     distributed.say(
         f"{name}: {100 * scores.confusion.miou():.2f} mIoU on {split}, {scores.images} images{chosen}; trained from "
-        f"{start}"
+        f"{provenance['start_weights']}"
     )

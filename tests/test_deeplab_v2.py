@@ -225,7 +225,7 @@ def test_a_file_with_a_gap_in_the_backbone_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong", [{"form": "msra"}, {"width": 0}, {"depth": (1, 1, 1)}, {"rates": ()}, {"dilations": (0, 1)},
-              {"scales": (0.5, 1.0)}],
+              {"scales": (0.5, 1.0)}, {"bn_momentum": 0}],
 )  # fmt: skip
 def test_options_refuse_impossible_values(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):

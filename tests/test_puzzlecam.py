@@ -135,6 +135,7 @@ def test_published_recipe() -> None:
     assert augment.order == ("long_side", "flip", "normalize", "crop")
     assert (augment.long_side, augment.crop) == ((320, 640), 512)
     assert (infer.scales, infer.flip, infer.normalise) == ((0.5, 1.0, 1.5, 2.0), True, "max")
+    assert (infer.round_up, infer.coarse) == (16, 4)
 
 
 def test_official_checkpoints_hold_the_backbone_twice(tmp_path: Path) -> None:

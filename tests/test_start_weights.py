@@ -16,7 +16,7 @@ from step.scoring import start_weights
 
 def test_start_weights_are_told_in_words() -> None:
     cam = SeedRecipe(network=None, weights="/far/away/resnet50.pth", init="imagenet")  # type: ignore[arg-type]
-    assert start_weights(cam, cam) == "imagenet (resnet50.pth)"
+    assert start_weights(cam) == "imagenet (resnet50.pth)"
     for weights, init, told in (
         ("none", "coco", "random"), ("a/b.pth", "", "b.pth"), ("b.pth", "coco", "coco (b.pth)"),
         ("pretrained", "", "pretrained"), ("cam", "coco", "CAM network (from imagenet (resnet50.pth))"),

@@ -146,7 +146,7 @@ _PUBLISHED = Recipe(
         augment=Augment(order=("long_side", "flip", "normalize", "crop"), long_side=(320, 640), flip=0.5, crop=512),
         weights=PRETRAINED_WEIGHTS,
         init="imagenet",
-        infer=CamInference(scales=(0.5, 1.0, 1.5, 2.0), flip=True, normalise="max"),
+        infer=CamInference(scales=(0.5, 1.0, 1.5, 2.0), flip=True, normalise="max", round_up=16, coarse=4),
     ),
     refiner="psa",
     # the published DeepLab v3+ on ResNeSt is not here; started from ImageNet, as that is

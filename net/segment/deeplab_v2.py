@@ -55,6 +55,8 @@ class DeepLabV2Options(Options):
     """Sizes of the input besides 1, in training and testing."""
     freeze_bn: bool = True
     """Keep all batch normalisation (statistics and affine) as loaded. Turn off to train from random weights."""
+    bn_momentum: float = 0.001
+    """Momentum of the running statistics, where they are not frozen."""
     head_lr: float = 10.0
     """Learning rate of the classifier's weights relative to the backbone's; its biases learn twice as fast."""
     pretrained: str = "resnet101.tv_in1k"
@@ -66,6 +68,8 @@ class DeepLabV2Options(Options):
             raise ValueError(f"form must be caffe or torchvision, got {self.form!r}.")
         if self.width <= 0:
             raise ValueError(f"width must be above 0, got {self.width}.")
+        if not 0 < self.bn_momentum <= 1:
+            raise ValueError(f"bn_momentum must be in (0, 1], got {self.bn_momentum}.")
         if len(self.depth) != 4 or min(self.depth) < 1:
             raise ValueError(f"depth needs four numbers of at least 1 (layer2 to layer5), got {self.depth}.")
         for name in ("dilations", "rates"):
@@ -91,7 +95,7 @@ class ConvBn(nn.Sequential):
         super().__init__()
         padding = dilation * (kernel // 2)
         self.conv = nn.Conv2d(cin, cout, kernel, stride, padding, dilation, bias=False)
-        self.bn = nn.BatchNorm2d(cout, momentum=0.001)
+        self.bn = nn.BatchNorm2d(cout)
         if relu:
             self.relu = nn.ReLU(inplace=True)
 
@@ -284,6 +288,7 @@ class DeepLabV2(Segmenter):
                 dilations=(1, 1),
                 rates=(1, 2, 3, 4),
                 freeze_bn=False,
+                bn_momentum=0.1,
                 head_lr=1.0,
             ),
             fit=Fit(epochs=18, batch_size=16, optimiser="adamw", lr=0.002, weight_decay=0.01, schedule_every=10),
@@ -315,6 +320,9 @@ class DeepLabV2(Segmenter):
         self.options = options = options or DeepLabV2Options()
         self.normalisation = {"caffe": "caffe_bgr", "torchvision": "imagenet"}[options.form]
         self.base = Base(options, num_classes + 1)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = options.bn_momentum
         self._freeze()
 
     def _freeze(self) -> None:

@@ -317,7 +317,7 @@ def check_irn_image_ops(case: Any) -> None:
         side = int(re.search(r"crop/pad to (\d+)", case.meta["outputs"][name]["meaning"])[1])
         corner = values[:side, :side]
         sample = Sample(corner, label[:side, :side], None)
-        crop(sample, side, rng, corner=True)
+        crop(sample, side, rng, place="corner")
         if name.endswith("label"):
             np.testing.assert_array_equal(sample.mask, case.arrays[name])
         else:
