@@ -2,13 +2,13 @@
 # CRT as published (Huo, Su and Wu, 2022) on PASCAL VOC 2012. NOT RUN by this project yet: no VOC, weights or GPU were at
 # hand. Expected scores are the published ones.
 #
-#   command    scripts/crt.sh VOC_ROOT AFF_WEIGHTS SEG_WEIGHTS [flags of run_sample.py]
+#   command    scripts/crt.sh VOC_ROOT SEG_WEIGHTS [flags of run_sample.py]
 #              VOC_ROOT         VOCdevkit/VOC2012 with JPEGImages, Annotations, SegmentationClass(Aug) and
 #                               ImageSets/Segmentation/{train,train_aug,val}.txt
-#              AFF_WEIGHTS      start of the refiner's network (run_sample.py crt --preset published --help names it)
-#              SEG_WEIGHTS      start of the segmentation network (published: DeepLab v1 ResNet-101, trained on COCO)
-#              DeiT-S and ResNet-152 are fetched from the internet by timm; without internet add
+#              SEG_WEIGHTS      start of the segmentation network (published: deeplabv1_resnet101-coco.pth)
+#              DeiT-S, ResNet-152 and ResNet-50 are fetched from the internet by timm; without internet add
 #              --cam.weights deit_small_patch16_224-cd65a155.pth,resnet152-b121ed2d.pth
+#              --aff.weights resnet50-19c8e357.pth
 #   hardware   the authors: two RTX 2080 Ti, batch 16 of 336 x 336. With N GPUs put "torchrun --nproc-per-node N" before
 #              run_sample.py; the batch stays the recipe's. Published in float32, hence amp off.
 #
@@ -17,14 +17,13 @@
 #   5 random_walk  train       71.8                                                            published
 #   7 infer_seg    val         71.2; test: 71.7 (DeepLab v2, ResNet-101, COCO start)           published
 set -euo pipefail
-if [ $# -lt 3 ]; then
+if [ $# -lt 2 ]; then
     sed -n '2,/^set/p' "$0" | sed '$d'
     exit 2
 fi
 root=$(realpath "$1")
-aff=$(realpath "$2")
-seg=$(realpath "$3")
-shift 3
+seg=$(realpath "$2")
+shift 2
 . "$(dirname "$0")/env.sh" requirements.txt
 exec .venv/bin/python run_sample.py crt --preset published --data voc12 --root "$root" --machine.amp off \
-    --aff.weights "$aff" --seg.weights "$seg" "$@"
+    --seg.weights "$seg" "$@"
