@@ -214,7 +214,7 @@ def test_the_map_is_mask_logits_times_attention(attention: bool) -> None:
     images = batch([[1, 0, 1]])["image"][..., :41]  # padded to 48 columns
     seen: list[Tensor] = []
     with torch.no_grad():
-        _, logits = model.segmentor(images, lambda _, qk: seen.append(qk.logits().softmax(-1)))  # type: ignore[arg-type]
+        _, logits = model.segmentor(images, lambda _, attention: seen.append(attention.logits().softmax(-1)))
         got = model.cam(images, torch.ones(1, CLASSES))
     summed = sum(layer.mean(1)[:, : CLASSES + 1, CLASSES + 1 :] for layer in seen[-2:])  # (1, K, N)
     low, high = summed.amin(2, keepdim=True), summed.amax(2, keepdim=True)

@@ -27,7 +27,7 @@ from net.backbone.caae import (
     similarity_loss,
     with_background,
 )
-from net.backbone.transformer import AttentionSums
+from net.backbone.transformer import AttentionSums, Visit
 from net.backbone.vit import GridViT, ViTOptions
 from net.contract import (
     Batch,
@@ -114,12 +114,12 @@ class Segmentor(nn.Module):
         for parameter in (self.cls_token, self.cls_posembed):
             nn.init.trunc_normal_(parameter, std=0.02)
 
-    def forward(self, images: Tensor, sums: AttentionSums | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, visit: Visit | None = None) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W), padded with the mean colour to whole patches -> class embeddings (B, K, E), 0 or above,
-        and mask logits (B, K, ceil(H / patch), ceil(W / patch)), both float32; ``sums`` looks at the attention."""
+        and mask logits (B, K, ceil(H / patch), ceil(W / patch)), both float32; ``visit`` sees the attention."""
         height, width = images.shape[-2:]
         padded = F.pad(images, (0, -width % self.patch, 0, -height % self.patch))
-        x, grid = self.backbone(padded, self.cls_token + self.cls_posembed, sums)
+        x, grid = self.backbone(padded, self.cls_token + self.cls_posembed, visit)
         embeddings = F.relu(self.cls_head(x[:, : self.classes]).float())
         logits = self.seg_head(x[:, self.classes :]).float()  # (B, N, K)
         return embeddings, logits.transpose(1, 2).unflatten(2, grid)
