@@ -18,6 +18,7 @@ from step.config import Job
 from step.infer_seg import predict
 from step.scoring import why_unscored
 from step.training import trained
+from voc12.catalog import spread
 
 ROWS = 12
 """Images of each gallery."""
@@ -47,8 +48,8 @@ def run(job: Job, device: torch.device) -> None:
     if job.run.weights("seg").exists():
         network = trained(job, "seg", job.cfg.seg, device)
         assert isinstance(network, Segmenter)
-    train = [_train_row(job, i, network, device) for i in _spread(_scored(job), ROWS)]
-    val = [_val_row(job, i) for i in _spread(_val(job), ROWS)]
+    train = [_train_row(job, i, network, device) for i in spread(_scored(job), ROWS)]
+    val = [_val_row(job, i) for i in spread(_val(job), ROWS)]
     page = _page(job, train, val)
     store.write_bytes(job.run.report, page.encode())
     if train:
@@ -101,11 +102,6 @@ def _val(job: Job) -> list[str]:
     if not job.catalog.has_list(job.cfg.val_list):
         return []
     return [i for i in job.catalog.ids(job.cfg.val_list) if job.run.seg(i).exists()]
-
-
-def _spread(ids: Sequence[str], count: int) -> list[str]:
-    """``count`` ids at equal distances: a fixed choice, not a flattering one."""
-    return [ids[i] for i in np.unique(np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(int))] if ids else []
 
 
 def _train_row(job: Job, image_id: str, network: Segmenter | None, device: torch.device) -> list[_Picture]:
