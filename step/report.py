@@ -17,6 +17,7 @@ from net.contract import Segmenter, SingleStage
 from step.config import Job
 from step.infer_seg import predict, segmentation_network
 from step.scoring import why_unscored
+from voc12.catalog import spread
 
 ROWS = 12
 """Images of each gallery."""
@@ -61,9 +62,9 @@ def run(job: Job, device: torch.device) -> None:
     network = None
     if job.run.weights("cam" if job.single_stage else "seg").exists():
         network = segmentation_network(job, device)
-    train = [_train_row(job, i, network, device) for i in _spread(_scored(job), ROWS)]
-    val = [_val_row(job, i) for i in _spread(_done(job, job.run.seg), ROWS)]
-    boxes = [_box_row(job, i) for i in _spread(_done(job, job.run.box), ROWS)]
+    train = [_train_row(job, i, network, device) for i in spread(_scored(job), ROWS)]
+    val = [_val_row(job, i) for i in spread(_done(job, job.run.seg), ROWS)]
+    boxes = [_box_row(job, i) for i in spread(_done(job, job.run.box), ROWS)]
     page = _page(job, train, val, boxes)
     store.write_bytes(job.run.report, page.encode())
     # boxes are small rows: two of them make a line
@@ -134,11 +135,6 @@ def _done(job: Job, made: Callable[[str], Path]) -> list[str]:
     if not job.catalog.has_list(job.cfg.val_list):
         return []
     return [i for i in job.catalog.ids(job.cfg.val_list) if made(i).exists()]
-
-
-def _spread(ids: Sequence[str], count: int) -> list[str]:
-    """``count`` ids at equal distances: a fixed choice, not a flattering one."""
-    return [ids[i] for i in np.unique(np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(int))] if ids else []
 
 
 def _train_row(

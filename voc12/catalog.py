@@ -11,7 +11,7 @@ import importlib
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -362,6 +362,11 @@ def open_catalog(data: str, root: Path) -> Catalog:
         raise DataError(f"There is no data set {data!r}; known: {', '.join(READERS)}.")
     module, reader = READERS[data].split(".")
     return getattr(importlib.import_module(f"voc12.{module}"), reader)(data, Path(root))
+
+
+def spread(ids: Sequence[str], count: int) -> list[str]:
+    """``count`` ids at equal distances: a fixed choice, not a flattering one."""
+    return [ids[i] for i in np.unique(np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(int))] if ids else []
 
 
 def find_root(root: Path) -> Path:

@@ -1,0 +1,189 @@
+"""One number of a recipe at several values, seen: ``python scripts/sheet.py METHOD --field F --values V... [flags]``.
+
+Takes the flags of run_sample.py that the run was made with, and makes nothing in the run folder. Fields:
+
+    background                the CAMs cut at constant background scores (needs make_cam)
+    aff.label.NAME            affinity labels, with any number of the refiner's label settings (needs make_cam)
+    aff.walk.NAME             pseudo masks, with any number of the refiner's walk settings (needs train_aff)
+
+Writes a picture, a row an image: the image, its CAM, then one column a value (unknown pixels white). Prints for every
+value what can be told without pixel truth: how many of the tags have pixels in the mask, and the shares of foreground
+and unknown pixels; where the data set has masks, the mIoU too (docs/your_data.md).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
+
+import run_sample  # noqa: E402
+from misc import distributed, imaging, store  # noqa: E402
+from misc.config import override  # noqa: E402
+from misc.fit import autocast  # noqa: E402
+from misc.metrics import Confusion, mask_at  # noqa: E402
+from net.contract import AffinityNetwork, SoftCam  # noqa: E402
+from step.config import Job, open_job  # noqa: E402
+from step.training import trained  # noqa: E402
+from voc12.catalog import spread  # noqa: E402
+
+MakeMask = Callable[[np.ndarray, SoftCam, float], np.ndarray]
+"""image (H, W, 3) uint8, its CAMs at its size, value of the field -> mask (H, W) uint8, 255 unknown."""
+
+LEAST = 0.005
+"""A class is found in a mask that gives it this share of the image's pixels."""
+
+
+@dataclass
+class Tally:
+    """What is known of the masks of one value."""
+
+    tags: int = 0
+    found: int = 0
+    shares: list[tuple[float, float]] = field(default_factory=list)
+    confusion: Confusion | None = None
+
+    def add(self, mask: np.ndarray, keys: np.ndarray, truth: np.ndarray | None) -> None:
+        """Count a mask of an image with the tags ``keys`` (K,), 0-based."""
+        self.tags += len(keys)
+        self.found += sum((mask == key + 1).mean() >= LEAST for key in keys)
+        self.shares.append((float(((mask > 0) & (mask < 255)).mean()), float((mask == 255).mean())))
+        if truth is not None and self.confusion is not None:
+            self.confusion.add(truth, mask)
+
+    def __str__(self) -> str:
+        foreground, unknown = 100 * np.mean(self.shares, axis=0)
+        kept = 100 * self.found / max(1, self.tags)
+        miou = "" if self.confusion is None else f"{100 * self.confusion.miou():9.2f}"
+        return f"{kept:10.1f} {foreground:14.1f} {unknown:11.1f}{miou}"
+
+
+def maker(job: Job, name: str, device: torch.device) -> MakeMask:
+    """What makes the mask of an image at a value of the field ``name``; ValueError for another field."""
+    if name == "background":
+        return lambda image, cam, value: mask_at((cam.keys, cam.maps), value)
+    part, _, number = name.removeprefix("aff.").partition(".")
+    if part not in ("label", "walk") or not number:
+        raise ValueError(f"--field {name}: give background, or a number of aff.label or aff.walk.")
+    options = getattr(job.cfg.aff, part)
+    override(options, {number: 0.5})  # names the fields there are, where there is no such field
+    whole = isinstance(_current(options, number), int)
+
+    def changed(value: float) -> object:
+        return override(options, {number: int(value) if whole and float(value).is_integer() else value})
+
+    if part == "label":
+        method = job.refine_method()
+        return lambda image, cam, value: method.make_label(image, cam, changed(value))[0]
+    network = trained(job, "aff", job.cfg.aff, device)
+    assert isinstance(network, AffinityNetwork)
+
+    def walk(image: np.ndarray, cam: SoftCam, value: float) -> np.ndarray:
+        if not len(cam.keys):
+            return np.zeros(image.shape[:2], np.uint8)
+        pixels = imaging.to_tensor(imaging.normalise(image, network.normalisation)).to(device)
+        with torch.inference_mode(), autocast(job.cfg.machine, device):
+            scores = network.refine(pixels, cam, changed(value))  # (K + 1, H, W)
+        return np.array([0, *(cam.keys + 1)], np.uint8)[scores.argmax(0)]
+
+    return walk
+
+
+def _current(options: object, dotted: str) -> object:
+    for name in dotted.split("."):
+        options = getattr(options, name)
+    return options
+
+
+def titled(picture: np.ndarray, text: str, height: int) -> np.ndarray:
+    """(H, W, 3) uint8 scaled to ``height``, with a line of text above it."""
+    picture = imaging.resize_image(picture, (height, max(1, round(picture.shape[1] * height / picture.shape[0]))))
+    band = np.full((20, picture.shape[1], 3), 255, np.uint8)
+    cv2.putText(band, text, (2, 15), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
+    return np.concatenate([band, picture])
+
+
+def unknown_shown(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Overlay of a mask whose unknown pixels are white: (H, W, 3) uint8."""
+    picture = imaging.overlay(image, mask)
+    picture[mask == 255] = 255
+    return picture
+
+
+def arguments(
+    method: tyro.conf.Positional[str] = "seam",
+    field: str = "background",
+    values: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5),
+    images: tuple[str, ...] = (),
+    rows: int = 4,
+    count: int = 100,
+    height: int = 120,
+    sheet: Path = Path("sheet.png"),
+) -> tuple[str, str, tuple[float, ...], tuple[str, ...], int, int, int, Path]:
+    """See a number of a recipe at several values. Flags that are not listed here are those of run_sample.py.
+
+    Args:
+        method: Method, as for run_sample.py.
+        field: background, aff.label.NAME or aff.walk.NAME.
+        values: Values of the field.
+        images: Ids of the images shown; left out: images at equal distances in the training list.
+        rows: How many images are shown, where none are named.
+        count: How many images, at equal distances in the training list, the printed table is over.
+        height: Of a picture, pixels.
+        sheet: File of the picture.
+    """
+    return method, field, values, images, rows, count, height, sheet
+
+
+def main(argv: Sequence[str]) -> int:
+    """Command line; returns the exit status."""
+    found, flags = tyro.cli(arguments, args=list(argv), return_unknown_args=True)
+    method, name, values, images, rows, count, height, sheet = found
+    try:
+        cfg = run_sample.parse([method, *flags])
+        job, device = open_job(cfg), distributed.start(cfg.machine.device)
+        make = maker(job, name, device)
+        ids = job.train_ids()
+        shown, counted = list(images) or spread(ids, rows), spread(ids, count)
+        scored = all(job.catalog.mask_path(i) is not None for i in counted)
+        classes = job.catalog.num_classes + 1
+        tallies = {v: Tally(confusion=Confusion(classes) if scored else None) for v in values}
+        pictures: dict[str, list[np.ndarray]] = {}
+        for image_id in dict.fromkeys([*shown, *counted]):
+            image, stored = store.read_image(job.catalog.image_path(image_id)), store.read_cam(job.run.cam(image_id))
+            cam = SoftCam(stored.keys, stored.full())
+            truth = store.read_mask(job.catalog.mask_path(image_id)) if scored and image_id in counted else None
+            strongest = cam.maps.max(0) if len(cam.keys) else np.zeros(image.shape[:2], np.float32)
+            row = [titled(image, image_id, height), titled(imaging.heat(image, strongest), "CAM", height)]
+            for value in values:
+                mask = make(image, cam, value)
+                if image_id in counted:
+                    tallies[value].add(mask, cam.keys, truth)
+                row.append(titled(unknown_shown(image, mask), f"{value:g}", height))
+            if image_id in shown:
+                pictures[image_id] = row
+        drawn = imaging.tile([pictures[i] for i in shown], height + 20)
+        store.write_bytes(sheet, store.png_bytes(drawn))
+    except run_sample.PROBLEMS as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    finally:
+        distributed.stop()
+    print(f"{name}, {len(counted)} images of {job.train_list}, in percent")
+    print(f"{'value':>8} {'tags kept':>10} {'foreground':>14} {'unknown':>11}{'     mIoU' if scored else ''}")
+    for value, tally in tallies.items():
+        print(f"{value:8g} {tally}")
+    print(f"picture: {sheet}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
