@@ -24,7 +24,7 @@ from misc import distributed
 from misc.config import REQUIRED_WEIGHTS, START_WORDS, flatten
 from misc.each import EachFailed, WorkerDied
 from misc.fit import NonFiniteLoss, divide, resume_point
-from misc.runfolder import OtherConfiguration
+from misc.runfolder import OtherConfiguration, RunFolder
 from net import contract
 from step import STEPS, Step, report, select
 from step.config import Config, Job, default_config, open_job
@@ -169,19 +169,22 @@ def run(cfg: Config, device: torch.device, command: Sequence[str] = ("python", "
     distributed.barrier()
     job = open_job(cfg)
     pipeline, steps = select((), job.aim), select(cfg.steps, job.aim)
-    check(job, [s for s in steps if cfg.redo or not finished(job, s)])
+    source = None if cfg.cams is None else RunFolder(cfg.cams)
+    adopted = ("train_cam", "make_cam") if source else ()
+    check(job, [s for s in steps if s.name not in adopted and (cfg.redo or not finished(job, s))])
     names = [name for name in {job.train_list, cfg.score_list, cfg.val_list} if job.catalog.has_list(name)]
     lists = {name: job.catalog.fingerprint(name) for name in sorted(names)}
+    if source:
+        source.check_cams(cfg.recorded(), lists)
     job.run.begin(cfg.recorded(), flatten(cfg.machine), lists, cfg.force)
     if cfg.redo:
         distributed.barrier()
         if distributed.is_main():
             remove(job, steps)
         distributed.barrier()
-    if cfg.cams is not None:
-        names = [name for name, _ in cfg.cam.phases()]
+    if source:
         if distributed.is_main():
-            job.run.adopt_cams(cfg.cams, names, cfg.recorded(), lists)
+            job.run.adopt_cams(source, [name for name, _ in cfg.cam.phases()])
         distributed.barrier()
     parts, partly, ran = cfg.shard_part()[1], False, False
     for step in steps:

@@ -145,29 +145,33 @@ class RunFolder:
         """Held while run.json or scores.json is read and written anew: parallel jobs (--shard) share them."""
         return atomic.locked(self.root / ".lock")
 
-    def adopt_cams(self, other: Path, networks: Iterable[str], config: dict[str, Any], data: dict[str, Any]) -> None:
-        """Take the CAM network and the CAMs over from another run, as links (copies where links are impossible).
+    def check_cams(self, config: dict[str, Any], data: dict[str, Any]) -> None:
+        """Whether another run can take the CAMs of this one over.
 
         Args:
-            other: that run's folder.
-            networks: names of the CAM method's networks.
-            config, data: of this run, as for ``begin``.
+            config, data: of that run, as for ``begin``.
 
         Raises:
-            FileNotFoundError: there is no such run, or it has no CAMs yet.
+            FileNotFoundError: there is no run here, or it has no CAMs yet.
             OtherConfiguration: it has other settings of the CAM network, or other data.
         """
-        source = RunFolder(other)
-        if not all(source.finished(step) for step in ("train_cam", "make_cam")):
-            raise FileNotFoundError(f"--cams {other}: no run with finished steps train_cam and make_cam is there.")
-        record, wanted = source.record(), json.loads(json.dumps(config))
+        if not all(self.finished(step) for step in ("train_cam", "make_cam")):
+            raise FileNotFoundError(f"--cams {self.root}: no run with finished steps train_cam and make_cam is there.")
+        record, wanted = self.record(), json.loads(json.dumps(config))
         there = {**record["config"], **{f"data.{k}": v for k, v in record["data"].items()}}
         wanted |= {f"data.{k}": v for k, v in data.items() if k in record["data"]}
-        told = [k for k in wanted if k in ("method", "seed") or k.startswith(("cam.", "data."))]
-        differing = [f"  {k}: {there.get(k)!r} there, {wanted[k]!r} now" for k in told if there.get(k) != wanted[k]]
+        decisive = [k for k in wanted if k in ("method", "seed", "train_list") or k.startswith(("cam.", "data."))]
+        differing = [k for k in decisive if there.get(k) != wanted[k]]
         if differing:
-            lines = "\n".join(differing)
-            raise OtherConfiguration(f"--cams {other}: its CAMs have other settings or data:\n{lines}")
+            lines = "\n".join(f"  {k}: {there.get(k)!r} there, {wanted[k]!r} now" for k in differing)
+            raise OtherConfiguration(
+                f"--cams {self.root}: its CAMs have other settings or data:\n{lines}\nGive the settings that they were "
+                "made with, or make CAMs of this run's own: leave --cams out."
+            )
+
+    def adopt_cams(self, source: RunFolder, networks: Iterable[str]) -> None:
+        """Take the CAM networks of these names and the CAMs over from another run, as links (copies where there can be
+        none); what is here already stays."""
         pairs = [(source.weights(name), self.weights(name)) for name in networks]
         pairs += [(path, self.root / "cam" / path.name) for path in sorted((source.root / "cam").glob("*.npz"))]
         for path, target in pairs:
