@@ -267,7 +267,7 @@ def test_wrong_words_name_the_remedy(
 
 
 def test_a_network_leaves_as_onnx(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
     assert call(tmp_path / "out", "--run", trained, "--export", "onnx") == 0
     assert "differs from PyTorch by at most" in capsys.readouterr().out
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["seg.onnx"]
