@@ -74,7 +74,7 @@ class Options:
     """Larger images are shrunk to this for the network; masks have the image's own size. 0: never. Default: six times
     the area of the crops it was trained on (448 pixels: 1.2), as objects far larger than there are not recognised."""
     redo: bool = False
-    """Make all masks anew, also where --out holds those of another model or other settings."""
+    """Make the masks of these images anew."""
     export: Literal["onnx"] | None = None
     """Write the segmentation network as ONNX (one scale, no CRF; any batch, height, width; normalisation inside)
     instead, checked against PyTorch: OUT/NAME.onnx."""

@@ -48,9 +48,15 @@ def describe(
         "method": method,
         "preset": preset,
         "classes": list(classes),
-        "normalisation": {"name": network.normalisation, **asdict(imaging.NORMALISATIONS[network.normalisation])},
+        "normalisation": _normalisation(network),
         "recipe": dict(recipe),
     }
+
+
+def _normalisation(network: Network) -> dict[str, Any]:
+    """Name and numbers of a network's normalisation, as JSON has them."""
+    numbers = asdict(imaging.NORMALISATIONS[network.normalisation])
+    return {"name": network.normalisation, **{k: list(v) if isinstance(v, tuple) else v for k, v in numbers.items()}}
 
 
 def load_state(network: Network, path: Path) -> None:
@@ -79,8 +85,8 @@ def load_model(path: Path, part: Part) -> Model:
     if description.get("part") != part:
         kind = _NAMES.get(description.get("part"), "something else")
         raise ValueError(f"{path} is a {kind}, a {_NAMES[part]} is needed: give a run's weights/{part}.pt.")
-    method, classes = description["method"], tuple(description["classes"])
     try:
+        method, classes, trained_on = description["method"], tuple(description["classes"]), description["normalisation"]
         recipe = restored(_recipe(part, method, description["preset"]), description["recipe"])
         network = _build(recipe, len(classes), path)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -89,9 +95,10 @@ def load_model(path: Path, part: Part) -> Model:
             "version that trained it, or train it anew with this one."
         ) from error
     load_state(network, path)
-    there, here = description["normalisation"], asdict(imaging.NORMALISATIONS[network.normalisation])
-    if there != {"name": network.normalisation, **{k: list(v) if isinstance(v, tuple) else v for k, v in here.items()}}:
-        raise ValueError(f"{path} was trained with images normalised as {there}, this version has {here}: train anew.")
+    if trained_on != (here := _normalisation(network)):
+        raise ValueError(
+            f"{path} was trained with images normalised as {trained_on}, this version has {here}: train anew."
+        )
     return Model(network.eval(), method, classes, recipe, store.fingerprint(path))
 
 

@@ -43,7 +43,7 @@ class Folder:
     """Larger images are shrunk to this for the network; masks and overlays have the image's own size. 0: never.
     None: ``usual_megapixels`` of the network."""
     redo: bool = False
-    """Make masks again that are there already, and take the folder over from another model or other settings."""
+    """Make masks again that are there already."""
     machine: Machine = field(default_factory=Machine)
     """Devices, processes, precision."""
 
@@ -226,7 +226,7 @@ def _begin(folder: Folder, classes: Sequence[str], settings: dict[str, Any]) -> 
     """Record what the folder's results are made by (predict.json); ValueError where it is something else."""
     path = folder.out / "predict.json"
     now = {"settings": settings, "mask values": {str(i): name for i, name in enumerate(["background", *classes])}}
-    there = store.read_json(path) if path.exists() and not folder.redo else now
+    there = store.read_json(path) if path.exists() else now
     if there != now:
         was = {**there.get("settings", {}), "classes": list(there.get("mask values", {}).values())}
         new = {**settings, "classes": list(now["mask values"].values())}
@@ -234,7 +234,7 @@ def _begin(folder: Folder, classes: Sequence[str], settings: dict[str, Any]) -> 
         lines = "\n".join(f"  {k}: {was.get(k)!r} there, {new.get(k)!r} now" for k in differing)
         raise ValueError(
             f"{folder.out} holds results of another model or other settings:\n{lines}\n"
-            "Use another --out folder, or say --redo to make them anew."
+            "Use another --out folder, or delete this one."
         )
     distributed.barrier()
     if distributed.is_main():

@@ -16,10 +16,9 @@ from net.contract import Segmenter
 contract.load_methods()
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
 
 CLASSES = ("dog", "Tür")
-SIZES = ((1, 1, 1), (1, 48, 64), (3, 31, 90), (1, 200, 9), (2, 129, 128))
+SIZES = ((1, 8, 8), (1, 48, 64), (3, 31, 90), (1, 200, 9), (2, 129, 128))
 
 
 def network(name: str) -> Segmenter:
@@ -45,6 +44,15 @@ def test_the_file_computes_what_the_network_computes(name: str, tmp_path: Path) 
                 wanted, size=(height, width), mode="bilinear", align_corners=corners
             )
         np.testing.assert_allclose(found, wanted.numpy(), rtol=0, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_a_network_whose_code_fixes_a_size_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = network("deeplabv1")
+    inner = net.logits
+    monkeypatch.setattr(net, "logits", lambda images: inner(images)[..., : int(images.shape[-2]) // 2, :])
+    with pytest.raises(ValueError, match=r"x\.onnx is not written|can't be exported"):
+        export.export_onnx(net, tmp_path / "x.onnx", CLASSES, True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

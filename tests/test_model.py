@@ -78,6 +78,9 @@ def test_an_unknown_file_or_another_part_names_the_remedy(tmp_path: Path) -> Non
         store.write_model(tmp_path / "new.pt", state, {**description, field: value})
         with pytest.raises(ValueError, match=r"new\.pt describes .* this version of the project can't build .*Use the"):
             load_model(tmp_path / "new.pt", "seg")
+    store.write_model(tmp_path / "new.pt", state, {"part": "seg"})
+    with pytest.raises(ValueError, match=r"new\.pt describes .* this version of the project can't build"):
+        load_model(tmp_path / "new.pt", "seg")
     changed = {**description, "recipe": {**description["recipe"], "network.colour": 1}}
     store.write_model(tmp_path / "new.pt", state, changed)
     with pytest.raises(ValueError, match="has no field network.colour"):
