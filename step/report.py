@@ -39,7 +39,8 @@ class _Picture:
 
 
 def run(job: Job, device: torch.device) -> None:
-    """Write report.html and pictures.png (rows of image, CAM, affinity label, pseudo mask, objects, prediction, truth)."""
+    """Write report.html and pictures.png (rows of image, CAM, affinity label, pseudo mask, objects where there are any,
+    prediction, truth)."""
     if not distributed.is_main():
         return
     network = None
