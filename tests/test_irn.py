@@ -361,6 +361,10 @@ def test_a_refiner_starts_from_the_cam_networks_backbone(tmp_path: Path) -> None
     store.write_weights(tmp_path / "cam.pt", cam.state_dict())
     net = network(seed=1)
     head = net.fc_edge1[0].weight.clone()
+    whole = network(seed=2).state_dict()
+    store.write_weights(tmp_path / "part.pt", {k: v for k, v in whole.items() if k != "fc_edge6.bias"})
+    with pytest.raises(ValueError, match="a part of fc_edge., but not fc_edge6.bias"):
+        net.load_weights(str(tmp_path / "part.pt"))
     net.load_weights(str(tmp_path / "cam.pt"))
     assert torch.equal(net.resnet50.layer2[0].conv1.weight, cam.resnet50.layer2[0].conv1.weight)
     assert torch.equal(net.fc_edge1[0].weight, head)
