@@ -225,7 +225,8 @@ def transition(source: Tensor, target: Tensor, affinity: Tensor, cells: int, bet
     """
     weight = (affinity if affinity.dtype == torch.float64 else affinity.float()).pow(beta)
     source, target = (cell.to(weight.device, torch.int32) for cell in (source, target))
-    total = weight.new_ones(cells).index_add_(0, source, weight).index_add_(0, target, weight)
+    # the unit diagonal comes last: small weights added to one would lose the digits that 256 steps make visible
+    total = weight.new_zeros(cells).index_add_(0, source, weight).index_add_(0, target, weight).add_(1)
     itself = torch.arange(cells, dtype=torch.int32, device=weight.device)
     rows = torch.cat([source, target, itself])  # of T', the columns of T
     columns = torch.cat([target, source, itself])
@@ -234,14 +235,23 @@ def transition(source: Tensor, target: Tensor, affinity: Tensor, cells: int, bet
     starts[1:] = torch.bincount(rows, minlength=cells).cumsum(0)
     weight = torch.cat([weight, weight, weight.new_ones(cells)])[order].div_(total[rows[order]])
     columns = columns[order]
+    return _csr(starts, columns, weight)
+
+
+def _csr(starts: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    """The (N, N) sparse matrix with these rows."""
+    cells = len(starts) - 1
     with warnings.catch_warnings():  # the library announces once that its CSR tensors may still change
         warnings.filterwarnings("ignore", message="Sparse CSR")
-        return torch.sparse_csr_tensor(starts, columns, weight, (cells, cells), check_invariants=False)
+        return torch.sparse_csr_tensor(starts, columns, values, (cells, cells), check_invariants=False)
 
 
 @torch.no_grad()
 def walk(transition: Tensor, scores: Tensor, steps: int) -> Tensor:
     """V T^steps, exactly, as ``steps`` sparse products: O(steps * K * non-zeros), no dense matrix.
+
+    Since columns of T sum to one, a step is V + (what comes in - what goes out): what a cell has is never added to the
+    far smaller shares of its neighbours one by one, which in single precision would lose digits at every step.
 
     Args:
         transition: (N, N) of the function of that name.
@@ -251,8 +261,14 @@ def walk(transition: Tensor, scores: Tensor, steps: int) -> Tensor:
     Returns:
         (K, N).
     """
-    columns = scores.t().contiguous()  # (N, K)
-    with torch.autocast(columns.device.type, enabled=False):
+    starts, columns, weight = transition.crow_indices(), transition.col_indices(), transition.values()
+    cells = torch.arange(len(starts) - 1, dtype=torch.int32, device=starts.device)
+    rows = cells.repeat_interleave(starts.diff())
+    weight = weight.masked_fill(rows == columns, 0)
+    leaving = weight.new_zeros(len(cells), 1).index_add_(0, rows, weight[:, None])  # (N, 1)
+    others = _csr(starts, columns, weight)
+    values = scores.t().contiguous()  # (N, K)
+    with torch.autocast(values.device.type, enabled=False):
         for _ in range(steps):
-            columns = transition @ columns
-    return columns.t().contiguous()
+            values = (others @ values).addcmul_(leaving, values, value=-1).add_(values)
+    return values.t().contiguous()

@@ -31,7 +31,8 @@ from torch import Tensor  # noqa: E402
 
 from misc.crf import CRFSettings, DenseCRF  # noqa: E402
 from misc.metrics import Confusion, ThresholdCurve, mask_at  # noqa: E402
-from misc.walk import half_circle, pair_cells, transition, walk  # noqa: E402
+from misc.walk import by_path_length, half_circle, pair_cells, path, path_affinity, transition, walk  # noqa: E402
+from net.backbone.edge import propagate  # noqa: E402
 from net.refine.psa import pair_affinity  # noqa: E402
 
 
@@ -57,11 +58,10 @@ class Case:
 
 @dataclass(frozen=True)
 class WalkInputs:
-    """Pairs and scores on the grid of a 375 x 500 image at a stride, with its background and three classes."""
+    """PSA's pairs and scores on the grid of a 375 x 500 image at a stride, with its background and three classes."""
 
     stride: int
-    radius: int | None
-    """PSA's restriction of the pairs to inner sources; None for all pairs (IRNet)."""
+    radius: int
 
     def __call__(self) -> tuple[Tensor, ...]:
         height, width = -(-375 // self.stride), -(-500 // self.stride)
@@ -93,6 +93,50 @@ class DenseWalk:
     def __call__(self, source: Tensor, target: Tensor, affinity: Tensor, scores: Tensor) -> Tensor:
         dense = plain.dense_affinity(source, target, affinity, scores.shape[1])
         return scores @ plain.dense_transition(dense, self.beta, self.logt)
+
+
+@dataclass(frozen=True)
+class BoundaryInputs:
+    """A boundary map and the maps of four classes on the grid of stride 4 of an image (H, W)."""
+
+    height: int
+    width: int
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        size = -(-self.height // 4), -(-self.width // 4)
+        seeded = torch.Generator().manual_seed(0)
+        return torch.rand(4, *size, generator=seeded), torch.rand(size, generator=seeded)
+
+
+def propagate_ours(scores: Tensor, boundary: Tensor) -> Tensor:
+    """net/backbone/edge.py: affinities across the boundaries, then the walk."""
+    return propagate(scores, boundary, radius=5, beta=10, steps=256)
+
+
+def path_inputs() -> tuple[Any, ...]:
+    """A boundary map of one 512 x 512 crop, and the cells of the paths of radius 10 by their length."""
+    radius, side = 10, 128
+    directions = by_path_length(half_circle(radius))
+    source = pair_cells(directions[:1], side, side, radius=radius)[0]
+    paths = []
+    for length in sorted({len(path(d)) for d in directions}):
+        cells = torch.tensor([path(d) for d in directions if len(path(d)) == length])  # (D_n, n, 2)
+        paths.append((cells @ torch.tensor([side, 1]))[..., None] + source)  # (D_n, n, P)
+    return torch.rand(1, side, side, generator=torch.Generator().manual_seed(0)), directions, paths
+
+
+def paths_ours(boundary: Tensor, directions: list[tuple[int, int]], paths: list[Tensor]) -> Tensor:
+    """Affinities and the gradient of their sum, one cell of one direction at a time."""
+    boundary = boundary.detach().requires_grad_()
+    path_affinity(boundary, directions, 10).square().sum().backward()
+    return boundary.grad
+
+
+def paths_published(boundary: Tensor, directions: list[tuple[int, int]], paths: list[Tensor]) -> Tensor:
+    """The same with every cell of every path gathered."""
+    boundary = boundary.detach().requires_grad_()
+    plain.gathered_path_affinity(boundary, paths).square().sum().backward()
+    return boundary.grad
 
 
 # ------------------------------------------------------------------------------------------------ PSA's pair features
@@ -202,8 +246,15 @@ CASES: dict[str, Case] = {
         WalkInputs(stride=8, radius=5), SparseWalk(beta=8, logt=8), DenseWalk(beta=8, logt=8),
     ),
     "walk_irn": Case(
-        "random walk, 375 x 500 at stride 4, radius 5, 2^8 steps, 4 maps",
-        WalkInputs(stride=4, radius=None), SparseWalk(beta=10, logt=8),
+        "IRNet's affinities and walk, 375 x 500 at stride 4, radius 5, 2^8 steps, 4 maps",
+        BoundaryInputs(375, 500), propagate_ours,
+    ),
+    "walk_irn_large": Case(
+        "the same of an image of 960 x 1280", BoundaryInputs(960, 1280), propagate_ours,
+    ),
+    "paths_irn": Case(
+        "affinities across boundaries and their gradient, one crop of 512, radius 10",
+        path_inputs, paths_ours, paths_published, bound=0.1,  # of gradients of up to 400
     ),
     "pairs_psa": Case(
         "pair affinities and their gradient, one crop of 448, 448 channels, radius 5",

@@ -39,8 +39,8 @@ class _Picture:
 
 
 def run(job: Job, device: torch.device) -> None:
-    """Write report.html and pictures.png: rows of image, CAM, affinity label, pseudo mask, prediction, truth; of a
-    data set of boxes, image, map of the class that was found, its box and the true one."""
+    """Write report.html and pictures.png: rows of image, CAM, affinity label, pseudo mask, objects where there are any,
+    prediction, truth; of a data set of boxes, image, map of the class that was found, its box and the true one."""
     if not distributed.is_main():
         return
     network = None

@@ -73,6 +73,8 @@ class Case:
 def _tolerance(stated: Any) -> tuple[float, bool]:
     """The number in what a case states, NaN (which nothing meets) where there is none, and whether it is relative to
     the largest value of an output."""
+    if isinstance(stated, dict) and "max_abs_error_over_max_abs" in stated:
+        return float(stated["max_abs_error_over_max_abs"]), True
     number = re.search(r"[\d.]+e-\d+", stated) if isinstance(stated, str) else None
     value = stated if isinstance(stated, int | float) else number[0] if number else "nan"
     return float(value), isinstance(stated, str) and stated.startswith("relative")

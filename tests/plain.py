@@ -32,3 +32,30 @@ def pair_affinity(features: Tensor, source: Tensor, target: Tensor) -> Tensor:
     flat = features.flatten(2)  # (B, C, N)
     difference = flat[:, :, source] - flat[:, :, target]  # (B, C, D, P)
     return torch.exp(-difference.abs().mean(dim=1))
+
+
+def path_affinity(boundary: Tensor, displacements: list[tuple[int, int]], radius: int | None) -> Tensor:
+    """1 - the largest value on the thick line between two cells, all cells gathered at once: (B, h, w) -> (B, E)
+    (irnet.md sections 9.1 and 9.3)."""
+    height, width = boundary.shape[-2:]
+    affinity = []
+    for dy, dx in displacements:
+        edge = 0 if radius is None else radius - 1
+        first, last = (max(0, -dx), width - max(0, dx)) if radius is None else (edge, width - edge)
+        for y in range(height - (dy if radius is None else edge)):
+            for x in range(first, last):
+                line = [
+                    boundary[:, y + i, x + j]
+                    for i in range(dy + 1)
+                    for j in range(min(0, dx), max(0, dx) + 1)
+                    if (dy * j - dx * i) ** 2 < dy * dy + dx * dx
+                ]
+                affinity.append(1 - torch.stack(line).amax(0))
+    return torch.stack(affinity, dim=1)
+
+
+def gathered_path_affinity(boundary: Tensor, paths: list[Tensor]) -> Tensor:
+    """The published form of it: ``boundary`` (B, h, w) is gathered at the cell numbers of all paths of one length,
+    (D_n, n, P) each, and the largest taken -> (B, D, P)."""
+    flat = boundary.flatten(1)
+    return torch.cat([1 - flat[:, cells].amax(dim=2) for cells in paths], dim=1)

@@ -265,6 +265,24 @@ def test_refiners_label_train_and_refine(name: str) -> None:
         assert scores.shape == (len(keys) + 1, *shape) and scores.dtype == np.float32 and np.isfinite(scores).all()
 
 
+@pytest.mark.parametrize("name", sorted(contract.REFINERS))
+def test_refiners_that_find_objects_refine_alike(name: str) -> None:
+    method = contract.REFINERS[name]
+    recipe = method.recipes["sample"]
+    if not method.finds_instances(recipe.walk):
+        with pytest.raises(NotImplementedError):
+            method.find_instances(None, None, None, recipe.walk)  # type: ignore[arg-type]
+        return
+    network = built(recipe, {}).eval()
+    for keys, shape in (([0, 2], (64, 64)), ([1], (49, 75)), ([], (91, 58))):
+        with torch.inference_mode():
+            arguments = pictures(1, *shape)[0], soft_cam(keys, *shape), recipe.walk
+            scores, found = network.find_instances(*arguments)
+            np.testing.assert_array_equal(scores, network.refine(*arguments))
+        assert found.masks.shape[1:] == shape and set(found.classes.tolist()) <= set(keys)
+        assert np.isfinite(found.scores).all() and found.masks.any(axis=(1, 2)).all()
+
+
 @pytest.mark.parametrize("name", sorted(contract.SEGMENTERS))
 def test_segmenters_train_and_give_logits_at_any_size(name: str) -> None:
     recipe = contract.SEGMENTERS[name].recipes["sample"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
 import torch.nn.functional as F
@@ -186,7 +187,8 @@ def load_resnet(network: nn.Module, weights: str, *, heads: Collection[str], own
     Args:
         network: takes the values; the names of its other layers are the official ones.
         weights: a file, or 'pretrained': timm's, by the option of that name, downloaded once.
-        heads: its layers that are no backbone: where the file lacks them or has others, they keep their values.
+        heads: names or patterns of its layers that are no backbone: where the file has nothing of one, or of another
+            shape, it keeps its values.
         owner: the attribute that holds the ResNet.
 
     Returns:
@@ -207,4 +209,9 @@ def load_resnet(network: nn.Module, weights: str, *, heads: Collection[str], own
     if deeper:
         raise ValueError(f"{source}: has {deeper[0]} and more that this network lacks. Set its depth to the file's.")
     named = {name: value for name, value in {**state, **backbone}.items() if name in own}
+    for head in heads:
+        wanted = [name for name in own if fnmatchcase(name, head) or fnmatchcase(name, f"{head}.*")]
+        lacking = [name for name in wanted if name not in named]
+        if 0 < len(lacking) < len(wanted):
+            raise ValueError(f"{source}: has a part of {head}, but not {lacking[0]}. Damaged, or another network's?")
     return str(load(network, named, allow_missing=tuple(heads), label=source))

@@ -341,7 +341,7 @@ class IRN(EdgeNetwork):
             ),
             weights=PRETRAINED_WEIGHTS,
         ),
-        # from random weights, so nothing is frozen; the CRF's reach is that of the other refiners' sample recipes
+        # from random weights, so nothing is frozen
         "sample": IRNRecipe(
             network=IRNOptions(resnet=SAMPLE_RESNET, radius=5, displacement_lr=1.0),
             fit=Fit(epochs=10, batch_size=16, optimiser="adamw", lr=0.002, weight_decay=1e-4),
@@ -349,6 +349,6 @@ class IRN(EdgeNetwork):
                 order=("scale", "normalize", "flip", "crop"), scale=(0.75, 1.25), scale_filter="bicubic", crop=112
             ),
             label=EdgeLabel(crf=CRFSettings(bilateral_sxy=30.0, bilateral_srgb=8.0)),
-            walk=IRNWalk(logt=6, canvas=112, crf=CRFSettings(5)),
+            walk=IRNWalk(logt=6, canvas=112, crf=CRFSettings(1)),
         ),
     }
