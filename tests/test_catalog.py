@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from misc import store
-from voc12.catalog import VOC_CLASSES, DataError, open_catalog
+from voc12.catalog import VOC_CLASSES, DataError, open_catalog, spread
 from voc12.table import read_table
 from voc12.tags import encode, names_from_xml
 
@@ -179,6 +179,25 @@ def test_doctype_hidden_in_another_encoding_is_refused(voc: Path) -> None:
     (voc / "Annotations/b.c.xml").write_bytes(hidden.encode("utf-16"))
     with pytest.raises(DataError, match="UTF-8"):
         open_catalog("voc12", voc).tags("b.c")
+
+
+def test_a_damaged_list_is_not_taken_for_a_missing_one(voc: Path) -> None:
+    data = open_catalog("voc12", voc)
+    assert not data.has_list("test") and not data.has_list(str(voc / "gone.txt"))
+    write(voc / "ImageSets/Segmentation/trainaug.txt", "b.c\nb.c\n")
+    for ask in (data.default_train_list, lambda: data.has_list("train_aug")):
+        with pytest.raises(DataError, match="names images twice: b.c"):
+            ask()
+
+
+def test_a_table_goes_before_annotations(voc: Path) -> None:
+    write(voc / "labels.csv", "file,classes\n2007_000001,cow\n")
+    data = open_catalog("voc12", voc)
+    assert data.tag_source == "labels.csv" and np.flatnonzero(data.tags("2007_000001")).tolist() == [9]
+
+
+def test_equal_distances() -> None:
+    assert spread("abcdefghi", 3) == ["a", "e", "i"] and spread("ab", 5) == ["a", "b"] and spread("", 3) == []
 
 
 def test_image_twice_on_a_list_and_empty_list(voc: Path) -> None:

@@ -15,7 +15,7 @@ from running import TINY, digests, make_set
 import run_sample
 from misc import store
 from misc.imaging import palette
-from scripts import sheet
+from scripts import scale, sheet
 from voc12 import prepare
 from voc12.catalog import open_catalog
 
@@ -191,3 +191,10 @@ def test_a_wrong_mask_is_named(
     assert run("folder", root, tmp_path / "out", "--steps", "1-2") == 1
     error = capsys.readouterr().err
     assert told in error and path.stem in error and "Traceback" not in error
+
+
+def test_the_measurement_of_large_sets_runs_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scale.main(images=30, at=tmp_path)
+    assert capsys.readouterr().out.count(" MB\n") == 7 and not list(tmp_path.iterdir())

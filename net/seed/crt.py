@@ -177,7 +177,7 @@ _PUBLISHED = Recipe(
     ),
     refiner="irn",
     refine={"label.threshold_fg": 0.35, "label.threshold_bg": 0.15, "walk.instances": False},
-    segmenter="deeplabv1",
+    segmenter="deeplabv2",
 )
 
 # trained from random weights; small tiles, so that images of the sample set have several
@@ -196,7 +196,7 @@ _SAMPLE = Recipe(
     ),
     refiner="irn",
     refine={"walk.instances": False},
-    segmenter="deeplabv1",
+    segmenter="deeplabv2",
 )
 
 

@@ -48,7 +48,8 @@ _PUBLISHED = Recipe(
         infer=CamInference(scales=(1.0, 0.5, 1.5, 2.0), flip=True, normalise="max", round_up=16, coarse=4),
     ),
     refiner="irn",
-    segmenter="deeplabv1",
+    segmenter="deeplabv2",
+    segment={"network.form": "torchvision", "weights": PRETRAINED_WEIGHTS, "init": "imagenet"},
 )
 
 # trained from random weights: nothing frozen
@@ -61,7 +62,8 @@ _SAMPLE = Recipe(
     ),
     refiner="irn",
     refine={"weights": "cam"},
-    segmenter="deeplabv1",
+    segmenter="deeplabv2",
+    segment={"weights": "cam"},
 )
 
 

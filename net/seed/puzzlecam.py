@@ -148,7 +148,15 @@ _PUBLISHED = Recipe(
         init="imagenet",
         infer=CamInference(scales=(0.5, 1.0, 1.5, 2.0), flip=True, normalise="max", round_up=16, coarse=4),
     ),
-    refiner="psa",
+    refiner="edge",
+    refine={
+        "network.align_corners": False,
+        "label.threshold_fg": 0.40,
+        "label.threshold_bg": 0.10,
+        "augment.order": ("long_side", "flip", "normalize", "crop"),
+        "walk.threshold": 0.35,
+        "walk.crf.iterations": 1,
+    },
     # the published DeepLab v3+ on ResNeSt is not here; started from ImageNet, as that is
     segmenter="deeplabv2",
     segment={"network.form": "torchvision", "weights": PRETRAINED_WEIGHTS, "init": "imagenet"},
@@ -162,7 +170,8 @@ _SAMPLE = Recipe(
         augment=Augment(long_side=(112, 160), jitter=(0.2, 0.2, 0.2, 0.02), crop=112),
         infer=CamInference(scales=(1.0, 1.5), flip=True, normalise="max"),
     ),
-    refiner="psa",
+    refiner="edge",
+    refine={"weights": "cam"},
     segmenter="deeplabv2",
     segment={"weights": "cam"},
 )

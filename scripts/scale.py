@@ -1,0 +1,91 @@
+"""What a large data set costs before any work: ``python scripts/scale.py [--images 82783] [--at DIR]``.
+
+Makes a COCO-like set of tiny images (80 classes, three tags an image) and a run folder with a finished file for each,
+and measures time and memory of everything that a run does once, not once an image.
+"""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
+
+from misc import store  # noqa: E402
+from misc.runfolder import RunFolder  # noqa: E402
+from step import STEPS  # noqa: E402
+from step.config import Job, default_config  # noqa: E402
+from step.scoring import why_unscored  # noqa: E402
+from voc12.catalog import open_catalog  # noqa: E402
+
+
+def make(root: Path, run: RunFolder, images: int, classes: int = 80) -> None:
+    """Write the set and the finished files (without flushing each: they are thrown away)."""
+    rng = np.random.default_rng(0)
+    names = [f"class {n}" for n in range(classes)]
+    ids = [f"COCO_train2014_{n:012d}" for n in range(images)]
+    jpeg = store.jpeg_bytes(np.zeros((12, 16, 3), np.uint8))
+    png = store.png_bytes(np.zeros((12, 16, 3), np.uint8))
+    masks = root / "SegmentationClass" / "train2014"
+    for folder in (root / "train2014", masks, root / "splits", run.root / "cam"):
+        folder.mkdir(parents=True)
+    for image_id in ids:
+        (root / "train2014" / f"{image_id}.jpg").write_bytes(jpeg)
+        (masks / f"{image_id}.png").write_bytes(png)
+        run.cam(image_id).write_bytes(b"")
+    rows = [f"{i}.jpg,{';'.join(names[c] for c in rng.choice(classes, 3, replace=False))}" for i in ids]
+    (root / "labels.csv").write_text("\n".join(["file,classes", *rows]) + "\n")
+    (root / "classes.txt").write_text("\n".join(names) + "\n")
+    (root / "splits" / "train.txt").write_text("\n".join(ids) + "\n")
+
+
+def memory() -> float:
+    """Memory of this process now, MB (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
+
+
+def measure(what: str, action: Callable[[], object]) -> None:
+    """Do it, and print its time and by how much memory has grown."""
+    before, start = memory(), time.perf_counter()
+    action()
+    print(f"{what:<58} {time.perf_counter() - start:7.2f} s {memory() - before:+8.1f} MB")
+
+
+def main(images: int = 82783, at: Path | None = None) -> None:
+    """Measure a data set of many images.
+
+    Args:
+        images: How many.
+        at: Folder for the set, on the file system to be measured; removed again. Left out: the system's for such.
+    """
+    folder = Path(tempfile.mkdtemp(dir=at))
+    try:
+        run = RunFolder(folder / "run")
+        make(folder / "set", run, images)
+        print(f"{images} images; {memory():.0f} MB before")
+        cfg = replace(default_config("seam", "sample"), data="coco14", root=folder / "set", run=run.root)
+        jobs: list[Job] = []
+        measure("open: labels.csv", lambda: jobs.append(Job(cfg, open_catalog("coco14", folder / "set"), run)))
+        job = jobs[0]
+        measure("check: list, index of the images, tags", lambda: job.catalog.check("train"))
+        measure("index of the masks", lambda: job.catalog.masks)
+        measure("fingerprint of the list", lambda: job.catalog.fingerprint("train"))
+        measure("are the files of a finished step all there?", lambda: all(p.exists() for p in STEPS[1].files(job)))
+        measure("can a list be scored?", lambda: why_unscored(job, "train"))
+        measure("the data set for a spawned worker process", lambda: pickle.loads(pickle.dumps(job.catalog)))
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
