@@ -21,9 +21,9 @@ from misc.config import Machine
 from misc.each import EachFailed
 from misc.imagefiles import find_images
 from misc.runfolder import RunFolder
-from net.contract import Segmenter
+from net.contract import Segmenter, SingleStage
 from net.export import export_onnx
-from net.model import Model, load_model
+from net.model import Model, load_model, predicts_masks
 from step.new_images import Folder, Refinement, map_images, segment_images
 
 
@@ -52,7 +52,8 @@ class Options:
     images: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Image files, folders (with all below) and globs."""
     weights: Path | None = None
-    """File of a trained segmentation network (a run's weights/seg.pt)."""
+    """File of a trained segmentation network (a run's weights/seg.pt, or weights/cam.pt of a method that predicts masks
+    itself)."""
     run: Annotated[Path | None, tyro.conf.arg(aliases=["--run-folder"])] = None
     """Run folder: its segmentation network, or with --tags its CAM network and refiner. Under torchrun say
     --run-folder: it takes --run for an option of its own."""
@@ -93,12 +94,16 @@ class Options:
             raise ValueError("--max-megapixels must be 0 or more, --threshold in [0, 1].")
 
     def network_file(self) -> Path:
-        """File of the segmentation network; FileNotFoundError where the run has none."""
+        """File of the segmentation network, or of a CAM network that predicts masks itself where the run has no other;
+        FileNotFoundError where it has neither."""
         if self.weights is not None:
             return self.weights
         assert self.run is not None
-        path = RunFolder(self.run).weights("seg")
+        run = RunFolder(self.run)
+        path, own = run.weights("seg"), run.weights("cam")
         if not path.exists():
+            if own.exists() and predicts_masks(own):
+                return own
             raise FileNotFoundError(
                 f"{self.run} has no trained segmentation network ({path}). Run its steps up to train_seg, or give "
                 "--tags to make masks with its CAM network."
@@ -109,7 +114,7 @@ class Options:
 def export(options: Options) -> None:
     """Write the ONNX file."""
     model = load_model(options.network_file(), "seg")
-    assert isinstance(model.network, Segmenter)
+    assert isinstance(model.network, Segmenter | SingleStage)
     path = options.out / f"{options.network_file().stem}.onnx"
     difference = export_onnx(model.network, path, model.classes, model.recipe.infer.align_corners)
     print(f"{model.method}, {len(model.classes)} classes: differs from PyTorch by at most {difference:.1e} of the "

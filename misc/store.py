@@ -214,10 +214,10 @@ def png_bytes(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def jpeg_bytes(image: np.ndarray) -> bytes:
-    """(H, W, 3) uint8 -> JPEG file bytes, for pictures to look at."""
+def jpeg_bytes(image: np.ndarray, quality: int = 90) -> bytes:
+    """(H, W, 3) uint8 -> JPEG file bytes; ``quality`` is Pillow's, the default is for pictures to look at."""
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=90, subsampling=0)
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc import imaging, store
-from net.contract import Segmenter
+from net.contract import Segmenter, SingleStage
 
 SIZES = ((1, 64, 80), (2, 97, 61), (1, 33, 200))
 """Batch, height and width at which an export is compared with PyTorch."""
@@ -33,7 +33,7 @@ class Exported(nn.Module):
         align_corners: bilinear convention of the resize.
     """
 
-    def __init__(self, network: Segmenter, align_corners: bool) -> None:
+    def __init__(self, network: Segmenter | SingleStage, align_corners: bool) -> None:
         super().__init__()
         norm = imaging.NORMALISATIONS[network.normalisation]
         self.network, self.align_corners, self.bgr = network, align_corners, norm.bgr
@@ -48,7 +48,9 @@ class Exported(nn.Module):
         return F.interpolate(logits, size=image.shape[-2:], mode="bilinear", align_corners=self.align_corners)
 
 
-def export_onnx(network: Segmenter, path: Path, classes: Sequence[str], align_corners: bool) -> float:
+def export_onnx(
+    network: Segmenter | SingleStage, path: Path, classes: Sequence[str], align_corners: bool
+) -> float:
     """Write a segmentation network as ONNX, one scale, without CRF, after it was compared with PyTorch on ``SIZES``.
 
     Input "image" (batch, 3, height, width) float32 RGB in 0 .. 255, all three of any size; output "logits"

@@ -7,14 +7,14 @@ else need be told to use it, and the tensors keep their official names.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from misc import imaging, store
-from misc.config import restored
+from misc.config import flatten, restored
 from net import contract
-from net.contract import Network, Phase, SeedRecipe
+from net.contract import Network, Phase, SeedRecipe, SegmentRecipe, SegmentTest
 
 Part = Literal["cam", "aff", "seg"]
 """What a network is in the pipeline, by the name of its section of the command line: its CAM network (or an earlier
@@ -40,9 +40,14 @@ class Model:
 
 
 def describe(
-    part: Part, method: str, preset: str, recipe: Mapping[str, Any], classes: Sequence[str], network: Network
+    part: Part, method: str, preset: str, recipe: Mapping[str, Any], classes: Sequence[str], network: Network,
+    test: SegmentTest | None = None,
 ) -> dict[str, Any]:
-    """The description of a network that was trained by a recipe (``misc.config.flatten``) of a method and preset."""
+    """The description of a network that was trained by a recipe (``misc.config.flatten``) of a method and preset.
+
+    ``test``: how a CAM network predicts masks, where it is trained to be its own segmenter in other settings than those
+    of its recipe (``contract.Recipe.own``).
+    """
     return {
         "part": part,
         "method": method,
@@ -50,6 +55,7 @@ def describe(
         "classes": list(classes),
         "normalisation": _normalisation(network),
         "recipe": dict(recipe),
+        **({} if test is None else {"own": flatten(test)}),
     }
 
 
@@ -74,7 +80,8 @@ def load_state(network: Network, path: Path) -> None:
 def load_model(path: Path, part: Part) -> Model:
     """The network of a file, by its own description.
 
-    A CAM network that is trained in several phases needs the files of its earlier phases beside it.
+    A CAM network that is trained in several phases needs the files of its earlier phases beside it. One that predicts
+    masks too (``contract.SingleStage``) serves as part seg: its recipe is then a SegmentRecipe.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -82,13 +89,16 @@ def load_model(path: Path, part: Part) -> Model:
     """
     contract.load_methods()
     _, description = store.read_model(path)
-    if description.get("part") != part:
+    own = part == "seg" and _predicts_masks(description)
+    if description.get("part") != part and not own:
         kind = _NAMES.get(description.get("part"), "something else")
         raise ValueError(f"{path} is a {kind}, a {_NAMES[part]} is needed: give a run's weights/{part}.pt.")
     try:
         method, classes, trained_on = description["method"], tuple(description["classes"]), description["normalisation"]
-        recipe = restored(_recipe(part, method, description["preset"]), description["recipe"])
+        recipe = restored(_recipe("cam" if own else part, method, description["preset"]), description["recipe"])
         network = _build(recipe, len(classes), path)
+        if own:
+            recipe = _as_segmenter(recipe, method, description)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path} describes a {_NAMES[part]} that this version of the project can't build ({error}). Use the "
@@ -100,6 +110,27 @@ def load_model(path: Path, part: Part) -> Model:
             f"{path} was trained with images normalised as {trained_on}, this version has {here}: train anew."
         )
     return Model(network.eval(), method, classes, recipe, store.fingerprint(path))
+
+
+def predicts_masks(path: Path) -> bool:
+    """Whether the file of a trained network serves as part seg. Raises as ``load_model``."""
+    contract.load_methods()
+    description = store.read_model(path)[1]
+    return description.get("part") == "seg" or _predicts_masks(description)
+
+
+def _predicts_masks(description: Mapping[str, Any]) -> bool:
+    """Whether a network is a CAM network that predicts masks too; its earlier phases are of the same method."""
+    method = contract.SEEDS.get(description.get("method", ""))
+    return description.get("part") == "cam" and method is not None and issubclass(method, contract.SingleStage)
+
+
+def _as_segmenter(recipe: Phase, method: str, description: Mapping[str, Any]) -> SegmentRecipe:
+    """The recipe of a CAM network that predicts masks, with its test settings."""
+    own = contract.SEEDS[method].recipes[description["preset"]].own
+    assert own is not None
+    test = restored(own, description.get("own", {}))
+    return SegmentRecipe(**{f.name: getattr(recipe, f.name) for f in fields(Phase)}, infer=test.infer)
 
 
 def _recipe(part: Part, method: str, preset: str) -> Phase:

@@ -2,10 +2,11 @@
 # CRT as published (Huo, Su and Wu, 2022) on PASCAL VOC 2012. NOT RUN by this project yet: no VOC, weights or GPU were at
 # hand. Expected scores are the published ones.
 #
-#   command    scripts/crt.sh VOC_ROOT SEG_WEIGHTS [flags of run_sample.py]
+#   command    scripts/crt.sh VOC_ROOT COCO_WEIGHTS [flags of run_sample.py]
 #              VOC_ROOT         VOCdevkit/VOC2012 with JPEGImages, Annotations, SegmentationClass(Aug) and
 #                               ImageSets/Segmentation/{train,train_aug,val}.txt
-#              SEG_WEIGHTS      start of the segmentation network (published: deeplabv1_resnet101-coco.pth)
+#              COCO_WEIGHTS     start of the segmentation network, trained on COCO's pixel masks:
+#                               deeplabv1_resnet101-coco.pth, or init.caffemodel that it was made of
 #              DeiT-S, ResNet-152 and ResNet-50 are fetched from the internet by timm; without internet add
 #              --cam.weights deit_small_patch16_224-cd65a155.pth,resnet152-b121ed2d.pth
 #              --aff.weights resnet50-19c8e357.pth
@@ -17,13 +18,5 @@
 #   5 random_walk  train       71.8                                                            published
 #   7 infer_seg    val         71.2; test: 71.7 (DeepLab v2, ResNet-101, COCO start)           published
 set -euo pipefail
-if [ $# -lt 2 ]; then
-    sed -n '2,/^set/p' "$0" | sed '$d'
-    exit 2
-fi
-root=$(realpath "$1")
-seg=$(realpath "$2")
-shift 2
-. "$(dirname "$0")/env.sh" requirements.txt
-exec .venv/bin/python run_sample.py crt --preset published --data voc12 --root "$root" --machine.amp off \
-    --seg.weights "$seg" "$@"
+. "$(dirname "$0")/system.sh" root coco -- "$@"
+launch crt --data voc12 --root "$root" --machine.amp off --seg.weights "$coco"

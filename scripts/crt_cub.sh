@@ -2,7 +2,8 @@
 # CRT and TS-CAM as published on CUB-200-2011: weakly supervised localisation. NOT RUN by this project yet: no CUB,
 # weights or GPU were at hand. Expected scores are the published ones.
 #
-#   command    scripts/crt_cub.sh {crt,tscam} CUB_ROOT [flags of run_sample.py]
+#   command    scripts/crt_cub.sh METHOD CUB_ROOT [flags of run_sample.py]
+#              METHOD           crt or tscam
 #              CUB_ROOT         folder CUB_200_2011 with images, images.txt, classes.txt, image_class_labels.txt,
 #                               train_test_split.txt, bounding_boxes.txt (and segmentations, for PxAP)
 #              DeiT-S (and ResNet-50) are fetched from the internet by timm; without internet add
@@ -18,13 +19,7 @@
 # The published figures are those of the best epoch, chosen on the test images; here the last epoch is measured. TS-CAM on
 # Conformer-S (77.2, 90.9, 94.1): --cam.network.backbone conformer --cam.weights conformer_small_patch16.pth
 set -euo pipefail
-if [ $# -lt 2 ] || { [ "$1" != crt ] && [ "$1" != tscam ]; }; then
-    sed -n '2,/^set/p' "$0" | sed '$d'
-    exit 2
-fi
-method=$1
-root=$(realpath "$2")
-shift 2
+. "$(dirname "$0")/system.sh" method= root -- "$@"
 recipe=()
 if [ "$method" = crt ]; then
     recipe=(--cam.network.cnn.depth 3 4 6 3 --cam.network.cnn.pretrained resnet50.tv_in1k
@@ -37,6 +32,4 @@ if [ "$method" = crt ]; then
         --cam.infer.scales 224 --cam.infer.square --cam.infer.resize bilinear --cam.infer.no-flip
         --cam.infer.round-up 1 --cam.infer.coarse 0 --cam.infer.normalise minmax --cam.boxes.threshold 0.1)
 fi
-. "$(dirname "$0")/env.sh" requirements.txt
-exec .venv/bin/python run_sample.py "$method" --preset published --data cub200 --root "$root" --val-list test \
-    --seed 26 --machine.amp off "${recipe[@]}" "$@"
+launch "$method" --data cub200 --root "$root" --val-list test --seed 26 --machine.amp off ${recipe[@]+"${recipe[@]}"}

@@ -31,12 +31,5 @@
 # On the sample set: python run_sample.py getam --out runs/one, and
 # python run_sample.py getam --out runs/many --cams runs/one --segmenter deeplabv1.
 set -euo pipefail
-if [ $# -lt 2 ]; then
-    sed -n '2,/^set/p' "$0" | sed '$d'
-    exit 2
-fi
-root=$(realpath "$1")
-saliency=$(realpath "$2")
-shift 2
-. "$(dirname "$0")/env.sh" requirements.txt
-exec .venv/bin/python run_sample.py getam --preset published --data voc12 --root "$root" --saliency "$saliency" "$@"
+. "$(dirname "$0")/system.sh" root saliency -- "$@"
+launch getam --data voc12 --root "$root" --saliency "$saliency"

@@ -27,13 +27,5 @@
 #       --gt-dir VOC_ROOT/SegmentationClass --type npz --num-classes 21 --curve --start 0.1 --end 0.4 --step 0.01 \
 #       --erosion 7          (and without --erosion)
 set -euo pipefail
-if [ $# -lt 2 ]; then
-    sed -n '2,/^set/p' "$0" | sed '$d'
-    exit 2
-fi
-root=$(realpath "$1")
-weights=$(realpath "$2")
-shift 2
-. "$(dirname "$0")/env.sh" requirements.txt
-exec .venv/bin/python run_sample.py semformer --preset published --data voc12 --root "$root" \
-    --seg.weights "$weights" --machine.amp off "$@"
+. "$(dirname "$0")/system.sh" root weights -- "$@"
+launch semformer --data voc12 --root "$root" --seg.weights "$weights" --machine.amp off

@@ -20,7 +20,7 @@ from misc.config import CamInference, Machine, SegInference, override
 from misc.crf import CRFSettings, DenseCRF
 from misc.each import EachFailed, each
 from misc.imagefiles import safe_name
-from net.contract import AffinityNetwork, Phase, SeedNetwork, Segmenter, SoftCam
+from net.contract import AffinityNetwork, Phase, SeedNetwork, Segmenter, SingleStage, SoftCam
 from net.model import Model
 from step.infer_seg import class_scores
 from step.make_cam import class_maps
@@ -72,7 +72,7 @@ def segment_images(
         EachFailed: some images failed, the others are finished.
     """
     network = model.network.to(device)
-    assert isinstance(network, Segmenter)
+    assert isinstance(network, Segmenter | SingleStage)
     infer: SegInference = model.recipe.infer
     if fast:
         nearest = min(infer.scales, key=lambda scale: abs(math.log(scale)))

@@ -126,5 +126,6 @@ def _description(job: Job, name: str, network: Network) -> dict[str, Any]:
     cfg = job.cfg
     part: Part = "aff" if name == "aff" else "seg" if name == "seg" else "cam"
     method = {"cam": cfg.method, "aff": cfg.refiner, "seg": cfg.segmenter}[part]
-    recipe = getattr(cfg, part)
-    return describe(part, method, cfg.preset, identity(flatten(recipe)), job.catalog.classes, network)
+    recipe = identity(flatten(getattr(cfg, part)))
+    test = cfg.seg if name == "cam" and job.single_stage else None
+    return describe(part, method, cfg.preset, recipe, job.catalog.classes, network, test)

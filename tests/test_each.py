@@ -42,7 +42,8 @@ class Work:
         return (self.folder / image_id).exists()
 
     def made(self) -> list[str]:
-        return sorted((p.name for p in self.folder.iterdir()), key=IDS.index)
+        """Finished files; one that a killed worker was writing starts with a dot."""
+        return sorted((p.name for p in self.folder.iterdir() if not p.name.startswith(".")), key=IDS.index)
 
 
 def prepare(image_id: str) -> str:

@@ -1,4 +1,4 @@
-"""ONNX files of every registered segmenter compute what PyTorch computes, at any size."""
+"""ONNX files of every network that predicts masks compute what PyTorch computes, at any size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from misc.imaging import normalise
 from net import contract, export
-from net.contract import Segmenter
+from net.contract import Segmenter, SingleStage
 
 contract.load_methods()
 onnx = pytest.importorskip("onnx")
@@ -21,12 +21,16 @@ CLASSES = ("dog", "Tür")
 SIZES = ((1, 8, 8), (1, 48, 64), (3, 31, 90), (1, 200, 9), (2, 129, 128))
 
 
-def network(name: str) -> Segmenter:
+OWN = {name for name, cls in contract.SEEDS.items() if issubclass(cls, SingleStage)}
+
+
+def network(name: str) -> Segmenter | SingleStage:
     torch.manual_seed(0)
-    return contract.SEGMENTERS[name].recipes["sample"].network.build(len(CLASSES), {}).eval()  # type: ignore
+    recipe = contract.SEEDS[name].recipes["sample"].cam if name in OWN else contract.SEGMENTERS[name].recipes["sample"]
+    return recipe.network.build(len(CLASSES), {}).eval()  # type: ignore
 
 
-@pytest.mark.parametrize("name", sorted(contract.SEGMENTERS))
+@pytest.mark.parametrize("name", sorted({*contract.SEGMENTERS, *OWN}))
 def test_the_file_computes_what_the_network_computes(name: str, tmp_path: Path) -> None:
     path, net, corners = tmp_path / "deep" / "seg.onnx", network(name), name != "deeplabv1"
     assert export.export_onnx(net, path, CLASSES, corners) < 1e-4

@@ -496,5 +496,5 @@ def test_two_processes_train_both_phases_as_one_does(single: Path, data: Path, t
     assert one.keys() == two.keys() and len(one) == 6
     for term, values in one.items():
         assert values == pytest.approx(two[term], rel=1e-3, abs=1e-5), term
-    weights = [store.read_weights(folder / "weights" / "cam.pt") for folder in (single, tmp_path / "two")]
+    weights = [store.read_model(folder / "weights" / "cam.pt")[0] for folder in (single, tmp_path / "two")]
     assert close(*weights)

@@ -239,7 +239,7 @@ def test_a_run_writes_and_scores_its_objects(finished: Path, data: Path) -> None
     score = store.read_json(finished / "scores.json")["pseudo objects after the walk"]
     assert (score["step"], score["split"], score["images"]) == ("random_walk", "train", 5)
     assert 0 <= score["ap50"] <= 100 and score["objects"] >= 5 and score["walk"]["instances"] is True
-    weights = store.read_weights(finished / "weights" / "aff.pt")
+    weights, _ = store.read_model(finished / "weights" / "aff.pt")
     assert weights["mean_shift.running_mean"].abs().sum() > 0  # measured before the weights were written
 
 

@@ -370,15 +370,8 @@ def test_a_refiner_starts_from_the_cam_networks_backbone(tmp_path: Path) -> None
     assert torch.equal(net.fc_edge1[0].weight, head)
 
 
-def test_the_convention_of_enlarging_is_the_subclasss() -> None:
-    class Aligned(edge.EdgeNetwork):
-        align_corners = True
-        recipes = {}
-
-    nets = []
-    for cls in (edge.EdgeNetwork, Aligned):
-        torch.manual_seed(0)
-        nets.append(cls(IRNOptions(resnet=TINY)).eval())
+def test_the_convention_of_enlarging_is_an_option() -> None:
+    nets = [edge.EdgeNetwork(IRNOptions(resnet=TINY, align_corners=aligned)).eval() for aligned in (False, True)]
     nets[1].load_state_dict(nets[0].state_dict())
     taps = nets[0].resnet50.taps(pictures(1, 64, 64))
     with torch.no_grad():

@@ -13,7 +13,7 @@ from misc import store
 from misc.config import Fit, flatten, override, restored
 from net import contract
 from net.contract import Phase
-from net.model import describe, load_model
+from net.model import describe, load_model, predicts_masks
 from net.weights import read
 
 contract.load_methods()
@@ -61,6 +61,26 @@ def test_the_file_is_a_plain_checkpoint_to_others(part: str, name: str, tmp_path
     assert stored.keys() == {"model", "description"} and stored["model"].keys() == state.keys()
     assert json.loads(stored["description"])["normalisation"]["std"]
     assert read(tmp_path / f"{part}.pt").keys() == state.keys()
+
+
+SINGLE_STAGE = sorted(name for name, cls in contract.SEEDS.items() if issubclass(cls, contract.SingleStage))
+
+
+@pytest.mark.parametrize("name", SINGLE_STAGE)
+def test_a_cam_network_that_predicts_masks_serves_as_segmenter(name: str, tmp_path: Path) -> None:
+    whole = contract.SEEDS[name].recipes["sample"]
+    state, changed = save(tmp_path, "cam", name, whole.cam), override(whole.own, {"infer.flip": True})
+    for test in (whole.own, changed):
+        model = load_model(tmp_path / "cam.pt", "seg")
+        assert (model.recipe.infer, model.recipe.augment) == (test.infer, whole.cam.augment)
+        assert isinstance(model.network, contract.SingleStage) and predicts_masks(tmp_path / "cam.pt")
+        assert all(torch.equal(value, state[k]) for k, value in model.network.state_dict().items())
+        network = model.network
+        description = describe("cam", name, "sample", flatten(whole.cam), CLASSES, network, changed)
+        store.write_model(tmp_path / "cam.pt", state, description)  # for the second round
+    assert isinstance(load_model(tmp_path / "cam.pt", "cam").recipe, contract.SeedRecipe)
+    save(tmp_path, "cam", "psa", recipe("cam", "psa"))
+    assert not predicts_masks(tmp_path / "cam.pt")
 
 
 def test_an_unknown_file_or_another_part_names_the_remedy(tmp_path: Path) -> None:

@@ -367,7 +367,8 @@ def test_large_photographs_are_made_smaller(own: Path, tmp_path: Path, capsys: p
     Image.new("RGB", (400, 300), (9, 9, 9)).save(own / "images/my 0.jpg", exif=exif)
     store.write_mask(own / "masks/my 0.png", np.full((400, 300), 2, np.uint8))
     out = tmp_path / "small"
-    assert run(capsys, "shrink", "--root", own, "--out", out, "--long-side", 100)[0] == 0
+    got = run(capsys, "shrink", "--root", own, "--out", out, "--long-side", 100)
+    assert got[0] == 0, got[1]
     data = open_catalog("folder", out)
     assert data.ids("train") == open_catalog("folder", own).ids("train")
     assert store.read_image(data.image_path("my 0")).shape == (100, 75, 3)

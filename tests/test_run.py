@@ -120,7 +120,7 @@ def test_the_report_is_one_page(finished: Path) -> None:
     assert (finished / "pictures.png").stat().st_size > 1000
     assert "name=viewport" in page and "prefers-color-scheme: dark" in page
     assert page.count("<div class=scroll><table>") == page.count("<table>") == 3  # no table widens a narrow page
-    assert "searched on the scored list used its true masks" in page
+    assert "searched on the scored list used its truth" in page
     assert json.loads((finished / "run.json").read_text())["command"][0] in html.unescape(page)
 
 

@@ -340,11 +340,11 @@ def stop_in(name: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     original = loop.set_lr
     seen: list[int] = []
 
-    def deadly(optimiser: object, recipe: object, step: int, total: int) -> None:
+    def deadly(optimiser: object, recipe: object, step: int, total: int, *scale: float) -> None:
         seen.append(step)
         if total == {"caae": 5, "cam": 6}[name] and step == at:
             raise KeyboardInterrupt
-        original(optimiser, recipe, step, total)  # type: ignore[arg-type]
+        original(optimiser, recipe, step, total, *scale)  # type: ignore[arg-type]
 
     monkeypatch.setattr(loop, "set_lr", deadly)
 

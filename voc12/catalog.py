@@ -195,6 +195,7 @@ class Catalog(ABC):
     def check(
         self,
         split: str,
+        *,
         need_masks: bool = False,
         need_tags: bool = True,
         need_boxes: bool = False,

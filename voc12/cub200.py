@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from misc import store
-from voc12.catalog import Catalog
+from voc12.catalog import Catalog, NoSuchList
 from voc12.tags import DataError
 
 _OBJECT = 127
@@ -61,7 +61,7 @@ class CubCatalog(Catalog):
         """Images of train_test_split.txt: 1 is train, 0 test."""
         ids = self._lists.get("test" if split == "val" else split)
         if not ids:
-            raise DataError(f"There is no list {split!r} in {self.root}: CUB has train and test (also called val).")
+            raise NoSuchList(f"There is no list {split!r} in {self.root}: CUB has train and test (also called val).")
         return ids
 
     def index_images(self) -> dict[str, str]:

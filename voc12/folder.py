@@ -18,6 +18,7 @@ import unicodedata
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -153,9 +154,9 @@ class FolderCatalog(Catalog):
             raise DataError(f"{self.root / 'labels.csv'} has no line for it (no object: write '{image_id},').")
         return self.table.tags[image_id]
 
-    def check(self, split: str, need_masks: bool = False, need_tags: bool = True) -> list[str]:
+    def check(self, split: str, *, need_tags: bool = True, **needs: Any) -> list[str]:
         """As for every data set; and what is made up for want of a file is said."""
-        warnings = super().check(split, need_masks, need_tags)
+        warnings = super().check(split, need_tags=need_tags, **needs)
         if split in ("train", "val", "all") and not (self.root / "splits" / f"{split}.txt").is_file():
             seen = " They are the training images themselves: put lists into splits/, or run python -m voc12.prepare "
             seen += "folder --val-share 0.2, to test on others."

@@ -150,7 +150,7 @@ class Body(ViT):
         grid, and the ResNet's first two maps (none without a ResNet)."""
         patches, grid, *early = self.patch_embed(images)
         prefix = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
-        tokens = torch.cat([*(token.expand(len(images), -1, -1) for token in prefix), patches], 1)
+        tokens = torch.cat([*(token.expand(images.shape[0], -1, -1) for token in prefix), patches], 1)
         return tokens + self.positions(grid, True), grid, early[0] if early else []
 
     def load_weights(self, weights: str) -> str:

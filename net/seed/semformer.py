@@ -339,6 +339,10 @@ class SemFormer(SeedNetwork):
             maps = maps * ((sums.to_patches - low) / (high - low + _EPS)).view_as(maps)
         return maps[:, 1:]
 
+    def classify(self, images: Tensor, num_classes: int) -> Tensor:
+        """Similarities of the class embeddings with what they are trained towards; see the contract."""
+        return similarity(self.segmentor(images)[0], self.guide.semantics())[:, 1:]
+
     def param_groups(self) -> list[Group]:
         """The backbone at the base rate, the rest at 10 times it; what is no weight at twice that, without decay."""
         return name_groups(self, PRETRAINED_PARTS)
