@@ -18,7 +18,7 @@ import tyro
 
 from misc import distributed
 from misc.config import Machine
-from misc.each import EachFailed
+from misc.each import EachFailed, WorkerDied
 from misc.imagefiles import find_images
 from misc.runfolder import RunFolder
 from net.contract import Segmenter, SingleStage
@@ -149,20 +149,18 @@ def predict(options: Options, device: torch.device) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Command line; returns the exit status: 1 where an image, or all, failed."""
-    try:
+
+    def work() -> None:
         options = tyro.cli(Options, args=list(argv), prog="predict.py")
         if options.export:
             export(options)
         else:
             predict(options, distributed.start(options.machine.device))
             distributed.stop()
-    except (ValueError, OSError, EachFailed) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted: start the same command again to go on.", file=sys.stderr)
-        return 130
-    return 0
+
+    return distributed.command(
+        work, (ValueError, OSError, EachFailed, WorkerDied), "start the same command again to go on."
+    )
 
 
 if __name__ == "__main__":

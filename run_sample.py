@@ -61,14 +61,16 @@ def _value(argv: Sequence[str], flag: str) -> str | None:
 
 def _description(base: Config) -> str:
     steps = "\n".join(
-        f"  {i} {s.name}: {s.does}" + ("" if len(s.aims) > 1 else f" (of data sets of {s.aims[0]})")
+        f"  {i} {s.name}: {s.does}" + (" (data sets of boxes)" if s.aims == ("boxes",) else "")
         for i, s in enumerate(STEPS, 1)
     )
     return (
         "Semantic masks from image-level tags: trains a CAM network, refines its maps, trains a segmentation network, "
-        f"step by step.\n\nSteps:\n{steps}\n\nMethods: {', '.join(sorted(contract.SEEDS))}\n"
-        f"Refiners: {', '.join(sorted(contract.REFINERS))}\nSegmenters: {', '.join(sorted(contract.SEGMENTERS))}, "
-        f"{contract.OWN} (the CAM network itself, of methods that can)\n\n"
+        f"step by step.\n\nSteps:\n{steps}\n\nAny method runs with any refiner and any segmenter:\n"
+        f"  METHOD: {', '.join(sorted(contract.SEEDS))}\n"
+        f"  --refiner: {', '.join(sorted(contract.REFINERS))}\n"
+        f"  --segmenter: {', '.join(sorted(contract.SEGMENTERS))}, {contract.OWN} (the CAM network itself, of methods "
+        "that can)\n\n"
         f"The defaults below are those of {base.method}, preset {base.preset}, refiner {base.refiner}, segmenter "
         f"{base.segmenter}.\n\nExamples:\n"
         "  python run_sample.py\n"
@@ -210,17 +212,13 @@ def run(cfg: Config, device: torch.device, command: Sequence[str] = ("python", "
 
 def main(argv: Sequence[str]) -> int:
     """Command line; returns the exit status."""
-    try:
+
+    def work() -> None:
         cfg = parse(argv)
         run(cfg, distributed.start(cfg.machine.device), ["python", "run_sample.py", *without_steps(argv)])
         distributed.stop()
-    except PROBLEMS as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted: start the same command again (without --redo) to go on.", file=sys.stderr)
-        return 130
-    return 0
+
+    return distributed.command(work, PROBLEMS, "start the same command again (without --redo) to go on.")
 
 
 if __name__ == "__main__":

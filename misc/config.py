@@ -198,7 +198,8 @@ class CamInference:
     flip: bool = True
     """Add the maps of the mirrored image."""
     stretch: int = 1
-    """Scaled sizes are rounded up to multiples of this: images are stretched, not padded (semformer.md 6)."""
+    """Sides of the network's inputs are rounded up to multiples of this: images are stretched, not padded
+    (semformer.md 6)."""
     multiple: int = 1
     """Scaled images are padded with the mean colour at the bottom and the right to sides that are multiples of this;
     maps are brought to the padded size and cut to the image again. 1: no padding."""
@@ -211,8 +212,9 @@ class CamInference:
     minmax: (S - min) / (max - min + 1e-8) (mctformer.md 4).
     rectified: clipped at 0, then D / (max D + 1e-6) with D = S - min (aream.md 9)."""
     round_up: int = 1
-    """Maps are added up at sides that are multiples of this, then cut to the image: misaligned by up to as many pixels,
-    which published thresholds were tuned with (IRNet's high_res: 16; irnet.md 6). 1: at image size."""
+    """Maps, whatever the inputs' sizes, are added up at sides that are multiples of this, then cut to the image:
+    misaligned by up to as many pixels, which published thresholds were tuned with (IRNet's high_res: 16; irnet.md 6).
+    1: at image size."""
     coarse: int = 0
     """Also keep the maps added up on a grid with this many pixels a cell, for refiners that work on it (IRNet's cam: 4;
     irnet.md 6). 0: they get the maps at image size."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
@@ -58,6 +59,44 @@ def end(status: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def command(
+    work: Callable[[], None], problems: tuple[type[Exception], ...], interrupted: str
+) -> int:
+    """Do the work of a command line and return its exit status.
+
+    0 at the end of the work; 1 for the named errors, which tell the user what to do: printed in one line; 130 for
+    Ctrl-C, with a line about what then; 141, as the shell has it, where nobody reads the output any more (``| head``),
+    without a word.
+    """
+    try:
+        try:
+            work()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        if not _unread():
+            print(f"\nerror: {error}", file=sys.stderr)
+            return 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes as it ends
+        return 141
+    except problems as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: {interrupted}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _unread() -> bool:
+    """Whether the other end of the standard output is closed."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def rank() -> int:

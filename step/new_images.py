@@ -75,7 +75,8 @@ def segment_images(
     assert isinstance(network, Segmenter | SingleStage)
     infer: SegInference = model.recipe.infer
     if fast:
-        nearest = min(infer.scales, key=lambda scale: abs(math.log(scale)))
+        usual = model.recipe.augment.crop if infer.square else 1
+        nearest = min(infer.scales, key=lambda scale: abs(math.log(scale / usual)))
         infer = override(infer, {"scales": (nearest,), "flip": False, "crf.iterations": 0})
     values = np.arange(len(model.classes) + 1, dtype=np.uint8)
 

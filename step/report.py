@@ -85,7 +85,9 @@ def show(job: Job) -> None:
 
 
 def _unscored(job: Job) -> list[str]:
-    """Why lists have no scores, as far as it lies with the data set."""
+    """Why lists have no scores of masks, as far as it lies with the data set."""
+    if job.aim == "boxes":
+        return []
     reasons = (why_unscored(job, split) for split in dict.fromkeys((job.cfg.score_list, job.cfg.val_list)))
     return [reason for reason in reasons if reason is not None]
 

@@ -128,7 +128,7 @@ def score_boxes(job: Job) -> None:
     taus = wsol.thresholds(options.interval)
     v1, at = wsol.max_box_acc(overlap[0], taus)
     searched = f"searched on {split} itself"
-    hidden, given = "none", "true class"
+    hidden, given, start = "none", "true class", start_weights(job.cfg.cam.phases()[-1][1])
     fixed = {"threshold": options.threshold, "threshold_choice": "fixed"}
     figures = [(n, v, given if n == "GT-Known" else hidden, fixed) for n, v in wsol.summary(verdicts).items()]
     figures += [
@@ -144,7 +144,7 @@ def score_boxes(job: Job) -> None:
         job.run.add_score(
             f"boxes: {name}",
             {"value": value, "unit": "percent", "images": len(found), "split": split, "tags": tags, **cut,
-             "scales": list(infer.scales), "flip": infer.flip, "grid": options.side,
+             "scales": list(infer.scales), "flip": infer.flip, "grid": options.side, "start_weights": start,
              **({"errors": wsol.error_shares(verdicts)} if name == "Loc Top-1" else {})},
         )  # fmt: skip
         distributed.say(f"{name}: {value:.2f} % on {split}, {len(found)} images, tags used: {tags}")

@@ -82,6 +82,14 @@ def test_published_grids() -> None:
     assert grid(321, 513) == (41, 65)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 37), (20, 1)])
+def test_images_of_a_pixel_have_logits_and_labels(size: tuple[int, int]) -> None:
+    net = network("sample").eval()
+    assert net.logits(torch.randn(1, 3, *size)).shape == (1, 4, *grid(*size))
+    labels, logits = net.labels(torch.zeros(1, *size, dtype=torch.int64)), net.sizes(torch.randn(1, 3, *size))
+    assert [label.shape[1:] for label in labels.values()] == [x.shape[2:] for x in logits]
+
+
 def test_counts_fit_the_outputs() -> None:
     """No two outputs differ in size from what the counts were made for, at any input size."""
     net = network(scales=(0.5, 0.75))

@@ -13,6 +13,7 @@ from running import digests
 
 import run_sample
 from misc import store, wsol
+from misc.runfolder import RunFolder
 from step import localise
 from step.config import open_job
 from voc12.sample import generate
@@ -68,6 +69,7 @@ def test_every_figure_is_recorded_with_what_it_rests_on(finished: Path, capsys: 
     for name in FIGURES:
         score = scores[f"boxes: {name}"]
         assert 0 <= score["value"] <= 100 and score["images"] == 5 and score["split"] == "val"
+        assert score["start_weights"] == "random"
         assert score["tags"] == ("none" if name.startswith(("Cls", "Loc")) else "true class")
     fixed = [n for n in FIGURES if scores[f"boxes: {n}"]["threshold_choice"] == "fixed"]
     assert fixed == ["Loc Top-1", "Loc Top-5", "GT-Known"] and scores["boxes: GT-Known"]["threshold"] == 0.1
@@ -77,6 +79,7 @@ def test_every_figure_is_recorded_with_what_it_rests_on(finished: Path, capsys: 
     assert f"boxes: GT-Known     {scores['boxes: GT-Known']['value']:.2f} %" in table
     page = (finished / "report.html").read_text()
     assert "<h2>Boxes</h2>" in page and "MaxBoxAccV2" in page and "<h2>Classes</h2>" not in page
+    assert "no true masks" not in page  # none are asked for
 
 
 def test_recorded_boxes_are_those_of_the_maps(finished: Path, data: Path) -> None:
@@ -141,10 +144,10 @@ def test_boxes_follow_their_classes(data: Path, tmp_path: Path) -> None:
 
 def test_parts_are_scored_when_all_are_there(data: Path, finished: Path, out: Path) -> None:
     shutil.rmtree(out / "box")
-    (out / "scores.json").unlink()
+    RunFolder(out).forget("localise")
     for part in ("0/2", "1/2"):
         assert run(data, out, "--steps", "localise", "--shard", part) == 0
-        assert not (out / "scores.json").exists()
+        assert not RunFolder(out).scores()
     assert run(data, out) == 0
     assert json.loads((out / "scores.json").read_text()) == json.loads((finished / "scores.json").read_text())
     assert digests(out, "box/*") == digests(finished, "box/*")

@@ -70,7 +70,7 @@ def test_images_and_tags_alone_give_masks_and_overlays(
 
     before = digests(out, "label/*", "seg/*", "weights/*.pt")
     assert run("folder", own, out, "--overlays") == 0  # asked for afterwards
-    assert "[1/8] train_cam: done already" in capsys.readouterr().out
+    assert "[1/9] train_cam: done already" in capsys.readouterr().out
     assert digests(out, "label/*", "seg/*", "weights/*.pt") == before
     for folder, ids in made.items():
         assert {p.name for p in (out / f"{folder}_overlay").iterdir()} == {f"{i}.jpg" for i in ids}

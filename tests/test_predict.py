@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from running import digests, make_set, run
+from test_getam import command
 
 import predict
+import run_sample
 from misc import imaging, store
 
 CPU = ("--machine.device", "cpu", "--machine.workers", "2")
@@ -188,6 +191,20 @@ def test_results_of_another_model_or_settings_are_not_mixed(
     before = (out / "masks" / "2026_000001.png").stat().st_mtime_ns
     assert call(out, image, "--weights", seg, "--fast", "--redo") == 0
     assert (out / "masks" / "2026_000001.png").stat().st_mtime_ns > before
+
+
+def test_a_cam_network_that_predicts_masks_is_its_own_segmenter(data: Path, tmp_path: Path) -> None:
+    """With the test settings of its run, from the run and from the file alone; and as ONNX."""
+    out, images = tmp_path / "run", data / "JPEGImages" / "2026_*.jpg"
+    assert run_sample.main(command(data, out)) == 0
+    alone = shutil.copy(out / "weights" / "cam.pt", tmp_path / "moved.pt")
+    for name, words in (("a", ("--run", out)), ("b", ("--weights", alone))):
+        assert call(tmp_path / name, images, *words) == 0
+        assert digests(tmp_path / name / "masks", "*") == digests(out / "seg", "*.png")
+    assert call(tmp_path / "fast", images, "--run", out, "--fast") == 0
+    if importlib.util.find_spec("onnxruntime"):
+        assert call(tmp_path / "onnx", "--run", out, "--export", "onnx") == 0
+        assert [p.name for p in (tmp_path / "onnx").iterdir()] == ["cam.onnx"]
 
 
 # ------------------------------------------------------------------------------------------- tags

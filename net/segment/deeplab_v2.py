@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -176,6 +176,20 @@ class Base(nn.Sequential):
             block.increase.conv.weight.mul_(len(blocks) ** -0.5)
 
 
+def smaller_size(size: Sequence[int], factor: float) -> tuple[int, int]:
+    """(H, W) times a factor, cut to whole pixels, at least one."""
+    return max(1, int(size[0] * factor)), max(1, int(size[1] * factor))
+
+
+def smaller(images: Tensor, factor: float) -> Tensor:
+    """(B, 3, H, W) -> (B, 3, *smaller_size), bilinear."""
+    size = images.shape[-2:]
+    if min(size) * factor < 1:
+        return F.interpolate(images, size=smaller_size(size, factor), mode="bilinear", align_corners=False)
+    # the factor itself, not the ratio of the rounded sizes, places the samples (deeplab.md C.2)
+    return F.interpolate(images, scale_factor=factor, mode="bilinear", recompute_scale_factor=False)
+
+
 def grid(height: int, width: int) -> tuple[int, int]:
     """Size of the logits of one input: 321 -> 41, 513 -> 65 (deeplab.md C.1)."""
 
@@ -341,12 +355,7 @@ class DeepLabV2(Segmenter):
 
     def sizes(self, images: Tensor) -> list[Tensor]:
         """Logits of every size of the input, 1 first: (B, 3, H, W) -> (B, C + 1, *grid(size)) each."""
-        # the factor itself, not the ratio of the rounded sizes, places the samples (deeplab.md C.2)
-        smaller = [
-            F.interpolate(images, scale_factor=factor, mode="bilinear", recompute_scale_factor=False)
-            for factor in self.options.scales
-        ]
-        return [self.base(scaled) for scaled in (images, *smaller)]
+        return [self.base(scaled) for scaled in (images, *(smaller(images, factor) for factor in self.options.scales))]
 
     @staticmethod
     def merge(logits: list[Tensor]) -> Tensor:
@@ -364,7 +373,7 @@ class DeepLabV2(Segmenter):
         height, width = mask.shape[-2:]
         labels = {}
         for scale in (1, *self.options.scales):
-            labels[f"{scale}"] = resize_masks(mask, grid(int(height * scale), int(width * scale)))
+            labels[f"{scale}"] = resize_masks(mask, grid(*smaller_size((height, width), scale)))
         return labels
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
