@@ -192,18 +192,6 @@ def infer_logits(
     return torch.cat(passes).mean(0).cpu().numpy()
 
 
-def infer_cam(
-    cam: Callable[[Tensor, Tensor], Tensor],
-    image: np.ndarray,
-    tags: np.ndarray,
-    infer: CamInference,
-    normalisation: str,
-    device: torch.device | str = "cpu",
-) -> np.ndarray:
-    """Merged, normalised class maps of one image at its size: the first result of ``infer_cams``, (K, H, W)."""
-    return infer_cams(cam, image, tags, infer, normalisation, device)[0]
-
-
 def infer_cams(
     cam: Callable[[Tensor, Tensor], Tensor],
     image: np.ndarray,

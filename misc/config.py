@@ -77,22 +77,22 @@ class Fit:
     """Largest gradient norm; larger gradients are scaled down to it. 0: no clipping."""
 
     def __post_init__(self) -> None:
-        _check(self.epochs > 0, "epochs", self.epochs, "at least 1")
-        _check(self.steps is None or self.steps > 0, "steps", self.steps, "at least 1, or None")
-        _check(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
-        _check(self.micro_batch is None or self.micro_batch > 0, "micro_batch", self.micro_batch, "at least 1, or None")
-        _check(self.lr > 0, "lr", self.lr, "positive")
-        _check(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
-        _check(not self.nesterov or self.momentum > 0, "nesterov", self.nesterov, "False where momentum is 0")
-        _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
-        _check(self.power > 0, "power", self.power, "positive")
-        _check(self.schedule_every > 0, "schedule_every", self.schedule_every, "at least 1")
-        _check(all(epoch > 0 for epoch in self.step_epochs), "step_epochs", self.step_epochs, "epochs from 1 on")
-        _check(0 < self.step_factor <= 1, "step_factor", self.step_factor, "in (0, 1]")
-        _check(0 <= self.warmup_epochs <= self.epochs or "cosine" not in self.schedule, "warmup_epochs",
+        check(self.epochs > 0, "epochs", self.epochs, "at least 1")
+        check(self.steps is None or self.steps > 0, "steps", self.steps, "at least 1, or None")
+        check(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
+        check(self.micro_batch is None or self.micro_batch > 0, "micro_batch", self.micro_batch, "at least 1, or None")
+        check(self.lr > 0, "lr", self.lr, "positive")
+        check(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        check(not self.nesterov or self.momentum > 0, "nesterov", self.nesterov, "False where momentum is 0")
+        check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        check(self.power > 0, "power", self.power, "positive")
+        check(self.schedule_every > 0, "schedule_every", self.schedule_every, "at least 1")
+        check(all(epoch > 0 for epoch in self.step_epochs), "step_epochs", self.step_epochs, "epochs from 1 on")
+        check(0 < self.step_factor <= 1, "step_factor", self.step_factor, "in (0, 1]")
+        check(0 <= self.warmup_epochs <= self.epochs or "cosine" not in self.schedule, "warmup_epochs",
                self.warmup_epochs, "in 0 .. epochs")
-        _check(self.warmup_lr >= 0, "warmup_lr", self.warmup_lr, "0 or more")
-        _check(self.final_lr >= 0, "final_lr", self.final_lr, "0 or more")
+        check(self.warmup_lr >= 0, "warmup_lr", self.warmup_lr, "0 or more")
+        check(self.final_lr >= 0, "final_lr", self.final_lr, "0 or more")
 
 
 AugmentOp = Literal[
@@ -160,27 +160,27 @@ class Augment:
     """Label of the canvas where there is no image: 255 ignore, 0 background."""
 
     def __post_init__(self) -> None:
-        _check(self.crop > 0, "crop", self.crop, "positive")
-        _check("normalize" in self.order, "order", self.order, "a list that contains normalize")
-        _check(len(set(self.order)) == len(self.order), "order", self.order, "a list without repetition")
+        check(self.crop > 0, "crop", self.crop, "positive")
+        check("normalize" in self.order, "order", self.order, "a list that contains normalize")
+        check(len(set(self.order)) == len(self.order), "order", self.order, "a list without repetition")
         unknown = set(self.order) - set(get_args(AugmentOp))
-        _check(not unknown, "order", self.order, f"made of {', '.join(get_args(AugmentOp))}")
+        check(not unknown, "order", self.order, f"made of {', '.join(get_args(AugmentOp))}")
         place = {operation: number for number, operation in enumerate(self.order)}
         for first, second in _AUGMENT_ORDER:
             good = place.get(first, -1) < place.get(second, len(place))
-            _check(good, "order", self.order, f"a list with {first} before {second}")
-        _check(0 < self.long_side[0] <= self.long_side[1], "long_side", self.long_side, "two increasing sizes")
-        _check(0 < self.scale[0] <= self.scale[1], "scale", self.scale, "two increasing factors")
-        _check(min(self.scale_set, default=1) > 0, "scale_set", self.scale_set, "positive factors")
-        _check(self.square > 0, "square", self.square, "positive")
-        _check(0 <= self.flip <= 1, "flip", self.flip, "a probability")
-        _check(min(self.jitter) >= 0 and self.jitter[3] <= 0.5, "jitter", self.jitter, "0 or more, hue at most 0.5")
-        _check(0 <= self.jitter_probability <= 1, "jitter_probability", self.jitter_probability, "a probability")
-        _check(0 <= self.hsv < 90, "hsv", self.hsv, "in [0, 90)")
-        _check(0 < self.area[0] <= self.area[1] <= 1, "area", self.area, "two increasing shares")
-        _check(self.policy.startswith("rand-"), "policy", self.policy, "a name such as rand-m9-mstd0.5-inc1")
-        _check(0 <= self.erase <= 1, "erase", self.erase, "a probability")
-        _check(0 <= self.mask_fill <= 255, "mask_fill", self.mask_fill, "in 0 .. 255")
+            check(good, "order", self.order, f"a list with {first} before {second}")
+        check(0 < self.long_side[0] <= self.long_side[1], "long_side", self.long_side, "two increasing sizes")
+        check(0 < self.scale[0] <= self.scale[1], "scale", self.scale, "two increasing factors")
+        check(min(self.scale_set, default=1) > 0, "scale_set", self.scale_set, "positive factors")
+        check(self.square > 0, "square", self.square, "positive")
+        check(0 <= self.flip <= 1, "flip", self.flip, "a probability")
+        check(min(self.jitter) >= 0 and self.jitter[3] <= 0.5, "jitter", self.jitter, "0 or more, hue at most 0.5")
+        check(0 <= self.jitter_probability <= 1, "jitter_probability", self.jitter_probability, "a probability")
+        check(0 <= self.hsv < 90, "hsv", self.hsv, "in [0, 90)")
+        check(0 < self.area[0] <= self.area[1] <= 1, "area", self.area, "two increasing shares")
+        check(self.policy.startswith("rand-"), "policy", self.policy, "a name such as rand-m9-mstd0.5-inc1")
+        check(0 <= self.erase <= 1, "erase", self.erase, "a probability")
+        check(0 <= self.mask_fill <= 255, "mask_fill", self.mask_fill, "in 0 .. 255")
 
 
 @dataclass(frozen=True)
@@ -220,12 +220,12 @@ class CamInference:
     irnet.md 6). 0: they get the maps at image size."""
 
     def __post_init__(self) -> None:
-        _check(bool(self.scales) and min(self.scales) > 0, "scales", self.scales, "positive factors")
-        _check(not self.square or min(self.scales) >= 8, "scales", self.scales, "sides of 8 pixels or more for square")
-        _check(self.stretch > 0, "stretch", self.stretch, "at least 1")
-        _check(self.multiple > 0, "multiple", self.multiple, "at least 1")
-        _check(self.round_up > 0, "round_up", self.round_up, "at least 1")
-        _check(self.coarse >= 0, "coarse", self.coarse, "0 or more")
+        check(bool(self.scales) and min(self.scales) > 0, "scales", self.scales, "positive factors")
+        check(not self.square or min(self.scales) >= 8, "scales", self.scales, "sides of 8 pixels or more for square")
+        check(self.stretch > 0, "stretch", self.stretch, "at least 1")
+        check(self.multiple > 0, "multiple", self.multiple, "at least 1")
+        check(self.round_up > 0, "round_up", self.round_up, "at least 1")
+        check(self.coarse >= 0, "coarse", self.coarse, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -241,9 +241,9 @@ class BoxInference:
     """Distance of the thresholds that MaxBoxAcc searches, and of PxAP's. The published evaluation takes 0.001."""
 
     def __post_init__(self) -> None:
-        _check(self.side > 1, "side", self.side, "at least 2")
-        _check(0 <= self.threshold < 1, "threshold", self.threshold, "in [0, 1)")
-        _check(0 < self.interval <= 0.5, "interval", self.interval, "in (0, 0.5]")
+        check(self.side > 1, "side", self.side, "at least 2")
+        check(0 <= self.threshold < 1, "threshold", self.threshold, "in [0, 1)")
+        check(0 < self.interval <= 0.5, "interval", self.interval, "in (0, 0.5]")
 
 
 @dataclass(frozen=True)
@@ -269,8 +269,8 @@ class SegInference:
     """Dense CRF on the merged scores; ``iterations`` 0 switches it off."""
 
     def __post_init__(self) -> None:
-        _check(bool(self.scales) and min(self.scales) > 0, "scales", self.scales, "positive factors")
-        _check(not self.square or min(self.scales) >= 8, "scales", self.scales, "sides of 8 pixels or more for square")
+        check(bool(self.scales) and min(self.scales) > 0, "scales", self.scales, "positive factors")
+        check(not self.square or min(self.scales) >= 8, "scales", self.scales, "sides of 8 pixels or more for square")
 
 
 @dataclass(frozen=True)
@@ -292,8 +292,8 @@ class Machine:
     """Updates between two resume points. None: twenty times a training."""
 
     def __post_init__(self) -> None:
-        _check(self.workers >= 0, "workers", self.workers, "0 or more")
-        _check(self.checkpoint_every is None or self.checkpoint_every > 0, "checkpoint_every", self.checkpoint_every,
+        check(self.workers >= 0, "workers", self.workers, "0 or more")
+        check(self.checkpoint_every is None or self.checkpoint_every > 0, "checkpoint_every", self.checkpoint_every,
                "at least 1, or None")
 
     def amp_dtype(self, device: torch.device) -> torch.dtype | None:
@@ -303,7 +303,8 @@ class Machine:
         return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.amp]
 
 
-def _check(good: bool, name: str, value: object, wanted: str) -> None:
+def check(good: bool, name: str, value: object, wanted: str) -> None:
+    """Refuse the value of a setting that is not ``good``: ValueError says what it must be."""
     if not good:
         raise ValueError(f"{name} = {value!r} is not possible: it must be {wanted}.")
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from misc.config import PRETRAINED_WEIGHTS, Augment, Fit
+from misc.config import PRETRAINED_WEIGHTS, Augment, Fit, check
 from misc.crf import CRFSettings
 from misc.instances import Instances
 from misc.walk import Displacement, pair_views
@@ -71,8 +71,7 @@ class IRNWalk(EdgeWalk):
     def __post_init__(self) -> None:
         """Raises ValueError for values that make no walk."""
         super().__post_init__()
-        if not 0 <= self.instance_threshold <= 1:
-            raise ValueError(f"instance_threshold = {self.instance_threshold} is not possible: it must be in [0, 1].")
+        check(0 <= self.instance_threshold <= 1, "instance_threshold", self.instance_threshold, "in [0, 1]")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from misc.config import REQUIRED_WEIGHTS, Augment, Fit
+from misc.config import REQUIRED_WEIGHTS, Augment, Fit, check
 from misc.crf import CRFSettings, DenseCRF
 from misc.imaging import denormalise, truncated
 from misc.walk import (
@@ -132,15 +132,11 @@ class WalkOptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError for values that make no walk."""
-        for name, good, wanted in (
-            ("logt", 0 <= self.logt <= 16, "0 to 16, the walk has 2^logt steps"),
-            ("beta", self.beta > 0, "positive"),
-            ("alpha", self.alpha > 0, "positive"),
-            ("threshold", 0 <= self.threshold <= 1, "in [0, 1]"),
-            ("radius", self.radius >= 2, "at least 2"),
-        ):
-            if not good:
-                raise ValueError(f"{name} = {getattr(self, name)} is not possible: it must be {wanted}.")
+        check(0 <= self.logt <= 16, "logt", self.logt, "0 to 16, the walk has 2^logt steps")
+        check(self.beta > 0, "beta", self.beta, "positive")
+        check(self.alpha > 0, "alpha", self.alpha, "positive")
+        check(0 <= self.threshold <= 1, "threshold", self.threshold, "in [0, 1]")
+        check(self.radius >= 2, "radius", self.radius, "at least 2")
 
 
 @dataclass(frozen=True)

@@ -247,7 +247,8 @@ def check_aream_infer(case: Case) -> None:
         classes = network.look(torch.zeros(1, 3, 32, 32))[1].shape[1]
         present = tags([keys], classes)[0].numpy()
         with torch.inference_mode():
-            maps = cams.infer_cam(network.cam, case.arrays[described["image"]], present, infer, network.normalisation)
+            image = case.arrays[described["image"]]
+            maps, _ = cams.infer_cams(network.cam, image, present, infer, network.normalisation)
         np.testing.assert_array_equal(np.flatnonzero(present), case.arrays[f"key{number}"])
         _close(case, f"cam{number}", maps)
 
