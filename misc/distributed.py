@@ -61,9 +61,7 @@ def end(status: int) -> NoReturn:
     sys.exit(status)
 
 
-def command(
-    work: Callable[[], None], problems: tuple[type[Exception], ...], interrupted: str
-) -> int:
+def command(work: Callable[[], None], problems: tuple[type[Exception], ...], interrupted: str) -> int:
     """Do the work of a command line and return its exit status.
 
     0 at the end of the work; 1 for the named errors, which tell the user what to do: printed in one line; 130 for
