@@ -28,7 +28,7 @@ from voc12.sample_marks import MARKS, class_names
 LAYOUTS: dict[str, Literal["voc", "cub"]] = {"sample": "voc", "sample_cub": "cub"}
 """Generated data sets by their name on the command line."""
 
-FORMAT = 1  # raise it when the same parameters begin to give other pictures
+FORMAT = 2  # raise it when the same parameters begin to give other pictures
 JPEG_QUALITY = 90
 SHORTEST = 64  # below this long side no mark is readable
 

@@ -23,6 +23,8 @@ IGNORE = 255
 SPLITS = {"train": 2025, "val": 2026}  # the year in an image's id
 MARK_PIXELS = 16.0  # least diameter of a mark (disc of its area) at long sides of 100 to 130 px; else in proportion
 MARK_SHARE = (0.12, 0.26)  # of the body's area
+EMPTY = 0.1  # share of pictures without an object: without them the last class could be told by the others' absence
+CLOSE_UP = 0.35  # share of pictures that show one object so near that its mark is large: they are easy to learn from
 
 Array = np.ndarray
 Rng = np.random.Generator
@@ -217,7 +219,7 @@ def _body(rng: Rng, size: tuple[int, int], length: float) -> Array | None:
     low, high = np.maximum(corner, 0), np.minimum(corner + side, size)
     body = np.zeros(size, np.float32)
     body[low[0] : high[0], low[1] : high[1]] = full[tuple(map(slice, low - corner, high - corner))]
-    least = 0.75 if rng.uniform() < 0.3 else 0.97
+    least = 0.8 if length > max(size) * 0.6 else 0.75 if rng.uniform() < 0.3 else 0.97
     return body if body.sum() >= least * full.sum() else None
 
 
@@ -254,17 +256,16 @@ def _clears(body: Array, things: list[Thing]) -> bool:
     return True
 
 
-def _share(rng: Rng, largest: float) -> float:
-    """An object's length as a share of the picture's: 0.2 to ``largest``, small ones rarer."""
-    return 0.2 + (largest - 0.2) * rng.beta(2.0, 1.2)
+def _share(rng: Rng, shares: tuple[float, float]) -> float:
+    """An object's length as a share of the picture's, within ``shares``; small ones are rarer."""
+    return shares[0] + (shares[1] - shares[0]) * rng.beta(2.0, 1.2)
 
 
-def _things(rng: Rng, size: tuple[int, int], labels: list[int]) -> list[Thing]:
+def _things(rng: Rng, size: tuple[int, int], labels: list[int], shares: tuple[float, float]) -> list[Thing]:
     """Objects of the wished classes, back to front; those that find no place are left out, but never the first."""
     things: list[Thing] = []
-    largest = 0.7 if len(labels) == 1 else 0.6
     for label in labels:
-        share = _share(rng, largest)
+        share = _share(rng, shares)
         for attempt in itertools.count() if not things else range(12):
             thing = _thing(rng, size, label, share)
             if thing is not None and _clears(thing.body, things):
@@ -272,7 +273,7 @@ def _things(rng: Rng, size: tuple[int, int], labels: list[int]) -> list[Thing]:
                     other.seen = other.seen * (1 - thing.body)
                 things.append(thing)
                 break
-            share = _share(rng, largest) if attempt < 30 else 0.5  # a size that has room for a mark, at last
+            share = _share(rng, shares) if attempt < 30 else 0.5  # a size that has room for a mark, at last
     return things
 
 
@@ -331,16 +332,12 @@ def _rng(seed: int, split: str, index: int, stream: int) -> Rng:
     return np.random.default_rng([seed, SPLITS[split], index, stream])
 
 
-def _first(seed: int, split: str, index: int, classes: int) -> int:
-    """A picture's first class number: by turns, in shuffled rounds, so that none is rare."""
+def _labels(rng: Rng, seed: int, split: str, index: int, classes: int) -> tuple[int, list[int]]:
+    """A picture's first class number, by turns in shuffled rounds, so that none is rare; and up to two others."""
     turn, place = divmod(index, classes)
-    return int(_rng(seed, split, turn, 1).permutation(classes)[place]) + 1
-
-
-def _labels(rng: Rng, seed: int, split: str, index: int, classes: int) -> list[int]:
-    """One to three class numbers: the first by turns; others by chance."""
+    first = int(_rng(seed, split, turn, 1).permutation(classes)[place])
     others = rng.integers(0, classes, rng.choice(3, p=[0.35, 0.4, 0.25]))
-    return [_first(seed, split, index, classes), *(int(label) + 1 for label in others)]
+    return first + 1, [int(label) + 1 for label in others]
 
 
 def draw_picture(
@@ -357,9 +354,15 @@ def draw_picture(
     longer = int(rng.integers(long_side[0], long_side[1] + 1))
     shorter = round(longer * rng.uniform(0.6, 0.9))
     h, w = (shorter, longer) if rng.uniform() < 0.6 else (longer, shorter)
+    kind = rng.uniform()
+    close_up = EMPTY <= kind < EMPTY + CLOSE_UP
     size = (h * SUPER, w * SUPER)
-    labels = [_first(seed, split, index, classes)] if single else _labels(rng, seed, split, index, classes)
-    things = _things(rng, size, labels)
+    first, others = _labels(rng, seed, split, index, classes)
+    if kind < EMPTY and not single and index >= 2 * classes:  # small sets are left without: every class is needed
+        labels = []
+    else:
+        labels = [first] if single or close_up else [first, *others]
+    things = _things(rng, size, labels, (0.6, 0.85) if close_up else (0.2, 0.7 if len(labels) == 1 else 0.6))
     image = _background(rng, size)
     _paint(rng, image, things)
 

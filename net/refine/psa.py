@@ -435,8 +435,8 @@ class PSA(AffinityNetwork):
             ),
             fit=Fit(epochs=8, batch_size=8, lr=0.01, momentum=0.9),
             augment=Augment(order=("jitter", "normalize", "crop", "flip"), crop=96),
-            label=LabelOptions(alpha_low=20, alpha_high=48),
-            walk=WalkOptions(alpha=32, logt=4, crf=CRFSettings(iterations=5)),
+            label=LabelOptions(alpha_low=16, alpha_high=64),
+            walk=WalkOptions(alpha=20, logt=3, crf=CRFSettings(iterations=5)),
         ),
     }
 

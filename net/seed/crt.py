@@ -192,7 +192,7 @@ _SAMPLE = Recipe(
         ),
         fit=Fit(epochs=24, batch_size=16, optimiser="adamw", lr=1e-3, weight_decay=0.01),
         augment=Augment(long_side=(112, 160), jitter=(0.2, 0.2, 0.2, 0.02), crop=96),
-        infer=CamInference(scales=(1.0, 1.5), flip=True, normalise="max", coarse=4),
+        infer=CamInference(scales=(0.5, 1.0, 1.5, 2.0), flip=True, normalise="max", coarse=4),
     ),
     refiner="irn",
     refine={"walk.instances": False},

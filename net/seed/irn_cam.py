@@ -58,7 +58,7 @@ _SAMPLE = Recipe(
         network=IRNCamOptions(resnet=SAMPLE_RESNET, head_lr=1.0),
         fit=Fit(epochs=25, batch_size=16, optimiser="adamw", lr=0.003, weight_decay=0.01),
         augment=Augment(order=("long_side", "normalize", "flip", "crop"), long_side=(112, 160), crop=112),
-        infer=CamInference(scales=(1.0, 1.5), flip=True, normalise="max", coarse=4),
+        infer=CamInference(scales=(0.5, 1.0, 1.5, 2.0), flip=True, normalise="max", coarse=4),
     ),
     refiner="irn",
     refine={"weights": "cam"},

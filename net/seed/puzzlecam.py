@@ -168,7 +168,7 @@ _SAMPLE = Recipe(
         network=PuzzleCamOptions(resnet=SAMPLE_RESNET, alpha=1.0, head_lr=1.0),
         fit=Fit(epochs=25, batch_size=16, optimiser="adamw", lr=0.003, weight_decay=0.01),
         augment=Augment(long_side=(112, 160), jitter=(0.2, 0.2, 0.2, 0.02), crop=112),
-        infer=CamInference(scales=(1.0, 1.5), flip=True, normalise="max"),
+        infer=CamInference(scales=(0.5, 1.0, 1.5, 2.0), flip=True, normalise="max"),
     ),
     refiner="edge",
     refine={"weights": "cam"},

@@ -49,10 +49,14 @@ class SeamOptions(Options):
     """Size of the second branch's image relative to the first's."""
     hardest: float = 0.2
     """Share of the entries of a map, the hardest, that ECR keeps."""
+    plain_share: float = 0.0
+    """Share of the training, its first part, that trains the classifier alone by one scale. Published: 0, from ImageNet
+    weights. From random ones there is nothing yet that the scales could agree on, and a plain step costs half."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for shares outside their range."""
-        for name, low, high in (("dropout", 0, 0.999), ("second_scale", 0.01, 1), ("hardest", 0.001, 1)):
+        for name, low, high in (("dropout", 0, 0.999), ("second_scale", 0.01, 1), ("hardest", 0.001, 1),
+                                ("plain_share", 0, 1)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must be in [{low}, {high}], got {getattr(self, name)}.")
 
@@ -237,11 +241,11 @@ _PUBLISHED = Recipe(
 _SAMPLE = Recipe(
     cam=SeedRecipe(
         network=SeamOptions(
-            backbone=SAMPLE_RESNET38, dropout=0.0, second_scale=0.6, head_lr=1.0
+            backbone=SAMPLE_RESNET38, dropout=0.0, second_scale=0.6, head_lr=4.0, plain_share=0.6
         ),
-        fit=Fit(epochs=26, batch_size=16, optimiser="adamw", lr=0.003, weight_decay=0.01),
+        fit=Fit(epochs=26, batch_size=16, optimiser="adamw", lr=0.0015, weight_decay=0.01),
         augment=Augment(long_side=(112, 160), jitter=(0.2, 0.2, 0.2, 0.02), crop=112),
-        infer=CamInference(scales=(1.0, 1.5), flip=True, normalise="shifted"),
+        infer=CamInference(scales=(0.5, 1.0, 1.5, 2.0), flip=True, normalise="shifted"),
     ),
     refiner="psa",
     refine={"weights": "cam"},
@@ -265,6 +269,8 @@ class Seam(SeedNetwork, ResNet38):
         super().__init__(options.backbone)
         self.second_scale = options.second_scale
         self.hardest = options.hardest
+        self.plain_share = options.plain_share
+        self.finds_unused = options.plain_share > 0  # the PCM's layers wait for the second part
         self.head_lr = options.head_lr
         self.dropout7 = nn.Dropout2d(options.dropout)
         self.fc8 = nn.Conv2d(self.channels["conv6"], num_classes + 1, 1, bias=False)
@@ -294,8 +300,11 @@ class Seam(SeedNetwork, ResNet38):
         return cam, correlate(attention_values(cam), self.f9(features))
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """``batch``: image (B, 3, S, S), tags (B, C) -> the terms of ``seam_losses``; ``progress`` is not used."""
+        """``batch``: image (B, 3, S, S), tags (B, C) -> the terms of ``seam_losses``; in the first,
+        plain part of the training the class term alone."""
         image = batch["image"]
+        if progress < self.plain_share:
+            return {"cls": class_loss(self.fc8(self.dropout7(self.taps(image)["conv6"])), batch["tags"])}
         size = image.shape[-2:]
         small_size = tuple(int(side * self.second_scale) for side in size)
         small = _resize(image, small_size)
