@@ -13,8 +13,9 @@
 #              A released checkpoint (weight/NAME_last.pth) is tested without a training: copy it to
 #              RUN/weights/cam.pt first; to go on training from it, give it to --cam.weights
 #   backbone   --cam.network.dpt.backbone vitb_hybrid (default), vitb, deitb, deitb_distilled
-#   hardware   published: one GPU, batch 4 of 256 x 256 in float32 (several GPUs: put "torchrun --nproc-per-node N"
-#              before run_sample.py; the batch stays the recipe's, and gradients are averaged in both phases)
+#   hardware   published: one GPU, batch 4 of 256 x 256 in float32, hence amp off (several GPUs: put
+#              "torchrun --nproc-per-node N" before run_sample.py; the batch stays the recipe's, and gradients are
+#              averaged in both phases)
 #
 #   step          list   expected: hybrid  vitb  deitb  deitb_distilled     source
 #   7 infer_seg   val              71.7    68.1  66.0   70.7                published
@@ -32,4 +33,4 @@
 # python run_sample.py getam --out runs/many --cams runs/one --segmenter deeplabv1.
 set -euo pipefail
 . "$(dirname "$0")/system.sh" root saliency -- "$@"
-launch getam --data voc12 --root "$root" --saliency "$saliency"
+launch getam --data voc12 --root "$root" --saliency "$saliency" --machine.amp off
