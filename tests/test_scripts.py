@@ -13,6 +13,8 @@ from running import ROOM
 import run_sample
 from misc.config import REQUIRED_WEIGHTS
 from net.contract import OWN, SEEDS, load_methods
+from scripts import one_step
+from step.config import default_config
 
 load_methods()
 SYSTEMS = sorted(p.stem for p in (ROOM / "scripts").glob("*.sh") if "\nlaunch " in p.read_text())
@@ -71,3 +73,21 @@ def test_every_script_of_a_system_uses_the_launcher() -> None:
     assert all(name[0].isdigit() for name in others)  # those of the steps
     launched = {re.search(r"\nlaunch \"?(\$?\w+)", texts[system])[1] for system in SYSTEMS}
     assert len(launched) > 10 and launched <= {*SEEDS, "$method"}
+
+
+@pytest.mark.parametrize("name", one_step.METHODS)
+def test_a_step_of_every_published_recipe_is_asked_for_at_full_size(name: str, tmp_path: Path) -> None:
+    cfg = run_sample.parse(one_step.flags(name, tmp_path, tmp_path / "runs", batch=2))
+    published = default_config(cfg.method, "published")
+    for (_, phase), (_, whole) in zip(cfg.cam.phases(), published.cam.phases(), strict=True):
+        assert phase.weights == "none" and phase.fit.batch_size == 2 and phase.fit.steps in (1, 2, 3)
+        assert name != cfg.method or phase.network == whole.network and phase.augment == whole.augment
+    last = 1 - 1 / cfg.cam.fit.steps  # the last step's progress
+    if cfg.method == "crt":
+        assert cfg.cam.network.agrees(last)
+    late = {"getam": "cls_share", "aream_mctformer": "warmup", "aream_conformer": "warmup"}
+    assert last > getattr(cfg.cam.network, late.get(cfg.method, ""), -1)
+
+
+def test_no_method_is_left_out() -> None:
+    assert {one_step.method_of(name) for name in one_step.METHODS} == set(SEEDS)
