@@ -1,8 +1,9 @@
-"""One training step of every published CAM recipe at full size: ``python scripts/one_step.py --root DIR``.
+"""One training step of every published recipe at full size: ``python scripts/one_step.py --root DIR``.
 
 Shows that the published networks, sizes and losses run on this machine, and prints what a step takes; it trains nothing
 worth having. Start weights are random, the batch is reduced; where a loss begins later in the training, there are as
 many steps as it takes to reach it. DIR is a folder in VOC 2012's layout, such as a generated one (data/sample-...).
+Without names it runs the CAM networks; segmentation networks (``--methods deeplabv2``) need masks in DIR.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ METHODS = {
 }
 """What a method, or a variant of it (METHOD_VARIANT), needs besides the flags of all."""
 
+SEGMENTERS = ("deeplabv1", "deeplabv1_largefov", "deeplabv2")
+"""Trained on the true masks, as there are no others."""
+
 
 def method_of(name: str) -> str:
     """The method on the command line: name of a variant -> method."""
@@ -52,13 +56,17 @@ def method_of(name: str) -> str:
 
 
 def flags(name: str, root: Path, out: Path, batch: int) -> list[str]:
-    """The arguments of run_sample.py for a name of ``METHODS``; the method's own come last and win."""
+    """The arguments of run_sample.py for a name of ``METHODS`` or ``SEGMENTERS``; what is its own comes last and
+    wins."""
+    method, part, own = method_of(name), "cam", METHODS.get(name, "")
+    if name in SEGMENTERS:
+        method, part, own = "seam", "seg", f"--segmenter {name} --masks truth"
     common = (
-        f"{method_of(name)} --preset published --data voc12 --steps train_cam --cam.weights none --cam.fit.steps 1 "
-        f"--cam.fit.batch-size {batch} --machine.device cpu --machine.workers 0"
+        f"{method} --preset published --data voc12 --steps train_{part} --{part}.weights none --{part}.fit.steps 1 "
+        f"--{part}.fit.batch-size {batch} --machine.device cpu --machine.workers 0"
     )
-    own = [part.format(batch=batch, saliency=root / "Saliency") for part in METHODS[name].split()]
-    return [*common.split(), "--root", str(root), "--out", str(out / name), *own]
+    special = [word.format(batch=batch, saliency=root / "Saliency") for word in own.split()]
+    return [*common.split(), "--root", str(root), "--out", str(out / name), *special]
 
 
 def main(root: Path, methods: Sequence[str] = tuple(METHODS), out: Path = Path("runs/one_step"), batch: int = 2) -> int:
@@ -75,17 +83,17 @@ def main(root: Path, methods: Sequence[str] = tuple(METHODS), out: Path = Path("
     """
     rows, failed = [], 0
     for name in methods:
-        if name not in METHODS:
-            raise SystemExit(f"error: there is no {name}. There are: {', '.join(METHODS)}.")
+        if name not in (*METHODS, *SEGMENTERS):
+            raise SystemExit(f"error: there is no {name}. There are: {', '.join((*METHODS, *SEGMENTERS))}.")
         command = ["run_sample.py", *flags(name, root.resolve(), out.resolve(), batch)]
         print(f"\n== python {shlex.join(command)}", flush=True)
         if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
             failed = 1
             rows.append(f"{name:<24} failed")
             continue
-        step = RunFolder(out.resolve() / name).record()["steps"]["train_cam"]
+        (step,) = RunFolder(out.resolve() / name).record()["steps"].values()
         rows.append(f"{name:<24} {step['seconds']:8.1f} s {step.get('peak_memory_mb', float('nan')) / 1024:8.1f} GiB")
-    print("\n" + "\n".join([f"{f'batch {batch}':<24} {'train_cam':>10} {'peak':>12}", *rows]))
+    print("\n" + "\n".join([f"{f'batch {batch}':<24} {'training':>10} {'peak':>12}", *rows]))
     return failed
 
 
