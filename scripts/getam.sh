@@ -7,6 +7,8 @@
 #                         ImageSets/Segmentation/{train,train_aug,val}.txt
 #              SALIENCY   folder of saliency maps ID.png: one 8-bit channel, sizes of the images, any value above 0 is
 #                         salient (the authors link theirs in the README of their repository)
+#              Without such maps, by a rule of this project: run_sample.py getam --preset published --data voc12 --root
+#              VOC_ROOT --cam.network.label.no-saliency (nothing was published for that)
 #   weights    timm's ImageNet weights are fetched; without a way to the internet: --cam.weights FILE, one of
 #              jx_vit_base_resnet50_384-9fd3c705.pth, jx_vit_base_p16_384-83fb41ba.pth (vitb),
 #              deit_base_patch16_384-8de9b5d1.pth (deitb), deit_base_distilled_patch16_384-d0272ac0.pth (its kind).
