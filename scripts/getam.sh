@@ -7,14 +7,17 @@
 #                         ImageSets/Segmentation/{train,train_aug,val}.txt
 #              SALIENCY   folder of saliency maps ID.png: one 8-bit channel, sizes of the images, any value above 0 is
 #                         salient (the authors link theirs in the README of their repository)
+#              Without such maps, by a rule of this project: run_sample.py getam --preset published --data voc12 --root
+#              VOC_ROOT --cam.network.label.no-saliency (nothing was published for that)
 #   weights    timm's ImageNet weights are fetched; without a way to the internet: --cam.weights FILE, one of
 #              jx_vit_base_resnet50_384-9fd3c705.pth, jx_vit_base_p16_384-83fb41ba.pth (vitb),
 #              deit_base_patch16_384-8de9b5d1.pth (deitb), deit_base_distilled_patch16_384-d0272ac0.pth (its kind).
 #              A released checkpoint (weight/NAME_last.pth) is tested without a training: copy it to
 #              RUN/weights/cam.pt first; to go on training from it, give it to --cam.weights
 #   backbone   --cam.network.dpt.backbone vitb_hybrid (default), vitb, deitb, deitb_distilled
-#   hardware   published: one GPU, batch 4 of 256 x 256 in float32 (several GPUs: put "torchrun --nproc-per-node N"
-#              before run_sample.py; the batch stays the recipe's, and gradients are averaged in both phases)
+#   hardware   published: one GPU, batch 4 of 256 x 256 in float32, hence amp off (several GPUs: put
+#              "torchrun --nproc-per-node N" before run_sample.py; the batch stays the recipe's, and gradients are
+#              averaged in both phases)
 #
 #   step          list   expected: hybrid  vitb  deitb  deitb_distilled     source
 #   7 infer_seg   val              71.7    68.1  66.0   70.7                published
@@ -32,4 +35,4 @@
 # python run_sample.py getam --out runs/many --cams runs/one --segmenter deeplabv1.
 set -euo pipefail
 . "$(dirname "$0")/system.sh" root saliency -- "$@"
-launch getam --data voc12 --root "$root" --saliency "$saliency"
+launch getam --data voc12 --root "$root" --saliency "$saliency" --machine.amp off

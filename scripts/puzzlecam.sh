@@ -11,6 +11,7 @@
 #              --aff.weights resnet50-19c8e357.pth --seg.weights resnet101-5d3b4d8f.pth
 #   hardware   the authors' is not stated; batch 32 of 512 x 512, each image twice (whole and in tiles). With N GPUs put
 #              "torchrun --nproc-per-node N" before run_sample.py; --cam.fit.micro-batch limits what one holds at a time.
+#              Published in float32, hence amp off.
 #
 #   step           list        expected                                                      source
 #   2 make_cam     train       about 61.9 mIoU, ResNeSt-101 (best background score)          from memory, not checked
@@ -26,4 +27,4 @@ case $backbone in
     resnet50) network=(--cam.network.backbone resnet) ;;
     *) network=(--cam.network.backbone resnest --cam.network.resnest.name "$backbone") ;;
 esac
-launch puzzlecam --data voc12 --root "$root" "${network[@]}"
+launch puzzlecam --data voc12 --root "$root" "${network[@]}" --machine.amp off

@@ -8,11 +8,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from running import ROOM
+from running import ROOM, make_set
 
 import run_sample
 from misc.config import REQUIRED_WEIGHTS
-from net.contract import OWN, SEEDS, load_methods
+from net.contract import OWN, SEEDS, SEGMENTERS, load_methods
+from scripts import one_step
+from step import select
+from step.config import default_config, open_job
 
 load_methods()
 SYSTEMS = sorted(p.stem for p in (ROOM / "scripts").glob("*.sh") if "\nlaunch " in p.read_text())
@@ -71,3 +74,32 @@ def test_every_script_of_a_system_uses_the_launcher() -> None:
     assert all(name[0].isdigit() for name in others)  # those of the steps
     launched = {re.search(r"\nlaunch \"?(\$?\w+)", texts[system])[1] for system in SYSTEMS}
     assert len(launched) > 10 and launched <= {*SEEDS, "$method"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_set(tmp_path_factory.mktemp("set"))
+
+
+@pytest.mark.parametrize("name", [*one_step.METHODS, *one_step.SEGMENTERS])
+def test_a_step_of_every_published_recipe_is_asked_for_at_full_size(name: str, data: Path, tmp_path: Path) -> None:
+    cfg = run_sample.parse(one_step.flags(name, data, tmp_path, batch=2))
+    job = open_job(cfg)
+    run_sample.check(job, select(cfg.steps, job.aim))
+    if name in one_step.SEGMENTERS:
+        whole = SEGMENTERS[name].recipes["published"]
+        assert cfg.seg.network == whole.network and (cfg.seg.fit.steps, cfg.seg.fit.batch_size) == (1, 2)
+        return
+    published = default_config(cfg.method, "published")
+    for (_, phase), (_, whole) in zip(cfg.cam.phases(), published.cam.phases(), strict=True):
+        assert phase.weights == "none" and phase.fit.batch_size == 2 and phase.fit.steps in (1, 2, 3)
+        assert name != cfg.method or (phase.network == whole.network and phase.augment == whole.augment)
+    last = 1 - 1 / cfg.cam.fit.steps  # progress of the last step
+    late = {"getam": "cls_share", "aream_mctformer": "warmup", "aream_conformer": "warmup"}
+    assert cfg.method not in late or last > getattr(cfg.cam.network, late[cfg.method])
+    assert cfg.method != "crt" or cfg.cam.network.agrees(last)
+
+
+def test_no_method_is_left_out() -> None:
+    assert {one_step.method_of(name) for name in one_step.METHODS} == set(SEEDS)
+    assert set(one_step.SEGMENTERS) == set(SEGMENTERS)

@@ -1,0 +1,101 @@
+"""One training step of every published recipe at full size: ``python scripts/one_step.py --root DIR``.
+
+Shows that the published networks, sizes and losses run on this machine, and prints what a step takes; it trains nothing
+worth having. Start weights are random, the batch is reduced; where a loss begins later in the training, there are as
+many steps as it takes to reach it. DIR is a folder in VOC 2012's layout, such as a generated one (data/sample-...).
+Without names it runs the CAM networks; segmentation networks (``--methods deeplabv2``) need masks in DIR.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # run from anywhere
+
+from misc.runfolder import RunFolder  # noqa: E402
+
+METHODS = {
+    "psa": "",
+    "irn_cam": "",
+    "seam": "",
+    "puzzlecam": "",
+    "puzzlecam_resnest": "--cam.network.backbone resnest",
+    "tscam": "",
+    "mctformer": "",
+    "mctformer_v1": "--cam.network.version v1",
+    "mctformer_plus": "--cam.network.version plus --cam.network.backbone.image-size 448 --cam.augment.crop 448",
+    "transcam": "",
+    "aream_mctformer": "--cam.fit.steps 2",  # the pairs' loss waits for a sixth of the training
+    "aream_conformer": "--cam.fit.steps 2",
+    "semformer": "--cam.caae.weights none --cam.caae.fit.steps 1 --cam.caae.fit.batch-size {batch}",
+    # the branches' difference counts from the second epoch on. Batch normalisation is frozen: random weights of 50
+    # blocks give enormous values, and a second step only where the first one moved nothing
+    "crt": "--cam.fit.steps 2 --cam.fit.lr 1e-30",
+    "getam": "--cam.fit.steps 3 --saliency {saliency}",  # the third step is in the second half of the training
+    "getam_without_saliency": "--cam.fit.steps 3 --cam.network.label.no-saliency",
+    "getam_vitb": "--cam.fit.steps 3 --saliency {saliency} --cam.network.dpt.backbone vitb",
+    "getam_deitb_distilled": "--cam.fit.steps 3 --saliency {saliency} --cam.network.dpt.backbone deitb_distilled",
+}
+"""What a method, or a variant of it (METHOD_VARIANT), needs besides the flags of all."""
+
+SEGMENTERS = ("deeplabv1", "deeplabv1_largefov", "deeplabv2")
+"""Trained on the true masks, as there are no others."""
+
+
+def method_of(name: str) -> str:
+    """The method on the command line: name of a variant -> method."""
+    whole = ("irn_cam", "aream_mctformer", "aream_conformer")
+    return name if name in whole else name.partition("_")[0]
+
+
+def flags(name: str, root: Path, out: Path, batch: int) -> list[str]:
+    """The arguments of run_sample.py for a name of ``METHODS`` or ``SEGMENTERS``; what is its own comes last and
+    wins."""
+    method, part, own = method_of(name), "cam", METHODS.get(name, "")
+    if name in SEGMENTERS:
+        method, part, own = "seam", "seg", f"--segmenter {name} --masks truth"
+    common = (
+        f"{method} --preset published --data voc12 --steps train_{part} --{part}.weights none --{part}.fit.steps 1 "
+        f"--{part}.fit.batch-size {batch} --machine.device cpu --machine.workers 0"
+    )
+    special = [word.format(batch=batch, saliency=root / "Saliency") for word in own.split()]
+    return [*common.split(), "--root", str(root), "--out", str(out / name), *special]
+
+
+def main(root: Path, methods: Sequence[str] = tuple(METHODS), out: Path = Path("runs/one_step"), batch: int = 2) -> int:
+    """Run the steps one after the other, each in a process of its own; a step that has run is not run again.
+
+    Args:
+        root: Data set in VOC 2012's layout; getam's saliency maps are in its folder Saliency.
+        methods: Which.
+        out: Folder for the run folders.
+        batch: Images a step.
+
+    Returns:
+        1 where one of them failed, else 0.
+    """
+    rows, failed = [], 0
+    for name in methods:
+        if name not in (*METHODS, *SEGMENTERS):
+            raise SystemExit(f"error: there is no {name}. There are: {', '.join((*METHODS, *SEGMENTERS))}.")
+        command = ["run_sample.py", *flags(name, root.resolve(), out.resolve(), batch)]
+        print(f"\n== python {shlex.join(command)}", flush=True)
+        if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
+            failed = 1
+            rows.append(f"{name:<24} failed")
+            continue
+        (step,) = RunFolder(out.resolve() / name).record()["steps"].values()
+        rows.append(f"{name:<24} {step['seconds']:8.1f} s {step.get('peak_memory_mb', float('nan')) / 1024:8.1f} GiB")
+    print("\n" + "\n".join([f"{f'batch {batch}':<24} {'training':>10} {'peak':>12}", *rows]))
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))
