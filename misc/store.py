@@ -171,10 +171,12 @@ def read_image(path: Path) -> np.ndarray:
     """(H, W, 3) uint8 RGB of any image file that Pillow reads, turned as its EXIF orientation says.
 
     Grey, palette, CMYK and 16-bit images are converted; of an animation the first frame is taken.
-    Raises FileNotFoundError; ValueError for a damaged file.
+    Raises FileNotFoundError; ValueError for a damaged file, and for floating-point pixels, whose range nobody knows.
     """
     with _reading(path, "Image", "", "replace it, or take it off the list"), Image.open(path) as opened:
         opened.load()
+        if opened.mode == "F":
+            raise ValueError("its pixels are floating-point numbers, save it with 8 or 16 bits")
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I;16") or image.mode == "I":
             values = np.asarray(image).astype(np.int64)
