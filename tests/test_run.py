@@ -250,7 +250,7 @@ WRONG = {
     "refiner": (["seam", "--refiner=x"], "There is no refiner 'x'"),
     "step": (["seam", "--steps", "2-nosuch"], "--steps nosuch: there is no such step. The steps are: 1 train_cam"),
     "shard": (["seam", "--shard", "2/2"], "--shard 2/2 is not i/n"),
-    "data": (["seam", "--data", "coco"], "--data coco: there is no such data set. There are: sample, "),
+    "data": (["seam", "--data", "coco"], "--data coco: there is no such data set. There are: voc12, "),
     "root": (["seam", "--data", "coco14"], "--data coco14 needs --root"),
     "weights": (["seam", "--cam.weights", "nowhere.pth"], "--cam.weights nowhere.pth: there is no such file"),
     "batch": (["seam", "--aff.fit.micro-batch", "3"], "no multiple of micro_batch = 3"),
