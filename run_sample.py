@@ -102,8 +102,8 @@ def check(job: Job, steps: Sequence[Step]) -> None:
         if phase.weights == REQUIRED_WEIGHTS:
             raise ValueError(
                 f"This recipe starts from trained weights: give --{prefix}weights FILE (the published "
-                f"systems' files in scripts/ say which), or --{prefix}weights none to start from random ones (the published scores are out of reach "
-                "then)."
+                f"systems' files in scripts/ say which), or --{prefix}weights none to start from random ones (the "
+                "published scores are out of reach then)."
             )
         if phase.weights == "cam" and "train_cam" not in names and not job.run.weights("cam").exists():
             raise FileNotFoundError(

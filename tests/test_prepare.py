@@ -346,6 +346,7 @@ def test_a_folder_gets_its_class_list_and_splits(own: Path, capsys: pytest.Captu
 
 def test_what_is_wrong_with_a_folder_is_told(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (own / "images/my 0.jpg").unlink()
+    (own / "images/my 9.jpg").rename(own / "images/My 9.jpg")
     (own / "images/my 1.jpg").write_bytes(b"\xff\xd8 cut short")
     for name, height, value in (("my 2", 30, 0), ("my 3", 30, 9), ("my 4", 29, 0), ("cup", 30, 0)):
         store.write_mask(own / "masks" / f"{name}.png", np.full((height, 40), value, np.uint8))
@@ -355,10 +356,11 @@ def test_what_is_wrong_with_a_folder_is_told(own: Path, capsys: pytest.CaptureFi
     status, text = run(capsys, "folder", "--root", own)
     problems = "\n".join(line for line in text.splitlines() if line.startswith("PROBLEM"))
     for told in ("'Cup' and 'cup' differ in capitals only", "1 masks belong to no image (cup)", "my 0 is on a list",
+                 "my 9 is on a list and has no image file (there is My 9: capitals count)",
                  "my 1.jpg cannot be read", "holds the value 9, but there are 3 classes", "(29, 40)",
                  "my 5.png cannot be read", "my 6.png is a RGB image: masks hold class indices"):  # fmt: skip
         assert told in problems, told
-    assert status == 1 and problems.count("PROBLEM") == 8 and "my 2" not in problems
+    assert status == 1 and problems.count("PROBLEM") == 9 and "my 2" not in problems
 
 
 def test_large_photographs_are_told_with_the_remedy(own: Path, capsys: pytest.CaptureFixture[str]) -> None:

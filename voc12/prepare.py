@@ -234,9 +234,12 @@ def _check_files(
 ) -> None:
     """Tell every listed image that has no file, and with ``decode`` every damaged image and mask."""
     listed = sorted({i for ids in lists.values() for i in ids})
+    folded = {image_id.casefold(): image_id for image_id in catalog.images}
     for image_id in listed:
         if image_id not in catalog.images:
-            findings.tell(f"{image_id} is on a list and has no image file.")
+            alike = folded.get(image_id.casefold())
+            hint = f" (there is {alike}: capitals count)" if alike else ""
+            findings.tell(f"{image_id} is on a list and has no image file{hint}.")
     if decode:
         there = [i for i in listed if i in catalog.images]
         findings.work("reading images and masks", there, _Look(catalog), workers)
