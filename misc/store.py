@@ -70,7 +70,8 @@ def read_weights(path: Path) -> Any:
 
     Raises FileNotFoundError; ValueError for a damaged file and for one that holds more than tensors.
     """
-    with _reading(path, "", ": run the step that trains it first", "delete it and start the same command again"):
+    damaged = "give another file, or, if it is a run's own, delete it and start the run's command again"
+    with _reading(path, "", ": run the step that trains it first", damaged):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -101,7 +101,9 @@ class FolderCatalog(Catalog):
             ids = {"train": tagged, "val": rest or tagged, "all": tagged + rest}[split]
             if ids:
                 return ids
-        listed = ", ".join(there) or "none, so train, val and all are made up"
+        listed = ", ".join(there) or "none"
+        if not {"train", "val"} & set(there):
+            listed += "; train, val and all are made up"
         raise NoSuchList(
             f"There is no list {split!r} in {folder} (there: {listed}). "
             "Name one of these, give the path of a list file (one image a line), or put the list there."
