@@ -50,7 +50,8 @@ class Options:
     """
 
     images: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Image files, folders (with all below) and globs."""
+    """Image files, folders (with all below) and globs; of folders and globs the files that end in jpg, jpeg, png, bmp,
+    webp, tif, tiff or gif."""
     weights: Path | None = None
     """File of a trained segmentation network (a run's weights/seg.pt, or weights/cam.pt of a method that predicts masks
     itself)."""

@@ -101,9 +101,9 @@ def check(job: Job, steps: Sequence[Step]) -> None:
         divide(phase.fit, distributed.world())
         if phase.weights == REQUIRED_WEIGHTS:
             raise ValueError(
-                f"This recipe starts from trained weights: give --{prefix}weights FILE (scripts/{cfg.method}.sh says "
-                f"which), or --{prefix}weights none to start from random ones (the published scores are out of reach "
-                "then)."
+                f"This recipe starts from trained weights: give --{prefix}weights FILE (the published "
+                f"systems' files in scripts/ say which), or --{prefix}weights none to start from random ones (the "
+                "published scores are out of reach then)."
             )
         if phase.weights == "cam" and "train_cam" not in names and not job.run.weights("cam").exists():
             raise FileNotFoundError(

@@ -70,7 +70,8 @@ def read_weights(path: Path) -> Any:
 
     Raises FileNotFoundError; ValueError for a damaged file and for one that holds more than tensors.
     """
-    with _reading(path, "", ": run the step that trains it first", "delete it and start the same command again"):
+    damaged = "give another file, or, if it is a run's own, delete it and start the run's command again"
+    with _reading(path, "", ": run the step that trains it first", damaged):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -171,10 +172,12 @@ def read_image(path: Path) -> np.ndarray:
     """(H, W, 3) uint8 RGB of any image file that Pillow reads, turned as its EXIF orientation says.
 
     Grey, palette, CMYK and 16-bit images are converted; of an animation the first frame is taken.
-    Raises FileNotFoundError; ValueError for a damaged file.
+    Raises FileNotFoundError; ValueError for a damaged file, and for floating-point pixels, whose range nobody knows.
     """
     with _reading(path, "Image", "", "replace it, or take it off the list"), Image.open(path) as opened:
         opened.load()
+        if opened.mode == "F":
+            raise ValueError("its pixels are floating-point numbers, save it with 8 or 16 bits")
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I;16") or image.mode == "I":
             values = np.asarray(image).astype(np.int64)

@@ -17,7 +17,7 @@ from misc import store
 from misc.config import Machine
 from misc.runfolder import RunFolder
 from net import contract
-from voc12.catalog import Catalog, open_catalog
+from voc12.catalog import READERS, Catalog, open_catalog
 from voc12.sample import LAYOUTS
 
 SAMPLE_ROOT = Path("data/sample")
@@ -106,7 +106,9 @@ class Config:
         return int(match[1]), int(match[2])
 
     def data_root(self) -> Path:
-        """Folder of the data set; ValueError where it must be given and is not."""
+        """Folder of the data set; ValueError where it must be given and is not, or there is no such data set."""
+        if self.data not in READERS:
+            raise ValueError(f"--data {self.data}: there is no such data set. There are: {', '.join(READERS)}.")
         if self.root is not None:
             return self.root
         if self.data in LAYOUTS:

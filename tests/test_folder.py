@@ -55,7 +55,7 @@ def test_images_tags_and_the_lists_that_are_made_up(own: Path) -> None:
     assert data.mask_path("a") is None and not data.has_list("test")
     assert any("every image that has tags is trained on" in text for text in data.check("train"))
     assert data.check("val", need_tags=False) == [
-        "There is no splits/ folder: the images without tags are predicted (all, where all have tags)."
+        "splits/ has no train.txt and no val.txt: the images without tags are predicted (all, where all have tags)."
     ]
     with pytest.raises(DataError, match="new: .*labels.csv has no line for it"):
         data.check("val")

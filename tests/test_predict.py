@@ -274,6 +274,7 @@ def test_wrong_words_name_the_remedy(
         ((image, "--weights", trained / "weights" / "cam.pt"), "is a CAM network, a segmentation network is needed"),
         ((image, "--run", part.parent), "or give --tags to make masks with its CAM network"),
         ((image, "--weights", tmp_path / "no.pt"), "no.pt does not exist"),
+        ((image, "--weights", image), "): give another file, or, if"),
         ((empty, "--run", trained), "There is no image in"),
     ):
         assert message in told(capsys, out, *words)

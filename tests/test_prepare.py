@@ -346,6 +346,7 @@ def test_a_folder_gets_its_class_list_and_splits(own: Path, capsys: pytest.Captu
 
 def test_what_is_wrong_with_a_folder_is_told(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (own / "images/my 0.jpg").unlink()
+    (own / "images/my 9.jpg").rename(own / "images/My 9.jpg")
     (own / "images/my 1.jpg").write_bytes(b"\xff\xd8 cut short")
     for name, height, value in (("my 2", 30, 0), ("my 3", 30, 9), ("my 4", 29, 0), ("cup", 30, 0)):
         store.write_mask(own / "masks" / f"{name}.png", np.full((height, 40), value, np.uint8))
@@ -355,10 +356,31 @@ def test_what_is_wrong_with_a_folder_is_told(own: Path, capsys: pytest.CaptureFi
     status, text = run(capsys, "folder", "--root", own)
     problems = "\n".join(line for line in text.splitlines() if line.startswith("PROBLEM"))
     for told in ("'Cup' and 'cup' differ in capitals only", "1 masks belong to no image (cup)", "my 0 is on a list",
+                 "my 9 is on a list and has no image file (there is My 9: capitals count)",
                  "my 1.jpg cannot be read", "holds the value 9, but there are 3 classes", "(29, 40)",
                  "my 5.png cannot be read", "my 6.png is a RGB image: masks hold class indices"):  # fmt: skip
         assert told in problems, told
-    assert status == 1 and problems.count("PROBLEM") == 8 and "my 2" not in problems
+    assert status == 1 and problems.count("PROBLEM") == 9 and "my 2" not in problems
+
+
+def test_large_photographs_are_told_with_the_remedy(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "NOTE" not in run(capsys, "folder", "--root", own)[1]
+    Image.new("L", (4000, 3000)).save(own / "images/my 0.jpg")
+    status, text = run(capsys, "folder", "--root", own, "--no-decode")
+    assert status == 0 and "NOTE: 1 images have more than 1.5 megapixels (the largest, my 0: 4000 x 3000)" in text
+    assert f"prepare shrink --root {own} --out DIR" in text
+
+
+def test_a_list_of_ten_masks_leaves_the_other_lists_as_they_are(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = open_catalog("folder", own)
+    write(own / "splits/check.txt", "my 2.jpg\n")
+    data = open_catalog("folder", own)
+    assert data.ids("check") == ["my 2"]
+    assert all(data.ids(name) == before.ids(name) for name in ("train", "val", "all"))
+    status, text = run(capsys, "folder", "--root", own)
+    assert status == 0 and all(f"\n{name} " in text for name in ("check", "train", "val"))
 
 
 def test_large_photographs_are_made_smaller(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -389,7 +411,7 @@ def test_help_names_every_flag_and_errors_are_one_line(tmp_path: Path, capsys: p
         assert end.value.code == 0 and all(word in text for word in shown)
     assert prepare.main(["folder", "--root", str(tmp_path / "nowhere")]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: The data folder") and error.count("\n") == 1
+    assert error.strip().startswith("error: The data folder") and error.strip().count("\n") == 0
 
 
 def test_annotations_and_instances_agree_on_names() -> None:

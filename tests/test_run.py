@@ -250,7 +250,8 @@ WRONG = {
     "refiner": (["seam", "--refiner=x"], "There is no refiner 'x'"),
     "step": (["seam", "--steps", "2-nosuch"], "--steps nosuch: there is no such step. The steps are: 1 train_cam"),
     "shard": (["seam", "--shard", "2/2"], "--shard 2/2 is not i/n"),
-    "data": (["seam", "--data", "coco"], "--data coco needs --root"),
+    "data": (["seam", "--data", "coco"], "--data coco: there is no such data set. There are: voc12, "),
+    "root": (["seam", "--data", "coco14"], "--data coco14 needs --root"),
     "weights": (["seam", "--cam.weights", "nowhere.pth"], "--cam.weights nowhere.pth: there is no such file"),
     "batch": (["seam", "--aff.fit.micro-batch", "3"], "no multiple of micro_batch = 3"),
     "score list": (["seam", "--score-list", "trian"], "There is no list 'trian'"),
@@ -262,7 +263,7 @@ WRONG = {
 def test_wrong_words_are_one_line_errors(
     argv: list[str], told: str, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = [] if "coco" in argv else ["--root", str(data)]
+    root = [] if {"coco", "coco14"} & set(argv) else ["--root", str(data)]
     assert run_sample.main([*argv, *root, "--run", "new"]) == 1
     error = capsys.readouterr().err
     assert told in error and error.startswith("\nerror: ") and error.count("\n") == 2

@@ -39,6 +39,11 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def is_empty(root: Path, name: str) -> bool:
+    """Whether a picture shows no object."""
+    return not np.array(Image.open(root / "SegmentationClass" / f"{name}.png")).any()
+
+
 def test_same_parameters_give_the_same_bytes_in_another_process(sample: Path, tmp_path: Path) -> None:
     options = "--images 12 --val 6 --classes 3 --seed 5".split()
     command = [sys.executable, "-m", "voc12.sample", str(tmp_path / "again"), *options]
@@ -87,7 +92,7 @@ def test_masks_are_palette_images_with_an_ignore_rim(sample: Path) -> None:
         for values in (mask, things):
             for a, b in ((values[1:], values[:-1]), (values[:, 1:], values[:, :-1])):
                 assert ((a == b) | (a == 255) | (b == 255)).all()
-        assert 0 < (mask == 255).mean() < 0.25
+        assert (mask == 255).mean() < 0.25 and (mask == 255).any() == mask.any()
 
 
 def test_annotations_agree_with_the_masks(sample: Path) -> None:
@@ -119,6 +124,8 @@ def test_saliency_is_one_noisy_channel_that_follows_the_objects(sample: Path) ->
         image = Image.open(sample / "Saliency" / f"{name}.png")
         mask = np.array(Image.open(sample / "SegmentationClass" / f"{name}.png"))
         assert image.mode == "L" and image.size == mask.shape[::-1]
+        if is_empty(sample, name):
+            continue
         found, true = np.array(image) > 127, (mask > 0) & (mask < 255)
         scores.append((found & true).sum() / (found | true)[mask < 255].sum())
     assert 0.6 < np.mean(scores) < 0.98
@@ -129,7 +136,7 @@ def test_pictures_are_what_the_design_says() -> None:
     assert all(p.rgb.shape[0] != p.rgb.shape[1] for p in pictures)
     assert {p.rgb.shape[0] > p.rgb.shape[1] for p in pictures} == {True, False}
     assert all(100 <= max(p.rgb.shape) <= 160 for p in pictures) and len({p.rgb.shape for p in pictures}) > 20
-    assert {len(p.labels) for p in pictures} == {1, 2, 3}
+    assert {len(p.labels) for p in pictures} == {0, 1, 2, 3}
     shares, offsets = [], []
     for picture in pictures:
         for number in range(1, len(picture.labels) + 1):
@@ -142,6 +149,19 @@ def test_pictures_are_what_the_design_says() -> None:
             assert 0.15 < max(np.ptp(np.argwhere(body), axis=0)) / max(body.shape) < 0.85
     assert 0.12 < np.median(shares) < 0.27 and max(shares) < 0.54  # of what is seen of the body: at least half of it
     assert np.median(offsets) > 0.1  # not centred
+
+
+def test_near_objects_and_pictures_without_any() -> None:
+    classes = 3
+    pictures = [draw_picture(0, "val", index, classes, (64, 80)) for index in range(60)]
+    empty = [index for index, p in enumerate(pictures) if not p.labels]
+    assert 1 <= len(empty) <= 12 and empty[0] >= 2 * classes  # a tenth; small sets have none
+    for index in empty:
+        assert not any(plane.any() for plane in (*pictures[index].masks(), pictures[index].marks))
+        assert len(draw_picture(0, "val", index, classes, (64, 80), single=True).labels) == 1
+    single = [p.instances > 0 for p in pictures if len(p.labels) == 1]
+    near = [body for body in single if max(np.ptp(np.argwhere(body), axis=0)) > 0.6 * max(body.shape)]
+    assert len(near) > 0.2 * len(pictures)
 
 
 def test_mark_is_seen_in_the_picture() -> None:

@@ -71,6 +71,16 @@ def test_correlation_averages_and_stays_in_float32() -> None:
     torch.testing.assert_close(spread, torch.ones(1, 2, 5, 7), rtol=0, atol=1e-4)
 
 
+def test_the_plain_part_of_a_training_trains_the_classifier_alone() -> None:
+    net = network(options=override(TINY, {"plain_share": 0.5}))
+    plain = net(batch(), 0.49)
+    assert list(plain) == ["cls"] and net.finds_unused
+    plain["cls"].backward()
+    assert net.fc8.weight.grad.any() and all(p.grad is None for p in (net.f8_3.weight, net.f8_4.weight, net.f9.weight))
+    whole = net(batch(), 0.5)
+    assert len(whole) > 1 and not network().finds_unused and network()(batch(), 0.0).keys() == whole.keys()
+
+
 def test_attention_values_keep_the_strongest_class() -> None:
     cam = torch.tensor([[9.0, 9.0], [4.0, 1.0], [2.0, -1.0], [4.0, 0.5]]).view(1, 4, 1, 2).requires_grad_()
     values = seam.attention_values(cam)

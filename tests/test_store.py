@@ -165,6 +165,12 @@ def test_sixteen_bits_keep_the_upper_eight(suffix: str, tmp_path: Path) -> None:
     assert np.array_equal(read, np.repeat((values >> 8)[..., None], 3, axis=2))
 
 
+def test_floating_point_pixels_are_refused_not_taken_for_black(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 5), 0.5, np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"a\.tif cannot be read \(its pixels are floating-point numbers, save"):
+        store.read_image(tmp_path / "a.tif")
+
+
 def test_an_image_is_turned_as_its_exif_says(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
@@ -264,7 +270,7 @@ def test_a_file_cut_short_is_named_with_a_remedy(suffix: str, share: float, tmp_
     store.write_json(tmp_path / "cut.json", {"a": [1, 2]})
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     read: Callable[[Path], Any] = {"pt": store.read_weights, "json": store.read_json}.get(suffix, store.read_cam)
-    with pytest.raises(ValueError, match=rf"cut\.{suffix} cannot be read .*: (delete|replace) it"):
+    with pytest.raises(ValueError, match=rf"cut\.{suffix} cannot be read .*: .*(delete|replace) it"):
         read(path)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=rf"cut\.{suffix} does not exist"):

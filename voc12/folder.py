@@ -49,8 +49,8 @@ def stem(path: str) -> str:
 class FolderCatalog(Catalog):
     """The layout above. Tags come from labels.csv; without that from the masks (classes.txt is needed then).
 
-    Lists are the files in splits/. Without splits/ there are ``train``, every image with tags, ``val``, every image
-    without (or all, where all have tags), and ``all``.
+    Lists are the files in splits/. With neither train.txt nor val.txt there, they are made up: ``train``, every image
+    with tags, ``val``, every image without (or all, where all have tags), and ``all``.
 
     Raises DataError for a folder that does not exist or has neither labels.csv nor masks, and for a damaged table.
     """
@@ -89,19 +89,21 @@ class FolderCatalog(Catalog):
         return next((written[len(p) :] for p in self._prefixes if written.startswith(p)), written)
 
     def named_list(self, split: str) -> list[str]:
-        """splits/SPLIT.txt, or where there is no splits/ folder one of the three lists that are made up."""
+        """splits/SPLIT.txt, or where it has neither train.txt nor val.txt one of the three lists that are made up."""
         folder = self.root / "splits"
         if (folder / f"{split}.txt").is_file():
             return self.read_list(folder / f"{split}.txt")
         there = sorted(p.stem for p in folder.glob("*.txt"))
-        if not there and split in ("train", "val", "all"):
+        if not {"train", "val"} & set(there) and split in ("train", "val", "all"):
             tagged = list(self.table.tags) if self.tag_source == "labels.csv" else sorted(self.masks)
             known = set(tagged)
             rest = sorted(i for i in self.images if i not in known)
             ids = {"train": tagged, "val": rest or tagged, "all": tagged + rest}[split]
             if ids:
                 return ids
-        listed = ", ".join(there) or "none, so train, val and all are made up"
+        listed = ", ".join(there) or "none"
+        if not {"train", "val"} & set(there):
+            listed += "; train, val and all are made up"
         raise NoSuchList(
             f"There is no list {split!r} in {folder} (there: {listed}). "
             "Name one of these, give the path of a list file (one image a line), or put the list there."
@@ -161,7 +163,7 @@ class FolderCatalog(Catalog):
             seen = " They are the training images themselves: put lists into splits/, or run python -m voc12.prepare "
             seen += "folder --val-share 0.2, to test on others."
             same = split == "val" and self.ids("val") == self.ids("train")
-            warnings.append(f"There is no splits/ folder: {_MADE_UP[split]}.{seen if same else ''}")
+            warnings.append(f"splits/ has no train.txt and no val.txt: {_MADE_UP[split]}.{seen if same else ''}")
         if need_tags and not self.classes_are_listed:
             warnings.append(
                 f"There is no classes.txt: mask value n is the n-th of {', '.join(self.classes[:_SHOWN])}"

@@ -15,6 +15,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,7 +24,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from misc import store
+from misc import distributed, store
 from misc.each import EachFailed, WorkerDied, each
 from misc.imaging import resize_image, resize_mask, scaled_size
 from voc12 import coco14 as coco
@@ -40,6 +41,8 @@ COCO_EXPECTED = {"train": 82783, "val": 40504, "train_tagged": 82081, "val_tagge
 """Images of COCO 2014's lists (evaluation.md section 4)."""
 
 Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
+LARGE_MEGAPIXELS = 1.5
+"""Larger images of one's own are told of; VOC's have 0.19, COCO's 0.31."""
 WORKERS = min(8, os.cpu_count() or 1)
 
 
@@ -231,9 +234,12 @@ def _check_files(
 ) -> None:
     """Tell every listed image that has no file, and with ``decode`` every damaged image and mask."""
     listed = sorted({i for ids in lists.values() for i in ids})
+    folded = {image_id.casefold(): image_id for image_id in catalog.images}
     for image_id in listed:
         if image_id not in catalog.images:
-            findings.tell(f"{image_id} is on a list and has no image file.")
+            alike = folded.get(image_id.casefold())
+            hint = f" (there is {alike}: capitals count)" if alike else ""
+            findings.tell(f"{image_id} is on a list and has no image file{hint}.")
     if decode:
         there = [i for i in listed if i in catalog.images]
         findings.work("reading images and masks", there, _Look(catalog), workers)
@@ -353,7 +359,9 @@ def folder(
         alike = [other for other in catalog.classes if other != one and other.casefold() == one.casefold()]
         if alike and one < alike[0]:
             findings.tell(f"The classes {one!r} and {alike[0]!r} differ in capitals only: make them one.")
-    names = sorted(path.stem for path in (root / "splits").glob("*.txt")) or ["train", "val"]
+    names = sorted(path.stem for path in (root / "splits").glob("*.txt"))
+    if not {"train", "val"} & set(names):  # made up then
+        names += ["train", "val"]
     lists = {name: catalog.ids(name) for name in names}
     for name in names:
         untagged = [i for i in lists[name] if catalog.tag_source == "labels.csv" and i not in catalog.table.tags]
@@ -364,8 +372,26 @@ def folder(
         shown = ", ".join(stray[:5])
         findings.tell(f"{len(stray)} masks belong to no image ({shown}): a mask is named after its image.")
     _check_files(catalog, {**lists, "labels.csv": list(catalog.table.tags)}, findings, decode, workers)
+    _tell_large(catalog)
     _counts(catalog, lists, {})
     return _end(findings, f"--data folder --root {root}")
+
+
+def _tell_large(catalog: Catalog) -> None:
+    """Say how many images are much larger than those that the recipes were made for; damaged ones are told elsewhere.
+    Sizes are read from the files' heads."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for image_id in catalog.images:
+        with suppress(Exception), Image.open(catalog.image_path(image_id)) as image:
+            sizes[image_id] = image.size
+    large = {i: size for i, size in sizes.items() if size[0] * size[1] > LARGE_MEGAPIXELS * 1e6}
+    if large:
+        widest = max(large, key=lambda i: large[i][0] * large[i][1])
+        print(
+            f"NOTE: {len(large)} images have more than {LARGE_MEGAPIXELS:g} megapixels (the largest, {widest}: "
+            f"{large[widest][0]} x {large[widest][1]}). Memory and time grow with the pixels: make a smaller "
+            f"copy first by python -m voc12.prepare shrink --root {catalog.root} --out DIR."
+        )
 
 
 @dataclass(frozen=True)
@@ -412,13 +438,17 @@ def shrink(root: Folder, out: Folder, long_side: int = 1024, overwrite: bool = F
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     commands = {"voc12": voc12, "coco14": coco14, "folder": folder, "shrink": shrink}
-    try:
-        return tyro.extras.subcommand_cli_from_dict(
-            commands, args=argv, prog="python -m voc12.prepare", description=__doc__
+    ended: list[int] = []
+
+    def work() -> None:
+        ended.append(
+            tyro.extras.subcommand_cli_from_dict(
+                commands, args=argv, prog="python -m voc12.prepare", description=__doc__
+            )
         )
-    except (ValueError, OSError, WorkerDied) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+
+    status = distributed.command(work, (ValueError, OSError, WorkerDied), "start the same command again to go on.")
+    return status or ended[0]
 
 
 if __name__ == "__main__":

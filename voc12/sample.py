@@ -31,6 +31,11 @@ LAYOUTS: dict[str, Literal["voc", "cub"]] = {"sample": "voc", "sample_cub": "cub
 FORMAT = 2  # raise it when the same parameters begin to give other pictures
 JPEG_QUALITY = 90
 SHORTEST = 64  # below this long side no mark is readable
+_HELP = """Write the generated sample set; a finished set of the same parameters is left as it is.
+
+In VOC 2012's layout: JPEGImages, Annotations, SegmentationClass, SegmentationObject, ImageSets/Segmentation, Saliency
+(noisy object saliency, 8 bit, one channel), classes.txt (line n names class n). In CUB's: images, segmentations and its
+text files. An interrupted run is done again; a folder that holds anything else is refused."""
 
 
 def _annotation(name: str, picture: Picture) -> str:
@@ -182,7 +187,7 @@ def _write_cub(
 def main() -> None:
     """The command line of `generate`."""
     try:
-        tyro.cli(generate)
+        tyro.cli(generate, prog="python -m voc12.sample", description=_HELP)
     except (ValueError, FileExistsError) as error:
         raise SystemExit(f"error: {error}") from error
 
