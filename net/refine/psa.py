@@ -436,7 +436,7 @@ class PSA(AffinityNetwork):
             fit=Fit(epochs=8, batch_size=8, lr=0.01, momentum=0.9),
             augment=Augment(order=("jitter", "normalize", "crop", "flip"), crop=96),
             label=LabelOptions(alpha_low=16, alpha_high=64),
-            walk=WalkOptions(alpha=20, beta=20, logt=3, crf=CRFSettings(iterations=5)),
+            walk=WalkOptions(alpha=26, beta=20, logt=3, crf=CRFSettings(iterations=5)),
         ),
     }
 
