@@ -60,7 +60,8 @@ def check_crt_tiles(case: Any) -> None:
     padded = nn.functional.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]))
     tiles, grid = crt.cut(padded, tile)
     assert grid == (given["tiles_vertical"], given["tiles_horizontal"])
-    np.testing.assert_allclose(tiles[:, 0, ::16, ::16], case.arrays["tiles"], rtol=0, atol=0)
+    # float32 rounding: the filled image itself depends on how many threads made it
+    np.testing.assert_allclose(tiles[:, 0, ::16, ::16], case.arrays["tiles"], rtol=1e-6, atol=1e-6)
     merged = crt.merge(torch.from_numpy(case.arrays["tile_maps"]), grid)
     np.testing.assert_allclose(merged, case.arrays["merged"], rtol=1e-6, atol=1e-6)
 
