@@ -347,7 +347,9 @@ class IRN(EdgeNetwork):
             augment=Augment(
                 order=("scale", "normalize", "flip", "crop"), scale=(0.75, 1.25), scale_filter="bicubic", crop=112
             ),
-            label=EdgeLabel(crf=CRFSettings(bilateral_sxy=30.0, bilateral_srgb=8.0)),
-            walk=IRNWalk(logt=6, canvas=112, crf=CRFSettings(1)),
+            label=EdgeLabel(
+                threshold_fg=0.12, threshold_bg=0.03, crf=CRFSettings(bilateral_sxy=30.0, bilateral_srgb=8.0)
+            ),
+            walk=IRNWalk(logt=6, canvas=112, threshold=0.1, crf=CRFSettings(1)),
         ),
     }
