@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from net.backbone.transformer import See, TransformerBlock, Visit
+from net.backbone.transformer import See, TransformerBlock, Visit, start_local
 
 # of all but the stem's batch norm and the final layer norm, which have PyTorch's 1e-5 (transcam.md section 8, trap 3)
 _BN_EPSILON = 1e-6
@@ -49,6 +49,9 @@ class ConformerOptions:
     double_class_token: bool = True
     """Double the class token on entering each block but the first, as the ImageNet classifier and TransCAM do. Without
     (AReAM) the same weights are another function."""
+    local_start: bool = False
+    """How random start weights are drawn: see ``transformer.start_local``; and what the tokens add to the map starts
+    small too."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for values that make no network."""
@@ -65,6 +68,12 @@ class ConformerOptions:
             raise ValueError(f"mlp_ratio must be above 0, got {self.mlp_ratio}.")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}.")
+
+
+SAMPLE_CONFORMER = ConformerOptions(
+    patch=8, base=16, ratio=4, width=48, depth=6, heads=3, mlp_ratio=2, drop_path=0.0, local_start=True
+)
+"""The backbone of the sample recipes: learns small pictures from random weights within minutes on two CPU cores."""
 
 
 class ConvBlock(nn.Module):
@@ -197,6 +206,11 @@ class Conformer(nn.Module):
             self.add_module(f"conv_trans_{number}", block)
         self.channels = widths[-1]
         self._initialise()
+        if options.local_start:
+            start_local(self)
+            for module in self.modules():
+                if isinstance(module, Expand):
+                    nn.init.constant_(module.bn.weight, 0.05)
 
     def _initialise(self) -> None:
         """Published: linear layers and class token truncated normal 0.02, convolutions Kaiming normal by fan-out

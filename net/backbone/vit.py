@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.config import PRETRAINED_WEIGHTS
-from net.backbone.transformer import AttentionSums, TransformerBlock, Visit
+from net.backbone.transformer import AttentionSums, TransformerBlock, Visit, start_local
 from net.weights import State, load, read
 
 Grid = tuple[int, int]
@@ -43,6 +43,13 @@ class ViTOptions:
     """Stochastic depth of the last block; it grows from 0 at the first."""
     pretrained: str = "deit_small_patch16_224"
     """timm's name of the classifier that the weights 'pretrained' come from."""
+    stem: int = 0
+    """0: a patch becomes a token by one linear layer, published. Else pairs of 3x3 convolutions stand before it, the
+    first of each pair with stride 2, of this many channels and twice as many in each following pair, until a cell is a
+    patch: ours, for random start weights and few images (after Xiao et al., Early convolutions help transformers see
+    better, 2021)."""
+    local_start: bool = False
+    """How random start weights are drawn; see ``transformer.start_local``."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for values that make no network."""
@@ -54,11 +61,20 @@ class ViTOptions:
             raise ValueError(f"image_size must hold a patch of {self.patch} pixels, got {self.image_size}.")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}.")
+        if self.stem < 0 or (self.stem and self.patch & (self.patch - 1)):
+            raise ValueError(f"stem must be 0 or more, and 0 unless the patch is a power of 2, got {self.stem}.")
 
     @property
     def grid(self) -> Grid:
         """Grid of a training image."""
         return (self.image_size // self.patch,) * 2
+
+
+SAMPLE_VIT = ViTOptions(
+    image_size=112, patch=8, width=96, depth=4, heads=3, mlp_ratio=2, drop_path=0.6, stem=24, local_start=True
+)
+"""The backbone of the sample recipes: learns small pictures from random weights within minutes on two CPU cores. Much
+stochastic depth keeps the patches' tokens local."""
 
 
 def resize_positions(
@@ -94,16 +110,32 @@ def fit_positions(patches: Tensor, grid: Grid, mode: Literal["bicubic", "nearest
 class PatchEmbed(nn.Module):
     """Patches as tokens: (B, 3, H, W) -> (B, N, D), row-major, and their grid (H // patch, W // patch)."""
 
-    def __init__(self, patch: int, width: int) -> None:
+    def __init__(self, patch: int, width: int, stem: int = 0) -> None:
         super().__init__()
         self.patch = patch
-        self.proj = nn.Conv2d(3, width, patch, patch)
+        self.stem: nn.Sequential | None = None
+        if not stem:
+            self.proj: nn.Module = nn.Conv2d(3, width, patch, patch)
+            return
+        layers: list[nn.Module] = []
+        before = 3
+        for channels in (stem << level for level in range(patch.bit_length() - 1)):
+            for stride in (2, 1):
+                layers += [nn.Conv2d(before, channels, 3, stride, padding=1, bias=False), nn.BatchNorm2d(channels)]
+                layers.append(nn.ReLU(inplace=True))
+                before = channels
+        self.stem = nn.Sequential(*layers)
+        # normalised, so that tokens of different textures start at right angles, not around a common mean
+        self.proj = nn.Sequential(nn.Conv2d(before, width, 1, bias=False), nn.BatchNorm2d(width))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Rows and columns beyond the last whole patch are cut off. ValueError for images smaller than a patch."""
         if min(images.shape[-2:]) < self.patch:
             height, width = images.shape[-2:]
             raise ValueError(f"An image of {height} x {width} is smaller than a patch of {self.patch}: enlarge it.")
+        if self.stem is not None:
+            height, width = (side // self.patch * self.patch for side in images.shape[-2:])
+            images = self.stem(images[..., :height, :width])
         maps = self.proj(images)  # (B, D, h, w)
         return maps.flatten(2).transpose(1, 2), (maps.shape[2], maps.shape[3])
 
@@ -113,7 +145,7 @@ class ViTBody(nn.Module):
 
     def __init__(self, options: ViTOptions) -> None:
         super().__init__()
-        self.patch_embed = PatchEmbed(options.patch, options.width)
+        self.patch_embed = PatchEmbed(options.patch, options.width, options.stem)
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 options.width, options.heads, options.mlp_ratio, options.drop_path * i / max(1, options.depth - 1)
@@ -125,6 +157,8 @@ class ViTBody(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+        if options.local_start:
+            start_local(self)
 
     def run(self, x: Tensor, visit: Visit | None = None) -> Tensor:
         """All blocks, without the final norm: (B, T, D) -> the same; ``visit`` gets every layer's queries and keys."""

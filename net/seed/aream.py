@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,9 @@ from misc.cams import rectified
 from misc.config import PRETRAINED_WEIGHTS, REQUIRED_WEIGHTS, Augment, CamInference, Fit
 from misc.imaging import NORMALISATIONS, box_mask, truncated_size
 from misc.par import PixelAdaptive
-from net.backbone.conformer import Conformer, ConformerOptions
+from net.backbone.conformer import SAMPLE_CONFORMER, Conformer, ConformerOptions
 from net.backbone.transformer import AttentionSums, QueryKey, Visit, spread
-from net.backbone.vit import MultiClassViT, ViTOptions
+from net.backbone.vit import SAMPLE_VIT, MultiClassViT, ViTOptions
 from net.contract import (
     Batch,
     Group,
@@ -371,18 +371,17 @@ _MCTFORMER = Recipe(
 _MCTFORMER_SAMPLE = Recipe(
     cam=SeedRecipe(
         network=AreamMCTformerOptions(
-            split=2, warmup=0.5,
-            backbone=ViTOptions(image_size=112, patch=8, width=96, depth=4, heads=3, drop_path=0.0),
+            split=2, warmup=0.5, backbone=SAMPLE_VIT,
         ),
         fit=Fit(
-            epochs=24, batch_size=16, optimiser="adamw", lr=1e-3, weight_decay=0.05,
+            epochs=30, batch_size=16, optimiser="adamw", lr=1.5e-3, weight_decay=0.05,
             schedule="timm_cosine", warmup_epochs=2, warmup_lr=1e-4, final_lr=1e-5,
         ),
         augment=Augment(
-            order=("resized_crop", "flip", "jitter", "normalize"), area=(0.4, 1.0), jitter=(0.3, 0.3, 0.3, 0.1),
+            order=("resized_crop", "flip", "jitter", "normalize"), area=(0.4, 1.0), jitter=(0.2, 0.2, 0.2, 0.02),
             crop=112,
         ),
-        infer=CamInference(scales=(1.0,), flip=True, multiple=8, normalise="rectified"),
+        infer=CamInference(scales=(0.5, 0.75, 1.0), flip=True, multiple=8, normalise="rectified"),
     ),
     refine=_SAMPLE_REFINE,
     segmenter="deeplabv1_largefov",
@@ -414,20 +413,18 @@ _CONFORMER_SAMPLE = Recipe(
     cam=SeedRecipe(
         network=AreamConformerOptions(
             split=4, scales=(0.5, 1.0), warmup=0.5,
-            backbone=ConformerOptions(
-                patch=8, base=16, ratio=2, width=96, depth=6, heads=3, drop_path=0.0, double_class_token=False
-            ),
+            backbone=replace(SAMPLE_CONFORMER, double_class_token=False),
         ),
         fit=Fit(
-            epochs=20, batch_size=16, optimiser="adamw", lr=1e-3, weight_decay=0.01,
+            epochs=30, batch_size=16, optimiser="adamw", lr=1.5e-3, weight_decay=0.01,
             schedule="cosine", warmup_epochs=1, warmup_lr=1e-4, final_lr=1e-5,
         ),
         augment=Augment(
             order=("scale", "flip", "jitter", "crop", "normalize"),
-            scale=(0.8, 1.2), scale_filter="bicubic", jitter=(0.3, 0.3, 0.2, 0.1), jitter_probability=0.8, crop=112,
+            scale=(0.75, 1.1), scale_filter="bicubic", jitter=(0.2, 0.2, 0.2, 0.02), jitter_probability=0.8, crop=112,
         ),
         infer=CamInference(
-            scales=(1.0, 1.5), truncate=True, flip=True, multiple=8, pad_first=True, normalise="rectified"
+            scales=(0.5, 1.0, 1.5), truncate=True, flip=True, multiple=8, pad_first=True, normalise="rectified"
         ),
     ),
     refine=_SAMPLE_REFINE,

@@ -9,7 +9,7 @@ pre-training's size, and runs its blocks three times over.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit
 from net.backbone.resnet import SAMPLE_RESNET, ResNet, ResNetOptions, load_resnet
 from net.backbone.transformer import Visit
-from net.backbone.vit import SemanticViT, ViTOptions
+from net.backbone.vit import SAMPLE_VIT, SemanticViT, ViTOptions
 from net.contract import (
     Batch,
     ClassLoss,
@@ -185,7 +185,7 @@ _SAMPLE = Recipe(
     cam=SeedRecipe(
         network=CrtOptions(
             cnn=SAMPLE_RESNET,
-            transformer=ViTOptions(image_size=64, patch=8, width=96, depth=3, heads=3, drop_path=0.0),
+            transformer=replace(SAMPLE_VIT, image_size=64, depth=3),
             rounds=2,
             epochs=24,
             head_lr=1.0,

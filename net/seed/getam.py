@@ -240,7 +240,7 @@ _SAMPLE = Recipe(
         network=GetamOptions(
             dpt=DPTOptions(
                 image_size=112, patch=8, width=96, depth=4, heads=3, mlp_ratio=2, stem=16, stem_depth=(1, 1, 1),
-                features=16,
+                features=16, drop_path=0.6, local_start=True,
             ),
             start_layer=2,
             seg_lr=1.0,

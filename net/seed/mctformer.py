@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit
 from net.backbone.transformer import AttentionSums, spread
-from net.backbone.vit import Grid, MultiClassViT, ViTOptions, fit_positions, resize_positions
+from net.backbone.vit import SAMPLE_VIT, Grid, MultiClassViT, ViTOptions, fit_positions, resize_positions
 from net.contract import (
     Batch,
     Group,
@@ -136,14 +136,12 @@ _PUBLISHED = Recipe(
 # trained from random weights; small patches, so that maps of small images have some detail
 _SAMPLE = Recipe(
     cam=SeedRecipe(
-        network=MCTformerOptions(
-            backbone=ViTOptions(image_size=112, patch=8, width=96, depth=4, heads=3, drop_path=0.0)
-        ),
+        network=MCTformerOptions(backbone=SAMPLE_VIT),
         fit=Fit(
-            epochs=24,
+            epochs=30,
             batch_size=16,
             optimiser="adamw",
-            lr=1e-3,
+            lr=1.5e-3,
             weight_decay=0.05,
             schedule="timm_cosine",
             warmup_epochs=2,
@@ -153,10 +151,10 @@ _SAMPLE = Recipe(
         augment=Augment(
             order=("resized_crop", "flip", "jitter", "normalize"),
             area=(0.4, 1.0),
-            jitter=(0.3, 0.3, 0.3, 0.1),
+            jitter=(0.2, 0.2, 0.2, 0.02),
             crop=112,
         ),
-        infer=CamInference(scales=(1.0,), flip=True, normalise="minmax"),
+        infer=CamInference(scales=(0.5, 0.75, 1.0), flip=True, normalise="minmax"),
     ),
     refiner="psa",
     refine={"walk.background": "constant", "walk.threshold": 0.39},

@@ -11,7 +11,7 @@ Background is a class of its own throughout: K = C + 1 classes, background first
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from net.backbone.caae import (
     with_background,
 )
 from net.backbone.transformer import AttentionSums, Visit
-from net.backbone.vit import GridViT, ViTOptions
+from net.backbone.vit import SAMPLE_VIT, GridViT, ViTOptions
 from net.contract import (
     Batch,
     Group,
@@ -225,19 +225,17 @@ _SAMPLE = Recipe(
     cam=SemFormerRecipe(
         caae=Phase(
             network=CAAEOptions(
-                encoder=ViTOptions(image_size=64, patch=8, width=96, depth=4, heads=3, drop_path=0.0),
+                encoder=replace(SAMPLE_VIT, image_size=80),
                 class_dim=32,
                 decoder_width=96,
                 decoder_depth=1,
                 decoder_heads=3,
             ),
-            fit=Fit(epochs=24, batch_size=16, optimiser="adamw", lr=2e-4, weight_decay=0.05),
-            augment=Augment(order=("resized_crop", "flip", "jitter", "normalize"), area=(0.4, 1.0), crop=64),
+            fit=Fit(epochs=40, batch_size=16, optimiser="adamw", lr=1.5e-3, weight_decay=0.05),
+            augment=Augment(order=("resized_crop", "flip", "jitter", "normalize"), area=(0.4, 1.0), crop=80),
         ),
-        network=SemFormerOptions(
-            backbone=ViTOptions(image_size=112, patch=8, width=96, depth=4, heads=3, drop_path=0.0), map_layers=2
-        ),
-        fit=Fit(epochs=12, batch_size=16, optimiser="adamw", lr=2e-4, weight_decay=0.05),
+        network=SemFormerOptions(backbone=SAMPLE_VIT, map_layers=2),
+        fit=Fit(epochs=20, batch_size=16, optimiser="adamw", lr=1e-3, weight_decay=0.05),
         augment=Augment(long_side=(112, 160), crop=112),
         infer=CamInference(scales=(1.0,), stretch=8, coarse=4, normalise="max"),
     ),

@@ -15,7 +15,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from misc.config import REQUIRED_WEIGHTS, Augment, CamInference, Fit
-from net.backbone.conformer import Conformer, ConformerOptions
+from net.backbone.conformer import SAMPLE_CONFORMER, Conformer, ConformerOptions
 from net.backbone.transformer import QueryKey, spread
 from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe, multilabel_soft_margin, seed
 from net.weights import load, read
@@ -110,14 +110,13 @@ _PUBLISHED = Recipe(
     segment={"network.backbone.freeze_bn": True},
 )
 
-# trained from random weights; smaller patches, because the images are
+# trained from random weights; smaller patches, because the images are, and narrow tokens, so that the map is learnt by
+# the convolutions
 _SAMPLE = Recipe(
     cam=SeedRecipe(
-        network=TransCamOptions(
-            backbone=ConformerOptions(patch=8, base=16, ratio=2, width=96, depth=6, heads=3, drop_path=0.0)
-        ),
-        fit=Fit(epochs=20, batch_size=16, optimiser="adamw", lr=2e-3, schedule="poly", weight_decay=5e-4),
-        augment=Augment(long_side=(112, 160), crop=112),
+        network=TransCamOptions(backbone=SAMPLE_CONFORMER),
+        fit=Fit(epochs=30, batch_size=16, optimiser="adamw", lr=1.5e-3, schedule="poly", weight_decay=5e-4),
+        augment=Augment(long_side=(112, 160), jitter=(0.2, 0.2, 0.2, 0.02), crop=112),
         infer=CamInference(scales=(112, 160), square=True, flip=True, normalise="shifted"),
     ),
     refiner="psa",

@@ -14,9 +14,9 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from misc.config import PRETRAINED_WEIGHTS, Augment, BoxInference, CamInference, Fit
-from net.backbone.conformer import Conformer, ConformerOptions
+from net.backbone.conformer import SAMPLE_CONFORMER, Conformer, ConformerOptions
 from net.backbone.transformer import AttentionSums, Visit
-from net.backbone.vit import SemanticViT, ViTOptions
+from net.backbone.vit import SAMPLE_VIT, SemanticViT, ViTOptions
 from net.contract import (
     Batch,
     ClassLoss,
@@ -79,8 +79,8 @@ _PUBLISHED = Recipe(
 _SAMPLE = Recipe(
     cam=SeedRecipe(
         network=TsCamOptions(
-            deit=ViTOptions(image_size=112, patch=8, width=96, depth=4, heads=3, drop_path=0.0),
-            conformer=ConformerOptions(patch=8, base=16, ratio=2, width=96, depth=6, heads=3, drop_path=0.0),
+            deit=SAMPLE_VIT,
+            conformer=SAMPLE_CONFORMER,
         ),
         fit=Fit(epochs=24, batch_size=16, optimiser="adamw", lr=1e-3, weight_decay=0.05),
         augment=Augment(
