@@ -139,6 +139,18 @@ def test_cam_is_float32_in_mixed_precision() -> None:
     assert (mixed - exact).abs().max() < 0.1 * exact.max()
 
 
+@pytest.mark.parametrize("version", ["v2", "plus"])
+def test_without_attention_the_map_is_the_plain_cam_of_the_patches(version: str) -> None:
+    model, sample = sharp(network(version, attention=False, affinity=False)), batch()
+    with torch.no_grad():
+        x, grid = model.features(sample["image"])
+        assert torch.equal(model.cam(sample["image"], sample["tags"]), model.patch_maps(x, grid).relu())
+        model.affinity = True
+        assert not torch.equal(model.cam(sample["image"], sample["tags"]), model.patch_maps(x, grid).relu())
+    with pytest.raises(ValueError, match="v1 has no patch map"):
+        network("v1", attention=False)
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_trailing_rows_and_columns_are_cut(version: str) -> None:
     model, sample = sharp(network(version)), batch((39, 29))

@@ -115,7 +115,7 @@ class PatchEmbed(nn.Module):
         self.patch = patch
         self.stem: nn.Sequential | None = None
         if not stem:
-            self.proj: nn.Module = nn.Conv2d(3, width, patch, patch)
+            self.proj = nn.Conv2d(3, width, patch, patch)
             return
         layers: list[nn.Module] = []
         before = 3
@@ -125,8 +125,7 @@ class PatchEmbed(nn.Module):
                 layers.append(nn.ReLU(inplace=True))
                 before = channels
         self.stem = nn.Sequential(*layers)
-        # normalised, so that tokens of different textures start at right angles, not around a common mean
-        self.proj = nn.Sequential(nn.Conv2d(before, width, 1, bias=False), nn.BatchNorm2d(width))
+        self.proj = nn.Conv2d(before, width, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Rows and columns beyond the last whole patch are cut off. ValueError for images smaller than a patch."""

@@ -347,7 +347,6 @@ _REFINE = {
     "fit.lr": 0.01,
     "fit.epochs": 5,
 }
-_SAMPLE_REFINE = {"walk.background": "constant", "walk.threshold": 0.39}
 
 _MCTFORMER = Recipe(
     cam=SeedRecipe(
@@ -371,10 +370,10 @@ _MCTFORMER = Recipe(
 _MCTFORMER_SAMPLE = Recipe(
     cam=SeedRecipe(
         network=AreamMCTformerOptions(
-            split=2, warmup=0.5, backbone=SAMPLE_VIT,
+            split=2, low=0.06, high=0.2, pair_weight=1.0, warmup=0.6, backbone=SAMPLE_VIT,
         ),
         fit=Fit(
-            epochs=30, batch_size=16, optimiser="adamw", lr=1.5e-3, weight_decay=0.05,
+            epochs=60, batch_size=16, optimiser="adamw", lr=1.5e-3, weight_decay=0.05,
             schedule="timm_cosine", warmup_epochs=2, warmup_lr=1e-4, final_lr=1e-5,
         ),
         augment=Augment(
@@ -383,7 +382,6 @@ _MCTFORMER_SAMPLE = Recipe(
         ),
         infer=CamInference(scales=(0.5, 0.75, 1.0), flip=True, multiple=8, normalise="rectified"),
     ),
-    refine=_SAMPLE_REFINE,
     segmenter="deeplabv1_largefov",
 )  # fmt: skip
 
@@ -412,7 +410,7 @@ _CONFORMER = Recipe(
 _CONFORMER_SAMPLE = Recipe(
     cam=SeedRecipe(
         network=AreamConformerOptions(
-            split=4, scales=(0.5, 1.0), warmup=0.5,
+            split=4, scales=(1.0,), low=0.06, high=0.2, pair_weight=1.0, warmup=0.5,
             backbone=replace(SAMPLE_CONFORMER, double_class_token=False),
         ),
         fit=Fit(
@@ -427,7 +425,6 @@ _CONFORMER_SAMPLE = Recipe(
             scales=(0.5, 1.0, 1.5), truncate=True, flip=True, multiple=8, pad_first=True, normalise="rectified"
         ),
     ),
-    refine=_SAMPLE_REFINE,
     segmenter="deeplabv1_largefov",
 )  # fmt: skip
 

@@ -45,6 +45,9 @@ class MCTformerOptions(Options):
     """Transformer."""
     map_layers: int = 0
     """Last layers whose class-to-patch attention makes the map. 0: as published, 3, of plus all."""
+    attention: bool = True
+    """Multiply the patch map by the class tokens' attention to the patches (v1: that attention alone is the map). Off,
+    the map is the plain CAM of the same network."""
     affinity: bool = True
     """Spread the maps along the patches' attention (V1 on VOC train: 47.2 without, 55.2 with)."""
     rank_decay: float = 0.996
@@ -54,6 +57,8 @@ class MCTformerOptions(Options):
         """Raises ValueError for values that make no network."""
         if not 0 <= self.map_layers <= self.backbone.depth:
             raise ValueError(f"map_layers must be in 0 .. {self.backbone.depth} (the depth), got {self.map_layers}.")
+        if not self.attention and self.version == "v1":
+            raise ValueError("version v1 has no patch map: attention cannot be switched off.")
         if not 0 < self.rank_decay <= 1:
             raise ValueError(f"rank_decay must be in (0, 1], got {self.rank_decay}.")
 
@@ -136,9 +141,9 @@ _PUBLISHED = Recipe(
 # trained from random weights; small patches, so that maps of small images have some detail
 _SAMPLE = Recipe(
     cam=SeedRecipe(
-        network=MCTformerOptions(backbone=SAMPLE_VIT),
+        network=MCTformerOptions(backbone=SAMPLE_VIT, affinity=False),
         fit=Fit(
-            epochs=30,
+            epochs=60,
             batch_size=16,
             optimiser="adamw",
             lr=1.5e-3,
@@ -154,10 +159,9 @@ _SAMPLE = Recipe(
             jitter=(0.2, 0.2, 0.2, 0.02),
             crop=112,
         ),
-        infer=CamInference(scales=(0.5, 0.75, 1.0), flip=True, normalise="minmax"),
+        infer=CamInference(scales=(0.5, 0.75, 1.0), flip=True, multiple=8, normalise="minmax"),
     ),
     refiner="psa",
-    refine={"walk.background": "constant", "walk.threshold": 0.39},
     segmenter="deeplabv1_largefov",
 )
 
@@ -180,7 +184,7 @@ class MCTformer(MultiClassViT, SeedNetwork):
 
     def __init__(self, options: MCTformerOptions, num_classes: int) -> None:
         super().__init__(options.backbone, num_classes)
-        self.affinity, self.rank_decay = options.affinity, options.rank_decay
+        self.attention, self.affinity, self.rank_decay = options.attention, options.affinity, options.rank_decay
         depth = options.backbone.depth
         self.map_layers = min(options.map_layers or self.published_layers or depth, depth)
 
@@ -212,11 +216,14 @@ class MCTformer(MultiClassViT, SeedNetwork):
         first = depth - self.map_layers
         sums = AttentionSums(
             self.tokens,
-            [weight if layer >= first else 0.0 for layer in range(depth)],
+            [weight if self.attention and layer >= first else 0.0 for layer in range(depth)],
             [float(self.affinity)] * depth,  # always of all layers
         )
         x, grid = self.features(images, sums)
-        maps = self.fuse(sums.to_patches.unflatten(2, grid), x, grid)
+        if self.attention:
+            maps = self.fuse(sums.to_patches.unflatten(2, grid), x, grid)
+        else:
+            maps = F.relu(self.patch_maps(x, grid))
         return spread(sums.affinity, maps) if self.affinity else maps
 
     def param_groups(self) -> list[Group]:
