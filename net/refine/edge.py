@@ -71,7 +71,10 @@ class EdgeOnly(EdgeNetwork):
             network=EdgeOnlyOptions(resnet=SAMPLE_RESNET, radius=5),
             fit=Fit(epochs=8, batch_size=8, lr=0.01, momentum=0.9),
             augment=Augment(order=("long_side", "flip", "jitter", "normalize", "crop"), long_side=(96, 160), crop=96),
-            label=EdgeLabel(threshold_fg=0.40, threshold_bg=0.10),
-            walk=EdgeWalk(logt=6, canvas=0, crf=_CRF),
+            # maps of networks trained from random weights are sharp: what is worth a tenth of the peak is object
+            label=EdgeLabel(
+                threshold_fg=0.12, threshold_bg=0.03, crf=CRFSettings(bilateral_sxy=30.0, bilateral_srgb=8.0)
+            ),
+            walk=EdgeWalk(logt=6, canvas=0, threshold=0.1, crf=_CRF),
         ),
     }
