@@ -298,6 +298,10 @@ class Getam(SingleStage):
         """(B, 3, H, W) -> (B, C)."""
         return self._classes(self.pretrained(self._whole(images))[-1])
 
+    def classify(self, images: Tensor, num_classes: int) -> Tensor:
+        """The classifier's logits: (B, 3, H, W) -> (B, C)."""
+        return self.class_logits(images).float()
+
     def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (B, C), and segmentation logits (B, C + 1, H, W), background first, of images (B, 3, H, W)."""
         whole = self._whole(images)
