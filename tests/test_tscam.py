@@ -36,7 +36,7 @@ def test_the_map_is_the_semantic_one_times_what_the_class_token_attends_to(backb
     depth = len(net.blocks) if backbone == "deit" else net.depth
     # of each layer the class token spends a part of its attention, which sums to one, on the patches
     spent = factor[:, 0].sum((1, 2))
-    assert (spent > 0.5 * depth).all() and (spent < depth).all()
+    assert (spent > 0.05 * depth).all() and (spent < depth).all()
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
