@@ -382,7 +382,7 @@ def test_an_imagenet_classifier_fills_the_transformer(kind: str, tmp_path: Path)
 TINY = """
 --machine.workers 0 --machine.device cpu --cam.weights none --aff.weights none
 --cam.network.dpt.backbone vitb --cam.network.dpt.image-size 48 --cam.network.dpt.width 32 --cam.network.dpt.heads 2
---cam.network.dpt.depth 4 --cam.network.dpt.dropout 0 --cam.network.dpt.drop-path 0 --cam.network.dpt.features 8
+--cam.network.dpt.depth 4 --cam.network.dpt.dropout 0 --cam.network.dpt.features 8
 --cam.network.start-layer 1 --cam.network.label.epsilon 1e-9
 --cam.fit.steps 4 --cam.fit.batch-size 4 --cam.fit.micro-batch 2 --cam.fit.optimiser sgd --cam.fit.lr 0.01
 --cam.augment.long-side 48 64 --cam.augment.crop 48 --cam.infer.scales 1.0

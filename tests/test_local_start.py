@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from net.backbone.conformer import SAMPLE_CONFORMER, Conformer
-from net.backbone.dpt import DPTOptions
 from net.backbone.transformer import AttentionSums, QueryKey
 from net.backbone.vit import SAMPLE_VIT, PatchEmbed, ViT, ViTOptions
 
@@ -64,9 +63,9 @@ def test_a_patch_does_not_tell_what_is_elsewhere_from_a_local_start() -> None:
 
 
 def test_queries_are_keys_in_every_block() -> None:
-    net = DPTOptions(image_size=32, patch=8, width=48, depth=4, heads=3, local_start=True).vit()
     seen: list[QueryKey] = []
-    ViT(net, 1).features(torch.randn(1, 3, 32, 32), lambda layer, attention: seen.append(attention))
+    net = ViT(replace(SAMPLE_VIT, image_size=32), 1)
+    net.features(torch.randn(1, 3, 32, 32), lambda layer, attention: seen.append(attention))
     assert len(seen) == 4 and all(torch.equal(a.query, a.key) for a in seen)
 
 

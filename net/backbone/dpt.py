@@ -56,10 +56,6 @@ class DPTOptions:
     """Channels of the decoder."""
     dropout: float = 0.1
     """Dropout before the decoder's last layer."""
-    drop_path: float = 0.0
-    """Stochastic depth of the last block; it grows from 0 at the first. Published: none."""
-    local_start: bool = False
-    """How random start weights are drawn: see ``transformer.start_local``."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for values that make no network (see also ``ViTOptions``)."""
@@ -96,8 +92,8 @@ class DPTOptions:
     def vit(self) -> ViTOptions:
         """The transformer alone."""
         return ViTOptions(
-            self.image_size, self.patch, self.width, self.depth, self.heads, self.mlp_ratio, self.drop_path,
-            local_start=self.local_start, pretrained=_TIMM[self.backbone],
+            self.image_size, self.patch, self.width, self.depth, self.heads, self.mlp_ratio, drop_path=0.0,
+            pretrained=_TIMM[self.backbone],
         )
 
 

@@ -66,15 +66,15 @@ class EdgeOnly(EdgeNetwork):
             label=EdgeLabel(threshold_fg=0.11, threshold_bg=0.15),
             walk=EdgeWalk(crf=_CRF),
         ),
-        # from random weights, so nothing is frozen and the momentum is a real one
+        # from random weights, so nothing is frozen
         "sample": EdgeRecipe(
             network=EdgeOnlyOptions(resnet=SAMPLE_RESNET, radius=5),
-            fit=Fit(epochs=8, batch_size=8, lr=0.01, momentum=0.9),
-            augment=Augment(order=("long_side", "flip", "jitter", "normalize", "crop"), long_side=(96, 160), crop=96),
-            # maps of networks trained from random weights are sharp: what is worth a tenth of the peak is object
+            fit=Fit(epochs=10, batch_size=16, optimiser="adamw", lr=0.002, weight_decay=1e-4),
+            augment=Augment(order=("long_side", "flip", "jitter", "normalize", "crop"), long_side=(112, 160), crop=112),
+            # maps of networks trained from random weights are sharp: little is left of them beside the marks
             label=EdgeLabel(
-                threshold_fg=0.12, threshold_bg=0.03, crf=CRFSettings(bilateral_sxy=30.0, bilateral_srgb=8.0)
+                threshold_fg=0.03, threshold_bg=0.006, crf=CRFSettings(bilateral_sxy=30.0, bilateral_srgb=8.0)
             ),
-            walk=EdgeWalk(logt=6, canvas=0, threshold=0.1, crf=_CRF),
+            walk=EdgeWalk(logt=6, canvas=112, threshold=0.03, crf=_CRF),
         ),
     }

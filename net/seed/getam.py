@@ -240,15 +240,16 @@ _SAMPLE = Recipe(
         network=GetamOptions(
             dpt=DPTOptions(
                 image_size=112, patch=8, width=96, depth=4, heads=3, mlp_ratio=2, stem=16, stem_depth=(1, 1, 1),
-                features=16, drop_path=0.6, local_start=True,
+                features=16,
             ),
             start_layer=2,
+            cls_share=0.7,
             seg_lr=1.0,
             label=LabelOptions(salient_above=100, epsilon=1e-8, power=8.0, opening=4),
             saliency_loss="intended",
             dense=DenseOptions(weight=1e-6),
         ),
-        fit=Fit(epochs=20, batch_size=16, optimiser="adamw", lr=2e-3, weight_decay=0.01),
+        fit=Fit(epochs=40, batch_size=16, optimiser="adamw", lr=2e-3, weight_decay=0.01),
         augment=Augment(order=("long_side", "flip", "normalize", "crop"), long_side=(112, 160), crop=112),
         infer=CamInference(scales=(1.0, 1.5), flip=True, multiple=16, normalise="minmax"),
     ),

@@ -138,12 +138,11 @@ _PUBLISHED = Recipe(
     segmenter="deeplabv1_largefov",
 )
 
-# trained from random weights; small patches, so that maps of small images have some detail. The mean over all patches
-# hardly sees the small marks: plus pools by rank
+# trained from random weights; small patches, so that maps of small images have some detail
 _SAMPLE = Recipe(
     cam=SeedRecipe(
         # spread along an attention that was learnt in minutes, maps cover the background
-        network=MCTformerOptions(version="plus", backbone=SAMPLE_VIT, affinity=False, rank_decay=0.95),
+        network=MCTformerOptions(backbone=SAMPLE_VIT, affinity=False),
         fit=Fit(
             epochs=30,
             batch_size=16,
@@ -164,6 +163,8 @@ _SAMPLE = Recipe(
         infer=CamInference(scales=(0.5, 0.75, 1.0), flip=True, multiple=8, normalise="minmax"),
     ),
     refiner="psa",
+    # products of map and attention are sharp: what is worth a fiftieth of the peak is object
+    refine={"label.alpha_low": 100.0, "label.alpha_high": 400.0, "walk.alpha": 190.0},
     segmenter="deeplabv1_largefov",
 )
 
