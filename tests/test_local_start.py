@@ -40,10 +40,10 @@ def test_patches_attend_to_those_that_look_alike_only_from_a_local_start(kind: s
     for local in (True, False):
         torch.manual_seed(0)
         if kind == "vit":
-            net: nn.Module = ViT(replace(SAMPLE_VIT, image_size=64, drop_path=0.0, local_start=local), 1)
+            net: nn.Module = ViT(replace(SAMPLE_VIT, image_size=64, drop_path=0.0, local_start=2.0 * local), 1)
             depth, watch = SAMPLE_VIT.depth, net.features
         else:
-            net = Conformer(replace(SAMPLE_CONFORMER, local_start=local))
+            net = Conformer(replace(SAMPLE_CONFORMER, local_start=2.0 * local))
             depth, watch = SAMPLE_CONFORMER.depth, net.features
         shares[local] = attention_to_own_half(watch, depth)
     assert shares[True] > 0.8 and shares[False] < 0.6, shares
@@ -55,7 +55,8 @@ def test_a_patch_does_not_tell_what_is_elsewhere_from_a_local_start() -> None:
     moved = {}
     for local in (True, False):
         torch.manual_seed(0)
-        net = ViT(ViTOptions(64, 8, 96, 4, 3, local_start=local), 0).eval()  # no stem: a patch sees its own pixels only
+        # no stem: a patch sees its own pixels only
+        net = ViT(ViTOptions(64, 8, 96, 4, 3, local_start=2.0 * local), 0).eval()
         with torch.no_grad():
             before, after = (net.features(x)[0].unflatten(1, (8, 8))[:, :, :4] for x in (halves(), changed))
         moved[local] = (F.mse_loss(after, before) / before.var()).item()
@@ -83,7 +84,7 @@ def test_what_is_cut_off_does_not_count_with_a_stem() -> None:
     assert torch.equal(embed(images)[0], embed(images[..., :16, :16])[0])
 
 
-@pytest.mark.parametrize("wrong", [{"stem": -1}, {"stem": 8, "patch": 12}])
-def test_a_stem_needs_a_patch_that_is_a_power_of_two(wrong: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="stem"):
+@pytest.mark.parametrize("wrong", [{"stem": -1}, {"stem": 8, "patch": 12}, {"local_start": -1.0}])
+def test_impossible_starts_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="stem|local_start must"):
         ViTOptions(**wrong)

@@ -49,9 +49,9 @@ class ConformerOptions:
     double_class_token: bool = True
     """Double the class token on entering each block but the first, as the ImageNet classifier and TransCAM do. Without
     (AReAM) the same weights are another function."""
-    local_start: bool = False
-    """How random start weights are drawn: see ``transformer.start_local``; and what the tokens add to the map starts
-    small too."""
+    local_start: float = 0.0
+    """Random start weights. 0: as published. Else the gain of ``transformer.start_local``; and what the tokens add to
+    the map starts small too."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for values that make no network."""
@@ -68,10 +68,12 @@ class ConformerOptions:
             raise ValueError(f"mlp_ratio must be above 0, got {self.mlp_ratio}.")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}.")
+        if self.local_start < 0:
+            raise ValueError(f"local_start must be 0 or more, got {self.local_start}.")
 
 
 SAMPLE_CONFORMER = ConformerOptions(
-    patch=8, base=16, ratio=4, width=48, depth=6, heads=3, mlp_ratio=2, drop_path=0.0, local_start=True
+    patch=8, base=16, ratio=4, width=48, depth=6, heads=3, mlp_ratio=2, drop_path=0.0, local_start=2.0
 )
 """The backbone of the sample recipes: learns small pictures from random weights within minutes on two CPU cores."""
 
@@ -207,7 +209,7 @@ class Conformer(nn.Module):
         self.channels = widths[-1]
         self._initialise()
         if options.local_start:
-            start_local(self)
+            start_local(self, options.local_start)
             for module in self.modules():
                 if isinstance(module, Expand):
                     nn.init.constant_(module.bn.weight, 0.05)

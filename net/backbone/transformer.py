@@ -165,13 +165,11 @@ class TransformerBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-# found on the sample sets; with either left out the maps of networks trained from random weights cover everything
-_SIMILARITY = 2.0
 _SHARE = 0.1
 
 
 @torch.no_grad()
-def start_local(network: nn.Module) -> None:
+def start_local(network: nn.Module, gain: float) -> None:
     """Random start weights of all transformer blocks inside, for few images: tokens first tell what their own patch
     shows. Ours, in the spirit of Trockman and Kolter, Mimetic initialization of self-attention layers, 2023.
 
@@ -179,11 +177,16 @@ def start_local(network: nn.Module) -> None:
     attention and MLP add to a token starts small. From the published start weights, which mix all tokens evenly, a
     classifier that averages over patches soon has every patch tell what is anywhere in the image, and its map is flat;
     with ImageNet weights, whose tokens are local, it is not.
+
+    Args:
+        network: what holds the blocks.
+        gain: of queries and keys over the normalised tokens. With 2 a token attends to its likes alone, a class token
+            at first to itself; with 1 everything else has about half of the attention.
     """
     for block in network.modules():
         if isinstance(block, TransformerBlock):
             query, key, _ = block.attn.qkv.weight.chunk(3)
-            nn.init.orthogonal_(query, gain=_SIMILARITY)
+            nn.init.orthogonal_(query, gain=gain)
             key.copy_(query)
             for last in (block.attn.proj, block.mlp.fc2):
                 last.weight.mul_(_SHARE)

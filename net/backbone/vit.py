@@ -48,8 +48,8 @@ class ViTOptions:
     first of each pair with stride 2, of this many channels and twice as many in each following pair, until a cell is a
     patch: ours, for random start weights and few images (after Xiao et al., Early convolutions help transformers see
     better, 2021)."""
-    local_start: bool = False
-    """How random start weights are drawn; see ``transformer.start_local``."""
+    local_start: float = 0.0
+    """Random start weights. 0: as published. Else the gain of ``transformer.start_local``."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for values that make no network."""
@@ -61,6 +61,8 @@ class ViTOptions:
             raise ValueError(f"image_size must hold a patch of {self.patch} pixels, got {self.image_size}.")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}.")
+        if self.local_start < 0:
+            raise ValueError(f"local_start must be 0 or more, got {self.local_start}.")
         if self.stem < 0 or (self.stem and self.patch & (self.patch - 1)):
             raise ValueError(f"stem must be 0 or more, and 0 unless the patch is a power of 2, got {self.stem}.")
 
@@ -71,7 +73,7 @@ class ViTOptions:
 
 
 SAMPLE_VIT = ViTOptions(
-    image_size=112, patch=8, width=96, depth=4, heads=3, mlp_ratio=2, drop_path=0.6, stem=24, local_start=True
+    image_size=112, patch=8, width=96, depth=4, heads=3, mlp_ratio=2, drop_path=0.6, stem=24, local_start=2.0
 )
 """The backbone of the sample recipes: learns small pictures from random weights within minutes on two CPU cores. Much
 stochastic depth keeps the patches' tokens local."""
@@ -157,7 +159,7 @@ class ViTBody(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
         if options.local_start:
-            start_local(self)
+            start_local(self, options.local_start)
 
     def run(self, x: Tensor, visit: Visit | None = None) -> Tensor:
         """All blocks, without the final norm: (B, T, D) -> the same; ``visit`` gets every layer's queries and keys."""

@@ -373,7 +373,7 @@ _MCTFORMER_SAMPLE = Recipe(
             split=2, low=0.06, high=0.2, pair_weight=1.0, warmup=0.6, backbone=SAMPLE_VIT,
         ),
         fit=Fit(
-            epochs=60, batch_size=16, optimiser="adamw", lr=1.5e-3, weight_decay=0.05,
+            epochs=36, batch_size=16, optimiser="adamw", lr=1.5e-3, weight_decay=0.05,
             schedule="timm_cosine", warmup_epochs=2, warmup_lr=1e-4, final_lr=1e-5,
         ),
         augment=Augment(

@@ -185,12 +185,13 @@ _SAMPLE = Recipe(
     cam=SeedRecipe(
         network=CrtOptions(
             cnn=SAMPLE_RESNET,
-            transformer=replace(SAMPLE_VIT, image_size=64, depth=3),
+            transformer=replace(SAMPLE_VIT, image_size=64, depth=3, local_start=1.0),
             rounds=2,
-            epochs=24,
+            agreement=0.5,
+            epochs=30,
             head_lr=1.0,
         ),
-        fit=Fit(epochs=24, batch_size=16, optimiser="adamw", lr=1e-3, weight_decay=0.01),
+        fit=Fit(epochs=30, batch_size=16, optimiser="adamw", lr=1.5e-3, weight_decay=0.01),
         augment=Augment(long_side=(112, 160), jitter=(0.2, 0.2, 0.2, 0.02), crop=96),
         infer=CamInference(scales=(0.5, 1.0, 1.5, 2.0), flip=True, normalise="max", coarse=4),
     ),
