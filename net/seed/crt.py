@@ -196,7 +196,7 @@ _SAMPLE = Recipe(
         infer=CamInference(scales=(0.5, 1.0, 1.5, 2.0), flip=True, normalise="max", coarse=4),
     ),
     refiner="irn",
-    refine={"walk.instances": False},
+    refine={"label.threshold_fg": 0.07, "label.threshold_bg": 0.02, "walk.threshold": 0.12, "walk.instances": False},
     segmenter="deeplabv2",
 )
 
