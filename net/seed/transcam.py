@@ -117,9 +117,11 @@ _SAMPLE = Recipe(
         network=TransCamOptions(backbone=SAMPLE_CONFORMER),
         fit=Fit(epochs=30, batch_size=16, optimiser="adamw", lr=1.5e-3, schedule="poly", weight_decay=5e-4),
         augment=Augment(long_side=(112, 160), jitter=(0.2, 0.2, 0.2, 0.02), crop=112),
-        infer=CamInference(scales=(112, 160), square=True, flip=True, normalise="shifted"),
+        infer=CamInference(scales=(80, 128), square=True, flip=True, normalise="shifted"),
     ),
     refiner="psa",
+    # spread maps are broad: what is worth a sixth of the peak is object
+    refine={"label.alpha_low": 7.0, "label.alpha_high": 28.0, "walk.alpha": 11.0},
     segmenter="deeplabv1",
 )
 
