@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from net.backbone.conformer import SAMPLE_CONFORMER, Conformer
+from net.backbone.dpt import Body, DPTOptions
 from net.backbone.transformer import AttentionSums, QueryKey
 from net.backbone.vit import SAMPLE_VIT, PatchEmbed, ViT, ViTOptions
 
@@ -63,10 +64,17 @@ def test_a_patch_does_not_tell_what_is_elsewhere_from_a_local_start() -> None:
     assert moved[True] < moved[False] / 100
 
 
-def test_queries_are_keys_in_every_block() -> None:
+@pytest.mark.parametrize("kind", ["vit", "dpt"])
+def test_queries_are_keys_in_every_block(kind: str) -> None:
     seen: list[QueryKey] = []
-    net = ViT(replace(SAMPLE_VIT, image_size=32), 1)
-    net.features(torch.randn(1, 3, 32, 32), lambda layer, attention: seen.append(attention))
+    if kind == "vit":
+        body: ViT = ViT(replace(SAMPLE_VIT, image_size=32), 1)
+        x = body.embed(torch.randn(1, 3, 32, 32))[0]
+    else:
+        sizes = {"image_size": 32, "patch": 8, "width": 96, "depth": 4, "heads": 3, "patch_stem": 8}
+        body = Body(DPTOptions("vitb", local_start=1.0, **sizes))  # type: ignore[arg-type]
+        x = body.start(torch.randn(1, 3, 32, 32))[0]
+    body.run(x, lambda layer, attention: seen.append(attention))
     assert len(seen) == 4 and all(torch.equal(a.query, a.key) for a in seen)
 
 

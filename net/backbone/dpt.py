@@ -52,10 +52,16 @@ class DPTOptions:
     """vitb_hybrid: channels of the ResNet's stem."""
     stem_depth: tuple[int, int, int] = (3, 4, 9)
     """vitb_hybrid: bottlenecks of the ResNet's stages."""
+    patch_stem: int = 0
+    """The plain ones: 0, published, or convolutions before the patches (``ViTOptions.stem``)."""
+    drop_path: float = 0.0
+    """Stochastic depth of the last block; it grows from 0 at the first. Published: none."""
     features: int = 256
     """Channels of the decoder."""
     dropout: float = 0.1
     """Dropout before the decoder's last layer."""
+    local_start: float = 0.0
+    """Random start weights. 0: as published. Else the gain of ``transformer.start_local``."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for values that make no network (see also ``ViTOptions``)."""
@@ -67,6 +73,8 @@ class DPTOptions:
             raise ValueError(f"patch must be a multiple of 4 from 8 on (8 or 16 for the hybrid), got {self.patch}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}.")
+        if self.hybrid and self.patch_stem:
+            raise ValueError("patch_stem is of the plain ones; vitb_hybrid has a stem of its own, a ResNet.")
         if self.features < 1 or self.stem < 8 or self.stem % 8 or min(self.stem_depth) < 1:
             raise ValueError("features and stem_depth must be positive, stem a multiple of 8.")
         self.vit()
@@ -92,8 +100,8 @@ class DPTOptions:
     def vit(self) -> ViTOptions:
         """The transformer alone."""
         return ViTOptions(
-            self.image_size, self.patch, self.width, self.depth, self.heads, self.mlp_ratio, drop_path=0.0,
-            pretrained=_TIMM[self.backbone],
+            self.image_size, self.patch, self.width, self.depth, self.heads, self.mlp_ratio, self.drop_path,
+            pretrained=_TIMM[self.backbone], stem=self.patch_stem, local_start=self.local_start,
         )
 
 

@@ -234,26 +234,29 @@ _PUBLISHED = Recipe(
     ),
 )
 
-# trained from random weights, hence the convolutional stem; smaller patches, because the images are
+# trained from random weights: plain patches behind convolutions, because the hybrid's maps lay around the marks (its
+# group norms may tell every patch what is anywhere); smaller ones, because the images are. More epochs make maps less
+# local
 _SAMPLE = Recipe(
     cam=SeedRecipe(
         network=GetamOptions(
             dpt=DPTOptions(
-                image_size=112, patch=8, width=96, depth=4, heads=3, mlp_ratio=2, stem=16, stem_depth=(1, 1, 1),
-                features=16,
+                "vitb", image_size=112, patch=8, width=96, depth=4, heads=3, mlp_ratio=2, patch_stem=24,
+                local_start=1.0, features=16,
             ),
             start_layer=2,
-            cls_share=0.7,
             seg_lr=1.0,
-            label=LabelOptions(salient_above=100, epsilon=1e-8, power=8.0, opening=4),
+            label=LabelOptions(salient_above=100, epsilon=1e-8, power=64.0, opening=4),
             saliency_loss="intended",
             dense=DenseOptions(weight=1e-6),
         ),
-        fit=Fit(epochs=40, batch_size=16, optimiser="adamw", lr=2e-3, weight_decay=0.01),
+        fit=Fit(epochs=40, batch_size=16, optimiser="adamw", lr=1.5e-3, weight_decay=0.01),
         augment=Augment(order=("long_side", "flip", "normalize", "crop"), long_side=(112, 160), crop=112),
-        infer=CamInference(scales=(1.0, 1.5), flip=True, multiple=16, normalise="minmax"),
+        infer=CamInference(scales=(0.5, 1.0), flip=True, multiple=16, normalise="minmax"),
     ),
     refiner="psa",
+    # products of attention and its gradients are sharper still: what is worth a hundredth of the peak is object
+    refine={"label.alpha_low": 100.0, "label.alpha_high": 1000.0, "walk.alpha": 460.0},
     segmenter="own",
     own=SegmentTest(
         infer=SegInference(
