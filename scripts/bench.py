@@ -34,6 +34,7 @@ from misc.metrics import Confusion, ThresholdCurve, mask_at  # noqa: E402
 from misc.walk import by_path_length, half_circle, pair_cells, path, path_affinity, transition, walk  # noqa: E402
 from net.backbone.edge import propagate  # noqa: E402
 from net.refine.psa import pair_affinity  # noqa: E402
+from net.seed.aream import Aream, AreamConformer, AreamMCTformer, pair_labels, pair_losses  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,52 @@ def pairs_published(features: Tensor, source: Tensor, target: Tensor) -> Tensor:
     return features.grad
 
 
+# ------------------------------------------------------------------------------------------------ AReAM's attention
+
+
+@dataclass(frozen=True)
+class AreamInputs:
+    """The published network with random weights, and a batch of its crops, every image of two classes."""
+
+    method: type[Aream]
+    images: int
+
+    def __call__(self) -> tuple[Any, ...]:
+        torch.manual_seed(0)
+        recipe = self.method.recipes["published"].cam
+        side = recipe.augment.crop
+        tags = torch.zeros(self.images, 20).index_fill_(1, torch.tensor([3, 7]), 1.0)
+        box = torch.tensor([[0, side, 0, side]]).expand(self.images, -1)
+        # without dropping paths: both forms are to see the same
+        network = recipe.network.build(20, {}).eval()
+        return network, {"image": torch.randn(self.images, 3, side, side), "tags": tags, "box": box}
+
+
+def _gradient(network: Any, loss: Tensor) -> Tensor:
+    """The loss and the norm of its gradient."""
+    network.zero_grad()
+    loss.backward()
+    norms = [p.grad.norm() for p in network.parameters() if p.grad is not None]
+    return torch.stack([loss.detach(), torch.stack(norms).norm()])
+
+
+def aream_ours(network: Any, batch: dict[str, Tensor]) -> Tensor:
+    """A step's loss of the pairs and its gradient, the attention of one layer and head at a time."""
+    return _gradient(network, network(batch, 1.0)["pair"])
+
+
+def aream_published(network: Any, batch: dict[str, Tensor]) -> Tensor:
+    """The same with the matrices of all layers and heads kept."""
+    options, c = network.options, network.tokens
+    network.training_cam = lambda images: plain.aream_training_cam(network, images, options.shallow_weights())
+    label = network.labels(batch)
+    seen: list[Tensor] = []
+    _, maps = network.look(batch["image"], lambda _, attention: seen.append(attention.logits()))
+    deep = torch.stack(seen).mean(2)[options.split :, :, c:, c:]  # (L - split, B, N, N)
+    losses = pair_losses(deep.unbind(), pair_labels(label, maps.shape[-2:]))
+    return _gradient(network, options.pair_weight * (losses * losses.new_tensor(options.deep_weights())).mean())
+
+
 # ------------------------------------------------------------------------------------------------ threshold curve
 
 
@@ -259,6 +306,14 @@ CASES: dict[str, Case] = {
     "pairs_psa": Case(
         "pair affinities and their gradient, one crop of 448, 448 channels, radius 5",
         pair_inputs, pairs_ours, pairs_published,
+    ),
+    "aream_mctformer": Case(
+        "AReAM on MCTformer, one training step of 8 crops of 224 (published: 64)",
+        AreamInputs(AreamMCTformer, 8), aream_ours, aream_published, repeats=1,
+    ),
+    "aream_conformer": Case(
+        "AReAM on Conformer, one training step of 1 crop of 384, three scales (published: 8)",
+        AreamInputs(AreamConformer, 1), aream_ours, aream_published, repeats=1,
     ),
     "curve_60": Case(
         "mIoU at 60 background scores, 20 images of 375 x 500 in memory, 2 classes each",

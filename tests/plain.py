@@ -94,6 +94,33 @@ def full_attention_map(network: Any, image: Tensor, c: int) -> Tensor:
         total = total + (gradient * weights).clamp(min=0).mean(1) * gradient.clamp(min=0).mean(1)  # (1, T, T)
     return total[0, 0, body.tokens :].detach().clamp(min=0).unflatten(0, grid)
 
+
+def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear."""
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def aream_training_cam(model: Any, images: Tensor, weights: list[float]) -> Tensor:
+    """AReAM's maps for labels, with all matrices of all layers and heads at once; ``weights`` of the layers (aream.md
+    section 4)."""
+    size, c, total = images.shape[-2:], model.tokens, 0
+    for scale in model.options.scales:
+        for mirrored in (False, True):
+            x = resize(images, (int(size[0] * scale), int(size[1] * scale)))
+            x = x.flip(-1) if mirrored else x
+            seen: list[Tensor] = []
+            _, maps = model.look(x, lambda _, attention, seen=seen: seen.append(attention.logits().softmax(-1)))
+            attention = torch.stack(seen).mean(2)  # (L, B, T, T)
+            if model.gated:
+                maps = maps * attention.mean(0)[:, :c, c:].unflatten(2, maps.shape[-2:])
+            affinity = (attention * torch.tensor(weights).view(-1, 1, 1, 1)).sum(0)[:, c:, c:]
+            refined = resize(torch.einsum("bij,bcj->bci", affinity, maps.flatten(2)).view_as(maps), size)
+            total = total + (refined.flip(-1) if mirrored else refined)
+    total = total.relu()
+    total = total - total.amin((2, 3), keepdim=True)
+    return total / (total.amax((2, 3), keepdim=True) + 1e-6)
+
+
 def path_affinity(boundary: Tensor, displacements: list[tuple[int, int]], radius: int | None) -> Tensor:
     """1 - the largest value on the thick line between two cells, all cells gathered at once: (B, h, w) -> (B, E)
     (irnet.md sections 9.1 and 9.3)."""

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import plain
 import pytest
 import torch
 import torch.nn.functional as F
+from plain import resize
 from running import make_set, start
 from torch import Tensor, nn
 
@@ -79,10 +81,6 @@ def batch(size: tuple[int, int] = (32, 32)) -> dict[str, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------ labels and pairs
-
-
-def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 def plain_label(colours: Tensor, cams: Tensor, keys: list[int], background: float) -> Tensor:
@@ -196,26 +194,6 @@ def test_entropy_of_layers(kind: str) -> None:
             assert found[number, layer].item() == pytest.approx(expected.item(), rel=1e-3, abs=1e-3)
 
 
-def plain_training_cam(model: Aream, images: Tensor, weights: list[float]) -> Tensor:
-    """aream.md section 4 with all matrices of all layers and heads at once."""
-    size, c, total = images.shape[-2:], model.tokens, 0
-    for scale in model.options.scales:
-        for mirrored in (False, True):
-            x = resize(images, (int(size[0] * scale), int(size[1] * scale)))
-            x = x.flip(-1) if mirrored else x
-            seen: list[Tensor] = []
-            _, maps = model.look(x, lambda _, attention, seen=seen: seen.append(attention.logits().softmax(-1)))
-            attention = torch.stack(seen).mean(2)  # (L, B, T, T)
-            if model.gated:
-                maps = maps * attention.mean(0)[:, :c, c:].unflatten(2, maps.shape[-2:])
-            affinity = (attention * torch.tensor(weights).view(-1, 1, 1, 1)).sum(0)[:, c:, c:]
-            refined = resize(torch.einsum("bij,bcj->bci", affinity, maps.flatten(2)).view_as(maps), size)
-            total = total + (refined.flip(-1) if mirrored else refined)
-    total = total.relu()
-    total = total - total.amin((2, 3), keepdim=True)
-    return total / (total.amax((2, 3), keepdim=True) + 1e-6)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("entropic", [False, True])
 def test_training_maps_equal_the_plain_form(kind: str, entropic: bool) -> None:
@@ -224,7 +202,7 @@ def test_training_maps_equal_the_plain_form(kind: str, entropic: bool) -> None:
     images = batch((32, 48))["image"]
     weights = [1 / 2, (1 - 1 / (depth - 1)) / 2 if entropic else 1 / 2] + [0.0] * (depth - 2)
     with torch.no_grad():
-        found, expected = model.training_cam(images), plain_training_cam(model, images, weights)
+        found, expected = model.training_cam(images), plain.aream_training_cam(model, images, weights)
     assert found.shape == (2, CLASSES, 32, 48) and 0 <= found.min() < 0.01 and 0.9 < found.max() < 1
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
@@ -332,10 +310,10 @@ def test_inference_uses_all_layers(kind: str) -> None:
     depth = model.options.backbone.depth
     with torch.inference_mode():
         pairs = torch.cat([images, images.flip(-1)])
-        plain, mirrored = resize(model.cam(pairs, torch.ones(4, CLASSES)), (32, 32)).chunk(2)
-        total = (plain + mirrored.flip(-1)).relu()
+        ahead, mirrored = resize(model.cam(pairs, torch.ones(4, CLASSES)), (32, 32)).chunk(2)
+        total = (ahead + mirrored.flip(-1)).relu()
         total = total - total.amin((2, 3), keepdim=True)
-        expected = plain_training_cam(model, images, [1 / depth] * depth)
+        expected = plain.aream_training_cam(model, images, [1 / depth] * depth)
     torch.testing.assert_close(total / (total.amax((2, 3), keepdim=True) + 1e-6), expected, rtol=1e-3, atol=1e-4)
 
 

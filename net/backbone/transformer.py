@@ -166,6 +166,7 @@ class TransformerBlock(nn.Module):
 
 
 _SHARE = 0.1
+"""What a local start leaves of the last weights of attention and MLP."""
 
 
 @torch.no_grad()
