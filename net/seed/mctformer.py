@@ -164,8 +164,8 @@ _SAMPLE = Recipe(
         infer=CamInference(scales=(0.5, 0.75, 1.0), flip=True, multiple=8, normalise="minmax"),
     ),
     refiner="psa",
-    # products of map and attention are sharp: what is worth a fiftieth of the peak is object
-    refine={"label.alpha_low": 100.0, "label.alpha_high": 400.0, "walk.alpha": 190.0},
+    # products of map and attention are sharp: what is worth a hundredth of the peak is object
+    refine={"label.alpha_low": 250.0, "label.alpha_high": 1200.0, "walk.alpha": 600.0},
     segmenter="deeplabv1_largefov",
 )
 
