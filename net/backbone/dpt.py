@@ -54,8 +54,6 @@ class DPTOptions:
     """vitb_hybrid: bottlenecks of the ResNet's stages."""
     patch_stem: int = 0
     """The plain ones: 0, published, or convolutions before the patches (``ViTOptions.stem``)."""
-    drop_path: float = 0.0
-    """Stochastic depth of the last block; it grows from 0 at the first. Published: none."""
     features: int = 256
     """Channels of the decoder."""
     dropout: float = 0.1
@@ -100,7 +98,7 @@ class DPTOptions:
     def vit(self) -> ViTOptions:
         """The transformer alone."""
         return ViTOptions(
-            self.image_size, self.patch, self.width, self.depth, self.heads, self.mlp_ratio, self.drop_path,
+            self.image_size, self.patch, self.width, self.depth, self.heads, self.mlp_ratio, drop_path=0.0,
             pretrained=_TIMM[self.backbone], stem=self.patch_stem, local_start=self.local_start,
         )
 

@@ -235,13 +235,12 @@ _PUBLISHED = Recipe(
 )
 
 # trained from random weights: plain patches behind convolutions, because the hybrid's maps lay around the marks (its
-# group norms may tell every patch what is anywhere); smaller ones, because the images are. More epochs make maps less
-# local
+# group norms may tell every patch what is anywhere); smaller ones, because the images are
 _SAMPLE = Recipe(
     cam=SeedRecipe(
         network=GetamOptions(
             dpt=DPTOptions(
-                "vitb", image_size=112, patch=8, width=96, depth=4, heads=3, mlp_ratio=2, patch_stem=24,
+                backbone="vitb", image_size=112, patch=8, width=96, depth=4, heads=3, mlp_ratio=2, patch_stem=24,
                 local_start=1.0, features=16,
             ),
             start_layer=2,
