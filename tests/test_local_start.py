@@ -73,6 +73,7 @@ def test_queries_are_keys_in_every_block(kind: str) -> None:
     else:
         sizes = {"image_size": 32, "patch": 8, "width": 96, "depth": 4, "heads": 3, "patch_stem": 8}
         body = Body(DPTOptions("vitb", local_start=1.0, **sizes))  # type: ignore[arg-type]
+        assert body.patch_embed.stem is not None
         x = body.start(torch.randn(1, 3, 32, 32))[0]
     body.run(x, lambda layer, attention: seen.append(attention))
     assert len(seen) == 4 and all(torch.equal(a.query, a.key) for a in seen)

@@ -221,7 +221,7 @@ _PUBLISHED = Recipe(
 )
 
 # trained from random weights; small patches, because the images are small. The heads of both have ten times the rate:
-# with 1.5e-3 the CAAE takes twice as long and SemFormer's class tokens come to nothing, as they do where they attend to
+# with 1.5e-3 the CAAE learns more slowly and SemFormer's class tokens come to nothing, as they do where they attend to
 # themselves alone (local_start 2)
 _SAMPLE = Recipe(
     cam=SemFormerRecipe(
