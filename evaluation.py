@@ -20,9 +20,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from misc.metrics import Convention, Maps
-from misc.score import EvaluationError, Scores, evaluate_cams, evaluate_masks
-from misc.store import read_cam, read_list, read_mask, write_json
+from misc.files.store import read_cam, read_list, read_mask, write_json
+from misc.score.evaluate import EvaluationError, Scores, evaluate_cams, evaluate_masks
+from misc.score.metrics import Convention, Maps
 
 
 @dataclass(frozen=True)

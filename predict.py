@@ -18,13 +18,13 @@ import tyro
 
 from misc import distributed
 from misc.config import Machine
-from misc.each import EachFailed, WorkerDied
-from misc.imagefiles import find_images
-from misc.runfolder import RunFolder
+from misc.files.imagefiles import find_images
+from misc.files.runfolder import RunFolder
+from misc.loop.each import EachFailed, WorkerDied
 from net.contract import Segmenter, SingleStage
 from net.export import export_onnx
 from net.model import Model, load_model, predicts_masks
-from step.new_images import Folder, Refinement, map_images, segment_images
+from step.lib.new_images import Folder, Refinement, map_images, segment_images
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,14 @@ import tyro
 
 from misc import distributed
 from misc.config import REQUIRED_WEIGHTS, START_WORDS, flatten
-from misc.each import EachFailed, WorkerDied
-from misc.fit import NonFiniteLoss, divide, resume_point
-from misc.runfolder import OtherConfiguration, RunFolder
+from misc.files.runfolder import OtherConfiguration, RunFolder
+from misc.loop.each import EachFailed, WorkerDied
+from misc.loop.fit import NonFiniteLoss, divide, resume_point
 from net import contract
 from step import STEPS, Step, report, select
-from step.config import Config, Job, default_config, open_job
-from voc12 import loader, sample
+from step.lib.config import Config, Job, default_config, open_job
+from voc12 import loader
+from voc12.generated import sets
 
 PROBLEMS = (ValueError, OSError, EachFailed, WorkerDied, loader.WorkerDied, NonFiniteLoss, OtherConfiguration)
 """Errors that tell the user what to do; anything else is a defect and shows its traceback."""
@@ -165,9 +166,9 @@ def without_steps(argv: Sequence[str]) -> list[str]:
 def run(cfg: Config, device: torch.device, command: Sequence[str] = ("python", "run_sample.py")) -> None:
     """Run the steps of a configuration; ``command`` is what a hint at the next step repeats."""
     select(cfg.steps)  # what is no step is refused before anything is generated
-    if cfg.data in sample.LAYOUTS and cfg.root is None and distributed.is_main():
-        s, layout = cfg.sample, sample.LAYOUTS[cfg.data]
-        sample.generate(cfg.data_root(), images=s.images, val=s.val, classes=s.classes, seed=s.seed, layout=layout)
+    if cfg.data in sets.LAYOUTS and cfg.root is None and distributed.is_main():
+        s, layout = cfg.sample, sets.LAYOUTS[cfg.data]
+        sets.generate(cfg.data_root(), images=s.images, val=s.val, classes=s.classes, seed=s.seed, layout=layout)
     distributed.barrier()
     job = open_job(cfg)
     pipeline, steps = select((), job.aim), select(cfg.steps, job.aim)

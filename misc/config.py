@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
-from misc.crf import CRFSettings
+from misc.crf.dense import CRFSettings
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ START_WORDS = ("none", "cam", PRETRAINED_WEIGHTS, REQUIRED_WEIGHTS)
 
 @dataclass(frozen=True)
 class Fit:
-    """How one network is trained (read by misc/fit.py)."""
+    """How one network is trained (read by misc/loop/fit.py)."""
 
     epochs: int = 8
     """Passes over the training list; ignored where ``steps`` is given."""

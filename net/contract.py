@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.config import Augment, BoxInference, CamInference, Fit, SegInference
-from misc.fit import Batch
-from misc.instances import Instances
+from misc.loop.fit import Batch
+from misc.score.objects import Instances
 
 Preset = str
 
@@ -40,13 +40,13 @@ class Group:
 
 
 class Network(nn.Module, ABC):
-    """Anything that misc/fit.py trains.
+    """Anything that misc/loop/fit.py trains.
 
     ``forward(batch, progress)`` returns the named loss terms; their sum is minimised and each is logged.
     """
 
     normalisation: str = "imagenet"
-    """How images are normalised for this network: a name of misc.imaging.NORMALISATIONS."""
+    """How images are normalised for this network: a name of misc.image.pixels.NORMALISATIONS."""
     finds_unused: bool = False
     """Whether some trainable parameters get no gradient in some steps (DistributedDataParallel must then search)."""
     calibrates: ClassVar[bool] = False

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from misc import imaging, store
+from misc.files import store
+from misc.image import pixels
 from net.contract import Segmenter, SingleStage
 
 SIZES = ((1, 64, 80), (2, 97, 61), (1, 33, 200))
@@ -35,7 +36,7 @@ class Exported(nn.Module):
 
     def __init__(self, network: Segmenter | SingleStage, align_corners: bool) -> None:
         super().__init__()
-        norm = imaging.NORMALISATIONS[network.normalisation]
+        norm = pixels.NORMALISATIONS[network.normalisation]
         self.network, self.align_corners, self.bgr = network, align_corners, norm.bgr
         self.register_buffer("mean", torch.tensor(norm.mean).view(1, 3, 1, 1) * norm.scale)
         self.register_buffer("std", torch.tensor(norm.std).view(1, 3, 1, 1) * norm.scale)
@@ -77,7 +78,7 @@ def export_onnx(
         draft = Path(folder) / "draft.onnx"
         _export(module, draft)
         model = onnx.load(draft)
-        norm = {"name": network.normalisation, **asdict(imaging.NORMALISATIONS[network.normalisation])}
+        norm = {"name": network.normalisation, **asdict(pixels.NORMALISATIONS[network.normalisation])}
         description = {"classes": json.dumps(["background", *classes]), "normalisation (inside)": json.dumps(norm)}
         onnx.helper.set_model_props(model, description)
         content = model.SerializeToString()

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from misc import imaging, store
 from misc.config import flatten, restored
+from misc.files import store
+from misc.image import pixels
 from net import contract
 from net.contract import Network, Phase, SeedRecipe, SegmentRecipe, SegmentTest
 
@@ -61,7 +62,7 @@ def describe(
 
 def _normalisation(network: Network) -> dict[str, Any]:
     """Name and numbers of a network's normalisation, as JSON has them."""
-    numbers = asdict(imaging.NORMALISATIONS[network.normalisation])
+    numbers = asdict(pixels.NORMALISATIONS[network.normalisation])
     return {"name": network.normalisation, **{k: list(v) if isinstance(v, tuple) else v for k, v in numbers.items()}}
 
 

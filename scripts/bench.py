@@ -29,9 +29,17 @@ import torch  # noqa: E402
 import tyro  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from misc.crf import CRFSettings, DenseCRF  # noqa: E402
-from misc.metrics import Confusion, ThresholdCurve, mask_at  # noqa: E402
-from misc.walk import by_path_length, half_circle, pair_cells, path, path_affinity, transition, walk  # noqa: E402
+from misc.crf.dense import CRFSettings, DenseCRF  # noqa: E402
+from misc.propagate.walk import (  # noqa: E402
+    by_path_length,
+    half_circle,
+    pair_cells,
+    path,
+    path_affinity,
+    transition,
+    walk,
+)
+from misc.score.metrics import Confusion, ThresholdCurve, mask_at  # noqa: E402
 from net.backbone.edge import propagate  # noqa: E402
 from net.refine.psa import pair_affinity  # noqa: E402
 from net.seed.aream import Aream, AreamConformer, AreamMCTformer, pair_labels, pair_losses  # noqa: E402
@@ -74,7 +82,7 @@ class WalkInputs:
 
 @dataclass(frozen=True)
 class SparseWalk:
-    """misc/walk.py."""
+    """misc/propagate/walk.py."""
 
     beta: float
     logt: int
@@ -224,7 +232,7 @@ def curve_inputs() -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class OnePassCurve:
-    """misc/metrics.py: confusion matrices at all thresholds from one histogram."""
+    """misc/score/metrics.py: confusion matrices at all thresholds from one histogram."""
 
     thresholds: tuple[float, ...]
 
@@ -264,7 +272,7 @@ def crf_inputs() -> tuple[Any, ...]:
 
 
 def crf_ours(image: np.ndarray, stacks: list[np.ndarray]) -> np.ndarray:
-    """misc/crf.py: the lattices are built once for both stacks."""
+    """misc/crf/dense.py: the lattices are built once for both stacks."""
     crf = DenseCRF(image, CRFSettings())
     return np.stack([crf(scores) for scores in stacks])
 

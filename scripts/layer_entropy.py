@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 
 import run_sample  # noqa: E402
 from misc import distributed  # noqa: E402
-from step import entropy  # noqa: E402
-from step.config import open_job  # noqa: E402
+from step.lib import entropy  # noqa: E402
+from step.lib.config import open_job  # noqa: E402
 
 
 def main(argv: Sequence[str]) -> int:

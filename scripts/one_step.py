@@ -19,7 +19,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from anywhere
 
-from misc.runfolder import RunFolder  # noqa: E402
+from misc.files.runfolder import RunFolder  # noqa: E402
 
 METHODS = {
     "psa": "",

@@ -20,11 +20,11 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
 
-from misc import store  # noqa: E402
-from misc.runfolder import RunFolder  # noqa: E402
+from misc.files import store  # noqa: E402
+from misc.files.runfolder import RunFolder  # noqa: E402
 from step import STEPS  # noqa: E402
-from step.config import Job, default_config  # noqa: E402
-from step.scoring import why_unscored  # noqa: E402
+from step.lib.config import Job, default_config  # noqa: E402
+from step.lib.scoring import why_unscored  # noqa: E402
 from voc12.catalog import open_catalog  # noqa: E402
 
 

@@ -26,13 +26,15 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
 
 import run_sample  # noqa: E402
-from misc import distributed, imaging, store  # noqa: E402
+from misc import distributed  # noqa: E402
 from misc.config import override  # noqa: E402
-from misc.fit import autocast  # noqa: E402
-from misc.metrics import Confusion, mask_at  # noqa: E402
+from misc.files import store  # noqa: E402
+from misc.image import draw, pixels  # noqa: E402
+from misc.loop.fit import autocast  # noqa: E402
+from misc.score.metrics import Confusion, mask_at  # noqa: E402
 from net.contract import AffinityNetwork, SoftCam  # noqa: E402
-from step.config import Job, open_job  # noqa: E402
-from step.training import trained  # noqa: E402
+from step.lib.config import Job, open_job  # noqa: E402
+from step.lib.training import trained  # noqa: E402
 from voc12.catalog import spread  # noqa: E402
 
 MakeMask = Callable[[np.ndarray, SoftCam, float], np.ndarray]
@@ -89,9 +91,9 @@ def maker(job: Job, name: str, device: torch.device) -> MakeMask:
     def walk(image: np.ndarray, cam: SoftCam, value: float) -> np.ndarray:
         if not len(cam.keys):
             return np.zeros(image.shape[:2], np.uint8)
-        pixels = imaging.to_tensor(imaging.normalise(image, network.normalisation)).to(device)
+        values = pixels.to_tensor(pixels.normalise(image, network.normalisation)).to(device)
         with torch.inference_mode(), autocast(job.cfg.machine, device):
-            scores = network.refine(pixels, cam, changed(value))  # (K + 1, H, W)
+            scores = network.refine(values, cam, changed(value))  # (K + 1, H, W)
         return np.array([0, *(cam.keys + 1)], np.uint8)[scores.argmax(0)]
 
     return walk
@@ -105,7 +107,7 @@ def _current(options: object, dotted: str) -> object:
 
 def titled(picture: np.ndarray, text: str, height: int) -> np.ndarray:
     """(H, W, 3) uint8 scaled to ``height``, with a line of text above it."""
-    picture = imaging.resize_image(picture, (height, max(1, round(picture.shape[1] * height / picture.shape[0]))))
+    picture = pixels.resize_image(picture, (height, max(1, round(picture.shape[1] * height / picture.shape[0]))))
     band = np.full((20, picture.shape[1], 3), 255, np.uint8)
     cv2.putText(band, text, (2, 15), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
     return np.concatenate([band, picture])
@@ -113,7 +115,7 @@ def titled(picture: np.ndarray, text: str, height: int) -> np.ndarray:
 
 def unknown_shown(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Overlay of a mask whose unknown pixels are white: (H, W, 3) uint8."""
-    picture = imaging.overlay(image, mask)
+    picture = draw.overlay(image, mask)
     picture[mask == 255] = 255
     return picture
 
@@ -162,7 +164,7 @@ def main(argv: Sequence[str]) -> int:
             cam = SoftCam(stored.keys, stored.full())
             truth = store.read_mask(job.catalog.mask_path(image_id)) if scored and image_id in counted else None
             strongest = cam.maps.max(0) if len(cam.keys) else np.zeros(image.shape[:2], np.float32)
-            row = [titled(image, image_id, height), titled(imaging.heat(image, strongest), "CAM", height)]
+            row = [titled(image, image_id, height), titled(draw.heat(image, strongest), "CAM", height)]
             for value in values:
                 mask = make(image, cam, value)
                 if image_id in counted:
@@ -170,7 +172,7 @@ def main(argv: Sequence[str]) -> int:
                 row.append(titled(unknown_shown(image, mask), f"{value:g}", height))
             if image_id in shown:
                 pictures[image_id] = row
-        drawn = imaging.tile([pictures[i] for i in shown], height + 20)
+        drawn = draw.tile([pictures[i] for i in shown], height + 20)
         store.write_bytes(sheet, store.png_bytes(drawn))
     except run_sample.PROBLEMS as error:
         print(f"\nerror: {error}", file=sys.stderr)

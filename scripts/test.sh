@@ -5,4 +5,4 @@ set -euo pipefail
 echo "== ruff check ."
 .venv/bin/ruff check .
 echo "== pytest $*"
-exec .venv/bin/python -m pytest -q "$@"
+OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -q -n "${WORKERS:-2}" "$@"

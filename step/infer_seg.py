@@ -6,16 +6,16 @@ import numpy as np
 import torch
 
 from misc.config import Machine, SegInference
-from misc.each import each
-from misc.fit import autocast
-from misc.store import read_image, write_mask
-from misc.testtime import segment, with_crf
+from misc.files.store import read_image, write_mask
+from misc.infer.masks import segment, with_crf
+from misc.loop.each import each
+from misc.loop.fit import autocast
 from net.contract import Segmenter, SingleStage
-from step import overlays
-from step.config import Job
+from step.lib import overlays
+from step.lib.config import Job
+from step.lib.scoring import score_masks, start_weights
+from step.lib.training import trained
 from step.make_cam import cam_network
-from step.scoring import score_masks, start_weights
-from step.training import trained
 
 
 def segmentation_network(job: Job, device: torch.device) -> Segmenter | SingleStage:

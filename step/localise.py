@@ -10,17 +10,17 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from misc import wsol
-from misc.cams import class_maps, infer_logits, merge, normalise
-from misc.each import each
-from misc.fit import autocast
-from misc.store import read_image, write_arrays
-from step.config import Job
+from misc.files.store import read_image, write_arrays
+from misc.infer.cams import class_maps, infer_logits, merge, normalise
+from misc.loop.each import each
+from misc.loop.fit import autocast
+from misc.score import wsol
+from step.lib.config import Job
+from step.lib.scoring import score_boxes
 from step.make_cam import cam_network
-from step.scoring import score_boxes
 
 Maps = Callable[[np.ndarray], list[torch.Tensor]]
-"""Classes -> their raw maps, as ``misc.cams.merge`` takes them; nothing else is known of the image."""
+"""Classes -> their raw maps, as ``misc.infer.cams.merge`` takes them; nothing else is known of the image."""
 
 
 def on_grid(job: Job, maps: list[torch.Tensor], mode: str) -> np.ndarray:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from misc.each import each
-from misc.store import read_cam, read_image, write_arrays, write_mask
+from misc.files.store import read_cam, read_image, write_arrays, write_mask
+from misc.loop.each import each
 from net.contract import SoftCam
-from step.config import Job
+from step.lib.config import Job
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ import contextlib
 import numpy as np
 import torch
 
-from misc.cams import infer_cams
 from misc.config import CamInference, Machine
-from misc.each import each
-from misc.fit import autocast
-from misc.store import read_image, write_cam
+from misc.files.store import read_image, write_cam
+from misc.infer.cams import infer_cams
+from misc.loop.each import each
+from misc.loop.fit import autocast
 from net.contract import Network, SeedNetwork
-from step.config import Job
-from step.scoring import score_cams
-from step.training import trained
+from step.lib.config import Job
+from step.lib.scoring import score_cams
+from step.lib.training import trained
 
 
 def cam_network(job: Job, device: torch.device) -> SeedNetwork:
@@ -30,7 +30,7 @@ def class_maps(
     network: SeedNetwork, image: np.ndarray, tags: np.ndarray, infer: CamInference, machine: Machine,
     device: torch.device,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """``misc.cams.infer_cams`` at the machine's precision, with gradients where the network's map needs them."""
+    """``misc.infer.cams.infer_cams`` at the machine's precision, with gradients where the network's map needs them."""
     grad = contextlib.nullcontext() if network.map_needs_gradient else torch.inference_mode()
     with grad, autocast(machine, device):
         return infer_cams(network.cam, image, tags, infer, network.normalisation, device)

@@ -11,17 +11,17 @@ import numpy as np
 import torch
 
 from misc.config import Machine, flatten
-from misc.each import each
-from misc.fit import autocast
-from misc.imaging import normalise, to_tensor
-from misc.instances import Instances, write_instances
-from misc.store import read_image, write_mask
+from misc.files.store import read_image, write_mask
+from misc.image.pixels import normalise, to_tensor
+from misc.loop.each import each
+from misc.loop.fit import autocast
+from misc.score.objects import Instances, write_instances
 from net.contract import AffinityNetwork, SoftCam
-from step import overlays
-from step.config import Job
+from step.lib import overlays
+from step.lib.config import Job
+from step.lib.scoring import score_instances, score_masks, start_weights
+from step.lib.training import trained
 from step.make_aff_label import soft_cam
-from step.scoring import score_instances, score_masks, start_weights
-from step.training import trained
 
 
 def walked(

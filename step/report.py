@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from misc import distributed, imaging, store
+from misc import distributed
+from misc.files import store
+from misc.image import draw, pixels
 from net.contract import Segmenter, SingleStage
-from step.config import Job
 from step.infer_seg import predict, segmentation_network
-from step.scoring import why_unscored
+from step.lib.config import Job
+from step.lib.scoring import why_unscored
 from voc12.catalog import spread
 
 ROWS = 12
@@ -70,7 +72,7 @@ def run(job: Job, device: torch.device) -> None:
     # boxes are small rows: two of them make a line
     rows = train[:4] or [a + b for a, b in zip(boxes[::2], boxes[1::2], strict=False)]
     if rows:
-        sheet = imaging.tile([[p.pixels for p in row] for row in rows], height=150)
+        sheet = draw.tile([[p.pixels for p in row] for row in rows], height=150)
         store.write_bytes(job.run.root / "pictures.png", store.png_bytes(sheet))
     show(job)
 
@@ -146,13 +148,13 @@ def _train_row(
     cam = store.read_cam(job.run.cam(image_id))
     score = cam.full().max(0) if len(cam.keys) else np.zeros(image.shape[:2], np.float32)
     names = ", ".join(job.catalog.classes[k] for k in cam.keys)
-    row = [_Picture(f"{image_id}: {names or 'no tag'}", image), _Picture("CAM", imaging.heat(image, score))]
+    row = [_Picture(f"{image_id}: {names or 'no tag'}", image), _Picture("CAM", draw.heat(image, score))]
     row += _mask_picture("affinity label", image, job.run.aff_label(image_id))
     row += _mask_picture("after the walk", image, job.run.label(image_id))
     row += _mask_picture("objects", image, job.run.instance_picture(image_id))
     if network is not None:
         mask = predict(job, network, image, device)
-        row.append(_Picture("prediction", imaging.overlay(image, mask)))
+        row.append(_Picture("prediction", draw.overlay(image, mask)))
     return row + _mask_picture("truth", image, job.catalog.mask_path(image_id))
 
 
@@ -170,14 +172,14 @@ def _box_row(job: Job, image_id: str) -> list[_Picture]:
     scale = np.array([width, height] * 2) / side
     boxed = image
     for box in found["truth"]:
-        boxed = imaging.draw_box(boxed, box * scale, (60, 200, 60))
-    boxed = imaging.draw_box(boxed, found["boxes"][0] * scale, (230, 40, 40))
+        boxed = draw.draw_box(boxed, box * scale, (60, 200, 60))
+    boxed = draw.draw_box(boxed, found["boxes"][0] * scale, (230, 40, 40))
     true, first = (classes[int(k)] for k in (job.catalog.tags(image_id).argmax(), found["best"][0]))
     shown = f"{first}, overlap with the true class's map {found['iou'].item():.2f}"
-    score = imaging.resize_mask(found["score"], (height, width)) / 255
+    score = pixels.resize_mask(found["score"], (height, width)) / 255
     return [
         _Picture(f"{image_id}: {true}", image),
-        _Picture(f"map of {first}", imaging.heat(image, score)),
+        _Picture(f"map of {first}", draw.heat(image, score)),
         _Picture(f"red: {shown}; green: truth", boxed),
     ]
 
@@ -185,7 +187,7 @@ def _box_row(job: Job, image_id: str) -> list[_Picture]:
 def _mask_picture(caption: str, image: np.ndarray, path: Path | None) -> list[_Picture]:
     if path is None or not path.exists():
         return []
-    return [_Picture(caption, imaging.overlay(image, store.read_mask(path)))]
+    return [_Picture(caption, draw.overlay(image, store.read_mask(path)))]
 
 
 def _page(
@@ -207,7 +209,7 @@ def _page(
         parts.append("<h2>Classes</h2>" + classes)
     key = "".join(
         f'<span style="background: rgb{tuple(int(v) for v in colour)}; color: {_ink(colour)}">{_text(name)}</span>'
-        for name, colour in zip(job.catalog.classes, imaging.palette()[1:], strict=False)
+        for name, colour in zip(job.catalog.classes, draw.palette()[1:], strict=False)
     )
     key += "<span class=void>white veil: not labelled</span>"
     if train:
@@ -330,8 +332,8 @@ def _gallery(rows: list[list[_Picture]]) -> str:
 def _figure(picture: _Picture) -> str:
     height, width = picture.pixels.shape[:2]
     scale = min(1.0, LARGEST / max(height, width))
-    pixels = imaging.resize_image(picture.pixels, imaging.scaled_size((height, width), scale))
-    data = base64.b64encode(store.jpeg_bytes(pixels)).decode()
+    shown = pixels.resize_image(picture.pixels, pixels.scaled_size((height, width), scale))
+    data = base64.b64encode(store.jpeg_bytes(shown)).decode()
     return (
         f'<figure><img src="data:image/jpeg;base64,{data}" alt="{_text(picture.caption)}">'
         f"<figcaption>{_text(picture.caption)}</figcaption></figure>"

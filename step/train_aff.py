@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from misc.store import read_arrays
-from step.config import Job
-from step.training import build, train
+from misc.files.store import read_arrays
+from step.lib.config import Job
+from step.lib.training import build, train
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from misc.metrics import ThresholdCurve
-from misc.store import read_image, read_mask
+from misc.files.store import read_image, read_mask
+from misc.score.metrics import ThresholdCurve
 from net.contract import Network, SeedNetwork
-from step.config import Job
+from step.lib.config import Job
+from step.lib.training import build, train, trained
 from step.make_cam import class_maps
-from step.training import build, train, trained
 
 _THRESHOLDS = tuple(i / 100 for i in range(1, 100))
 

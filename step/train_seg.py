@@ -9,10 +9,10 @@ import torch
 from tqdm import tqdm
 
 from misc import distributed
-from misc.store import read_mask
+from misc.files.store import read_mask
 from net.contract import SegmentRecipe
-from step.config import Job
-from step.training import build, train
+from step.lib.config import Job
+from step.lib.training import build, train
 
 
 def run(job: Job, device: torch.device) -> None:

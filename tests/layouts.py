@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as rle
 
-from misc import store
+from misc.files import store
 from voc12.catalog import open_catalog
 
 

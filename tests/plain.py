@@ -58,7 +58,7 @@ class Energy:
 
 def exact_energy(logits: Tensor, label: Tensor, colours: Tensor, inside: Tensor, options: Any) -> Energy:
     """GETAM's dense energy with every pair of pixels, in double precision (getam.md section 5); arguments as
-    ``misc.energy.dense_energy``."""
+    ``misc.crf.energy.dense_energy``."""
     small = [side * options.scale for side in logits.shape[-2:]]
     h, w = int(small[0]), int(small[1])
     p = F.interpolate(logits.double().softmax(1), size=(h, w), mode="bilinear", align_corners=False)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import run_sample
-from voc12.sample import generate
+from voc12.generated.sets import generate
 
 ROOM = Path(__file__).resolve().parents[1]
 

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from evaluation import main
-from misc.erosion import erode
-from misc.metrics import BoundaryConfusion, Confusion, mask_at
-from misc.store import Cam, write_arrays, write_mask
+from misc.files.store import Cam, write_arrays, write_mask
+from misc.score.erosion import erode
+from misc.score.metrics import BoundaryConfusion, Confusion, mask_at
 
 N = 4
 IDS = [f"2007_{i:06d}" for i in range(12)]

@@ -16,7 +16,8 @@ from test_getam import command
 
 import predict
 import run_sample
-from misc import imaging, store
+from misc.files import store
+from misc.image import draw, pixels
 
 CPU = ("--machine.device", "cpu", "--machine.workers", "2")
 
@@ -154,11 +155,11 @@ def test_large_images_are_shrunk_for_the_network_only(
 
 def test_labels_of_resized_scores_are_those_of_resizing_all() -> None:
     scores = np.random.default_rng(0).random((4, 5, 7), np.float32)
-    whole = imaging.torch.nn.functional.interpolate(
-        imaging.torch.from_numpy(scores)[None], size=(33, 20), mode="bilinear", align_corners=False
+    whole = pixels.torch.nn.functional.interpolate(
+        pixels.torch.from_numpy(scores)[None], size=(33, 20), mode="bilinear", align_corners=False
     )[0]
-    assert (imaging.resized_argmax(scores, (33, 20)) == whole.argmax(0).numpy()).all()
-    assert (imaging.resized_argmax(scores, (5, 7)) == scores.argmax(0)).all()
+    assert (draw.resized_argmax(scores, (33, 20)) == whole.argmax(0).numpy()).all()
+    assert (draw.resized_argmax(scores, (5, 7)) == scores.argmax(0)).all()
 
 
 def test_only_what_is_missing_or_older_than_its_image_is_made_again(

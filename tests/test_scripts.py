@@ -15,7 +15,7 @@ from misc.config import REQUIRED_WEIGHTS
 from net.contract import OWN, SEEDS, SEGMENTERS, load_methods
 from scripts import one_step
 from step import select
-from step.config import default_config, open_job
+from step.lib.config import default_config, open_job
 
 load_methods()
 SYSTEMS = sorted(p.stem for p in (ROOM / "scripts").glob("*.sh") if "\nlaunch " in p.read_text())

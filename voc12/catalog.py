@@ -19,8 +19,8 @@ from typing import Literal
 
 import numpy as np
 
-from misc import store
-from misc.store import IMAGE_SUFFIXES
+from misc.files import store
+from misc.files.store import IMAGE_SUFFIXES
 from voc12 import tags as tags_of
 from voc12.table import read_table
 from voc12.tags import DataError

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from misc import store
+from misc.files import store
 from voc12.catalog import Catalog, NoSuchList
 from voc12.tags import DataError
 

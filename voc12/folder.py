@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from misc import store
+from misc.files import store
 from voc12 import tags as tags_of
 from voc12.catalog import Catalog, NoSuchList
 from voc12.table import Table, read_table

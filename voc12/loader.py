@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from misc import store
 from misc.config import Augment
-from misc.imaging import to_tensor
+from misc.files import store
+from misc.image.pixels import to_tensor
 from voc12.catalog import Catalog
 from voc12.tags import IGNORE, DataError
 from voc12.transforms import Sample, augment
@@ -96,7 +96,7 @@ class TrainSet(Dataset[dict[str, Tensor]]):
         catalog: the data set.
         ids: its list.
         recipe: augmentation; must contain ``crop`` or ``resized_crop``, which give all samples one size S.
-        normalisation: name in misc.imaging.NORMALISATIONS.
+        normalisation: name in misc.image.pixels.NORMALISATIONS.
         seed: of the augmentation.
         with_mask: reads the (pseudo or true) mask of an id, (H, W) uint8; None: samples have no mask.
         planes: reads the label planes of an id, (P, H, W); None: samples have no target.

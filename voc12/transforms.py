@@ -19,7 +19,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop, functional
 
 from misc.config import Augment
-from misc.imaging import denormalise, normalise, resize_image, resize_mask, to_tensor, truncated_size
+from misc.image.pixels import denormalise, normalise, resize_image, resize_mask, to_tensor, truncated_size
 
 Size = tuple[int, int]
 
@@ -277,7 +277,7 @@ def augment(
     Args:
         sample: with a uint8 image.
         recipe: which operations, and how strong.
-        normalisation: name in misc.imaging.NORMALISATIONS.
+        normalisation: name in misc.image.pixels.NORMALISATIONS.
         rng: random stream of this sample.
         batch_rng: random stream that all samples of the batch have in common (``scale_per_batch``).
         plane_fill: what planes hold on the canvas.

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.config import check
-from misc.crf import CRFSettings, DenseCRF
-from misc.imaging import denormalise
-from misc.walk import (
+from misc.crf.dense import CRFSettings, DenseCRF
+from misc.image.pixels import denormalise
+from misc.propagate.walk import (
     Displacement,
     affinity_losses,
     by_path_length,
@@ -227,7 +227,7 @@ class EdgeNetwork(AffinityNetwork):
         return by_path_length(half_circle(radius)), radius
 
     def pair_labels(self, target: Tensor) -> dict[str, Tensor]:
-        """``misc.walk.pair_labels`` of targets (B, h, w)."""
+        """``misc.propagate.walk.pair_labels`` of targets (B, h, w)."""
         displacements, radius = self.geometry(target.shape[-2:])
         return pair_labels(target, radius, displacements)
 
@@ -242,7 +242,8 @@ class EdgeNetwork(AffinityNetwork):
         return affinity_losses(affinity, labels, {name: batch[f"counts/{name}"] for name in labels})
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """``batch``: image (B, 3, S, S), target (B, S/4, S/4) -> the terms of ``misc.walk.affinity_losses``."""
+        """``batch``: image (B, 3, S, S), target (B, S/4, S/4) -> the terms of
+        ``misc.propagate.walk.affinity_losses``."""
         logits = self.edge_logits(self.resnet50.taps(batch["image"]))
         return self.edge_losses(logits, self.pair_labels(batch["target"]), batch)
 

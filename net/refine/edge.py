@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from misc.config import PRETRAINED_WEIGHTS, Augment, Fit
-from misc.crf import CRFSettings
+from misc.crf.dense import CRFSettings
 from net.backbone.edge import EdgeLabel, EdgeNetwork, EdgeOptions, EdgeWalk
 from net.backbone.resnet import SAMPLE_RESNET
 from net.contract import Network, RefineRecipe, refiner

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.config import PRETRAINED_WEIGHTS, Augment, Fit, check
-from misc.crf import CRFSettings
-from misc.instances import Instances
-from misc.walk import Displacement, pair_views
+from misc.crf.dense import CRFSettings
+from misc.propagate.walk import Displacement, pair_views
+from misc.score.objects import Instances
 from net.backbone.edge import (
     STRIDE,
     EdgeLabel,
@@ -134,7 +134,7 @@ def displacement_losses(
 
     Args:
         field: (B, 2, h, w), (dy, dx) in cells, without the mean shift.
-        labels: of ``misc.walk.pair_labels``, in the order of ``displacements``.
+        labels: of ``misc.propagate.walk.pair_labels``, in the order of ``displacements``.
         counts: number of pairs of each kind; over the whole batch, or its mean over micro-batches.
         displacements, radius: of the pairs.
 

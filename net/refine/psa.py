@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.config import REQUIRED_WEIGHTS, Augment, Fit, check
-from misc.crf import CRFSettings, DenseCRF
-from misc.imaging import denormalise, truncated
-from misc.walk import (
+from misc.crf.dense import CRFSettings, DenseCRF
+from misc.image.pixels import denormalise, truncated
+from misc.propagate.walk import (
     affinity_losses,
     fitting_radius,
     half_circle,
@@ -221,7 +221,7 @@ def pair_affinity(features: Tensor, radius: int) -> Tensor:
         radius: of the circle, fitting the grid.
 
     Returns:
-        (B, D, P) in (0, 1], in the order of ``misc.walk.pair_cells``.
+        (B, D, P) in (0, 1], in the order of ``misc.propagate.walk.pair_cells``.
     """
     return torch.exp(-_PairDistance.apply(features.float(), radius))
 
@@ -249,7 +249,7 @@ def spread(scores: Tensor, transition: Tensor, steps: int) -> Tensor:
 
     Args:
         scores: (n, H, W) float32.
-        transition: of ``misc.walk.transition`` for the grid of ceil(H/8) x ceil(W/8) cells.
+        transition: of ``misc.propagate.walk.transition`` for the grid of ceil(H/8) x ceil(W/8) cells.
         steps: number of steps.
 
     Returns:
@@ -368,7 +368,7 @@ class PSA(AffinityNetwork):
 
     @torch.no_grad()
     def transition(self, image: Tensor, options: WalkOptions) -> Tensor:
-        """One step of the walk over an image: (3, H, W) normalised -> (N, N) of ``misc.walk.transition``,
+        """One step of the walk over an image: (3, H, W) normalised -> (N, N) of ``misc.propagate.walk.transition``,
         N = ceil(H/8) ceil(W/8) cells (psa.md section 6, steps 1 and 2)."""
         features = self.features(pad_to_stride(image)[None])
         height, width = features.shape[-2:]

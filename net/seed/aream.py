@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from misc.cams import rectified
 from misc.config import PRETRAINED_WEIGHTS, REQUIRED_WEIGHTS, Augment, CamInference, Fit
-from misc.imaging import NORMALISATIONS, box_mask, truncated_size
-from misc.par import PixelAdaptive
+from misc.image.pixels import NORMALISATIONS, box_mask, truncated_size
+from misc.infer.cams import rectified
+from misc.propagate.par import PixelAdaptive
 from net.backbone.conformer import SAMPLE_CONFORMER, Conformer, ConformerOptions
 from net.backbone.transformer import AttentionSums, QueryKey, Visit, spread
 from net.backbone.vit import SAMPLE_VIT, MultiClassViT, ViTOptions

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit, SegInference
-from misc.crf import CRFSettings
-from misc.energy import DenseOptions, dense_energy
-from misc.imaging import box_mask, pixels
-from misc.par import PAMR, PixelAdaptive
+from misc.crf.dense import CRFSettings
+from misc.crf.energy import DenseOptions, dense_energy
+from misc.image.pixels import box_mask, restore_rgb
+from misc.propagate.par import PAMR, PixelAdaptive
 from net.backbone.dpt import ChannelGate, Decoder, DPTOptions, Encoder
 from net.backbone.transformer import QueryKey
 from net.contract import (
@@ -393,7 +393,7 @@ class Getam(SingleStage):
         that the network gives at this moment, in training mode as published."""
         if not self.segments(progress):
             return {}
-        options, colours = self.options.label, pixels(batch["image"], self.normalisation)
+        options, colours = self.options.label, restore_rgb(batch["image"], self.normalisation)
         maps = self.cam(batch["image"], batch["tags"])
         labels, salient = [], []
         for index, tags in enumerate(batch["tags"]):
@@ -444,7 +444,7 @@ class Getam(SingleStage):
         }
         if options.dense.weight:
             inside = box_mask(batch["box"], label.shape[-2:])
-            colours = pixels(batch["image"], self.normalisation)
+            colours = restore_rgb(batch["image"], self.normalisation)
             terms["dense"] = dense_energy(logits, label, colours, inside, options.dense)
         if options.label.saliency and options.saliency_loss != "none":
             target = saliency_target(batch["salient"], options.saliency_loss)

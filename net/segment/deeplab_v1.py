@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.config import REQUIRED_WEIGHTS, Augment, Fit, SegInference
-from misc.crf import CRFSettings
+from misc.crf.dense import CRFSettings
 from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
 from net.contract import Group, Network, Options, Preset, Segmenter, SegmentRecipe, conv_groups, segmenter
 from net.weights import load, resnet38_from_mxnet

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.config import PRETRAINED_WEIGHTS, REQUIRED_WEIGHTS, Augment, Fit, SegInference
-from misc.crf import CRFSettings
-from misc.imaging import resize_masks
+from misc.crf.dense import CRFSettings
+from misc.image.pixels import resize_masks
 from net.backbone import scaled_channels
 from net.contract import (
     Batch,

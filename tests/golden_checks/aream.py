@@ -17,12 +17,12 @@ from golden_checks.mctformer import _options, _sampled
 from golden_checks.transcam import body, fill, shares, tags
 from torch import Tensor
 
-from misc import cams
 from misc.config import override
-from misc.crf import CRFSettings, DenseCRF
-from misc.fit import lr_factor
-from misc.imaging import NORMALISATIONS
-from misc.score import evaluate_cams, evaluate_masks
+from misc.crf.dense import CRFSettings, DenseCRF
+from misc.image.pixels import NORMALISATIONS
+from misc.infer import cams
+from misc.loop.fit import lr_factor
+from misc.score.evaluate import evaluate_cams, evaluate_masks
 from net.backbone.transformer import QueryKey
 from net.refine.psa import with_background
 from net.seed import aream

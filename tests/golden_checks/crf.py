@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from misc.crf import CRFSettings, DenseCRF
+from misc.crf.dense import CRFSettings, DenseCRF
 
 FEW_PIXELS = 0.002
 """The cases allow a few differing pixels in arg-max maps: at most this share."""

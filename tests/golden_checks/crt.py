@@ -12,8 +12,8 @@ import torch
 from golden_checks.wsol import fill, made, one_hot, sampled
 from torch import nn
 
-from misc import cams
 from misc.config import override
+from misc.infer import cams
 from net.backbone.transformer import AttentionSums
 from net.seed import crt
 from net.seed.crt import Crt, CrtOptions

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from misc import store
-from misc.imaging import palette
+from misc.files import store
+from misc.image.draw import palette
 from voc12.catalog import VOC_CLASSES
 from voc12.tags import encode, names_from_xml
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from misc.config import SegInference, override
-from misc.crf import CRFSettings
-from misc.testtime import segment, with_crf
+from misc.crf.dense import CRFSettings
+from misc.infer.masks import segment, with_crf
 from net.contract import Segmenter
 from net.segment.deeplab_v1 import DeepLabV1, LargeFOV
 

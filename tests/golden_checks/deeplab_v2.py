@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from misc.config import Fit
-from misc.fit import lr_factor
+from misc.loop.fit import lr_factor
 from net import weights
 from net.segment.deeplab_v2 import DeepLabV2, from_caffe
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from misc.metrics import Confusion, ThresholdCurve
-from misc.score import evaluate_cams, evaluate_masks
+from misc.score.evaluate import evaluate_cams, evaluate_masks
+from misc.score.metrics import Confusion, ThresholdCurve
 
 
 def _num_classes(case: Any) -> int:

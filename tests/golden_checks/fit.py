@@ -1,4 +1,4 @@
-"""Golden checks of misc/fit.py."""
+"""Golden checks of misc/loop/fit.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from golden_case import Case
 
 from misc.config import Fit
-from misc.fit import make_optimiser, set_lr
+from misc.loop.fit import make_optimiser, set_lr
 from net.contract import Group
 
 

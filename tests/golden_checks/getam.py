@@ -15,12 +15,12 @@ from plain import exact_energy
 from torch import Tensor
 
 from misc.config import Fit, SegInference, override
-from misc.crf import CRFSettings
-from misc.energy import DenseOptions, dense_energy
-from misc.fit import make_optimiser, set_lr
-from misc.imaging import pixels
-from misc.lattice import Lattice
-from misc.testtime import segment, with_crf
+from misc.crf.dense import CRFSettings
+from misc.crf.energy import DenseOptions, dense_energy
+from misc.crf.lattice import Lattice
+from misc.image.pixels import restore_rgb
+from misc.infer.masks import segment, with_crf
+from misc.loop.fit import make_optimiser, set_lr
 from net.backbone.dpt import DPTOptions
 from net.contract import Group, multilabel_soft_margin
 from net.seed.getam import (
@@ -126,7 +126,7 @@ def check_getam_label_pipeline(case: Any) -> None:
     net = network(case)
     x, (rows, tags) = image(case), present(case, "labels_zero_based")
     assert torch.equal(tags, torch.from_numpy(case.arrays["labels"]))
-    colours = pixels(x, net.normalisation)
+    colours = restore_rgb(x, net.normalisation)
     np.testing.assert_array_equal(colours.numpy(), case.arrays["image_u8"])
     maps = net.cam(x, tags)
     saliency = torch.from_numpy(case.arrays["saliency"])

@@ -17,13 +17,12 @@ import plain
 import torch
 from torch import Tensor
 
-from misc import cams, imaging
 from misc.config import Fit, override
-from misc.crf import DenseCRF
-from misc.fit import make_optimiser, set_lr
-from misc.instances import Instances
-from misc.metrics import Confusion, InstancePrecision, mask_at
-from misc.walk import (
+from misc.crf.dense import DenseCRF
+from misc.image import pixels
+from misc.infer import cams
+from misc.loop.fit import make_optimiser, set_lr
+from misc.propagate.walk import (
     affinity_losses,
     by_path_length,
     half_circle,
@@ -33,6 +32,8 @@ from misc.walk import (
     path_affinity,
     transition,
 )
+from misc.score.metrics import Confusion, InstancePrecision, mask_at
+from misc.score.objects import Instances
 from net.backbone.edge import EdgeNetwork, enlarge, hard_label, propagate, two_threshold_label
 from net.contract import Group, Network, SoftCam
 from net.refine.irn import IRN, IRNOptions, IRNWalk, _PairDistances, centroids, clusters, displacement_losses
@@ -306,10 +307,10 @@ def check_irn_image_ops(case: Any) -> None:
     image, label = case.arrays["image"], case.arrays["label"]
     for name in case.arrays:
         if match := re.fullmatch(r"(image|label)_x([\d.]+)", name):
-            size = imaging.scaled_size(image.shape[:2], float(match[2]))
-            resize, source = (imaging.resize_image, image) if match[1] == "image" else (imaging.resize_mask, label)
+            size = pixels.scaled_size(image.shape[:2], float(match[2]))
+            resize, source = (pixels.resize_image, image) if match[1] == "image" else (pixels.resize_mask, label)
             np.testing.assert_array_equal(resize(source, size), case.arrays[name])
-    values = imaging.normalise(image, "imagenet")
+    values = pixels.normalise(image, "imagenet")
     step = re.search(r"sampled \[::(\d+)", case.meta["outputs"]["normalised"]["meaning"])[1]
     case.check("normalised", values[:: int(step), :: int(step)], 1e-6)
     rng = np.random.default_rng(0)

@@ -15,8 +15,8 @@ import torch
 from golden_case import Case
 from torch import Tensor
 
-from misc import cams
 from misc.config import override
+from misc.infer import cams
 from net.backbone.transformer import AttentionSums
 from net.backbone.vit import ViTOptions
 from net.contract import SoftCam, multilabel_soft_margin

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from misc.par import PAMR, PAR, Kernel, PixelAdaptive, distances, neighbours
+from misc.propagate.par import PAMR, PAR, Kernel, PixelAdaptive, distances, neighbours
 
 
 def numbers(text: str) -> list[float]:

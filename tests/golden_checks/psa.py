@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from misc.config import override
-from misc.imaging import denormalise, normalise, to_tensor
-from misc.walk import fitting_radius, half_circle, pair_cells, walk
+from misc.image.pixels import denormalise, normalise, to_tensor
+from misc.propagate.walk import fitting_radius, half_circle, pair_cells, walk
 from net.contract import SoftCam
 from net.refine.psa import (
     PSA,

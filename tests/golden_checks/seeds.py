@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from misc import cams
 from misc.config import CamInference, override
+from misc.infer import cams
 from net.contract import SeedNetwork
 from net.seed import seam
-from net.seed.cam import PlainCam
+from net.seed.psa import PlainCam
 
 CLASSES = 20
 """Foreground classes where a case lists no keys: that of its "constructor" ("21 output channels", "as seam_net")."""

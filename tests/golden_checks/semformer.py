@@ -17,15 +17,14 @@ import torch
 from golden_case import Case, _index
 from torch import Tensor, nn
 
-from misc import cams
 from misc.config import CamInference, Fit
-from misc.erosion import erode
-from misc.fit import make_optimiser, set_lr
-from misc.imaging import normalise, to_tensor
-from misc.metrics import mask_at
-from misc.score import evaluate_cams
-from misc.walk import pair_cells, path_affinity
-from net.backbone.caae import CAAE, CAAEOptions, similarity_loss, with_background
+from misc.image.pixels import normalise, to_tensor
+from misc.infer import cams
+from misc.loop.fit import make_optimiser, set_lr
+from misc.propagate.walk import pair_cells, path_affinity
+from misc.score.erosion import erode
+from misc.score.evaluate import evaluate_cams
+from misc.score.metrics import mask_at
 from net.backbone.edge import enlarge, hard_label, propagate, two_threshold_label
 from net.backbone.transformer import AttentionSums
 from net.backbone.vit import ViTOptions
@@ -38,6 +37,7 @@ from net.seed.semformer import (
     complement_error,
     valid_mask,
 )
+from net.seed.semformer.autoencoder import CAAE, CAAEOptions, similarity_loss, with_background
 
 HERE = Path(__file__).parents[1] / "golden"
 

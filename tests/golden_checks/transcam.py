@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from misc import cams
 from misc.config import override
-from misc.imaging import normalise, to_tensor
-from misc.walk import transition
+from misc.image.pixels import normalise, to_tensor
+from misc.infer import cams
+from misc.propagate.walk import transition
 from net.backbone.conformer import Conformer, ConformerOptions
 from net.contract import SoftCam
 from net.refine.psa import PSA, PSARecipe, pair_labels

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from misc import wsol
 from misc.config import Fit, override
-from misc.fit import lr_factor
+from misc.loop.fit import lr_factor
+from misc.score import wsol
 from net.backbone.transformer import AttentionSums
 from net.contract import class_loss
 from net.seed.tscam import TsCam

@@ -1,0 +1,1 @@
+"""Dense CRF on a permutohedral lattice in tensor operations."""

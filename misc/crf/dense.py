@@ -1,0 +1,143 @@
+"""The fully connected CRF that every published system here sharpens its scores with.
+
+Same numbers as pydensecrf (psa.md section 3), on the lattice of misc/crf/lattice.py and without a compiler.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from misc.crf.lattice import Lattice
+
+_LOWEST_SCORE = 1e-5
+
+
+@dataclass(frozen=True)
+class CRFSettings:
+    """Kernels and length of the mean-field inference. The defaults make PSA's affinity labels (psa.md section 3)."""
+
+    iterations: int = 10
+    """Mean-field updates; 0 gives the clipped scores, normalised."""
+    gauss_sxy: float = 3.0
+    """Standard deviation of the smoothness kernel, in pixels."""
+    gauss_weight: float = 3.0
+    """Weight of the smoothness kernel; 0 leaves it out."""
+    bilateral_sxy: float = 80.0
+    """Standard deviation of the appearance kernel in the image plane, in pixels."""
+    bilateral_srgb: float = 13.0
+    """Standard deviation of the appearance kernel in each colour channel, in 8-bit grey levels."""
+    bilateral_weight: float = 10.0
+    """Weight of the appearance kernel; 0 leaves it out."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"CRF {field.name} = {value} must be 0 or more and finite")
+            if value == 0 and field.name.endswith(("sxy", "srgb")):
+                raise ValueError(f"CRF {field.name} = {value} must be positive; a weight of 0 leaves a kernel out")
+
+
+class DenseCRF:
+    """Mean-field inference on one image; the lattices are built once and serve any number of score stacks.
+
+    Unary energy of a score stack p: -ln clip(p, 1e-5, 1), so scores need not sum to one. Pairwise: Potts terms with a
+    Gaussian kernel on (x, y) and one on (x, y, r, g, b), both symmetrically normalised, the pixel itself included.
+    Source: psa.md section 3.
+
+    Args:
+        image: (H, W, 3) uint8, any strides. The order of the colours only changes the lattice's approximation.
+        settings: kernels and number of iterations; None for PSA's.
+        device: where to compute.
+
+    Raises:
+        ValueError: ``image`` is not (H, W, 3) uint8, or is empty.
+    """
+
+    def __init__(
+        self, image: np.ndarray, settings: CRFSettings | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
+            raise ValueError(f"the CRF needs an (H, W, 3) uint8 image, got {image.shape} {image.dtype}: read it as RGB")
+        s = settings or CRFSettings()
+        self.size: tuple[int, int] = image.shape[:2]
+        """Height and width of the image."""
+        self._device = torch.device(device)
+        self._iterations = s.iterations
+        y, x = np.indices(self.size, dtype=np.float32).reshape(2, -1)
+        plane = torch.from_numpy(np.stack([x, y], axis=1)).to(self._device)  # (H*W, 2)
+        colours = torch.from_numpy(image.reshape(-1, 3).astype(np.float32)).to(self._device)  # (H*W, 3)
+        self._kernels: list[tuple[float, Lattice]] = []
+        if s.gauss_weight:
+            self._kernels.append((s.gauss_weight, Lattice(plane / s.gauss_sxy, normalised=True)))
+        if s.bilateral_weight:
+            appearance = torch.cat([plane / s.bilateral_sxy, colours / s.bilateral_srgb], dim=1)
+            self._kernels.append((s.bilateral_weight, Lattice(appearance, normalised=True)))
+
+    def __call__(self, scores: np.ndarray) -> np.ndarray:
+        """Sharpen scores.
+
+        Args:
+            scores: (n, H, W), n >= 1 labels; clipped to [1e-5, 1].
+
+        Returns:
+            (n, H, W) float32 posteriors, summing to one over the labels.
+
+        Raises:
+            ValueError: another height or width than the image's, or NaN.
+        """
+        if scores.ndim != 3 or scores.shape[0] == 0 or scores.shape[1:] != self.size:
+            raise ValueError(f"scores {scores.shape} don't fit the image's (height, width) {self.size}")
+        if np.isnan(scores).any():
+            raise ValueError("scores contain NaN: check the weights of the network, or the file, they come from")
+        rows = torch.from_numpy(np.ascontiguousarray(scores.reshape(len(scores), -1).T, np.float32))  # (H*W, n)
+        return self._infer(rows.to(self._device).clamp(_LOWEST_SCORE, 1).log_())
+
+    def from_labels(self, labels: np.ndarray, n: int, confidence: float = 0.7) -> np.ndarray:
+        """Posteriors of hard labels that are all held with the same confidence; there is no "unsure" label.
+
+        Unary energy: -ln confidence for a pixel's own label, -ln((1 - confidence) / (n - 1)) for each of the others.
+        Source: psa.md section 3, irnet.md section 7.
+
+        Args:
+            labels: (H, W) integers 0..n-1.
+            n: number of labels.
+            confidence: in (0, 1).
+
+        Returns:
+            (n, H, W) float32 posteriors.
+
+        Raises:
+            ValueError: another height or width than the image's, a label outside 0..n-1, a confidence outside (0, 1).
+        """
+        if labels.shape != self.size:
+            raise ValueError(f"labels {labels.shape} don't fit the image's (height, width) {self.size}")
+        if labels.min() < 0 or labels.max() >= n:
+            raise ValueError(f"labels {labels.min()}..{labels.max()} must lie in 0..{n - 1}: map ignored pixels first")
+        if not 0 < confidence < 1:
+            raise ValueError(f"confidence {confidence} must lie between 0 and 1, both excluded")
+        own = torch.from_numpy(labels.reshape(-1, 1).astype(np.int64)).to(self._device)  # (H*W, 1)
+        evidence = torch.full((len(own), n), math.log((1 - confidence) / max(n - 1, 1)), device=self._device)
+        return self._infer(evidence.scatter_(1, own, math.log(confidence)))
+
+    @torch.no_grad()
+    def _infer(self, evidence: Tensor) -> np.ndarray:
+        """Mean field from the negative unary energies, (H*W, n) -> (n, H, W)."""
+        posterior = _softmax_(evidence.clone())
+        for _ in range(self._iterations):
+            logits = evidence.clone()
+            for weight, lattice in self._kernels:
+                logits.add_(lattice.filter(posterior), alpha=weight)
+            posterior = _softmax_(logits)
+        return posterior.t().reshape(-1, *self.size).cpu().numpy()
+
+
+def _softmax_(logits: Tensor) -> Tensor:
+    """Softmax of the rows of (N, n), in place; several times as fast as torch's own on short rows."""
+    logits.sub_(logits.amax(dim=1, keepdim=True)).exp_()
+    return logits.div_(logits.sum(dim=1, keepdim=True))

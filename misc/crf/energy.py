@@ -1,0 +1,73 @@
+"""The dense energy loss: predictions should change where colours do (getam.md section 5, after Tang et al., 2018).
+
+Nothing is compiled, memory is linear in the number of pixels: all pairs are filtered on a permutohedral lattice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from misc.crf.lattice import Lattice
+
+
+@dataclass(frozen=True)
+class DenseOptions:
+    """Strength and kernel of the dense energy loss (getam.md section 5)."""
+
+    weight: float = 1e-7
+    """Weight. It belongs to the lattice's filter, whose values are about 0.62 of those of exact Gaussian sums. 0: no
+    such loss."""
+    scale: float = 0.5
+    """Factor of the sides at which it is computed."""
+    sigma_rgb: float = 15.0
+    """Standard deviation in colour. Grey levels."""
+    sigma_xy: float = 100.0
+    """Standard deviation in place, multiplied by ``scale``. Pixels."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for impossible values."""
+        if self.weight < 0 or not 0 < self.scale <= 1 or min(self.sigma_rgb, self.sigma_xy) <= 0:
+            raise ValueError("weight must be 0 or more, scale in (0, 1], sigma_rgb and sigma_xy positive.")
+
+
+def dense_energy(
+    logits: Tensor, label: Tensor, colours: Tensor, inside: Tensor, options: DenseOptions, ignore: int = 255
+) -> Tensor:
+    """Pairwise energy of all pixels: the lower, the more alike predictions are where place and colour are.
+
+    The gradient is the hand-written one of the published code, not the derivative: the gate and the filtered values
+    count as constants, the two ends of a pair as two terms.
+
+    Args:
+        logits: (B, C + 1, H, W) float32.
+        label: (B, H, W) int64; where it is ``ignore`` the gate is open, elsewhere the less the surer the prediction.
+        colours: (B, 3, H, W) RGB of 0 .. 255.
+        inside: (B, H, W) bool, the part of the crop that shows the image.
+
+    Returns:
+        Scalar, negative.
+    """
+    def nearest(planes: Tensor) -> Tensor:
+        return F.interpolate(planes.float(), scale_factor=options.scale, recompute_scale_factor=True)
+
+    p = F.interpolate(
+        logits.softmax(1), scale_factor=options.scale, recompute_scale_factor=True, mode="bilinear",
+        align_corners=False,
+    )  # (B, C + 1, h, w)
+    inside, label = nearest(inside[:, None]), nearest(label[:, None])  # (B, 1, h, w) each
+    with torch.no_grad():
+        gate = (inside - p.amax(1, keepdim=True)).clamp(min=0).masked_fill(label == ignore, 1.0)
+        rows, columns = (torch.arange(side, device=p.device, dtype=torch.float32) for side in p.shape[-2:])
+        grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).flip(0)  # (2, h, w), x first
+        place = grid.expand(len(p), -1, -1, -1) / (options.sigma_xy * options.scale)
+        features = torch.cat([place, nearest(colours) / options.sigma_rgb], 1)  # (B, 5, h, w)
+        lattice = Lattice(features.flatten(2).transpose(1, 2))
+        filtered = lattice.filter((p * inside).flatten(2).transpose(1, 2))  # (B, h * w, C + 1)
+        filtered = filtered.transpose(1, 2).unflatten(2, p.shape[-2:])
+    energy = -options.weight / len(p) * (p * inside * gate * filtered).sum()
+    # value once, gradient twice: both ends of a pair
+    return 2 * energy - energy.detach()

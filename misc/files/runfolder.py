@@ -1,0 +1,274 @@
+"""The run folder: where every step's files are, what made them, and what they scored (DESIGN.md section 5)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from misc import distributed
+from misc.files import atomic, store
+
+
+class OtherConfiguration(ValueError):
+    """The run folder was made by another configuration."""
+
+
+class RunFolder:
+    """Paths and records of one run.
+
+    ``run.json``: configuration, command, seed, versions, git commit, fingerprint of the lists, time and peak memory of
+    every step. ``scores.json``: every score with its provenance.
+    """
+
+    def __init__(self, root: Path):
+        self.root = Path(root)
+        self._step: str | None = None
+
+    def weights(self, name: str) -> Path:
+        """State dict of a trained network: cam, aff, seg, or a phase of a method."""
+        return self.root / "weights" / f"{name}.pt"
+
+    def cam(self, image_id: str) -> Path:
+        """CAMs of an image (store.write_cam)."""
+        return self._file("cam", image_id, ".npz")
+
+    def aff_label(self, image_id: str) -> Path:
+        """Affinity label of an image, as a picture."""
+        return self._file("aff_label", image_id, ".png")
+
+    def aff_planes(self, image_id: str) -> Path:
+        """What the affinity network's training reads of an image."""
+        return self._file("aff_label", image_id, ".npz")
+
+    def label(self, image_id: str) -> Path:
+        """Pseudo mask of an image."""
+        return self._file("label", image_id, ".png")
+
+    def instance(self, image_id: str) -> Path:
+        """Objects of an image (instances.write_instances)."""
+        return self._file("instance", image_id, ".npz")
+
+    def instance_picture(self, image_id: str) -> Path:
+        """Objects of an image, as a picture."""
+        return self._file("instance", image_id, ".png")
+
+    def seg(self, image_id: str) -> Path:
+        """Predicted mask of an image."""
+        return self._file("seg", image_id, ".png")
+
+    def box(self, image_id: str) -> Path:
+        """Boxes found in an image, and what they are worth."""
+        return self._file("box", image_id, ".npz")
+
+    def overlay(self, mask: Path) -> Path:
+        """A mask of this folder laid over its image: the same path in label_overlay or seg_overlay, a JPEG."""
+        kind, *rest = mask.relative_to(self.root).parts
+        return self.root.joinpath(f"{kind}_overlay", *rest).with_name(mask.stem + ".jpg")
+
+    @property
+    def log(self) -> Path:
+        """TensorBoard folder."""
+        return self.root / "log"
+
+    @property
+    def report(self) -> Path:
+        """The page that shows the run."""
+        return self.root / "report.html"
+
+    def _file(self, folder: str, image_id: str, suffix: str) -> Path:
+        return self.root / folder / (store.checked_id(image_id) + suffix)
+
+    # --- run.json -------------------------------------------------------------------------------------------------
+
+    def record(self) -> dict[str, Any]:
+        """What run.json holds ({} for a new folder)."""
+        path = self.root / "run.json"
+        return store.read_json(path) if path.exists() else {}
+
+    def begin(self, config: dict[str, Any], machine: dict[str, Any], data: dict[str, Any], force: bool) -> None:
+        """Record what this run is; called once before any work, by every process.
+
+        Args:
+            config: flat resolved configuration; it must equal the recorded one.
+            machine: flat settings that may differ between calls.
+            data: what the lists hold: name of list -> fingerprint and count; must equal the recorded one too.
+            force: record the present configuration over a differing one.
+
+        Raises:
+            OtherConfiguration: the folder holds a run of another configuration (the differing fields are listed).
+        """
+        config = json.loads(json.dumps(config))
+        self.record()  # a damaged one is an error in every process
+        refused: list[str] = []
+        if distributed.is_main():
+            with self._locked():
+                record = self.record()
+                refused = self._differing(record, config, data)
+                if not refused or force:
+                    record.update(
+                        config=config, data=data, machine=json.loads(json.dumps(machine)),
+                        world_size=distributed.world(), command=[*record.get("command", []), " ".join(sys.argv)],
+                        versions=_versions(), git_commit=_git_commit(),
+                    )
+                    record.setdefault("steps", {})
+                    store.write_json(self.root / "run.json", record)
+        refused = distributed.joined(refused)
+        if refused and not force:
+            lines = "\n".join(refused)
+            raise OtherConfiguration(
+                f"{self.root} holds a run of another configuration:\n{lines}\n"
+                "Use another --out folder, give the recorded settings, or say --force to go on in it (finished files "
+                "are kept as they are)."
+            )
+
+    @staticmethod
+    def _differing(record: dict[str, Any], config: dict[str, Any], data: dict[str, Any]) -> list[str]:
+        """A line for each setting in which a record and the present configuration differ; none for a new folder."""
+        if not record:
+            return []
+        wanted = {**config, **{f"data.{k}": v for k, v in data.items()}}
+        there = {**record["config"], **{f"data.{k}": v for k, v in record["data"].items()}}
+        differing = [k for k in sorted({*wanted, *there}) if wanted.get(k) != there.get(k)]
+        return [f"  {k}: {there.get(k)!r} there, {wanted.get(k)!r} now" for k in differing]
+
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
+        """Held while run.json or scores.json is read and written anew: parallel jobs (--shard) share them."""
+        return atomic.locked(self.root / ".lock")
+
+    def check_cams(self, config: dict[str, Any], data: dict[str, Any]) -> None:
+        """Whether another run can take the CAMs of this one over.
+
+        Args:
+            config, data: of that run, as for ``begin``.
+
+        Raises:
+            FileNotFoundError: there is no run here, or it has no CAMs yet.
+            OtherConfiguration: it has other settings of the CAM network, or other data.
+        """
+        if not all(self.finished(step) for step in ("train_cam", "make_cam")):
+            raise FileNotFoundError(f"--cams {self.root}: no run with finished steps train_cam and make_cam is there.")
+        record, wanted = self.record(), json.loads(json.dumps(config))
+        there = {**record["config"], **{f"data.{k}": v for k, v in record["data"].items()}}
+        wanted |= {f"data.{k}": v for k, v in data.items() if k in record["data"]}
+        decisive = [k for k in wanted if k in ("method", "seed", "train_list") or k.startswith(("cam.", "data."))]
+        differing = [k for k in decisive if there.get(k) != wanted[k]]
+        if differing:
+            lines = "\n".join(f"  {k}: {there.get(k)!r} there, {wanted[k]!r} now" for k in differing)
+            raise OtherConfiguration(
+                f"--cams {self.root}: its CAMs have other settings or data:\n{lines}\nGive the settings that they were "
+                "made with, or make CAMs of this run's own: leave --cams out."
+            )
+
+    def adopt_cams(self, source: RunFolder, networks: Iterable[str]) -> None:
+        """Take the CAM networks of these names and the CAMs over from another run, as links (copies where there can be
+        none); what is here already stays."""
+        pairs = [(source.weights(name), self.weights(name)) for name in networks]
+        pairs += [(path, self.root / "cam" / path.name) for path in sorted((source.root / "cam").glob("*.npz"))]
+        for path, target in pairs:
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    os.link(path, target)  # safe: files are replaced, never changed
+                except OSError:
+                    store.write_bytes(target, path.read_bytes())
+
+    def finished(self, step: str) -> bool:
+        """Whether a step is recorded as done."""
+        return bool(self.record().get("steps", {}).get(step, {}).get("done"))
+
+    def forget(self, step: str) -> None:
+        """Take back that a step is done, and its scores."""
+        with self._locked():
+            record = self.record()
+            if record.get("steps", {}).pop(step, None):
+                store.write_json(self.root / "run.json", record)
+            scores = self.scores()
+            kept = {name: score for name, score in scores.items() if score.get("step") != step}
+            if len(kept) < len(scores):
+                store.write_json(self.root / "scores.json", kept)
+
+    @contextlib.contextmanager
+    def step(self, step: str, done: bool = True, makes: Sequence[str] = ()) -> Iterator[None]:
+        """Time a step and record it when the block ends without an error: as done, or (one shard of it) not yet.
+
+        What killed processes left half written of what the step ``makes`` (folders and files of the run folder) is
+        removed first. Parallel parts of a step may end in any order: their times add up, the highest peak counts.
+        """
+        if distributed.is_main():
+            atomic.remove_leftovers(self.root / made for made in makes)
+        begin = time.perf_counter()
+        _reset_peak()
+        self._step = step
+        yield
+        seconds = time.perf_counter() - begin
+        if distributed.is_main():
+            with self._locked():
+                record = self.record()
+                before = record["steps"].get(step, {})
+                peaks = {name: max(value, before.get(name, 0.0)) for name, value in _peak().items()}
+                record["steps"][step] = {
+                    "done": done or before.get("done", False),
+                    "seconds": round(before.get("seconds", 0.0) + seconds, 2),
+                    **peaks,
+                }
+                store.write_json(self.root / "run.json", record)
+        distributed.barrier()
+
+    # --- scores.json ----------------------------------------------------------------------------------------------
+
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """Every recorded score by name."""
+        path = self.root / "scores.json"
+        return store.read_json(path) if path.exists() else {}
+
+    def add_score(self, name: str, score: dict[str, Any]) -> None:
+        """Record a score with its provenance, and the step that runs, under a name (replacing one of the same name)."""
+        with self._locked():
+            store.write_json(self.root / "scores.json", {**self.scores(), name: {**score, "step": self._step}})
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+
+
+def _git_commit() -> str:
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        changed = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:  # Linux: start the high-water mark of this process anew
+        Path(f"/proc/{os.getpid()}/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def _peak() -> dict[str, float]:
+    peak: dict[str, float] = {}
+    try:
+        status = Path("/proc/self/status").read_text()
+        kib = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+        peak["peak_memory_mb"] = round(kib / 1024, 1)
+    except (OSError, StopIteration):
+        pass
+    if torch.cuda.is_available():
+        peak["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    return peak

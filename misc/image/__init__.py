@@ -1,0 +1,1 @@
+"""Images as arrays: pixel values, drawing."""

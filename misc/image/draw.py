@@ -1,0 +1,105 @@
+"""Pictures for people: the VOC palette, overlays, heat maps, boxes, contact sheets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from misc.image.pixels import resize_image
+
+
+def palette(n: int = 256) -> np.ndarray:
+    """The PASCAL VOC colour map: (n, 3) uint8 RGB; index bits b0, b3, b6 make red, b1, b4, b7 green, b2, b5 blue
+    (evaluation.md 3.3)."""
+    index = np.arange(n)
+    colours = np.zeros((n, 3), np.int64)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= ((index >> channel) & 1) << (7 - bit)
+        index = index >> 3
+    return colours.astype(np.uint8)
+
+
+def colour_mask(mask: np.ndarray) -> np.ndarray:
+    """(H, W) uint8 indices -> (H, W, 3) uint8 palette colours."""
+    return palette()[mask]
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.55) -> np.ndarray:
+    """The mask's colours on the image, background left clear, ignored pixels (255) under a white veil, a white line
+    round each class: (H, W, 3) uint8."""
+    colours = palette()
+    colours[255] = 255
+    mixed, inside = image.copy(), mask != 0
+    mixed[inside] = image[inside] * (1 - opacity) + colours[mask[inside]] * opacity
+    mask = np.where(mask == 255, 0, mask)
+    edge = np.zeros(mask.shape, bool)
+    edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
+    edge[1:] |= mask[1:] != mask[:-1]
+    mixed[edge] = 255
+    return mixed
+
+
+def resized_argmax(scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Largest of (n, h, w) scores resized to ``size`` (H, W), bilinear with align_corners False: (H, W) uint8 indices.
+
+    One class at a time, so that memory doesn't grow with their number.
+    """
+    if scores.shape[1:] == tuple(size):
+        return scores.argmax(0).astype(np.uint8)
+    best: Tensor | None = None
+    index = torch.zeros(size, dtype=torch.uint8)
+    for number, score in enumerate(torch.from_numpy(np.ascontiguousarray(scores, np.float32))):
+        large = F.interpolate(score[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+        if best is None:
+            best = large
+            continue
+        index[large > best] = number
+        torch.maximum(best, large, out=best)
+    return index.numpy()
+
+
+def heat(image: np.ndarray, score: np.ndarray) -> np.ndarray:
+    """A class map as a heat map on the image: score (H, W) in [0, 1] -> (H, W, 3) uint8 RGB."""
+    hot = cv2.applyColorMap((np.clip(score, 0, 1) * 255).astype(np.uint8), cv2.COLORMAP_JET)[..., ::-1]
+    return (0.5 * image + 0.5 * hot).astype(np.uint8)
+
+
+def draw_box(image: np.ndarray, box: Sequence[float], colour: tuple[int, int, int]) -> np.ndarray:
+    """The outline of a box (x0, y0, x1, y1), both ends inside, on a copy of the image: (H, W, 3) uint8.
+
+    About a hundredth of the longer side thick, in ``colour`` with a black edge; ends outside come to the border.
+    """
+    canvas = np.ascontiguousarray(image).copy()
+    height, width = image.shape[:2]
+    thick = max(1, round(max(height, width) / 100))
+    x0, y0, x1, y1 = (int(round(v)) for v in box)
+    first, last = (max(0, x0), max(0, y0)), (min(width - 1, x1), min(height - 1, y1))
+    for stroke, value in ((thick + 2, (0, 0, 0)), (thick, colour)):
+        cv2.rectangle(canvas, first, last, value, stroke)
+    return canvas
+
+
+def tile(rows: Sequence[Sequence[np.ndarray]], height: int = 160, gap: int = 4) -> np.ndarray:
+    """A contact sheet: rows of (H, W, 3) uint8 pictures, each scaled to ``height``, on white."""
+    lines = []
+    for row in rows:
+        cells = [resize_image(p, (height, max(1, round(p.shape[1] * height / p.shape[0])))) for p in row]
+        width = sum(c.shape[1] + gap for c in cells)
+        line = np.full((height + gap, width, 3), 255, np.uint8)
+        x = 0
+        for cell in cells:
+            line[:height, x : x + cell.shape[1]] = cell
+            x += cell.shape[1] + gap
+        lines.append(line)
+    sheet = np.full((sum(x.shape[0] for x in lines), max(x.shape[1] for x in lines), 3), 255, np.uint8)
+    y = 0
+    for line in lines:
+        sheet[y : y + line.shape[0], : line.shape[1]] = line
+        y += line.shape[0]
+    return sheet

@@ -1,0 +1,121 @@
+"""Images as arrays: normalisation, resizing as the published code does it.
+
+Images are (H, W, 3) uint8 RGB arrays, masks (H, W) uint8 index arrays, network inputs (3, H, W) float32 tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """value = (x / scale - mean) / std, per channel, in RGB order unless ``bgr``."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    scale: float = 255.0
+    bgr: bool = False
+
+
+NORMALISATIONS: dict[str, Normalisation] = {
+    "imagenet": Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "caffe_bgr": Normalisation((104.008, 116.669, 122.675), (1.0, 1.0, 1.0), scale=1.0, bgr=True),
+}
+"""By name (a network names its own). caffe_bgr: psa.md 2.2, deeplab.md C.3."""
+
+
+def normalise(image: np.ndarray, name: str) -> np.ndarray:
+    """(H, W, 3) uint8 RGB -> (H, W, 3) float32 network values; zero is the mean colour."""
+    norm = NORMALISATIONS[name]
+    # in double precision and then rounded, as the published code: what `denormalise` truncates hangs on the last bit
+    table = (np.arange(256)[:, None] / norm.scale - np.array(norm.mean)) / np.array(norm.std)  # (256, 3)
+    values = np.ascontiguousarray(image[..., ::-1] if norm.bgr else image)
+    return cv2.LUT(values, table.astype(np.float32)[:, None])
+
+
+def denormalise(values: np.ndarray, name: str, *, truncate: bool = True) -> np.ndarray:
+    """(H, W, 3) float32 network values -> (H, W, 3) uint8 RGB, clipped.
+
+    ``truncate``: cut the fraction off, as the published code does before its CRF, so that values can come out one
+    grey level lower (psa.md 6, deeplab.md A.3); otherwise round.
+    """
+    norm = NORMALISATIONS[name]
+    pixels = (values * np.float32(norm.std) + np.float32(norm.mean)) * np.float32(norm.scale)
+    pixels = np.clip(pixels if truncate else np.rint(pixels), 0, 255).astype(np.uint8)
+    return np.ascontiguousarray(pixels[..., ::-1] if norm.bgr else pixels)
+
+
+def truncated(image: np.ndarray, name: str) -> np.ndarray:
+    """What is left of an image that torchvision normalised (in single precision) and that is brought back with the
+    fraction cut off: (H, W, 3) uint8 RGB -> the same, some grey levels one lower (mctformer.md section 4)."""
+    norm = NORMALISATIONS[name]
+    grey = np.arange(256, dtype=np.float32)[:, None, None] / np.float32(norm.scale)
+    table = denormalise((grey - np.float32(norm.mean)) / np.float32(norm.std), name)  # (256, 1, 3)
+    return cv2.LUT(np.ascontiguousarray(image), table)
+
+
+def restore_rgb(images: Tensor, name: str) -> Tensor:
+    """``denormalise`` on tensors of any device, the fraction cut off: (B, 3, H, W) network values -> (B, 3, H, W)
+    float32 of the whole numbers 0 .. 255, RGB."""
+    norm = NORMALISATIONS[name]
+    mean, std = (images.new_tensor(x, dtype=torch.float32).view(3, 1, 1) for x in (norm.mean, norm.std))
+    values = ((images.float() * std + mean) * norm.scale).clamp(0, 255).floor()
+    return values.flip(1) if norm.bgr else values
+
+
+def to_tensor(values: np.ndarray) -> Tensor:
+    """(H, W, 3) float32 -> (3, H, W) float32 tensor, contiguous."""
+    return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+
+
+def scaled_size(size: tuple[int, int], factor: float) -> tuple[int, int]:
+    """(H, W) times a factor, rounded half to even as Python does (seam.md 5), at least 1."""
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
+def truncated_size(size: tuple[int, int], factor: float) -> tuple[int, int]:
+    """(H, W) times a factor, the fraction cut off (aream.md 9), at least 1."""
+    return max(1, int(size[0] * factor)), max(1, int(size[1] * factor))
+
+
+def resize_image(
+    image: np.ndarray, size: tuple[int, int], kind: Literal["bicubic", "bilinear"] = "bicubic"
+) -> np.ndarray:
+    """(H, W, 3) uint8 -> (h, w, 3) uint8 by PIL's filter ``kind`` (antialiased when shrinking); ``size`` is (h, w)."""
+    if image.shape[:2] == tuple(size):
+        return image
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling[kind.upper()]))
+
+
+def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) uint8 -> (h, w) uint8, PIL nearest (pixel centres); ``size`` is (h, w)."""
+    return np.asarray(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
+
+
+def resize_masks(masks: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, H, W) integers -> (B, h, w), the pixels that ``resize_mask`` takes, on any device; ``size`` is (h, w)."""
+
+    def centres(old: int, new: int) -> Tensor:
+        # floor((i + 1 / 2) old / new), by adding up as PIL does: rounding decides where a centre meets a border
+        steps = np.full(new, old / new)
+        steps[0] /= 2
+        return torch.from_numpy(np.cumsum(steps).astype(np.int64)).to(masks.device)
+
+    rows, columns = (centres(old, new) for old, new in zip(masks.shape[-2:], size, strict=True))
+    return masks[:, rows[:, None], columns]
+
+
+def box_mask(box: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, 4) integers top, bottom, left, right, half-open -> (B, H, W) bool, true inside; ``size`` is (H, W)."""
+    top, bottom, left, right = box[:, :, None, None].unbind(1)  # (B, 1, 1) each
+    rows, columns = (torch.arange(side, device=box.device) for side in size)
+    return (rows[:, None] >= top) & (rows[:, None] < bottom) & (columns >= left) & (columns < right)

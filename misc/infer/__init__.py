@@ -1,0 +1,1 @@
+"""Test-time inference of class maps and masks over scales and mirrors."""

@@ -1,0 +1,230 @@
+"""Multi-scale inference of class maps: sizes of the inputs, merging, normalisation. Knows no method.
+
+The passes of an image are its scales, each with the mirrored image beside it. A method's geometry is what
+``input_sizes`` gives; how a method's sum becomes scores is an entry of ``NORMALISATIONS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from misc.config import CamInference
+from misc.image import pixels
+
+_EPSILON = 1e-5
+
+
+def input_sizes(size: tuple[int, int], infer: CamInference) -> list[tuple[int, int]]:
+    """(h, w) that an image of ``size`` (H, W) is resized to, in the order of the scales; the padding comes on top."""
+    scaled = pixels.truncated_size if infer.truncate else pixels.scaled_size
+    sizes = [scaled((1, 1) if infer.square else size, scale) for scale in infer.scales]
+    return [_rounded_up(s, infer.stretch) for s in sizes]
+
+
+def _margin(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """Rows at the bottom and columns on the right that make (h, w) a multiple."""
+    return -size[0] % multiple, -size[1] % multiple
+
+
+def _rounded_up(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """(h, w) as the next multiples."""
+    bottom, right = _margin(size, multiple)
+    return size[0] + bottom, size[1] + right
+
+
+def scaled_inputs(image: np.ndarray, infer: CamInference, normalisation: str) -> Iterator[Tensor]:
+    """Network inputs of one image, one batch a scale (psa.md section 2.4, seam.md section 5).
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        infer: scales and flip.
+        normalisation: a name of misc.image.pixels.NORMALISATIONS.
+
+    Yields:
+        (2, 3, h, w) float32, the image and its mirror image, both padded to ``infer.multiple``; (1, 3, h, w) without
+        ``infer.flip``.
+    """
+    for size in input_sizes(image.shape[:2], infer):
+        resized = pixels.resize_image(image, size, infer.resize)
+        values = pixels.to_tensor(pixels.normalise(resized, normalisation))  # (3, h, w)
+        bottom, right = _margin(size, infer.multiple)
+        padded = F.pad(values, (0, right, 0, bottom))
+        mirrored = padded.flip(-1) if infer.pad_first else F.pad(values.flip(-1), (0, right, 0, bottom))
+        yield torch.stack([padded, mirrored]) if infer.flip else padded[None]
+
+
+def unpad(maps: Tensor, size: tuple[int, int], infer: CamInference) -> Tensor:
+    """Maps of padded inputs without what lies on the margin (aream.md section 9).
+
+    Args:
+        maps: (1 or 2, K, h', w'), any h' and w', of an image padded to ``infer.multiple`` and of its mirror image.
+        size: (h, w) of the image before it was padded.
+
+    Returns:
+        (1 or 2, K, h, w) float32, the second still mirrored. Bilinear with align_corners False.
+    """
+    (height, width), (bottom, right) = size, _margin(size, infer.multiple)
+    maps = F.interpolate(maps.float(), size=(height + bottom, width + right), mode="bilinear", align_corners=False)
+    left = [0, right if infer.pad_first else 0]
+    return torch.stack([m[:, :height, at : at + width] for m, at in zip(maps, left, strict=False)])
+
+
+def merge(
+    maps: Iterable[Tensor],
+    size: tuple[int, int],
+    round_up: int = 1,
+    mode: Literal["bilinear", "bicubic"] = "bilinear",
+) -> Tensor:
+    """Sum of the maps of all passes at image size.
+
+    Args:
+        maps: a map a scale, (1, K, h, w), or (2, K, h, w) where the second is of the mirrored image; any h and w.
+        size: (H, W) of the image, or another one that the maps are wanted at.
+        round_up: they are added up at sides that are multiples of this, then cut (irnet.md section 6).
+        mode: filter, with align_corners False (bilinear: seam.md section 7.2; bicubic: wsol.md section 8).
+
+    Returns:
+        (K, H, W) float32.
+
+    Raises:
+        ValueError: there is no map.
+    """
+    total = None
+    full = _rounded_up(size, round_up)
+    for low in maps:
+        high = F.interpolate(low.float(), size=full, mode=mode, align_corners=False)  # (1 or 2, K, H, W)
+        merged = high[0] + high[1].flip(-1) if len(high) == 2 else high[0]
+        total = merged if total is None else total.add_(merged)
+    if total is None:
+        raise ValueError("There is no map to merge: the scales are empty.")
+    return total[:, : size[0], : size[1]]
+
+
+def by_maximum(total: Tensor) -> Tensor:
+    """(K, H, W) -> each class divided by (its maximum + 1e-5) (psa.md section 2.4)."""
+    return total / (total.amax((1, 2), keepdim=True) + _EPSILON)
+
+
+def shifted(total: Tensor) -> Tensor:
+    """(K, H, W) -> each class clipped at 0 and spread from its minimum m to its maximum M (seam.md section 5).
+
+    Entries below m + 1e-5 become 0 before m is taken off, so they come out negative, clearly so where m is not small:
+    published and kept, they act as "never this class".
+    """
+    total = total.clamp(min=0)
+    high, low = total.amax((1, 2), keepdim=True), total.amin((1, 2), keepdim=True)
+    total = total.masked_fill(total < low + _EPSILON, 0)
+    return (total - low - _EPSILON) / (high - low + _EPSILON)
+
+
+def by_range(total: Tensor) -> Tensor:
+    """(K, H, W) -> each class from its minimum, which becomes 0, to its maximum (mctformer.md section 4)."""
+    high, low = total.amax((1, 2), keepdim=True), total.amin((1, 2), keepdim=True)
+    return (total - low) / (high - low + 1e-8)
+
+
+def rectified(total: Tensor) -> Tensor:
+    """(..., H, W) -> each class clipped at 0, from its minimum, which becomes 0, to its maximum (aream.md section 4).
+
+    The epsilon is seen where maps are products of attentions: these are tiny, so that they end near 0.9997.
+    """
+    total = total.clamp(min=0)
+    total = total - total.amin((-2, -1), keepdim=True)
+    return total / (total.amax((-2, -1), keepdim=True) + 1e-6)
+
+
+NORMALISATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "max": by_maximum, "shifted": shifted, "minmax": by_range, "rectified": rectified,
+}  # fmt: skip
+"""By the name they have in ``CamInference.normalise``."""
+
+
+def normalise(total: Tensor, rule: str) -> Tensor:
+    """Merged sums (K, H, W) -> scores of about [0, 1], each class for itself, by a rule of ``NORMALISATIONS``."""
+    return NORMALISATIONS[rule](total)
+
+
+def class_maps(
+    cam: Callable[[Tensor, Tensor], Tensor],
+    image: np.ndarray,
+    tags: np.ndarray,
+    infer: CamInference,
+    normalisation: str,
+    device: torch.device | str = "cpu",
+) -> Iterator[Tensor]:
+    """Raw maps of the present classes, one batch a scale: (1, K, h, w), or (2, K, h, w) with that of the mirrored
+    image, as ``merge`` takes them. Arguments as for ``infer_cams``; there must be a tag."""
+    size = image.shape[:2]
+    keys = torch.from_numpy(np.flatnonzero(tags)).to(device)  # (K,)
+    row = torch.tensor(tags, dtype=torch.float32, device=device)  # (C,)
+    for inner, images in zip(input_sizes(size, infer), scaled_inputs(image, infer, normalisation), strict=True):
+        maps = cam(images.to(device), row.expand(len(images), -1))  # (1 or 2, C, h', w')
+        maps = maps.detach()[:, keys]
+        yield unpad(maps, inner, infer) if infer.multiple > 1 else maps
+
+
+def infer_logits(
+    classify: Callable[[Tensor, int], Tensor],
+    image: np.ndarray,
+    num_classes: int,
+    infer: CamInference,
+    normalisation: str,
+    device: torch.device | str = "cpu",
+) -> np.ndarray:
+    """Class scores of one image, tags unseen: the mean logits over the scales and mirrors of its CAM inference.
+
+    Args:
+        classify: images (B, 3, h, w), C -> logits (B, C): a network's ``classify``.
+        num_classes: C.
+        image, infer, normalisation, device: as for ``infer_cams``.
+
+    Returns:
+        (C,) float32.
+    """
+    inputs = scaled_inputs(image, infer, normalisation)
+    passes = [classify(images.to(device), num_classes).detach().float() for images in inputs]  # (1 or 2, C) each
+    return torch.cat(passes).mean(0).cpu().numpy()
+
+
+def infer_cams(
+    cam: Callable[[Tensor, Tensor], Tensor],
+    image: np.ndarray,
+    tags: np.ndarray,
+    infer: CamInference,
+    normalisation: str,
+    device: torch.device | str = "cpu",
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Merged, normalised class maps of one image, at its size and on the recipe's coarse grid.
+
+    Only maps of present classes are merged, so the merging's cost does not grow with the number of classes. The
+    caller decides on gradients (``inference_mode`` unless the map needs a backward pass) and on mixed precision.
+
+    Args:
+        cam: images (B, 3, h, w), tags (B, C) -> maps (B, C, h', w'): a network's ``cam``.
+        image: (H, W, 3) uint8 RGB.
+        tags: (C,) in {0, 1}.
+        infer: scales, flip, normalisation rule.
+        normalisation: how the network wants its images.
+        device: where the network is.
+
+    Returns:
+        maps: (K, H, W) float32, present classes in ascending order; the rule ``shifted`` gives values below 0 too. For
+            an image without a tag K is 0 and the network does not run.
+        coarse: (K, ceil(H / infer.coarse), ceil(W / infer.coarse)) float32, None where the recipe has no such grid.
+    """
+    size = image.shape[:2]
+    grid = (-(-size[0] // infer.coarse), -(-size[1] // infer.coarse)) if infer.coarse else None
+    if not tags.any():
+        return np.zeros((0, *size), np.float32), None if grid is None else np.zeros((0, *grid), np.float32)
+    maps = class_maps(cam, image, tags, infer, normalisation, device)
+    if grid is None:
+        return normalise(merge(maps, size, infer.round_up), infer.normalise).cpu().numpy(), None
+    passes = list(maps)
+    full, coarse = merge(passes, size, infer.round_up), merge(passes, grid)
+    return normalise(full, infer.normalise).cpu().numpy(), normalise(coarse, infer.normalise).cpu().numpy()

@@ -1,0 +1,186 @@
+"""The loop over images: whatever per-image function a step gives, over all its ids (DESIGN.md rule 3).
+
+Sharding over processes and jobs, worker processes, look-ahead reading, resume by finished files, progress with ETA,
+and a per-image report of what failed live here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from misc import distributed
+from misc.files import atomic, store
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image whose work failed, and why."""
+
+    image_id: str
+    cause: str
+
+
+class EachFailed(RuntimeError):
+    """Some images of a step failed; the others are done. ``failures`` lists them."""
+
+    def __init__(self, name: str, failures: list[Failure], total: int):
+        self.failures = failures
+        lines = [f"  {f.image_id}: {f.cause}" for f in failures[:10]]
+        if len(failures) > 10:
+            lines.append(f"  ... and {len(failures) - 10} more")
+        super().__init__(
+            f"{name}: {len(failures)} of {total} images failed, the others are finished and kept:\n"
+            + "\n".join(lines)
+            + "\nMend or unlist them and start the same command again: only they will be worked on."
+        )
+
+
+class WorkerDied(RuntimeError):
+    """A worker process was killed or crashed; finished images are kept."""
+
+
+def shard(ids: Sequence[str], part: tuple[int, int] = (0, 1)) -> list[str]:
+    """This process's share of the ids: every n-th, over jobs (``part`` = (i, n)) and then over ranks."""
+    return list(ids[part[0] :: part[1]])[distributed.rank() :: distributed.world()]
+
+
+def each(
+    name: str,
+    ids: Sequence[str],
+    work: Callable[..., None],
+    *,
+    done: Callable[[str], bool],
+    prepare: Callable[[str], Any] | None = None,
+    workers: int = 0,
+    part: tuple[int, int] = (0, 1),
+) -> None:
+    """Do ``work`` for every id that is not done.
+
+    Args:
+        name: what the progress bar says.
+        ids: all image ids of the step.
+        work: called as work(id), or work(id, prepared) in this process if ``prepare`` is given. It writes its own
+            files, atomically.
+        done: whether an id's files are there already.
+        prepare: reads and computes what work needs (thread-safe); runs ahead in ``workers`` threads.
+        workers: processes for ``work`` (which must then be picklable), or look-ahead threads for ``prepare``.
+            0: everything in this process.
+        part: (i, n): only every n-th id, from the i-th on (``--shard``).
+
+    Raises:
+        EachFailed: after all other images are finished, in all processes of a torchrun alike.
+        atomic.DiskFull, WorkerDied: at once.
+    """
+    mine = shard(ids, part)
+    left = [i for i in mine if not done(i)]
+    if len(left) < len(mine):
+        distributed.say(f"{name}: {len(mine) - len(left)} of {len(mine)} images are done already.")
+    failures: list[Failure] = []
+    with tqdm(total=len(left), desc=name, unit="image", disable=not distributed.is_main(), dynamic_ncols=True) as bar:
+        if prepare is not None:
+            _look_ahead(left, work, prepare, max(1, workers), failures, bar)
+        elif workers > 0 and len(left) > 1:
+            _processes(left, work, workers, failures, bar)
+        else:
+            for image_id in left:
+                _guarded(image_id, lambda i=image_id: work(i), failures)
+                bar.update()
+    reports = distributed.joined([(failures, len(left))])
+    failures = [failure for listed, _ in reports for failure in listed]
+    if failures:
+        raise EachFailed(name, failures, sum(count for _, count in reports))
+
+
+def _guarded(image_id: str, action: Callable[[], Any], failures: list[Failure]) -> None:
+    try:
+        action()
+    except atomic.DiskFull:
+        raise
+    except torch.OutOfMemoryError as error:
+        failures.append(Failure(image_id, f"out of GPU memory ({error})"))
+    except Exception as error:  # one bad image must not cost the others
+        failures.append(Failure(image_id, f"{type(error).__name__}: {error}"))
+
+
+def _look_ahead(
+    ids: list[str], work: Callable[..., None], prepare: Callable[[str], Any], threads: int,
+    failures: list[Failure], bar: tqdm,
+) -> None:
+    waiting: deque[tuple[str, Future[Any]]] = deque()
+    rest = iter(ids)
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            while True:
+                while len(waiting) < 2 * threads and (image_id := next(rest, None)) is not None:
+                    waiting.append((image_id, pool.submit(prepare, image_id)))
+                if not waiting:
+                    return
+                image_id, ready = waiting.popleft()
+                _guarded(image_id, lambda i=image_id, r=ready: work(i, r.result()), failures)
+                bar.update()
+        finally:
+            for _, ready in waiting:
+                ready.cancel()
+
+
+def _processes(
+    ids: list[str], work: Callable[[str], None], workers: int, failures: list[Failure], bar: tqdm
+) -> None:
+    # fork is quick, but a forked child cannot use a GPU context its parent has opened
+    method = "spawn" if torch.cuda.is_initialized() or "fork" not in multiprocessing.get_all_start_methods() else "fork"
+    context = multiprocessing.get_context(method)
+    waiting: deque[tuple[str, Future[None]]] = deque()
+    rest = iter(ids)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(work,))
+    try:
+        while True:
+            while len(waiting) < 4 * workers and (image_id := next(rest, None)) is not None:
+                waiting.append((image_id, pool.submit(_in_worker, image_id)))
+            if not waiting:
+                break
+            image_id, result = waiting[0]
+            if isinstance(result.exception(), BrokenProcessPool):
+                raise result.exception()
+            waiting.popleft()
+            _guarded(image_id, result.result, failures)
+            bar.update()
+    except BrokenProcessPool:
+        begun = [i for i, r in waiting if not r.done() or r.exception()] or [image_id]
+        raise WorkerDied(
+            f"A worker process died (often: out of memory) at one of the images {', '.join(begun[: 2 * workers])}. "
+            "Finished images are kept: start the same command again, with fewer --machine.workers if it happens again."
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(work: Callable[[str], None]) -> None:
+    """The function reaches a worker process once, not with every image."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which lets begun images finish
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    store.quiet_threads()
+    _in_worker.work = work  # type: ignore[attr-defined]
+
+
+def _end_with_parent() -> None:
+    """A killed parent would leave its workers waiting for images for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _in_worker(image_id: str) -> None:
+    _in_worker.work(image_id)  # type: ignore[attr-defined]

@@ -1,0 +1,409 @@
+"""The training loop: trains whatever network a step gives it (DESIGN.md rule 3).
+
+AMP, DDP under torchrun, the global batch and its division, exact resume, TensorBoard and the finite-loss guard live
+here and nowhere else. A network's ``forward(batch, progress)`` returns named loss terms whose sum is minimised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from misc import distributed
+from misc.config import Fit, Machine
+from misc.files import store
+
+Batch = dict[str, Tensor]
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss term became NaN or infinite; training stopped, the last resume point is kept."""
+
+
+class Groups(Protocol):
+    """What the loop reads of a parameter group (net.contract.Group)."""
+
+    params: list[nn.Parameter]
+    lr_scale: float
+    decay: bool
+    rule: Fit | None
+
+
+class Trainable(Protocol):
+    """What the loop asks of a network (net.contract.Network)."""
+
+    finds_unused: bool
+
+    def __call__(self, batch: Batch, progress: float) -> dict[str, Tensor]: ...
+    def prepare(self, batch: Batch, progress: float) -> Batch: ...
+    def lr_scale(self, progress: float) -> float: ...
+    def counts(self, batch: Batch) -> dict[str, Tensor]: ...
+    def param_groups(self) -> list[Any]: ...
+
+
+@dataclass(frozen=True)
+class Division:
+    """How the global batch is divided: ``per_process`` images each, in ``micro`` micro-batches of ``micro_size``."""
+
+    per_process: int
+    micro: int
+    micro_size: int
+
+
+def divide(fit: Fit, world: int) -> Division:
+    """Division of the global batch over processes and accumulation steps.
+
+    Raises ValueError where it does not come out even (the result would be another batch than the recipe's).
+    """
+    if fit.batch_size % world:
+        raise ValueError(f"The global batch of {fit.batch_size} images cannot be shared by {world} processes evenly.")
+    per_process = fit.batch_size // world
+    size = min(fit.micro_batch or per_process, per_process)
+    if per_process % size:
+        raise ValueError(f"A process's share of {per_process} images is no multiple of micro_batch = {size}.")
+    return Division(per_process, per_process // size, size)
+
+
+def lr_factor(fit: Fit, step: int, total: int) -> float:
+    """Factor of the base learning rate at update ``step`` (0-based) of ``total``; past the end the last one stays."""
+    if fit.schedule == "constant":
+        return 1.0
+    if fit.schedule == "step":
+        # published: tested by divisibility, so that 30 acts at epoch 60 too (wsol.md section 9)
+        epoch = min(step, total - 1) * fit.epochs // total + 1
+        return fit.step_factor ** sum(any(e % every == 0 for every in fit.step_epochs) for e in range(1, epoch + 1))
+    if fit.schedule == "cosine":
+        return _cosine(fit, step, total) / fit.lr
+    if fit.schedule == "timm_cosine":
+        # published: the rate is set after an epoch with the index of that epoch, so all lags by one (mctformer.md 6)
+        return _timm_cosine(fit, max(0, min(step, total - 1) * fit.epochs // total - 1)) / fit.lr
+    step = min(step, total - 1)
+    return (1 - (step - step % fit.schedule_every) / (total + fit.schedule_extra)) ** fit.power
+
+
+def _half_wave(high: float, low: float, share: float) -> float:
+    """From ``high`` at 0 to ``low`` at 1."""
+    return low + (high - low) / 2 * (1 + math.cos(math.pi * share))
+
+
+def _cosine(fit: Fit, step: int, total: int) -> float:
+    """Rate of an update where the warm-up is a prefix of the cosine (aream.md section 8, Conformer)."""
+    step, warmup = min(step, total - 1), round(total * fit.warmup_epochs / fit.epochs)
+    if step < warmup:
+        return fit.warmup_lr + (fit.lr - fit.warmup_lr) * step / max(1, warmup - 1)
+    return _half_wave(fit.lr, fit.final_lr, (step - warmup) / (total - warmup))
+
+
+def _timm_cosine(fit: Fit, t: int) -> float:
+    """timm's rate for epoch ``t``: the warm-up is no prefix, the cosine counts from 0 on (mctformer.md section 6)."""
+    if t < fit.warmup_epochs:
+        return fit.warmup_lr + t * (fit.lr - fit.warmup_lr) / fit.warmup_epochs
+    return _half_wave(fit.lr, fit.final_lr, t / fit.epochs)
+
+
+def make_optimiser(groups: list[Any], fit: Fit, device: torch.device) -> torch.optim.Optimizer:
+    """The recipe's optimiser over a network's parameter groups; each group remembers its ``lr_scale``."""
+    listed = [
+        {
+            "params": group.params,
+            "lr_scale": group.lr_scale,
+            "lr": fit.lr * group.lr_scale,
+            "weight_decay": fit.weight_decay if group.decay else 0.0,
+        }
+        for group in groups
+        if group.params
+    ]
+    fused = device.type == "cuda"
+    if fit.optimiser == "adamw":
+        return torch.optim.AdamW(listed, lr=fit.lr, fused=fused)
+    return torch.optim.SGD(listed, lr=fit.lr, momentum=fit.momentum, nesterov=fit.nesterov, fused=fused)
+
+
+Rules = list[tuple[torch.optim.Optimizer, Fit]]
+"""Optimisers of a training, each with the recipe that it follows."""
+
+
+def make_rules(groups: list[Any], fit: Fit, device: torch.device) -> Rules:
+    """An optimiser for the groups of the recipe, and one more for each other rule that groups name."""
+    sorted_groups: dict[Fit, list[Any]] = {}
+    for group in groups:
+        sorted_groups.setdefault(group.rule or fit, []).append(group)
+    return [(make_optimiser(listed, rule, device), rule) for rule, listed in sorted_groups.items()]
+
+
+def set_lr(optimiser: torch.optim.Optimizer, fit: Fit, step: int, total: int, scale: float = 1.0) -> None:
+    """Set every group's rate for update ``step``, before the update; ``scale`` is the network's factor of them all."""
+    for group in optimiser.param_groups:
+        group["lr"] = fit.lr * group["lr_scale"] * lr_factor(fit, step, total) * scale
+
+
+def autocast(machine: Machine, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The mixed-precision context of a run; does nothing where amp is off."""
+    kind = machine.amp_dtype(device)
+    if kind is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=kind)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Make the random stream of an update (dropout, drop path) a function of (seed, step, rank) alone, so that a
+    resumed training draws what an undisturbed one draws."""
+    mixed = (seed * 1_000_003 + step * 7919 + distributed.rank() * 104_729) % (2**32)
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
+
+
+def resume_point(weights: Path) -> Path:
+    """The file beside a training's weights that holds its resume point while it goes on."""
+    return weights.with_name(f"{weights.stem}.resume.pt")
+
+
+def _best_point(weights: Path) -> Path:
+    """The file beside a training's weights that holds its best epoch while it goes on."""
+    return weights.with_name(f"{weights.stem}.best.pt")
+
+
+def fit(
+    network: nn.Module,
+    batches: Callable[[int], Iterable[Batch]],
+    recipe: Fit,
+    total: int,
+    *,
+    machine: Machine,
+    device: torch.device,
+    seed: int,
+    weights: Path,
+    log: Path,
+    name: str,
+    made_by: Mapping[str, Any],
+    description: Mapping[str, Any],
+    score: Callable[[], float] | None = None,
+    finish: Callable[[], None] | None = None,
+) -> None:
+    """Train a network and write its state dict with its description to ``weights`` (store.write_model).
+
+    Args:
+        network: a Trainable on any device; it is moved to ``device``.
+        batches: called with the first update to run; yields this process's micro-batches, ``divide(...).micro`` for
+            each update.
+        recipe: optimiser and schedule.
+        total: number of updates.
+        machine: precision, compilation, resume points.
+        seed: of dropout and the like.
+        weights: final file.
+        log: TensorBoard folder; this training's curves are in its sub-folder ``name``.
+        name: what the progress bar and the log say.
+        made_by: plain values that decide the result (settings, data); a resume point of other ones is refused.
+        description: plain values that the file says of the network.
+        score: rates the network, which is in evaluation mode then; called by the main process after every epoch (each
+            1 / epochs of the updates). The weights of the best one are written, the first of equal ones. None: the last
+            weights are.
+        finish: called by the main process after the last update, with the network in evaluation mode and without
+            gradients, before the weights are written (Network.calibrate).
+
+    Raises:
+        NonFiniteLoss: a loss term is NaN or infinite; the batch is kept for a look.
+        ValueError: the resume point belongs to another training.
+    """
+    division = divide(recipe, distributed.world())
+    main = distributed.is_main()
+    network.to(device)
+    if machine.channels_last and device.type == "cuda":
+        network.to(memory_format=torch.channels_last)
+    network.train()
+    rules = make_rules(network.param_groups(), recipe, device)  # type: ignore[operator]
+    scaler = torch.amp.GradScaler(device.type, enabled=machine.amp_dtype(device) == torch.float16)
+    resume = resume_point(weights)
+    identity = json.dumps({**made_by, "updates": total, "seed": seed}, default=str)
+    start = _resume(resume, network, rules, scaler, identity)
+    best = _best_point(weights)
+    if main and not start:
+        best.unlink(missing_ok=True)  # of a training that left no resume point
+    model = _wrap(network, machine, device)
+    distributed.say(
+        f"{name}: {total} updates of {recipe.batch_size} images = {distributed.world()} process(es) x "
+        f"{division.micro} micro-batch(es) x {division.micro_size}"
+        + (f"; going on from update {start}" if start else "")
+    )
+    every = machine.checkpoint_every or max(1, total // 20)
+    stream = iter(batches(start))
+    with (
+        # a folder for each training: what purge_step takes back of an interrupted one, it takes from the whole folder
+        SummaryWriter(str(log / name), purge_step=start) if main else contextlib.nullcontext() as writer,
+        tqdm(total=total, initial=start, desc=name, unit="update", disable=not main, dynamic_ncols=True) as bar,
+    ):
+        for step in range(start, total):
+            for optimiser, rule in rules:
+                set_lr(optimiser, rule, step, total, network.lr_scale(step / total))  # type: ignore[operator]
+            seed_step(seed, step)
+            micro = [_to(batch, device, machine) for batch in _take(stream, division.micro)]
+            terms = _update(model, network, rules, scaler, micro, step / total, recipe, machine, device)
+            if not all(math.isfinite(v) for v in terms.values()):
+                _stop(micro, terms, step, log, name)
+            if writer is not None:
+                for term, value in terms.items():
+                    writer.add_scalar(f"{name}/{term}", value, step)
+                writer.add_scalar(f"{name}/lr", rules[0][0].param_groups[0]["lr"], step)
+            bar.set_postfix({k: f"{v:.4f}" for k, v in terms.items()}, refresh=False)
+            bar.update()
+            if score is not None and (step + 1) * recipe.epochs // total > step * recipe.epochs // total:
+                _check_weights(network, step, name)
+                _keep_best(best, network, score, name)
+            if (step + 1) % every == 0 and step + 1 < total:
+                _check_weights(network, step, name)
+                _save(resume, network, rules, scaler, identity, step + 1)
+    _check_weights(network, total - 1, name)
+    if main:
+        if score is not None:
+            network.load_state_dict(store.read_weights(best)["network"])
+        if finish is not None:
+            network.eval()
+            with torch.no_grad(), autocast(machine, device):
+                finish()
+        store.write_model(weights, {k: v.cpu() for k, v in network.state_dict().items()}, description)
+        for done in (resume, best):
+            done.unlink(missing_ok=True)
+    distributed.barrier()
+
+
+def _wrap(network: nn.Module, machine: Machine, device: torch.device) -> nn.Module:
+    model: nn.Module = network
+    if machine.compile:
+        model = torch.compile(model)  # type: ignore[assignment]
+    if distributed.world() > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        model = DistributedDataParallel(model, device_ids=ids, find_unused_parameters=bool(network.finds_unused))
+    return model
+
+
+def _take(stream: Iterator[Batch], count: int) -> list[Batch]:
+    return [next(stream) for _ in range(count)]
+
+
+def _to(batch: Batch, device: torch.device, machine: Machine) -> Batch:
+    moved = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+    if machine.channels_last and device.type == "cuda":
+        moved["image"] = moved["image"].contiguous(memory_format=torch.channels_last)
+    return moved
+
+
+def _update(
+    model: nn.Module, network: nn.Module, rules: Rules, scaler: torch.amp.GradScaler,
+    micro: list[Batch], progress: float, recipe: Fit, machine: Machine, device: torch.device,
+) -> dict[str, float]:
+    """One update from its micro-batches; returns the loss terms averaged over micro-batches and processes."""
+    for batch in micro:
+        batch.update(network.prepare(batch, progress))  # type: ignore[operator]
+    _share_counts(network, micro)
+    for optimiser, _ in rules:
+        optimiser.zero_grad(set_to_none=True)
+    sums: dict[str, Tensor] = {}
+    for number, batch in enumerate(micro):
+        # gradients travel between processes once an update, with the last micro-batch
+        quiet = isinstance(model, DistributedDataParallel) and number + 1 < len(micro)
+        with model.no_sync() if quiet else contextlib.nullcontext():  # type: ignore[operator]
+            with autocast(machine, device):
+                terms = model(batch, progress)
+            scaler.scale(sum(terms.values()) / len(micro)).backward()
+        for term, value in terms.items():
+            sums[term] = sums.get(term, torch.zeros((), device=device)) + value.detach().float() / len(micro)
+    stacked = distributed.total(torch.stack(list(sums.values()))) / distributed.world()
+    values = dict(zip(sums, stacked.tolist(), strict=True))
+    if all(math.isfinite(v) for v in values.values()):
+        if recipe.clip_norm:
+            for optimiser, _ in rules:
+                scaler.unscale_(optimiser)
+            nn.utils.clip_grad_norm_(network.parameters(), recipe.clip_norm)
+        for optimiser, _ in rules:
+            scaler.step(optimiser)
+        scaler.update()
+    return values
+
+
+def _share_counts(network: nn.Module, micro: list[Batch]) -> None:
+    """Give every micro-batch the mean count over all micro-batches of all processes (Network.counts)."""
+    counted = [network.counts(batch) for batch in micro]  # type: ignore[operator]
+    for key in counted[0]:
+        mean = distributed.total(torch.stack([c[key].float() for c in counted]).sum())
+        mean = mean / (len(micro) * distributed.world())
+        for batch in micro:
+            batch[f"counts/{key}"] = mean
+
+
+def _keep_best(path: Path, network: nn.Module, score: Callable[[], float], name: str) -> None:
+    """Rate the network and keep its weights where they are better than those that are kept. A resumed training rates
+    some epochs again and finds them kept already."""
+    if distributed.is_main():
+        network.eval()
+        value, kept = score(), float(store.read_weights(path)["score"]) if path.exists() else -math.inf
+        network.train()
+        distributed.say(f"{name}: epoch rated {value:.4f}" + (", the best so far" if value > kept else ""))
+        if value > kept:
+            store.write_weights(path, {"network": network.state_dict(), "score": value})
+    distributed.barrier()
+
+
+def _save(
+    path: Path, network: nn.Module, rules: Rules, scaler: torch.amp.GradScaler, identity: str, step: int
+) -> None:
+    if distributed.is_main():
+        optimisers = [optimiser.state_dict() for optimiser, _ in rules]
+        state = {"network": network.state_dict(), "optimisers": optimisers, "scaler": scaler.state_dict()}
+        store.write_weights(path, {**state, "identity": identity, "step": step})
+
+
+def _resume(
+    path: Path, network: nn.Module, rules: Rules, scaler: torch.amp.GradScaler, identity: str
+) -> int:
+    distributed.barrier()
+    if not path.exists():
+        return 0
+    state = store.read_weights(path)
+    there, now = json.loads(state.get("identity", "{}")), json.loads(identity)
+    differing = [k for k in {**there, **now} if there.get(k) != now.get(k)]
+    if differing:
+        shown = "; ".join(f"{k} was {there.get(k)!r}, is {now.get(k)!r}" for k in differing[:5])
+        raise ValueError(
+            f"{path} is the resume point of another training ({shown}). Delete it to train from the start, or give the "
+            "settings it was made with."
+        )
+    network.load_state_dict(state["network"])
+    for (optimiser, _), stored in zip(rules, state["optimisers"], strict=True):
+        optimiser.load_state_dict(stored)
+    if state["scaler"]:  # empty where it was saved without fp16
+        scaler.load_state_dict(state["scaler"])
+    return int(state["step"])
+
+
+def _check_weights(network: nn.Module, step: int, name: str) -> None:
+    """A finite loss can have gradients that are not: weights they spoiled are never written."""
+    if not all(bool(torch.isfinite(p).all()) for p in network.parameters()):
+        raise NonFiniteLoss(
+            f"{name}: weights are not finite after update {step}, they are not written. A resume point made before "
+            f"stays. Start the same command again with --machine.amp off, or train anew with a smaller --{name}.fit.lr."
+        )
+
+
+def _stop(micro: list[Batch], terms: dict[str, float], step: int, log: Path, name: str) -> None:
+    kept = log / f"{name}_nonfinite_rank{distributed.rank()}.pt"
+    store.write_weights(kept, [{k: v.cpu() for k, v in batch.items()} for batch in micro])
+    shown = ", ".join(f"{k} = {v}" for k, v in terms.items())
+    raise NonFiniteLoss(
+        f"{name}: the loss is not finite at update {step} ({shown}). A resume point made before stays; the batch is in "
+        f"{kept}. Start the same command again with --machine.amp off, or train anew with a smaller "
+        f"--{name}.fit.lr in another run folder."
+    )

@@ -1,0 +1,1 @@
+"""Spreading class scores over an image: random walk, pixel-adaptive refinement."""

@@ -1,0 +1,1 @@
+"""Scores: masks, maps, objects, boxes."""

@@ -1,0 +1,288 @@
+"""Scores a set of images with misc/score/metrics.py: the one evaluator of the steps and of ``evaluation.py``.
+
+Images come from callables, id -> array, so nothing here knows where masks and maps are kept. All images are looked at
+before a problem is reported, and a set with a problem has no score.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from misc.files.store import quiet_threads
+from misc.score.erosion import ErodedCurve, erode
+from misc.score.metrics import (
+    VOID_RULE,
+    BoundaryConfusion,
+    Confusion,
+    Convention,
+    InstancePrecision,
+    Maps,
+    ThresholdCurve,
+    mask_at,
+)
+from misc.score.objects import Instances
+
+
+class EvaluationError(ValueError):
+    """Some images could not be scored, so there is no score. ``problems``: (id, cause and remedy), in list order."""
+
+    def __init__(self, problems: list[tuple[str, str]]) -> None:
+        self.problems = problems
+        lines = [f"{name}: {text}" for name, text in problems[:10]]
+        more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
+        super().__init__("\n".join([f"{len(problems)} images can't be scored:", *lines, *more]))
+
+
+@dataclass
+class Scores:
+    """Result of ``evaluate_masks`` and ``evaluate_cams``."""
+
+    confusion: Confusion
+    """Counts of the masks; for a curve those at its best threshold."""
+    boundary: BoundaryConfusion | None
+    """Counts of the boundary bands of the same masks, if they were asked for."""
+    images: int
+    """Images counted."""
+    threshold: float | None = None
+    """Background score of the maps; None for masks."""
+    curve: ThresholdCurve | None = None
+    """All thresholds, if ``threshold`` was searched on these very images; None: it was given, or masks."""
+    erosion: int = 0
+    """Side of the square that the cut maps were eroded by; 0: none."""
+
+    def to_dict(self, names: Sequence[str], split: str, convention: Convention = "counting") -> dict[str, Any]:
+        """All scores and what they rest on, for JSON: scores in PERCENT, undefined ones None.
+
+        ``names`` (n,) of the classes, background first; ``split`` names the images (a searched threshold says so).
+        """
+        confusion, boundary = self.confusion, self.boundary
+        columns = {"iou": confusion.iou(convention), "precision": confusion.precision, "recall": confusion.recall}
+        means = {
+            "miou": confusion.miou(convention),
+            "mean_precision": confusion.precision.mean(),
+            "mean_recall": confusion.recall.mean(),
+            "pixel_accuracy": confusion.pixel_accuracy,
+            "class_accuracy": confusion.class_accuracy,
+            "frequency_weighted_iou": confusion.frequency_weighted_iou,
+            "false_positive": confusion.false_positive,
+            "false_negative": confusion.false_negative,
+        }
+        if boundary is not None:
+            columns["boundary_iou"] = boundary.iou(convention)
+            means["boundary_miou"] = boundary.miou(convention)
+        chosen = "fixed" if self.curve is None else f"searched on {split}"
+        result: dict[str, Any] = {
+            "images": self.images,
+            "split": split,
+            "threshold": self.threshold,
+            "threshold_choice": None if self.threshold is None else chosen,
+            "erosion": self.erosion,
+            "void_predictions": VOID_RULE,
+            "convention": convention,
+            "unit": "percent",
+            **{key: _percent(value) for key, value in means.items()},
+            "classes": [
+                {"index": i, "name": name, **{key: _percent(column[i]) for key, column in columns.items()}}
+                for i, (name, _) in enumerate(zip(names, columns["iou"], strict=True))
+            ],
+            "confusion": confusion.matrix.tolist(),
+            "predicted_void": confusion.counts[:-1, -1].tolist(),
+        }
+        if self.curve is not None:
+            curve = zip(self.curve.thresholds.tolist(), self.curve.mious(convention), strict=True)
+            result["curve"] = [{"threshold": t, "miou": _percent(value)} for t, value in curve]
+        return result
+
+
+def _percent(value: float) -> float | None:
+    return None if math.isnan(value) else 100 * float(value)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Work of a process, hence made of things that pickle."""
+
+    read: Callable[[str], tuple[np.ndarray, ...]]
+    """id -> arguments of the counters' ``add``."""
+    counters: Callable[[], list[Any]]
+    """() -> empty counters."""
+
+    def count(self, ids: Sequence[str]) -> tuple[list[Any], list[tuple[str, str]]]:
+        """Counters over ``ids``, and (id, text) of every image that has a problem."""
+        counters, problems = self.counters(), []
+        for name in ids:
+            try:
+                arguments = self.read(name)
+                for counter in counters:
+                    counter.add(*arguments)
+            except (ValueError, OSError) as error:
+                problems.append((name, str(error)))
+        return counters, problems
+
+    def count_all(self, ids: Sequence[str], workers: int, progress: bool) -> list[Any]:
+        """Merged counters over all ``ids``; raises EvaluationError if any of them had a problem."""
+        if not ids:
+            raise ValueError("no images to evaluate")
+        size = max(1, min(32, len(ids) // (4 * max(1, workers))))
+        chunks = [ids[i : i + size] for i in range(0, len(ids), size)]
+        total, problems = self.counters(), []
+        with ExitStack() as stack:
+            spread: Callable[..., Iterator[Any]] = map
+            if workers > 1:  # spawned, not forked: safe beside threads and accelerators
+                context = multiprocessing.get_context("spawn")
+                spread = stack.enter_context(ProcessPoolExecutor(workers, context, initializer=quiet_threads)).map
+            hidden = None if progress else True  # None: shown on terminals only
+            bar = stack.enter_context(tqdm(total=len(ids), unit="image", disable=hidden))
+            for chunk, (counters, faults) in zip(chunks, spread(self.count, chunks), strict=True):
+                total = [a.merge(b) for a, b in zip(total, counters, strict=True)]
+                problems += faults
+                bar.update(len(chunk))
+        if problems:
+            raise EvaluationError(problems)
+        return total
+
+
+def _read_mask(predict: Callable[[str], np.ndarray | None], truth: Callable[[str], np.ndarray], name: str):
+    expected, mask = truth(name), predict(name)
+    return expected, np.zeros_like(expected) if mask is None else mask
+
+
+def _read_maps(cams: Callable[[str], Maps | None], truth: Callable[[str], np.ndarray], name: str):
+    expected, maps = truth(name), cams(name)
+    return expected, *(((), ()) if maps is None else maps)
+
+
+def _cut(cams: Callable[[str], Maps | None], threshold: float, erosion: int, name: str) -> np.ndarray | None:
+    maps = cams(name)
+    if maps is None:
+        return None
+    return erode(mask_at(maps, threshold), erosion) if erosion else mask_at(maps, threshold)
+
+
+def _mask_counters(num_classes: int, boundary: bool) -> list[Any]:
+    return [Confusion(num_classes)] + ([BoundaryConfusion(num_classes)] if boundary else [])
+
+
+def _curve_counters(num_classes: int, thresholds: tuple[float, ...], erosion: int) -> list[Any]:
+    return [ErodedCurve(num_classes, thresholds, erosion) if erosion else ThresholdCurve(num_classes, thresholds)]
+
+
+def evaluate_masks(
+    ids: Sequence[str],
+    predict: Callable[[str], np.ndarray | None],
+    truth: Callable[[str], np.ndarray],
+    num_classes: int,
+    *,
+    boundary: bool = True,
+    workers: int = 1,
+    progress: bool = True,
+) -> Scores:
+    """Scores masks.
+
+    ``predict(id)`` and ``truth(id)`` give (H, W) integers, 0..n-1 or 255; a prediction None counts as background
+    everywhere. ``num_classes`` n counts the background. ``workers`` > 1: that many processes, the callables must
+    pickle. Raises EvaluationError, after all images were looked at, naming those that can't be read or don't fit.
+    """
+    job = _Job(partial(_read_mask, predict, truth), partial(_mask_counters, num_classes, boundary))
+    confusion, *rest = job.count_all(ids, workers, progress)
+    return Scores(confusion, rest[0] if rest else None, len(ids))
+
+
+def evaluate_cams(
+    ids: Sequence[str],
+    cams: Callable[[str], Maps | None],
+    truth: Callable[[str], np.ndarray],
+    num_classes: int,
+    thresholds: Sequence[float],
+    *,
+    convention: Convention = "counting",
+    erosion: int = 0,
+    boundary: bool = True,
+    workers: int = 1,
+    progress: bool = True,
+) -> Scores:
+    """Scores class maps at one given background score, or at the one of several with the best mIoU on these images.
+
+    ``cams(id)`` gives (keys (K,) 0-based classes, maps (K, H, W)), or None for background everywhere. One threshold is
+    *fixed*, several are *searched* and give a curve in one pass; ``boundary`` takes a second pass then, at the best.
+    ``erosion``: every region of the cut maps is eroded by a square of this odd side (published for SemFormer's CAMs:
+    7, semformer.md section 10), which takes one mask a threshold and image; 0: none.
+    Other arguments and errors as for ``evaluate_masks``.
+    """
+    curve, best = None, float(thresholds[0])
+    if len(thresholds) > 1:
+        job = _Job(partial(_read_maps, cams, truth), partial(_curve_counters, num_classes, tuple(thresholds), erosion))
+        (curve,) = job.count_all(ids, workers, progress)
+        best, _ = curve.best(convention)
+        if not boundary:
+            at = curve.thresholds.tolist().index(best)
+            return Scores(curve.confusion(at), None, len(ids), best, curve, erosion)
+    cut = partial(_cut, cams, best, erosion)
+    scores = evaluate_masks(ids, cut, truth, num_classes, boundary=boundary, workers=workers, progress=progress)
+    return replace(scores, threshold=best, curve=curve, erosion=erosion)
+
+
+@dataclass
+class InstanceScores:
+    """Result of ``evaluate_instances``."""
+
+    precision: InstancePrecision
+    """Detections, matched."""
+    images: int
+    """Images counted."""
+
+    def to_dict(self, names: Sequence[str], split: str) -> dict[str, Any]:
+        """Scores in PERCENT for JSON, undefined ones None: ap50 (and one for each further IoU) as the mean over classes
+        and of each class. ``names`` (C,) of the foreground classes; ``split`` names the images."""
+        keys = [f"ap{round(100 * iou)}" for iou in self.precision.ious]
+        columns = {key: self.precision.average_precision(at) for at, key in enumerate(keys)}
+        return {
+            "images": self.images,
+            "split": split,
+            "threshold": None,
+            "threshold_choice": None,
+            "unit": "percent",
+            **{key: _percent(self.precision.mean(at)) for at, key in enumerate(keys)},
+            "objects": int(self.precision.objects.sum()),
+            "classes": [
+                {"index": i + 1, "name": name, **{key: _percent(column[i]) for key, column in columns.items()}}
+                for i, name in enumerate(names)
+            ],
+        }
+
+
+def _read_instances(predict: Callable[[str], Instances], truth: Callable[[str], Instances], name: str):
+    return truth(name), predict(name)
+
+
+def evaluate_instances(
+    ids: Sequence[str],
+    predict: Callable[[str], Instances],
+    truth: Callable[[str], Instances],
+    num_classes: int,
+    *,
+    workers: int = 1,
+    progress: bool = True,
+) -> InstanceScores:
+    """Scores single objects by VOC's average precision at mask IoU 0.5 and 0.7 (irnet.md section 11).
+
+    ``predict(id)`` and ``truth(id)`` give an image's objects; ``num_classes`` does not count the background. Other
+    arguments and errors as for ``evaluate_masks``.
+    """
+    job = _Job(partial(_read_instances, predict, truth), partial(_instance_counters, num_classes))
+    (precision,) = job.count_all(ids, workers, progress)
+    return InstanceScores(precision, len(ids))
+
+
+def _instance_counters(num_classes: int) -> list[Any]:
+    return [InstancePrecision(num_classes)]

@@ -1,0 +1,229 @@
+"""The configuration of a run: method, data, folders, and the recipe of every step; built from names, presets and the
+command line before any work starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from misc import config as settings
+from misc.config import Machine
+from misc.files import store
+from misc.files.runfolder import RunFolder
+from net import contract
+from voc12.catalog import READERS, Catalog, open_catalog
+from voc12.generated.sets import LAYOUTS
+
+SAMPLE_ROOT = Path("data/sample")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The generated sample set (voc12/generated/sets.py)."""
+
+    images: int = 240
+    """Training images."""
+    val: int = 80
+    """Validation images."""
+    classes: int = 5
+    """Foreground classes."""
+    seed: int = 0
+    """Seed of the generator."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run is made of."""
+
+    method: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="METHOD")] = "seam"
+    """The CAM method."""
+    preset: Literal["published", "sample"] = "sample"
+    """published: the paper's recipe. sample: tiny networks, minutes on two CPU cores."""
+    data: str = "sample"
+    """Data set: sample (generated), voc12 (VOC 2012 or any folder in its layout), coco14 (MS-COCO 2014), folder (your
+    own images and labels.csv: docs/your_data.md); of boxes, not masks: sample_cub (generated), cub200
+    (CUB-200-2011)."""
+    root: Annotated[Path | None, tyro.conf.arg(aliases=["--voc12-root"])] = None
+    """Folder of the data set. Default for the sample set: data/sample-..., named after its settings."""
+    run: Annotated[Path | None, tyro.conf.arg(aliases=["--out"])] = None
+    """Run folder: everything is written here. Default: runs/METHOD-DATA. Under torchrun say --out: it takes --run for
+    an option of its own."""
+    steps: tuple[str, ...] = ()
+    """Steps to run: numbers, names and ranges (2-5, make_cam random_walk). Default: all, from the first unfinished."""
+    seed: int = 0
+    """Seed of initial weights, data order, augmentation and dropout."""
+    train_list: str | None = None
+    """List of training images: a name in ImageSets/Segmentation (coco14, folder: in splits) or a file. Default:
+    train_aug where the data set has it, else train."""
+    score_list: str = "train"
+    """List on which CAMs and pseudo masks are scored, where it has masks."""
+    val_list: str = "val"
+    """List on which the segmentation network is tested."""
+    refiner: str = "psa"
+    """Affinity network (steps 3 to 5)."""
+    segmenter: str = "deeplabv1"
+    """Segmentation network (steps 6 and 7). own: the CAM network itself, of methods that predict masks (getam); steps 3
+    to 6 are then not needed."""
+    cams: Path | None = None
+    """Run folder whose CAM network and CAMs are taken over (linked into this run), made with the same settings of the
+    CAM network and the same data: steps 1 and 2 then have nothing to do."""
+    saliency: Path | None = None
+    """Folder of saliency maps ID.png (one 8-bit channel, sizes of the images), for methods that are trained with them.
+    Default: the folder Saliency of the data set."""
+    masks: Literal["pseudo", "truth"] = "pseudo"
+    """What the segmentation network is trained on. truth: the data set's own masks, for the upper bound."""
+    shard: str = "0/1"
+    """i/n: do only the i-th of n parts of the images in per-image steps (independent jobs, i from 0)."""
+    overlays: bool = False
+    """Lay pseudo masks and predictions over their images too: label_overlay/ID.jpg, seg_overlay/ID.jpg."""
+    redo: bool = False
+    """Do the named steps again though they are finished: their files, and those of all later steps, are removed first.
+    To go on after an interruption leave it out."""
+    force: bool = False
+    """Go on in a run folder that was made by another configuration."""
+    sample: Sample = field(default_factory=Sample)
+    """The generated sample set."""
+    machine: Machine = field(default_factory=Machine)
+    """Devices, processes, precision: changes no recipe."""
+    cam: contract.SeedRecipe = None  # type: ignore[assignment]
+    """The CAM network (steps 1 and 2)."""
+    aff: contract.RefineRecipe = None  # type: ignore[assignment]
+    """The refiner (steps 3 to 5)."""
+    seg: contract.SegmentTest = None  # type: ignore[assignment]
+    """The segmentation network (steps 6 and 7)."""
+
+    def shard_part(self) -> tuple[int, int]:
+        """(i, n) of ``shard``; ValueError if it is no such thing."""
+        match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
+        if not match or not int(match[1]) < int(match[2]):
+            raise ValueError(f"--shard {self.shard} is not i/n with 0 <= i < n.")
+        return int(match[1]), int(match[2])
+
+    def data_root(self) -> Path:
+        """Folder of the data set; ValueError where it must be given and is not, or there is no such data set."""
+        if self.data not in READERS:
+            raise ValueError(f"--data {self.data}: there is no such data set. There are: {', '.join(READERS)}.")
+        if self.root is not None:
+            return self.root
+        if self.data in LAYOUTS:
+            s = self.sample
+            return SAMPLE_ROOT.with_name(f"{self.data}-{s.images}-{s.val}-{s.classes}-seed{s.seed}")
+        raise ValueError(f"--data {self.data} needs --root DIR, the folder of the data set.")
+
+    def recorded(self) -> dict[str, Any]:
+        """The flat settings that decide the result (run.json); two runs with equal ones make the same files."""
+        flat = settings.flatten(dataclasses.replace(self, machine=None))
+        for name in ("run", "root", "steps", "shard", "overlays", "redo", "force", "machine", "cams", "saliency"):
+            flat.pop(name)
+        if self.root is not None or self.data not in LAYOUTS:
+            flat = {k: v for k, v in flat.items() if not k.startswith("sample.")}
+        return identity({k: str(v) if isinstance(v, Path) else v for k, v in flat.items()})
+
+
+def identity(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat settings with the content's fingerprint in place of the path of a weight file: the same file is the same
+    setting wherever it lies. A file that is not there (any more) keeps its path."""
+
+    def content(name: str, value: Any) -> Any:
+        if name.rpartition(".")[2] != "weights" or value in settings.START_WORDS:
+            return value
+        return ",".join(store.fingerprint(Path(f)) if Path(f).is_file() else f for f in value.split(","))
+
+    return {name: content(name, value) for name, value in flat.items()}
+
+
+def named(table: Mapping[str, Any], name: str, what: str) -> Any:
+    """The registered class of a name; ValueError lists the names there are."""
+    if name not in table:
+        raise ValueError(f"There is no {what} {name!r}. There are: {', '.join(sorted(table))}.")
+    return table[name]
+
+
+def default_config(method: str, preset: str, refiner: str | None = None, segmenter: str | None = None) -> Config:
+    """The configuration of a method and preset before the command line changes it.
+
+    Where another refiner or segmenter than the method's own is named, that one's own recipe is taken. ValueError where
+    the method is to be its own segmenter and predicts no masks.
+    """
+    contract.load_methods()
+    recipe = named(contract.SEEDS, method, "method").recipes[preset]
+    refiner, segmenter = refiner or recipe.refiner, segmenter or recipe.segmenter
+    aff = named(contract.REFINERS, refiner, "refiner").recipes[preset]
+    if segmenter == contract.OWN:
+        if recipe.own is None:
+            names = ", ".join(sorted(contract.SEGMENTERS))
+            raise ValueError(f"--segmenter own: {method} predicts no masks itself. There are: {names}.")
+        seg: contract.SegmentTest = recipe.own
+    else:
+        seg = named(contract.SEGMENTERS, segmenter, "segmenter").recipes[preset]
+    if refiner == recipe.refiner:
+        aff = settings.override(aff, recipe.refine)
+    if segmenter == recipe.segmenter:
+        seg = settings.override(seg, recipe.segment)
+    return Config(
+        method=method, preset=preset, refiner=refiner, segmenter=segmenter, cam=recipe.cam, aff=aff, seg=seg,
+        data=recipe.data or ("sample" if preset == "sample" else "voc12"),
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a step gets: the configuration, the data set and the run folder."""
+
+    cfg: Config
+    catalog: Catalog
+    run: RunFolder
+
+    @property
+    def train_list(self) -> str:
+        """Name of the list that CAMs, pseudo masks and trainings go through."""
+        return self.cfg.train_list or self.catalog.default_train_list()
+
+    def train_ids(self) -> list[str]:
+        """Ids of the training list."""
+        return self.catalog.ids(self.train_list)
+
+    def cam_ids(self) -> list[str]:
+        """Ids that get CAMs and pseudo masks: the training list, then what is scored and not in it."""
+        ids = self.train_ids()
+        if self.catalog.has_list(self.cfg.score_list):
+            known = set(ids)
+            ids = ids + [i for i in self.catalog.ids(self.cfg.score_list) if i not in known]
+        return ids
+
+    @property
+    def single_stage(self) -> bool:
+        """Whether the CAM network is the segmenter too."""
+        return self.cfg.segmenter == contract.OWN
+
+    @property
+    def aim(self) -> str:
+        """Which steps the run is made of (step.Aim)."""
+        if self.catalog.aim == "masks" and self.single_stage:
+            return "single_stage"
+        return self.catalog.aim
+
+    def saliency_folder(self) -> Path:
+        """Where the saliency maps are, if the method is trained with any."""
+        return self.cfg.saliency or self.catalog.root / "Saliency"
+
+    def mask_files(self, mask: Callable[[str], Path], ids: Iterable[str]) -> list[Path]:
+        """The masks ``mask(id)`` that a step makes, and their overlays where these are asked for."""
+        masks = [mask(i) for i in ids]
+        return masks + [self.run.overlay(path) for path in masks] if self.cfg.overlays else masks
+
+    def refine_method(self) -> type[contract.AffinityNetwork]:
+        """The refiner's class."""
+        return contract.REFINERS[self.cfg.refiner]
+
+
+def open_job(cfg: Config) -> Job:
+    """Open the data set and name the run folder (nothing is written yet)."""
+    run = cfg.run or Path("runs") / f"{cfg.method}-{cfg.data}"
+    return Job(cfg, open_catalog(cfg.data, cfg.data_root()), RunFolder(run))

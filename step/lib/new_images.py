@@ -1,0 +1,246 @@
+"""An extra step, in no pipeline: masks of new images from trained networks, without a list, a data set or truth.
+
+Networks come from their own files (net/model.py). Results lie in one folder: masks/ID.png (VOC palette),
+overlays/ID.jpg, and what is asked for besides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from misc import distributed
+from misc.config import CamInference, Machine, SegInference, override
+from misc.crf.dense import CRFSettings, DenseCRF
+from misc.files import atomic, store
+from misc.files.imagefiles import safe_name
+from misc.image import draw, pixels
+from misc.loop.each import EachFailed, each
+from net.contract import AffinityNetwork, Phase, SeedNetwork, Segmenter, SingleStage, SoftCam
+from net.model import Model
+from step.infer_seg import class_scores
+from step.make_cam import class_maps
+from step.random_walk import walked
+
+Refinement = Literal["auto", "walk", "crf", "threshold"]
+
+Scores = Callable[[str, np.ndarray, tuple[int, int]], tuple[np.ndarray, np.ndarray]]
+"""id, image (h, w, 3) uint8 as the network sees it, size (H, W) of the file's image -> scores (n, h, w) float32, and
+the mask value of each of them (n,) uint8."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where results go, and how they are made."""
+
+    out: Path
+    """Folder of the results."""
+    max_megapixels: float | None = None
+    """Larger images are shrunk to this for the network; masks and overlays have the image's own size. 0: never.
+    None: ``usual_megapixels`` of the network."""
+    redo: bool = False
+    """Make masks again that are there already."""
+    machine: Machine = field(default_factory=Machine)
+    """Devices, processes, precision."""
+
+    def file(self, kind: str, image_id: str, suffix: str) -> Path:
+        """File KIND/ID.SUFFIX; ValueError for an id that would leave the folder."""
+        return self.out / kind / f"{store.checked_id(image_id)}.{suffix}"
+
+
+def segment_images(
+    model: Model, images: Mapping[str, Path], folder: Folder, device: torch.device, *,
+    probabilities: bool = False, fast: bool = False,
+) -> None:
+    """Predict images with a segmentation network, as its recipe tests it.
+
+    Args:
+        model: of part seg.
+        images: {id: file}.
+        folder: where to, and how.
+        device: where to compute.
+        probabilities: also write probabilities/ID.npz: ``probabilities`` (C + 1, h, w) float16, summing to one, at the
+            size that the network saw, and ``size`` (2,), height and width of the image.
+        fast: one scale, no mirror image, no CRF.
+
+    Raises:
+        ValueError: the folder holds results of another model or other settings.
+        EachFailed: some images failed, the others are finished.
+    """
+    network = model.network.to(device)
+    assert isinstance(network, Segmenter | SingleStage)
+    infer: SegInference = model.recipe.infer
+    if fast:
+        usual = model.recipe.augment.crop if infer.square else 1
+        nearest = min(infer.scales, key=lambda scale: abs(math.log(scale / usual)))
+        infer = override(infer, {"scales": (nearest,), "flip": False, "crf.iterations": 0})
+    values = np.arange(len(model.classes) + 1, dtype=np.uint8)
+
+    def scores(image_id: str, image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        found = class_scores(network, image, infer, folder.machine, device)
+        if probabilities:
+            shares = found / found.sum(0, keepdims=True)  # a maximum over scales does not sum to one
+            path = folder.file("probabilities", image_id, "npz")
+            store.write_arrays(path, probabilities=shares.astype(np.float16), size=np.array(size))
+        return found, values
+
+    made = ["probabilities/*.npz"] if probabilities else []
+    settings = {"fast": fast, "probabilities": probabilities}
+    _each_image(scores, images, folder, model, settings, made)
+
+
+def map_images(
+    cam: Model, refiner: Model | None, tags: Sequence[str], images: Mapping[str, Path], folder: Folder,
+    device: torch.device, *, refine: Refinement = "auto", threshold: float = 0.3, fast: bool = False,
+) -> str:
+    """Maps and refined masks of images whose tags are known, from a CAM network.
+
+    Writes maps/ID.npz (as a run's cam/) and maps/ID_CLASS.jpg besides. Mask: by the refiner's random walk; without one,
+    by a dense CRF over the maps and a constant background score; or by that score alone.
+
+    Args:
+        cam: of part cam.
+        refiner: of part aff, if one was trained.
+        tags: class names that all the images have.
+        images, folder, device: as for ``segment_images``.
+        refine: what makes the mask; auto: the walk if there is a refiner, else the CRF.
+        threshold: background score of CRF and threshold.
+        fast: one scale, no mirror image.
+
+    Returns:
+        What made the masks, in words.
+
+    Raises:
+        ValueError: no or unknown tags; a walk without a refiner; as ``segment_images``. EachFailed.
+    """
+    unknown = [tag for tag in tags if tag not in cam.classes]
+    if unknown or not tags:
+        raise ValueError(f"--tags: there is no class {', '.join(unknown) or '(none named)'} in this network. It knows: "
+                         f"{', '.join(cam.classes)}.")  # fmt: skip
+    if refine == "auto":
+        refine = "walk" if refiner else "crf"
+    if refine == "walk" and (refiner is None or refiner.classes != cam.classes):
+        raise ValueError("--refine walk: the run has no trained refiner for these classes. Run train_aff, or leave it.")
+    network, walker = cam.network.to(device), refiner.network.to(device) if refiner else None
+    assert isinstance(network, SeedNetwork)
+    infer: CamInference = cam.recipe.infer
+    if fast:
+        infer = override(infer, {"scales": infer.scales[:1], "flip": False})
+    keys = np.array(sorted({cam.classes.index(tag) for tag in tags}))
+    present = np.zeros(len(cam.classes), np.float32)
+    present[keys] = 1
+
+    def scores(image_id: str, image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        maps, coarse = class_maps(network, image, present, infer, folder.machine, device)
+        path = folder.file("maps", image_id, "npz")
+        store.write_cam(path, keys, maps, size, coarse)
+        stored = store.read_cam(path)  # as a run's files hold it, so that a training image gets the same mask again
+        maps = stored.maps
+        for key, score in zip(keys, maps, strict=True):
+            path = folder.file("maps", f"{image_id}_{safe_name(cam.classes[key])}", "jpg")
+            store.write_bytes(path, store.jpeg_bytes(draw.heat(image, score)))
+        values = np.array([0, *(keys + 1)], np.uint8)
+        if refine == "walk":
+            assert refiner is not None and isinstance(walker, AffinityNetwork)
+            values_in = pixels.to_tensor(pixels.normalise(image, walker.normalisation))
+            soft = SoftCam(keys, maps, stored.coarse)
+            return walked(walker, values_in, soft, refiner.recipe.walk, folder.machine, device)[0], values
+        found = np.concatenate([np.full_like(maps[:1], threshold), maps])  # (K + 1, h, w)
+        return (DenseCRF(image, CRFSettings(), device)(found) if refine == "crf" else found), values
+
+    how = {
+        "walk": f"the random walk of the run's refiner {refiner.method if refiner else ''}",
+        "crf": f"a dense CRF from the background score {threshold:g} (no refiner was used)",
+        "threshold": f"the background score {threshold:g} alone",
+    }[refine]
+    settings = {"tags": sorted(tags), "fast": fast, "refined by": how}
+    if refine == "walk" and refiner is not None:
+        settings["refiner"] = refiner.fingerprint
+    _each_image(scores, images, folder, cam, settings, ["maps/*.npz", "maps/*.jpg"])
+    return how
+
+
+def usual_megapixels(recipe: Phase) -> float:
+    """The size up to which a network sees an image as it is: six times the area of the crops it was trained on.
+
+    Data sets like VOC stay below it, so their images are treated as in the run. What a photograph of many megapixels
+    shows is far larger than anything the network has seen, and would cost gigabytes.
+    """
+    return 6 * recipe.augment.crop**2 / 1e6
+
+
+def shrunk(image: np.ndarray, megapixels: float) -> np.ndarray:
+    """(H, W, 3) uint8 at no more than so many megapixels (0: as it is), of the same aspect."""
+    height, width = image.shape[:2]
+    factor = math.sqrt(megapixels * 1e6 / (height * width)) if megapixels else 1.0
+    return pixels.resize_image(image, pixels.truncated_size((height, width), factor)) if factor < 1 else image
+
+
+def _each_image(
+    scores: Scores, images: Mapping[str, Path], folder: Folder, model: Model, settings: dict[str, Any],
+    made: Sequence[str],
+) -> None:
+    """Write mask and overlay of every image that has none yet."""
+    megapixels = usual_megapixels(model.recipe) if folder.max_megapixels is None else folder.max_megapixels
+    _begin(folder, model.classes, {"model": model.fingerprint, **settings, "max_megapixels": megapixels})
+    shrunken: list[str] = []
+
+    def done(image_id: str) -> bool:
+        mask, image = folder.file("masks", image_id, "png"), images[image_id]
+        return not folder.redo and mask.exists() and image.exists() and mask.stat().st_mtime >= image.stat().st_mtime
+
+    def prepare(image_id: str) -> tuple[np.ndarray, np.ndarray]:
+        image = store.read_image(images[image_id])
+        return image, shrunk(image, megapixels)
+
+    def work(image_id: str, prepared: tuple[np.ndarray, np.ndarray]) -> None:
+        image, small = prepared
+        if small.shape != image.shape:
+            shrunken.append(image_id)
+        found, values = scores(image_id, small, image.shape[:2])
+        mask = values[draw.resized_argmax(found, image.shape[:2])]
+        picture = store.jpeg_bytes(draw.overlay(image, mask))
+        store.write_bytes(folder.file("overlays", image_id, "jpg"), picture)
+        store.write_mask(folder.file("masks", image_id, "png"), mask)  # last: it stands for all
+
+    failed: EachFailed | None = None
+    try:
+        each("predict", list(images), work, prepare=prepare, done=done, workers=folder.machine.workers)
+    except EachFailed as error:  # the finished ones are told of all the same
+        failed = error
+    count = len(distributed.joined(shrunken))
+    if count:
+        distributed.say(
+            f"{count} images were shrunk to {megapixels:.2g} megapixels for the network (--max-megapixels); their "
+            "masks have their own size."
+        )
+    distributed.say(f"files: {', '.join(str(folder.out / name) for name in ('masks/*.png', 'overlays/*.jpg', *made))}")
+    if failed is not None:
+        raise failed
+
+
+def _begin(folder: Folder, classes: Sequence[str], settings: dict[str, Any]) -> None:
+    """Record what the folder's results are made by (predict.json); ValueError where it is something else."""
+    path = folder.out / "predict.json"
+    now = {"settings": settings, "mask values": {str(i): name for i, name in enumerate(["background", *classes])}}
+    there = store.read_json(path) if path.exists() else now
+    if there != now:
+        was = {**there.get("settings", {}), "classes": list(there.get("mask values", {}).values())}
+        new = {**settings, "classes": list(now["mask values"].values())}
+        differing = [k for k in {**was, **new} if was.get(k) != new.get(k)]
+        lines = "\n".join(f"  {k}: {was.get(k)!r} there, {new.get(k)!r} now" for k in differing)
+        raise ValueError(
+            f"{folder.out} holds results of another model or other settings:\n{lines}\n"
+            "Use another --out folder, or delete this one."
+        )
+    distributed.barrier()
+    if distributed.is_main():
+        atomic.remove_leftovers([folder.out])
+        store.write_json(path, now)
+    distributed.barrier()

@@ -1,0 +1,199 @@
+"""Scores of what a step made, where the data set has masks, recorded in scores.json with their provenance."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from misc import distributed
+from misc.files.store import read_arrays, read_cam, read_mask
+from misc.score import wsol
+from misc.score.evaluate import InstanceScores, Scores, evaluate_cams, evaluate_instances, evaluate_masks
+from misc.score.objects import Instances, read_instances, true_instances
+from net.contract import Phase, SeedRecipe
+from step.lib.config import Job
+
+THRESHOLDS = tuple(i / 100 for i in range(60))
+"""Background scores of the published curves (evaluation.md 1.3)."""
+
+
+def start_weights(phase: Phase, cam: SeedRecipe | None = None) -> str:
+    """What the network of a phase was trained from, in words, for the provenance of its scores: random weights, a file
+    and what that was trained on, or the CAM network, which ``cam`` made."""
+    if phase.weights == "none":
+        return "random"
+    if phase.weights == "cam" and cam is not None:
+        return f"CAM network (from {start_weights(cam.phases()[-1][1])})"
+    name = Path(phase.weights).name
+    return f"{phase.init} ({name})" if phase.init else name
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Readers of an image's arrays by id; picklable for worker processes."""
+
+    path: Callable[[str], Path | None]
+    read: Callable[[Path], np.ndarray]
+
+    def __call__(self, image_id: str) -> Any:
+        path = self.path(image_id)
+        if path is None:
+            raise FileNotFoundError(f"{image_id} has no mask in the data set.")
+        return self.read(path)
+
+
+def _read_maps(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    cam = read_cam(path)
+    return cam.keys, cam.full()
+
+
+def score_cams(job: Job) -> None:
+    """Search the background score of the CAMs on the scored list and record curve and best mIoU."""
+    ids = _scorable(job, "CAM", job.cfg.score_list)
+    if ids:
+        scores = evaluate_cams(
+            ids, _Files(job.run.cam, _read_maps), _Files(job.catalog.mask_path, read_mask),
+            job.catalog.num_classes + 1, THRESHOLDS, boundary=False,
+        )
+        infer = job.cfg.cam.infer
+        _record(
+            job, "CAM", job.cfg.score_list, scores, tags="true tags", scales=list(infer.scales), flip=infer.flip,
+            selection=job.cfg.cam.selection, start_weights=start_weights(job.cfg.cam.phases()[-1][1]),
+        )
+
+
+def score_masks(job: Job, name: str, split: str, path: Callable[[str], Path], **provenance: Any) -> None:
+    """Score masks of a list and record them under ``name``."""
+    ids = _scorable(job, name, split)
+    if ids:
+        scores = evaluate_masks(
+            ids, _Files(path, read_mask), _Files(job.catalog.mask_path, read_mask), job.catalog.num_classes + 1,
+        )
+        _record(job, name, split, scores, **provenance)
+
+
+@dataclass(frozen=True)
+class _TrueInstances:
+    """An image's true objects by its id; picklable for worker processes."""
+
+    job: Job
+
+    def __call__(self, image_id: str) -> Instances:
+        catalog = self.job.catalog
+        paths = catalog.object_path(image_id), catalog.mask_path(image_id)
+        assert paths[0] is not None and paths[1] is not None  # score_instances has looked
+        try:
+            return true_instances(read_mask(paths[0]), read_mask(paths[1]))
+        except ValueError as error:
+            raise ValueError(f"{paths[0]}, {paths[1]}: {error}. Replace the wrong one.") from None
+
+
+def score_instances(job: Job, name: str, split: str, path: Callable[[str], Path], **provenance: Any) -> None:
+    """Score single objects of a list, where the data set tells its objects apart, and record them under ``name``."""
+    ids = _scorable(job, name, split)
+    if ids and any(job.catalog.object_path(i) is None for i in ids):
+        distributed.say(f"The list {split} has images without masks of single objects: {name} are not scored.")
+    elif ids:
+        scores = evaluate_instances(
+            ids, _Files(path, read_instances), _TrueInstances(job), job.catalog.num_classes
+        )
+        _record_instances(job, name, split, scores, **provenance)
+
+
+def _record_instances(job: Job, name: str, split: str, scores: InstanceScores, **provenance: Any) -> None:
+    job.run.add_score(name, {**scores.to_dict(job.catalog.classes, split), **provenance})
+    found = ", ".join(
+        f"{100 * scores.precision.mean(at):.2f} AP at mask IoU {iou:g}" for at, iou in enumerate(scores.precision.ious)
+    )
+    distributed.say(
+        f"{name}: {found} on {split}, {scores.images} images, {scores.precision.objects.sum()} objects; trained from "
+        f"{provenance['start_weights']}"
+    )
+
+
+def score_boxes(job: Job) -> None:
+    """Score the boxes of the validation list by both protocols and record each figure (wsol.md sections 7 and 8)."""
+    if not _whole(job):
+        return
+    split, options, infer = job.cfg.val_list, job.cfg.cam.boxes, job.cfg.cam.infer
+    found = [read_arrays(job.run.box(i)) for i in job.catalog.ids(split)]
+    verdicts = [
+        wsol.Verdict(**{f.name: stored[f.name].item() for f in dataclasses.fields(wsol.Verdict)}) for stored in found
+    ]
+    overlap = np.stack([stored["overlap"] for stored in found], 1)  # (2, N, T)
+    taus = wsol.thresholds(options.interval)
+    v1, at = wsol.max_box_acc(overlap[0], taus)
+    searched = f"searched on {split} itself"
+    hidden, given, start = "none", "true class", start_weights(job.cfg.cam.phases()[-1][1])
+    fixed = {"threshold": options.threshold, "threshold_choice": "fixed"}
+    figures = [(n, v, given if n == "GT-Known" else hidden, fixed) for n, v in wsol.summary(verdicts).items()]
+    figures += [
+        ("MaxBoxAcc", v1, given, {"threshold": at, "threshold_choice": searched}),
+        ("MaxBoxAccV2", wsol.max_box_acc_v2(overlap[1]), given,
+         {"threshold": None, "threshold_choice": f"one for each overlap of {list(wsol.IOUS)}, {searched}"}),
+    ]  # fmt: skip
+    pixels = sum(stored["pixels"] for stored in found)
+    if pixels.any():
+        figures.append(("PxAP", wsol.pxap(pixels), given, {"threshold": None, "threshold_choice": "all"}))
+    for name, value, tags, cut in figures:
+        cut = {"threshold": None, "threshold_choice": None} if name.startswith("Cls") else cut
+        job.run.add_score(
+            f"boxes: {name}",
+            {"value": value, "unit": "percent", "images": len(found), "split": split, "tags": tags, **cut,
+             "scales": list(infer.scales), "flip": infer.flip, "grid": options.side, "start_weights": start,
+             **({"errors": wsol.error_shares(verdicts)} if name == "Loc Top-1" else {})},
+        )  # fmt: skip
+        distributed.say(f"{name}: {value:.2f} % on {split}, {len(found)} images, tags used: {tags}")
+
+
+def _whole(job: Job) -> bool:
+    """Whether this process is to score a list: it is the main one, and no part of the images is another job's."""
+    if job.cfg.shard_part()[1] > 1:
+        distributed.say("This is one part of the images (--shard): call the step again without it to score them all.")
+        return False
+    return distributed.is_main()
+
+
+def why_unscored(job: Job, split: str) -> str | None:
+    """Why the data set lets nothing be scored on a list, in a sentence or two; None where all its images have masks."""
+    if not job.catalog.has_list(split):
+        return f"There is no list {split} in {job.catalog.root}, so nothing is scored on it."
+    ids = job.catalog.ids(split)
+    with_mask = sum(job.catalog.mask_path(i) is not None for i in ids)
+    if with_mask == 0:
+        return f"The list {split} has no true masks, so scores are left out."
+    if with_mask < len(ids):
+        return (
+            f"Only {with_mask} of the {len(ids)} images of the list {split} have true masks, so scores are left out. "
+            "Add the others, or name a list of images with masks."
+        )
+    return None
+
+
+def _scorable(job: Job, name: str, split: str) -> list[str]:
+    """Ids of a list if this process is to score it: all images have masks, and no part of them is another job's.
+    Otherwise it is said why ``name`` has no score."""
+    if not _whole(job):
+        return []
+    reason = why_unscored(job, split)
+    if reason is not None:
+        distributed.say(f"{name}: no score. {reason}")
+        return []
+    return job.catalog.ids(split)
+
+
+def _record(job: Job, name: str, split: str, scores: Scores, **provenance: Any) -> None:
+    names = ["background", *job.catalog.classes]
+    job.run.add_score(name, {**scores.to_dict(names, split), **provenance})
+    chosen = ""
+    if scores.threshold is not None:
+        chosen = f" at background score {scores.threshold:.2f} (searched on {split} itself)"
+    distributed.say(
+        f"{name}: {100 * scores.confusion.miou():.2f} mIoU on {split}, {scores.images} images{chosen}; trained from "
+        f"{provenance['start_weights']}"
+    )

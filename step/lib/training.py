@@ -1,0 +1,131 @@
+"""What the three training steps share: build a network, its samples, and hand both to the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from misc import distributed
+from misc.config import flatten
+from misc.files.store import checked_id, read_image, read_mask
+from misc.image.pixels import normalise, to_tensor
+from misc.loop.fit import Batch, divide, fit
+from net.contract import Network, Phase
+from net.model import Part, describe, load_state
+from step.lib.config import Job, identity
+from voc12.loader import Draws, TrainSet, make_loader
+
+
+def build(job: Job, phase: Phase, earlier: Mapping[str, Network] | None = None) -> Network:
+    """The network of a phase with its random initial weights, a function of the run's seed."""
+    torch.manual_seed(job.cfg.seed)
+    return phase.network.build(job.catalog.num_classes, earlier or {})
+
+
+def trained(job: Job, name: str, phase: Phase, device: torch.device, earlier: Mapping[str, Network] | None = None
+            ) -> Network:
+    """The network of a phase with the weights that its training wrote, in evaluation mode on ``device``.
+
+    Raises FileNotFoundError before its step has run; ValueError if the file belongs to another network.
+    """
+    network = build(job, phase, earlier)
+    load_state(network, job.run.weights(name))
+    return network.to(device).eval()
+
+
+@dataclass(frozen=True)
+class _Saliency:
+    """Reads the saliency map of an image; picklable for worker processes."""
+
+    job: Job
+
+    def __call__(self, image_id: str) -> np.ndarray:
+        return read_mask(self.job.saliency_folder() / f"{checked_id(image_id)}.png")
+
+
+def train(
+    job: Job,
+    name: str,
+    phase: Phase,
+    network: Network,
+    device: torch.device,
+    *,
+    ids: list[str],
+    mask: Callable[[str], np.ndarray] | None = None,
+    planes: Callable[[str], np.ndarray] | None = None,
+    plane_fill: float = 0.0,
+    target: Callable[[np.ndarray], Any] | None = None,
+    score: Callable[[], float] | None = None,
+) -> None:
+    """Train a network on the images ``ids`` as its phase says and write weights/NAME.pt, unless it is there.
+
+    The batches hold saliency maps where the network wants them.
+
+    Args:
+        mask: reads the (H, W) uint8 mask of an image, for segmentation networks.
+        planes: reads the label planes of an image, for affinity networks, filled with ``plane_fill`` outside it.
+        target: turns augmented planes into the training target.
+        score: rates the network after every epoch; the best weights are written instead of the last ones.
+    """
+    recipe = phase.fit
+    if all(distributed.joined([job.run.weights(name).exists()])):
+        distributed.say(f"{name}: trained already.")
+        return
+    if phase.weights != "none":
+        start = str(job.run.weights("cam")) if phase.weights == "cam" else phase.weights
+        if phase.weights == "cam" and not job.run.weights("cam").exists():
+            raise FileNotFoundError(f"{name} starts from {start}, which does not exist: run train_cam first.")
+        for source in start.split(","):
+            distributed.say(f"{name}: starts from {source}: {network.load_weights(source)}")
+    division = divide(recipe, distributed.world())
+    draws = Draws(len(ids), recipe.batch_size, recipe.sample_order, job.cfg.seed)
+    total = recipe.steps or recipe.epochs * draws.steps_per_epoch
+    samples = TrainSet(
+        job.catalog, ids, phase.augment, network.normalisation, job.cfg.seed,
+        with_mask=mask, planes=planes, plane_fill=plane_fill, target=target,
+        saliency=_Saliency(job) if phase.network.wants_saliency else None,
+    )
+
+    def batches(start: int) -> Iterable[Batch]:
+        return make_loader(
+            samples, draws, rank=distributed.rank(), world=distributed.world(), micro_batch=division.micro_size,
+            start_step=start, total_steps=total, workers=job.cfg.machine.workers,
+        )
+
+    def calibrate() -> None:
+        split = job.cfg.score_list if job.catalog.has_list(job.cfg.score_list) else job.train_list
+        distributed.say(f"{name}: measures what inference needs, on {split}.")
+        network.calibrate(images.to(device) for images in _corner_images(job, split, phase, network.normalisation))
+
+    fit(
+        network, batches, recipe, total, machine=job.cfg.machine, device=device, seed=job.cfg.seed,
+        weights=job.run.weights(name), log=job.run.log, name=name,
+        made_by={**identity(flatten(phase)), "images": job.catalog.fingerprint(job.train_list)},
+        description=_description(job, name, network), finish=calibrate if network.calibrates else None, score=score,
+    )
+
+
+def _corner_images(job: Job, split: str, phase: Phase, normalisation: str) -> Iterator[torch.Tensor]:
+    """Images of a list, unscaled, cut or padded at the bottom and right to the training crop: batches (b, 3, S, S)."""
+    side, ids = phase.augment.crop, job.catalog.ids(split)
+    size = phase.fit.micro_batch or phase.fit.batch_size
+    for begin in range(0, len(ids), size):
+        batch = torch.zeros(len(ids[begin : begin + size]), 3, side, side)
+        for canvas, image_id in zip(batch, ids[begin : begin + size], strict=True):
+            image = to_tensor(normalise(read_image(job.catalog.image_path(image_id)), normalisation))[:, :side, :side]
+            canvas[:, : image.shape[1], : image.shape[2]] = image
+        yield batch
+
+
+def _description(job: Job, name: str, network: Network) -> dict[str, Any]:
+    """What the file of the phase ``name`` says of itself."""
+    cfg = job.cfg
+    part: Part = "aff" if name == "aff" else "seg" if name == "seg" else "cam"
+    method = {"cam": cfg.method, "aff": cfg.refiner, "seg": cfg.segmenter}[part]
+    recipe = identity(flatten(getattr(cfg, part)))
+    test = cfg.seg if name == "cam" and job.single_stage else None
+    return describe(part, method, cfg.preset, recipe, job.catalog.classes, network, test)

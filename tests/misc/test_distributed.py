@@ -1,0 +1,91 @@
+"""Two processes under torchrun do what one does: the same losses, weights and files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from running import ROOM, arguments, digests, make_set, start
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_fit import RECIPE, Toy, curve, train
+
+from misc import distributed
+from misc.config import Fit
+from misc.files.store import read_cam, read_model
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def curves(log: Path) -> dict[str, list[float]]:
+    """Every logged curve of a training."""
+    events = EventAccumulator(str(log))
+    events.Reload()
+    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def close(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    """Whether two state dicts agree in what is trained (statistics are each process's own)."""
+    assert one.keys() == two.keys()
+    trained = [k for k in one if "running_" not in k and "num_batches" not in k and k != "seen"]
+    return all(torch.allclose(one[k], two[k], rtol=1e-3, atol=1e-5) for k in trained)
+
+
+def test_the_loops_of_two_processes(tmp_path: Path) -> None:
+    script = str(ROOM / "tests" / "misc" / "two_processes.py")
+    ended = start([*TORCHRUN, script, str(tmp_path)], PYTHONPATH=f"{ROOM}:{ROOM}/tests")
+    assert ended.returncode == 0, ended.stderr
+    assert "2 process(es) x 2 micro-batch(es) x 1" in ended.stdout
+    alone = train(tmp_path / "alone", Fit(**{**vars(RECIPE), "micro_batch": None}), Toy(dropout=0))
+    assert close(read_model(tmp_path / "fit" / "weights" / "toy.pt")[0], alone)
+    for term in ("fit", "valid"):
+        assert curve(tmp_path / "fit", term) == pytest.approx(curve(tmp_path / "alone", term), rel=1e-4)
+    assert (tmp_path / "unused" / "weights" / "toy.pt").exists()
+    # an image that failed in one process is told by all, so that none takes the step for done
+    told = [(tmp_path / f"failed{rank}.txt").read_text() for rank in range(2)]
+    assert told[0] == told[1] and "1 of 5 images failed" in told[0] and "b: ValueError: b.jpg is no image." in told[0]
+    makers = {p.name: p.read_text() for p in (tmp_path / "images").iterdir()}
+    assert makers == {"a": "0", "c": "0", "e": "0", "d": "1"}
+
+
+def test_a_run_of_two_processes_gives_the_losses_weights_and_files_of_one(tmp_path: Path) -> None:
+    data = make_set(tmp_path / "data")
+    frozen = [f"--{part}.network.resnet38.freeze-bn" for part in ("cam", "aff")]
+    micro = [word for part in ("cam", "aff", "seg") for word in (f"--{part}.fit.micro-batch", "2")]
+    ended = {}
+    for name, launcher in (("one", []), ("two", TORCHRUN)):
+        ended[name] = start([*launcher, "run_sample.py", *arguments(data, tmp_path / name, *frozen, *micro)])
+        assert ended[name].returncode == 0, ended[name].stderr
+    assert "1 process(es) x 2 micro-batch(es) x 2" in ended["one"].stdout
+    assert "2 process(es) x 1 micro-batch(es) x 2" in ended["two"].stdout
+    made = [digests(tmp_path / name, "*", "weights/*", "cam/*", "aff_label/*", "label/*", "seg/*") for name in ended]
+    assert made[0].keys() == made[1].keys() and len(made[0]) > 40
+    for part in ("cam", "aff", "seg"):
+        logged = [curves(tmp_path / name / "log" / part) for name in ended]
+        assert logged[0].keys() == logged[1].keys() and len(logged[0]) >= 2
+        for term, values in logged[0].items():
+            assert values == pytest.approx(logged[1][term], rel=1e-2, abs=1e-4), term
+        weights = [read_model(tmp_path / name / "weights" / f"{part}.pt")[0] for name in ended]
+        assert close(*weights), part
+    for path in (tmp_path / "one" / "cam").iterdir():
+        maps = [torch.from_numpy(read_cam(p).maps) for p in (path, tmp_path / "two" / "cam" / path.name)]
+        assert torch.allclose(*maps, atol=2e-2)
+
+
+def test_one_process_needs_no_group() -> None:
+    assert (distributed.rank(), distributed.world(), distributed.is_main()) == (0, 1, True)
+    assert distributed.joined([1, 2]) == [1, 2] and distributed.total(torch.tensor(3)) == 3
+    distributed.barrier()
+    distributed.stop()
+
+
+def test_a_gpu_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--machine.device cuda: PyTorch sees no GPU"):
+        distributed.start("cuda")
+    assert distributed.start("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="There are 2 GPUs but more processes: lower --nproc-per-node"):
+        distributed.start("auto")

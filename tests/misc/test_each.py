@@ -1,0 +1,202 @@
+"""The loop over images: shares, resume, failures that cost nobody else, worker processes that die."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from misc.files import atomic, store
+from misc.loop import each as each_module
+from misc.loop.each import EachFailed, WorkerDied, each, shard
+
+IDS = [f"im{i}" for i in range(12)]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Writes a file for an id; picklable. ``bad`` ids raise, ``deadly`` ones kill, ``full`` fill the disk."""
+
+    folder: Path
+    bad: tuple[str, ...] = ()
+    deadly: tuple[str, ...] = ()
+    full: tuple[str, ...] = ()
+
+    def __call__(self, image_id: str, prepared: str = "") -> None:
+        if image_id in self.bad:
+            raise ValueError(f"{image_id}.jpg is no image.")
+        if image_id in self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if image_id in self.full:
+            raise atomic.DiskFull(28, "No disk space left")
+        store.write_bytes(self.folder / image_id, f"{os.getpid()} {prepared}".encode())
+
+    def done(self, image_id: str) -> bool:
+        return (self.folder / image_id).exists()
+
+    def made(self) -> list[str]:
+        """Finished files; one that a killed worker was writing starts with a dot."""
+        return sorted((p.name for p in self.folder.iterdir() if not p.name.startswith(".")), key=IDS.index)
+
+
+def prepare(image_id: str) -> str:
+    if image_id == "im3":
+        raise FileNotFoundError("im3.jpg does not exist.")
+    return f"read {image_id}"
+
+
+MODES = {"here": {}, "processes": {"workers": 2}, "look-ahead": {"prepare": str, "workers": 3}}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_all_ids_are_worked_on_once(mode: str, tmp_path: Path) -> None:
+    work = Work(tmp_path)
+    each("step", IDS, work, done=work.done, **MODES[mode])
+    assert work.made() == IDS
+    first = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    each("step", IDS, work, done=work.done, **MODES[mode])
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == first
+
+
+def test_processes_are_other_processes_and_look_ahead_is_not(tmp_path: Path) -> None:
+    for mode, here in (("here", True), ("look-ahead", True), ("processes", False)):
+        work = Work(tmp_path / mode)
+        each("step", IDS, work, done=work.done, **MODES[mode])
+        makers = {int(p.read_text().split()[0]) for p in work.folder.iterdir()}
+        assert (makers == {os.getpid()}) == here, mode
+
+
+def test_what_was_prepared_belongs_to_its_image(tmp_path: Path) -> None:
+    work = Work(tmp_path)
+    each("step", IDS[:3], work, done=work.done, prepare=prepare, workers=2)
+    assert [(tmp_path / i).read_text().split(" ", 1)[1] for i in IDS[:3]] == [f"read {i}" for i in IDS[:3]]
+
+
+def test_only_what_is_missing_is_read_and_made(tmp_path: Path) -> None:
+    work = Work(tmp_path, bad=("im0", "im7"))
+    for image_id in ("im0", "im7"):
+        (tmp_path / image_id).write_text("kept")
+    (tmp_path / ".im1.99.part").write_text("half")  # left by a killed process
+    asked: list[str] = []
+    each("step", IDS, work, done=work.done, prepare=lambda i: asked.append(i) or "", workers=1)
+    assert sorted(asked, key=IDS.index) == [i for i in IDS if i not in ("im0", "im7")]
+    assert (tmp_path / "im0").read_text() == "kept" and "half" not in (tmp_path / "im1").read_text()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_failing_image_costs_no_other(mode: str, tmp_path: Path) -> None:
+    work = Work(tmp_path, bad=("im2", "im9"))
+    with pytest.raises(EachFailed) as told:
+        each("step", IDS, work, done=work.done, **MODES[mode])
+    assert work.made() == [i for i in IDS if i not in work.bad]
+    assert [f.image_id for f in told.value.failures] == ["im2", "im9"]
+    text = str(told.value)
+    assert "step: 2 of 12 images failed" in text and "im9: ValueError: im9.jpg is no image." in text
+    assert "same command again" in text
+    mended = Work(tmp_path)
+    each("step", IDS, mended, done=mended.done, **MODES[mode])
+    assert mended.made() == IDS
+
+
+def test_a_failing_preparation_costs_no_other(tmp_path: Path) -> None:
+    work = Work(tmp_path)
+    with pytest.raises(EachFailed, match="im3: FileNotFoundError: im3.jpg does not exist"):
+        each("step", IDS, work, done=work.done, prepare=prepare, workers=2)
+    assert work.made() == [i for i in IDS if i != "im3"]
+
+
+def test_a_long_list_of_failures_is_cut(tmp_path: Path) -> None:
+    work = Work(tmp_path, bad=tuple(IDS))
+    with pytest.raises(EachFailed, match=r"im9: .*\n  \.\.\. and 2 more"):
+        each("step", IDS, work, done=work.done)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_full_disk_stops_at_once(mode: str, tmp_path: Path) -> None:
+    work = Work(tmp_path, full=("im1",))
+    with pytest.raises(atomic.DiskFull):
+        each("step", IDS, work, done=work.done, **MODES[mode])
+    assert "im0" in work.made() and "im11" not in work.made()
+
+
+def test_shards_share_the_ids_evenly() -> None:
+    parts = [shard(IDS, (i, 5)) for i in range(5)]
+    assert sorted(sum(parts, []), key=IDS.index) == IDS
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_shards_and_processes_share_the_ids_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(each_module.distributed, "world", lambda: 2)
+    seen: list[str] = []
+    for rank in range(2):
+        monkeypatch.setattr(each_module.distributed, "rank", lambda rank=rank: rank)
+        for part in range(3):
+            seen += shard(IDS, (part, 3))
+    assert sorted(seen, key=IDS.index) == IDS
+
+
+def test_a_worker_that_is_killed_is_told_with_the_image_and_a_remedy(tmp_path: Path) -> None:
+    work = Work(tmp_path, deadly=("im5",))
+    with pytest.raises(WorkerDied, match=r"died .*im5.*same command again, with fewer --machine.workers"):
+        each("step", IDS, work, done=work.done, workers=2)
+    mended = Work(tmp_path)
+    each("step", IDS, mended, done=mended.done, workers=2)
+    assert mended.made() == IDS
+
+
+def test_workers_are_spawned_where_a_gpu_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    methods: list[str] = []
+    context = multiprocessing.get_context
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: methods.append(method) or context("fork"))
+    each("step", IDS, Work(tmp_path), done=Work(tmp_path).done, workers=2)
+    assert methods == ["spawn"]
+
+
+@dataclass(frozen=True)
+class Sleeper:
+    """Notes its process and sleeps."""
+
+    folder: Path
+
+    def __call__(self, image_id: str) -> None:
+        (self.folder / str(os.getpid())).touch()
+        time.sleep(600)
+
+
+def gone(process: int) -> bool:
+    """Whether a process has ended (or only waits for somebody to take note of it)."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def wait_for(condition) -> None:
+    """Until it is true, at most a minute."""
+    waiting = threading.Event()
+    for _ in range(600):
+        if condition():
+            return
+        waiting.wait(0.1)
+    raise AssertionError("waited in vain")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    options = {"done": lambda i: False, "workers": 2}
+    parent = multiprocessing.get_context("fork").Process(
+        target=each, args=("step", IDS, Sleeper(tmp_path)), kwargs=options, daemon=False
+    )
+    parent.start()
+    wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
+    parent.kill()
+    parent.join()
+    wait_for(lambda: all(gone(int(p.name)) for p in tmp_path.iterdir()))

@@ -1,0 +1,499 @@
+"""The driver from end to end on a tiny data set: files, scores, going on, parts, doing again, and bad input."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from running import TINY, arguments, digests, make_set, run, start
+
+import run_sample
+from misc.files import store
+from step import select
+
+MADE = ("weights/*.pt", "cam/*", "aff_label/*", "label/*", "seg/*")
+IDS = [f"2025_{i:06d}" for i in range(1, 9)]
+VAL = [f"2026_{i:06d}" for i in range(1, 4)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_set(tmp_path_factory.mktemp("data") / "set")
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run; not to be changed."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    assert run(data, out) == 0
+    return out
+
+
+@pytest.fixture
+def out(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    return shutil.copytree(finished, tmp_path / "out")
+
+
+@pytest.fixture
+def own(data: Path, tmp_path: Path) -> Path:
+    """A copy of the data set, to be damaged."""
+    return shutil.copytree(data, tmp_path / "own")
+
+
+@pytest.fixture(autouse=True)
+def no_default_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever a run would write to its default places lands in the test's folder."""
+    monkeypatch.chdir(tmp_path)
+    yield
+
+
+def lists(root: Path, name: str) -> Path:
+    return root / "ImageSets" / "Segmentation" / f"{name}.txt"
+
+
+def refused(capsys: pytest.CaptureFixture[str], data: Path, out: Path, *flags: str) -> str:
+    """The message of a run that must end with status 1."""
+    capsys.readouterr()
+    assert run(data, out, *flags) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.rpartition("\nerror: ")[2]
+
+
+def said(capsys: pytest.CaptureFixture[str], data: Path, out: Path, *flags: str) -> str:
+    """What a run that must succeed prints."""
+    capsys.readouterr()
+    assert run(data, out, *flags) == 0
+    return capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------- a whole run
+
+
+def test_every_step_makes_its_files(finished: Path) -> None:
+    assert digests(finished, "weights/*").keys() == {f"weights/{n}.pt" for n in ("cam", "aff", "seg")}
+    for folder, suffixes, ids in (("cam", ["npz"], IDS), ("aff_label", ["npz", "png"], IDS), ("label", ["png"], IDS),
+                                  ("seg", ["png"], VAL)):  # fmt: skip
+        wanted = {f"{i}.{suffix}" for i in ids for suffix in suffixes}
+        assert {p.name for p in (finished / folder).iterdir()} == wanted
+    record = json.loads((finished / "run.json").read_text())
+    assert list(record["steps"]) == [s.name for s in select([])] and all(s["done"] for s in record["steps"].values())
+    assert record["config"]["cam.fit.steps"] == 4 and record["data"].keys() == {"train", "val"}
+
+
+def test_masks_have_the_size_of_their_images_and_only_known_classes(finished: Path, data: Path) -> None:
+    for folder, ids in (("label", IDS), ("seg", VAL), ("aff_label", IDS)):
+        for image_id in ids:
+            mask = store.read_mask(finished / folder / f"{image_id}.png")
+            assert mask.shape == store.read_image(data / "JPEGImages" / f"{image_id}.jpg").shape[:2]
+            assert set(np.unique(mask)) <= {0, 1, 2, 255}
+    cam = store.read_cam(finished / "cam" / f"{IDS[0]}.npz")
+    truth = store.read_mask(data / "SegmentationClass" / f"{IDS[0]}.png")
+    assert set(cam.keys + 1) == set(np.unique(truth)) - {0, 255} and cam.size == truth.shape
+
+
+def test_scores_say_where_they_come_from(finished: Path) -> None:
+    scores = json.loads((finished / "scores.json").read_text())
+    cam, walked, predicted = scores.values()
+    assert list(scores)[0] == "CAM" and cam["step"] == "make_cam" and predicted["step"] == "infer_seg"
+    assert (cam["split"], cam["images"], cam["tags"]) == ("train", 8, "true tags")
+    assert cam["threshold_choice"] == "searched on train" and len(cam["curve"]) == 60
+    assert (predicted["split"], predicted["images"], predicted["tags"]) == ("val", 3, "none")
+    assert all(0 <= s["miou"] <= 100 for s in (cam, walked, predicted))
+    assert [s["start_weights"] for s in (cam, walked, predicted)] == ["random"] * 3
+
+
+def test_the_report_is_one_page(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") > 20 and "<polyline" in page and "cam.fit.lr" in page
+    assert set(re.findall(r"(?:src|href)=\W*(\w+:?)", page)) == {"data:"}
+    assert (finished / "pictures.png").stat().st_size > 1000
+    assert "name=viewport" in page and "prefers-color-scheme: dark" in page
+    assert page.count("<div class=scroll><table>") == page.count("<table>") == 3  # no table widens a narrow page
+    assert "searched on the scored list used its truth" in page
+    assert json.loads((finished / "run.json").read_text())["command"][0] in html.unescape(page)
+
+
+def test_a_finished_run_is_left_as_it_is(out: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = digests(out, *MADE)
+    assert said(capsys, data, out).count("done already") == len(select([]))
+    assert digests(out, *MADE) == before
+
+
+def test_the_same_command_gives_the_same_bytes(finished: Path, data: Path, tmp_path: Path) -> None:
+    assert run(data, tmp_path / "again", "--machine.workers", "2") == 0
+    assert digests(tmp_path / "again", *MADE) == digests(finished, *MADE)
+
+
+def test_a_missing_file_is_made_again_and_nothing_else(
+    out: Path, finished: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (out / "cam" / f"{IDS[3]}.npz").unlink()
+    (out / "weights" / "aff.pt").unlink()
+    told = said(capsys, data, out)
+    assert "make_cam: 7 of 8 images are done already" in told
+    assert told.count("done already (--redo") == 5  # the page is made anew
+    assert digests(out, *MADE) == digests(finished, *MADE)
+
+
+def test_steps_can_be_done_one_after_the_other(
+    finished: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "steps"
+    assert "--steps make_aff_label" in said(capsys, data, out, "--steps", "train_cam", "2")
+    assert not (out / "aff_label").exists()
+    said(capsys, data, out, "--steps", "3-5")
+    assert not (out / "weights" / "seg.pt").exists()
+    assert digests(out, *MADE) == {k: v for k, v in digests(finished, *MADE).items() if "seg" not in k}
+
+
+def test_a_step_without_what_it_needs_names_it(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = refused(capsys, data, tmp_path / "new", "--steps", "make_cam")
+    assert "cam.pt does not exist: run the step that trains it first" in told
+    assert "random_walk" in refused(capsys, data, tmp_path / "new", "--steps", "train_seg")
+    flags = ("--steps", "train_seg", "--masks", "truth", "--seg.weights", "cam")
+    assert "cam.pt does not exist. Run train_cam first" in refused(capsys, data, tmp_path / "truth", *flags)
+
+
+def test_parts_together_are_the_whole(
+    finished: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "parts"
+    told = said(capsys, data, out, "--shard", "0/2")
+    assert "[4/9] train_aff: needs all 2 parts" in told and "nothing" not in told
+    assert {p.stem for p in (out / "cam").iterdir()} == set(IDS[::2]) and not (out / "scores.json").exists()
+    said(capsys, data, out, "--shard", "1/2")
+    assert {p.stem for p in (out / "aff_label").iterdir()} == set(IDS)
+    told = said(capsys, data, out)
+    assert "[1/9] train_cam: done already" in told and "make_cam: 8 of 8 images are done already" in told
+    assert digests(out, *MADE) == digests(finished, *MADE)
+    assert (out / "scores.json").read_text() == (finished / "scores.json").read_text()
+
+
+def test_redo_does_the_named_step_again_and_what_rests_on_it(
+    out: Path, finished: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (out / "label" / f"{IDS[0]}.png").write_bytes(b"edited")
+    (out / "weights" / "seg.resume.pt").write_bytes(b"left by an interrupted training")
+    (out / "weights" / "cam.pt").touch()
+    said(capsys, data, out, "--redo", "--steps", "random_walk")
+    assert not (out / "weights" / "seg.pt").exists() and not (out / "weights" / "seg.resume.pt").exists()
+    assert not (out / "seg").exists() and not (out / "report.html").exists()
+    assert list(json.loads((out / "scores.json").read_text())) == ["CAM", "pseudo masks after the walk"]
+    said(capsys, data, out)
+    assert digests(out, *MADE) == digests(finished, *MADE)
+
+
+def test_redo_of_a_part_is_refused(out: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--redo with --shard" in refused(capsys, data, out, "--redo", "--shard", "0/2")
+    assert (out / "cam").exists()
+
+
+def test_true_masks_can_be_trained_on(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = said(capsys, data, tmp_path / "truth", "--masks", "truth", "--steps", "6", "7")
+    assert "trained on true masks" in told
+
+
+def test_voc12_root_chooses_the_data_set(data: Path) -> None:
+    for words in (["--voc12_root", str(data)], ["--voc12-root", str(data)], [f"--voc12_root={data}"]):
+        cfg = run_sample.parse(["seam", *words])
+        assert cfg.data == "voc12" and cfg.root == data
+    assert run_sample.parse(["seam", "--root", str(data)]).data == "sample"
+
+
+def test_an_interrupted_run_says_so_and_leaves_nothing_half(
+    data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, replace = tmp_path / "out", os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        if Path(target).name == f"{IDS[4]}.npz":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        assert run(data, out) == 130
+    assert "interrupted: start the same command again" in capsys.readouterr().err
+    assert not list(out.rglob("*.part")) and len(list((out / "cam").iterdir())) == 4
+    assert run(data, out, "--steps", "1-2") == 0
+    assert digests(out, "cam/*") == digests(finished, "cam/*")
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def test_help_shows_steps_methods_and_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        run_sample.main(["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and max(map(len, text.splitlines())) < 200
+    for part in ("1 train_cam: ", "9 report: ", "seam", "psa", "deeplabv1", "torchrun", "--voc12-root", "METHOD",
+                 "--cam.fit.lr", "--aff.walk.logt", "--seg.infer.crf.iterations", "Base learning rate"):  # fmt: skip
+        assert part in text, part
+
+
+WRONG = {
+    "method": (["nosuch"], "There is no method 'nosuch'. There are: "),
+    "method late": (["--preset", "sample", "psa"], "METHOD comes first"),
+    "preset": (["seam", "--preset", "big"], "--preset big: there are published and sample"),
+    "refiner": (["seam", "--refiner=x"], "There is no refiner 'x'"),
+    "step": (["seam", "--steps", "2-nosuch"], "--steps nosuch: there is no such step. The steps are: 1 train_cam"),
+    "shard": (["seam", "--shard", "2/2"], "--shard 2/2 is not i/n"),
+    "data": (["seam", "--data", "coco"], "--data coco: there is no such data set. There are: voc12, "),
+    "root": (["seam", "--data", "coco14"], "--data coco14 needs --root"),
+    "weights": (["seam", "--cam.weights", "nowhere.pth"], "--cam.weights nowhere.pth: there is no such file"),
+    "batch": (["seam", "--aff.fit.micro-batch", "3"], "no multiple of micro_batch = 3"),
+    "score list": (["seam", "--score-list", "trian"], "There is no list 'trian'"),
+    "required": (["seam", "--preset", "published", "--data", "sample"], "give --cam.weights FILE"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("argv, told", WRONG.values(), ids=WRONG)
+def test_wrong_words_are_one_line_errors(
+    argv: list[str], told: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = [] if {"coco", "coco14"} & set(argv) else ["--root", str(data)]
+    assert run_sample.main([*argv, *root, "--run", "new"]) == 1
+    error = capsys.readouterr().err
+    assert told in error and error.startswith("\nerror: ") and error.count("\n") == 2
+    assert not Path("new").exists()
+
+
+@pytest.mark.parametrize("argv", [["--nosuch", "1"], ["--cam.fit.lr", "fast"], ["--cam.fit.epochs", "0"]])
+def test_an_unknown_flag_or_impossible_value_is_named(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        run_sample.main(["seam", *argv])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and argv[0].split(".")[-1].strip("-") in error and "Traceback" not in error
+
+
+def test_errors_of_a_process_are_short_and_give_its_status(tmp_path: Path) -> None:
+    ended = start(["run_sample.py", "seam", "--root", str(tmp_path / "nowhere")])
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert f"No data set in VOC's layout in {tmp_path}/nowhere (which does not exist)" in ended.stderr
+
+
+# ---------------------------------------------------------------------------------------------- another configuration
+
+
+def test_another_configuration_is_refused_unless_forced(
+    out: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = digests(out, *MADE)
+    told = refused(capsys, data, out, "--cam.fit.lr", "0.5", "--aff.walk.beta", "2")
+    assert "cam.fit.lr: 0.01 there, 0.5 now" in told and "aff.walk.beta: 8.0 there, 2.0 now" in told
+    assert str(out) in told and "--force" in told and "cam.fit.steps" not in told
+    said(capsys, data, out, "--aff.walk.beta", "2", "--force", "--redo", "--steps", "random_walk")
+    after = digests(out, *MADE)
+    assert after == {k: v for k, v in before.items() if k in after} or after != before
+    assert json.loads((out / "run.json").read_text())["config"]["aff.walk.beta"] == 2
+
+
+def test_other_data_is_another_configuration(
+    out: Path, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lists(own, "train").write_text("\n".join(IDS[:-1]) + "\n")
+    assert "data.train: " in refused(capsys, own, out)
+
+
+def test_a_checkpoint_of_another_network_is_refused(out: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (out / "cam" / f"{IDS[0]}.npz").unlink()
+    shutil.copy(out / "weights" / "seg.pt", out / "weights" / "cam.pt")
+    assert re.search(r"cam\.pt belongs to another network .*--redo", refused(capsys, data, out))
+    store.write_weights(out / "other.pt", {"blocks.0.weight": torch.zeros(3)})
+    told = refused(capsys, data, out.with_name("new"), "--cam.weights", str(out / "other.pt"))
+    assert "other.pt" in told and not (out.with_name("new") / "weights" / "cam.pt").exists()
+
+
+def test_a_weight_file_is_known_by_its_content_not_by_its_place(
+    out: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--steps", "train_cam", "--redo", "--force", "--cam.weights")
+    first = shutil.copy(out / "weights" / "cam.pt", tmp_path / "start.pt")
+    said(capsys, data, out, *flags, str(first))
+    moved = shutil.move(first, tmp_path / "elsewhere.pt")
+    assert "train_cam: done already" in said(capsys, data, out, "--steps", "train_cam", "--cam.weights", str(moved))
+    state, description = store.read_model(moved)
+    state["fc8.weight"] += 1
+    store.write_model(moved, state, description)
+    told = refused(capsys, data, out, "--steps", "train_cam", "--cam.weights", str(moved))
+    assert re.search(r"cam\.weights: '\d+ bytes, sha256 \w{64}' there, '\d+ bytes, sha256", told)
+
+
+def test_a_resume_point_of_other_settings_is_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, replace = tmp_path / "out", os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        if Path(target).name == "cam.pt":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        assert run(data, out) == 130
+    told = refused(capsys, data, out, "--cam.fit.lr", "0.5", "--force")
+    assert "cam.resume.pt is the resume point of another training (fit.lr was 0.01, is 0.5)" in told
+    said(capsys, data, out, "--cam.fit.lr", "0.5", "--redo", "--steps", "train_cam")
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+def spoil_jpeg(own: Path, image_id: str) -> bytes:
+    path = own / "JPEGImages" / f"{image_id}.jpg"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    return whole
+
+
+def test_a_listed_image_that_is_not_there(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (own / "JPEGImages" / f"{IDS[2]}.jpg").unlink()
+    told = refused(capsys, own, tmp_path / "new")
+    assert f"1 have no image file ({IDS[2]}). Add them" in told and str(own) in told
+    assert not (tmp_path / "new").exists()
+    with lists(own, "train").open("w") as file:
+        file.write("\n".join(i for i in IDS if i != IDS[2]))
+    lists(own, "more").write_text("\n".join(IDS))
+    assert IDS[2] in refused(capsys, own, tmp_path / "new", "--score-list", "more")
+
+
+@pytest.mark.parametrize("text, told", [("", "is empty"), ("../../etc/passwd\n", "'../../etc/passwd' is not allowed")])
+def test_a_bad_list(text: str, told: str, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lists(own, "train").write_text(text)
+    message = refused(capsys, own, tmp_path / "new")
+    assert told in message and "train.txt" in message and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", ["size", "value"])
+def test_a_wrong_true_mask_spares_what_is_finished(
+    kind: str, own: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = own / "SegmentationClass" / f"{IDS[1]}.png"
+    whole, mask = path.read_bytes(), store.read_mask(path)
+    bad = mask[:-3] if kind == "size" else np.where(mask == 0, 9, mask)
+    store.write_mask(path, bad)
+    out = tmp_path / "out"
+    told = refused(capsys, own, out)
+    assert IDS[1] in told and ("9" in told if kind == "value" else str(mask.shape[0] - 3) in told)
+    assert digests(out, "cam/*") == digests(finished, "cam/*")
+    told = refused(capsys, own, tmp_path / "truth", "--masks", "truth", "--steps", "train_seg")
+    assert IDS[1] in told
+    path.write_bytes(whole)
+    said(capsys, own, out, "--steps", "1-2")
+    assert (out / "scores.json").exists()
+
+
+def test_a_truncated_image_stops_training_by_name(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil_jpeg(own, IDS[2])
+    for workers in ("0", "2"):
+        told = refused(capsys, own, tmp_path / "new", "--machine.workers", workers)
+        assert re.search(rf"{IDS[2]}\.jpg cannot be read .*replace it, or take it off the list", told)
+
+
+def test_failing_images_cost_no_other_and_the_same_command_goes_on(
+    own: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    said(capsys, own, out, "--steps", "1")
+    whole = {i: spoil_jpeg(own, i) for i in IDS[1:3]}
+    told = refused(capsys, own, out)
+    assert "make_cam: 2 of 8 images failed" in told and f"{IDS[1]}.jpg cannot be read" in told and IDS[2] in told
+    assert {p.stem for p in (out / "cam").iterdir()} == set(IDS) - set(whole)
+    record = json.loads((out / "run.json").read_text())
+    assert record["steps"]["train_cam"]["done"] and "make_cam" not in record["steps"]
+    for image_id, content in whole.items():
+        (own / "JPEGImages" / f"{image_id}.jpg").write_bytes(content)
+    assert "make_cam: 6 of 8 images are done already" in said(capsys, own, out)
+    assert digests(out, *MADE) == digests(finished, *MADE)
+
+
+def test_a_cam_file_cut_short_is_named_and_made_again_once_deleted(
+    out: Path, data: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = out / "cam" / f"{IDS[5]}.npz"
+    path.write_bytes(path.read_bytes()[:200])
+    (out / "aff_label" / f"{IDS[5]}.png").unlink()
+    (out / "aff_label" / f"{IDS[5]}.npz").unlink()
+    for workers in ("0", "2"):
+        told = refused(capsys, data, out, "--machine.workers", workers)
+        assert re.search(rf"make_aff_label: 1 of 1 .*\n.*{IDS[5]}\.npz cannot be read .*delete it", told)
+    path.unlink()
+    said(capsys, data, out)
+    assert digests(out, *MADE) == digests(finished, *MADE)
+
+
+def test_unusual_images_work_and_one_without_tags_is_background(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = own / "JPEGImages"
+
+    def picture(image_id: str) -> Image.Image:
+        return Image.open(folder / f"{image_id}.jpg").convert("RGB")
+
+    picture(IDS[0]).convert("CMYK").save(folder / f"{IDS[0]}.jpg")
+    Image.fromarray(np.array(picture(IDS[1]).convert("L")).astype(np.uint16) * 257).save(folder / f"{IDS[1]}.png")
+    (folder / f"{IDS[1]}.jpg").unlink()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    # stored lying on its side, so that it stands once it is turned
+    picture(IDS[2]).transpose(Image.Transpose.ROTATE_90).save(folder / f"{IDS[2]}.jpg", exif=exif)
+    note = own / "Annotations" / f"{IDS[3]}.xml"
+    note.write_text(re.sub(r"<object>.*</object>", "", note.read_text(), flags=re.S))
+    out = tmp_path / "out"
+    assert f"1 images have no tag ({IDS[3]}): taken as background only" in said(capsys, own, out)
+    for image_id in IDS[:4]:
+        mask = store.read_mask(out / "label" / f"{image_id}.png")
+        assert mask.shape == store.read_mask(own / "SegmentationClass" / f"{image_id}.png").shape
+    assert not store.read_mask(out / "label" / f"{IDS[3]}.png").any()
+    assert len(store.read_cam(out / "cam" / f"{IDS[3]}.npz").keys) == 0
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_a_message(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    flags = ("--cam.fit.lr", "1e30", "--machine.checkpoint-every", "1", "--cam.network.resnet38.freeze-bn")
+    told = refused(capsys, data, out, *flags)
+    assert "cam: the loss is not finite at update" in told and "smaller --cam.fit.lr" in told
+    kept = torch.load(out / "log" / "cam_nonfinite_rank0.pt", weights_only=True)
+    assert kept[0]["image"].shape == (4, 3, 48, 48)
+    assert (out / "weights" / "cam.resume.pt").exists() and not (out / "weights" / "cam.pt").exists()
+
+
+def test_a_full_disk_ends_the_run_with_a_message_and_keeps_what_is_finished(
+    data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, replace = tmp_path / "out", os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if Path(target).name == f"{IDS[4]}.npz":
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        told = refused(capsys, data, out)
+    assert f"No disk space left while writing {out / 'cam' / IDS[4]}.npz. Free some" in told
+    assert len(list((out / "cam").iterdir())) == 4
+    said(capsys, data, out, "--steps", "1-2")
+    assert digests(out, "cam/*") == digests(finished, "cam/*")
+
+
+def test_the_settings_of_these_tests_are_all_flags() -> None:
+    cfg = run_sample.parse(arguments(Path("data"), Path("out")))
+    assert cfg.cam.fit.steps == 4 and cfg.machine.workers == 0 and len(TINY) > 20

@@ -1,0 +1,1 @@
+"""Checks of data sets and converters into their layout."""
