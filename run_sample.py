@@ -25,7 +25,7 @@ from misc.config import REQUIRED_WEIGHTS, START_WORDS, flatten
 from misc.files.runfolder import OtherConfiguration, RunFolder
 from misc.loop.each import EachFailed, WorkerDied
 from misc.loop.fit import NonFiniteLoss, divide, resume_point
-from net import contract
+from net import registry
 from step import STEPS, Step, report, select
 from step.lib.config import Config, Job, default_config, open_job
 from voc12 import loader
@@ -38,7 +38,7 @@ PROBLEMS = (ValueError, OSError, EachFailed, WorkerDied, loader.WorkerDied, NonF
 def parse(argv: Sequence[str]) -> Config:
     """The configuration that a command line asks for. METHOD, if given, comes first; --preset, --refiner and
     --segmenter decide which defaults the other flags have."""
-    contract.load_methods()
+    registry.load_methods()
     method = argv[0] if argv and not argv[0].startswith("-") else "seam"
     preset = _value(argv, "--preset") or "sample"
     if preset not in ("published", "sample"):
@@ -68,9 +68,9 @@ def _description(base: Config) -> str:
     return (
         "Semantic masks from image-level tags: trains a CAM network, refines its maps, trains a segmentation network, "
         f"step by step.\n\nSteps:\n{steps}\n\nAny method runs with any refiner and any segmenter:\n"
-        f"  METHOD: {', '.join(sorted(contract.SEEDS))}\n"
-        f"  --refiner: {', '.join(sorted(contract.REFINERS))}\n"
-        f"  --segmenter: {', '.join(sorted(contract.SEGMENTERS))}, {contract.OWN} (the CAM network itself, of methods "
+        f"  METHOD: {', '.join(sorted(registry.SEEDS))}\n"
+        f"  --refiner: {', '.join(sorted(registry.REFINERS))}\n"
+        f"  --segmenter: {', '.join(sorted(registry.SEGMENTERS))}, {registry.OWN} (the CAM network itself, of methods "
         "that can)\n\n"
         f"The defaults below are those of {base.method}, preset {base.preset}, refiner {base.refiner}, segmenter "
         f"{base.segmenter}.\n\nExamples:\n"
@@ -93,7 +93,7 @@ def check(job: Job, steps: Sequence[Step]) -> None:
         if job.single_stage:
             raise ValueError(
                 "train_seg: with --segmenter own the CAM network predicts the masks, there is nothing else to train. "
-                f"Name a segmenter: {', '.join(sorted(contract.SEGMENTERS))}."
+                f"Name a segmenter: {', '.join(sorted(registry.SEGMENTERS))}."
             )
         phases += [("seg.", cfg.seg)]
     if job.single_stage and cfg.masks == "truth":

@@ -1,18 +1,14 @@
-"""What every network promises, and the registries that the command line reads (DESIGN.md section 3).
+"""What every network promises (DESIGN.md section 3). net/registry.py finds them by name.
 
-Adding a method is one new file in net/seed, net/refine or net/segment: its class is registered by a decorator and
-found by name. Networks are single-device code: they know no rank, no file and no data set.
+Networks are single-device code: they know no rank, no file and no data set.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -22,21 +18,9 @@ from torch import Tensor, nn
 from misc.config import Augment, BoxInference, CamInference, Fit, SegInference
 from misc.loop.fit import Batch
 from misc.score.objects import Instances
+from net.groups import Group
 
 Preset = str
-
-
-@dataclass(frozen=True)
-class Group:
-    """Parameters that share a learning rate: ``lr_scale`` times the base rate, decayed or not.
-
-    ``rule``: optimiser, rate, decay and schedule of these parameters where they are not the training's own.
-    """
-
-    params: list[nn.Parameter]
-    lr_scale: float = 1.0
-    decay: bool = True
-    rule: Fit | None = None
 
 
 class Network(nn.Module, ABC):
@@ -191,10 +175,6 @@ class Recipe:
     """How the CAM network's own masks are predicted, where it is a ``SingleStage`` (the segmenter named ``OWN``)."""
 
 
-OWN = "own"
-"""On the command line: the segmenter is the CAM network itself."""
-
-
 class SeedNetwork(Network):
     """A CAM network: trained from tags, gives class maps."""
 
@@ -337,127 +317,3 @@ class Segmenter(Network):
             logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=self.loss_align_corners)
         total = F.cross_entropy(logits.float(), batch["mask"], ignore_index=255, reduction="sum")
         return {"ce": total / batch["counts/pixels"].clamp(min=1e-5)}
-
-
-SEEDS: dict[str, type[SeedNetwork]] = {}
-REFINERS: dict[str, type[AffinityNetwork]] = {}
-SEGMENTERS: dict[str, type[Segmenter]] = {}
-
-C = TypeVar("C", bound=type)
-
-
-def _register(table: dict[str, Any], name: str) -> Callable[[C], C]:
-    def add(cls: C) -> C:
-        if name in table:
-            raise ValueError(f"Two classes are registered as {name!r}: {table[name].__name__} and {cls.__name__}.")
-        cls.name = name  # type: ignore[attr-defined]
-        table[name] = cls
-        return cls
-
-    return add
-
-
-def seed(name: str) -> Callable[[C], C]:
-    """Register a CAM network under the name it has on the command line."""
-    return _register(SEEDS, name)
-
-
-def refiner(name: str) -> Callable[[C], C]:
-    """Register an affinity network under the name it has on the command line."""
-    return _register(REFINERS, name)
-
-
-def segmenter(name: str) -> Callable[[C], C]:
-    """Register a segmentation network under the name it has on the command line."""
-    return _register(SEGMENTERS, name)
-
-
-def load_methods() -> None:
-    """Import every file of net/seed, net/refine and net/segment, which fills the registries."""
-    for room in ("seed", "refine", "segment"):
-        for module in pkgutil.iter_modules([str(Path(__file__).parent / room)]):
-            importlib.import_module(f"net.{room}.{module.name}")
-
-
-def multilabel_soft_margin(logits: Tensor, tags: Tensor) -> Tensor:
-    """Mean over batch and classes of the binary cross entropy with logits: logits and tags (B, C) -> scalar."""
-    return F.binary_cross_entropy_with_logits(logits.float(), tags.to(torch.float32))
-
-
-ClassLoss = Literal["soft_margin", "cross_entropy"]
-"""How a classifier is trained: by each class for itself, or (one class an image) by all against each other."""
-
-
-def class_loss(logits: Tensor, tags: Tensor, kind: ClassLoss) -> Tensor:
-    """Classification loss: logits and tags (B, C) -> scalar.
-
-    soft_margin: ``multilabel_soft_margin``. cross_entropy: of the softmax, mean over the batch (wsol.md section 5); an
-    image with several tags shares its weight among them, one without a tag adds nothing.
-    """
-    if kind == "soft_margin":
-        return multilabel_soft_margin(logits, tags)
-    tags = tags.to(torch.float32)
-    return F.cross_entropy(logits.float(), tags / tags.sum(1, keepdim=True).clamp(min=1))
-
-
-def decay_groups(
-    network: nn.Module, no_decay: Collection[str], heads: Collection[str] = (), head_lr: float = 10.0
-) -> list[Group]:
-    """The groups of timm's AdamW trainings (mctformer.md section 6, aream.md section 8).
-
-    First what is not decayed: one-dimensional parameters, biases and those named exactly as one of ``no_decay``; then
-    the rest; both at the base rate. The same two again for the layers ``heads``, if there are any, at ``head_lr``
-    times that. Only what is trained is in them.
-    """
-    groups = [Group([], decay=False), Group([])]
-    if heads:
-        groups += [Group([], head_lr, False), Group([], head_lr)]
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            plain = parameter.ndim > 1 and not name.endswith(".bias") and name not in no_decay
-            groups[plain + 2 * (name.rpartition(".")[0] in heads)].params.append(parameter)
-    return groups
-
-
-def conv_groups(network: nn.Module, new: Collection[str], head_lr: float = 10.0) -> list[Group]:
-    """The four groups of the published ResNet38 and VGG16 trainings (seam.md section 4.2, psa.md section 2.3).
-
-    In this order: weights of the pre-trained layers (base rate, decayed), their biases (twice the rate, not decayed),
-    weights of the new layers (``head_lr`` times, decayed), their biases (twice that, not decayed); a group may be
-    empty. Only what is trained is in them. Batch normalisation is frozen in the published trainings; where it is
-    trained, its parameters are a fifth group (base rate, not decayed).
-
-    Args:
-        network: its layers are sorted, in the order of its modules.
-        new: names of the layers (or of modules that hold them) that are not pre-trained.
-        head_lr: their learning rate relative to the base rate.
-    """
-    slow = [Group([]), Group([], 2.0, False)]
-    groups = [*slow, Group([], head_lr), Group([], 2 * head_lr, False), Group([], 1.0, False)]
-    for name, module in network.named_modules():
-        is_new = any(name == n or name.startswith(f"{n}.") for n in new)
-        for kind, parameter in module.named_parameters(recurse=False):
-            place = 4 if isinstance(module, nn.BatchNorm2d) else 2 * is_new + (kind == "bias")
-            if parameter.requires_grad:
-                groups[place].params.append(parameter)
-    return groups if groups[4].params else groups[:4]
-
-
-def name_groups(network: nn.Module, pretrained: Collection[str], head_lr: float = 10.0) -> list[Group]:
-    """The four groups of the published SemFormer and Puzzle-CAM trainings, sorted by names (semformer.md section 7).
-
-    In this order: pre-trained parameters whose name contains "weight" (base rate, decayed), the other pre-trained ones
-    (twice the rate, not decayed: biases, tokens and positions too), and the same two of the rest at ``head_lr`` times
-    that. Only what is trained is in them; a group may be empty.
-
-    Args:
-        network: its parameters are sorted.
-        pretrained: a parameter is pre-trained where its name contains one of these.
-        head_lr: learning rate of the rest relative to the base rate.
-    """
-    groups = [Group([]), Group([], 2.0, False), Group([], head_lr), Group([], 2 * head_lr, False)]
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            is_new = not any(part in name for part in pretrained)
-            groups[2 * is_new + ("weight" not in name)].params.append(parameter)
-    return groups

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from misc.config import flatten, restored
 from misc.files import store
 from misc.image import pixels
-from net import contract
+from net import contract, registry
 from net.contract import Network, Phase, SeedRecipe, SegmentRecipe, SegmentTest
 
 Part = Literal["cam", "aff", "seg"]
@@ -88,7 +88,7 @@ def load_model(path: Path, part: Part) -> Model:
         FileNotFoundError: there is no such file.
         ValueError: it describes no network, or one of another part, method or version than this project has.
     """
-    contract.load_methods()
+    registry.load_methods()
     _, description = store.read_model(path)
     own = part == "seg" and _predicts_masks(description)
     if description.get("part") != part and not own:
@@ -115,27 +115,27 @@ def load_model(path: Path, part: Part) -> Model:
 
 def predicts_masks(path: Path) -> bool:
     """Whether the file of a trained network serves as part seg. Raises as ``load_model``."""
-    contract.load_methods()
+    registry.load_methods()
     description = store.read_model(path)[1]
     return description.get("part") == "seg" or _predicts_masks(description)
 
 
 def _predicts_masks(description: Mapping[str, Any]) -> bool:
     """Whether a network is a CAM network that predicts masks too; its earlier phases are of the same method."""
-    method = contract.SEEDS.get(description.get("method", ""))
+    method = registry.SEEDS.get(description.get("method", ""))
     return description.get("part") == "cam" and method is not None and issubclass(method, contract.SingleStage)
 
 
 def _as_segmenter(recipe: Phase, method: str, description: Mapping[str, Any]) -> SegmentRecipe:
     """The recipe of a CAM network that predicts masks, with its test settings."""
-    own = contract.SEEDS[method].recipes[description["preset"]].own
+    own = registry.SEEDS[method].recipes[description["preset"]].own
     assert own is not None
     test = restored(own, description.get("own", {}))
     return SegmentRecipe(**{f.name: getattr(recipe, f.name) for f in fields(Phase)}, infer=test.infer)
 
 
 def _recipe(part: Part, method: str, preset: str) -> Phase:
-    tables = {"cam": contract.SEEDS, "aff": contract.REFINERS, "seg": contract.SEGMENTERS}
+    tables = {"cam": registry.SEEDS, "aff": registry.REFINERS, "seg": registry.SEGMENTERS}
     if method not in tables[part]:
         raise ValueError(f"there is no {_NAMES[part]} named {method}")
     recipe = tables[part][method].recipes[preset]

@@ -12,7 +12,7 @@ from running import ROOM, make_set
 
 import run_sample
 from misc.config import REQUIRED_WEIGHTS
-from net.contract import OWN, SEEDS, SEGMENTERS, load_methods
+from net.registry import OWN, SEEDS, SEGMENTERS, load_methods
 from scripts import one_step
 from step import select
 from step.lib.config import default_config, open_job

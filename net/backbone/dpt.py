@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from misc.config import PRETRAINED_WEIGHTS
 from net.backbone.resnetv2 import ResNetV2
 from net.backbone.vit import Grid, ViT, ViTOptions, resize_positions
-from net.weights import State, load, read
+from net.foreign.loading import load_tensors
+from net.foreign.pytorch import State
+from net.foreign.reading import read_tensors
 
 Backbone = Literal["vitb_hybrid", "vitb", "deitb", "deitb_distilled"]
 
@@ -161,9 +163,9 @@ class Body(ViT):
 
     def load_weights(self, weights: str) -> str:
         """An ImageNet classifier of the same kind (timm's names), or timm's own by 'pretrained'; another grid's
-        positions are resized. Raises as ``net.weights.load``."""
+        positions are resized. Raises as ``net.foreign.loading.load_tensors``."""
         source = f"timm:{self.pretrained}" if weights == PRETRAINED_WEIGHTS else weights
-        return str(load(self, self.fitted(read(source)), label=source, allow_missing=self.unused))
+        return str(load_tensors(self, self.fitted(read_tensors(source)), label=source, allow_missing=self.unused))
 
     def fitted(self, state: State) -> State:
         """A classifier's tensors with the positions made for this grid."""

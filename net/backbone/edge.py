@@ -32,7 +32,8 @@ from misc.propagate.walk import (
     walk,
 )
 from net.backbone.resnet import STAGES, ResNet, ResNetOptions, Stage, load_resnet
-from net.contract import AffinityNetwork, Batch, Group, Options, SoftCam
+from net.contract import AffinityNetwork, Batch, Options, SoftCam
+from net.groups import Group
 
 STRIDE = 4
 """Pixels a cell of the boundary map."""

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from misc.config import PRETRAINED_WEIGHTS
 from net.backbone import scaled_channels
-from net.weights import load, read
+from net.foreign.loading import load_tensors
+from net.foreign.reading import read_tensors
 
 Stage = Literal["stem", "layer1", "layer2", "layer3", "layer4"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -202,7 +203,7 @@ def load_resnet(network: nn.Module, weights: str, *, heads: Collection[str], own
         A one-line report. Raises ValueError where the file does not fit, FileNotFoundError where there is none.
     """
     source = f"timm:{getattr(network, owner).options.pretrained}" if weights == PRETRAINED_WEIGHTS else weights
-    state, own = read(source), network.state_dict()
+    state, own = read_tensors(source), network.state_dict()
     prefix = next((name.removesuffix(_TELLTALE) for name in state if name.endswith(_TELLTALE)), None)
     if f"{owner}.{_TELLTALE}" in state:
         prefix = f"{owner}."
@@ -221,4 +222,4 @@ def load_resnet(network: nn.Module, weights: str, *, heads: Collection[str], own
         lacking = [name for name in wanted if name not in named]
         if 0 < len(lacking) < len(wanted):
             raise ValueError(f"{source}: has a part of {head}, but not {lacking[0]}. Damaged, or another network's?")
-    return str(load(network, named, allow_missing=tuple(heads), label=source))
+    return str(load_tensors(network, named, allow_missing=tuple(heads), label=source))

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from misc.config import PRETRAINED_WEIGHTS
 from net.backbone.transformer import AttentionSums, TransformerBlock, Visit, start_local
-from net.weights import State, load, read
+from net.foreign.loading import load_tensors
+from net.foreign.pytorch import State
+from net.foreign.reading import read_tensors
 
 Grid = tuple[int, int]
 """Rows and columns of the patches."""
@@ -266,11 +268,11 @@ class ViT(ViTBody):
             A one-line report. Raises ValueError where the file does not fit, FileNotFoundError where there is none.
         """
         source = f"timm:{self.pretrained}" if weights == PRETRAINED_WEIGHTS else weights
-        state = read(source)
+        state = read_tensors(source)
         if self._is_classifier(state):
             state = self.from_classifier(state)
-            return str(load(self, state, label=source, allow_missing=("head", *self.unused)))
-        return str(load(self, state, label=source))
+            return str(load_tensors(self, state, label=source, allow_missing=("head", *self.unused)))
+        return str(load_tensors(self, state, label=source))
 
     def _is_classifier(self, state: State) -> bool:
         """Whether these are an ImageNet classifier's tensors: one class token, a linear head or none."""

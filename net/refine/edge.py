@@ -16,7 +16,8 @@ from misc.config import PRETRAINED_WEIGHTS, Augment, Fit
 from misc.crf.dense import CRFSettings
 from net.backbone.edge import EdgeLabel, EdgeNetwork, EdgeOptions, EdgeWalk
 from net.backbone.resnet import SAMPLE_RESNET
-from net.contract import Network, RefineRecipe, refiner
+from net.contract import Network, RefineRecipe
+from net.registry import refiner
 
 
 @dataclass(frozen=True)

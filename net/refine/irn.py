@@ -35,7 +35,9 @@ from net.backbone.edge import (
     propagate,
 )
 from net.backbone.resnet import SAMPLE_RESNET, STAGES
-from net.contract import Batch, Group, Network, RefineRecipe, SoftCam, refiner
+from net.contract import Batch, Network, RefineRecipe, SoftCam
+from net.groups import Group
+from net.registry import refiner
 
 _EPS = 1e-5
 _SHIFTS = 300

@@ -29,10 +29,13 @@ from misc.propagate.walk import (
     transition,
     walk,
 )
-from net import weights as foreign
 from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
 from net.backbone.vgg16 import VGG16, VGG16Options
-from net.contract import AffinityNetwork, Batch, Group, Network, Options, RefineRecipe, SoftCam, conv_groups, refiner
+from net.contract import AffinityNetwork, Batch, Network, Options, RefineRecipe, SoftCam
+from net.foreign.loading import load_tensors
+from net.foreign.reading import read_tensors
+from net.groups import Group, conv_groups
+from net.registry import refiner
 
 STRIDE = 8
 """Pixels a feature cell, of both backbones."""
@@ -415,8 +418,8 @@ class PSA(AffinityNetwork):
     def load_weights(self, weights: str) -> str:
         """A released affinity network (strictly), or a backbone: ImageNet's ``.params`` or caffemodel, PSA's
         classifier, any network here that stands on the same backbone; the new layers then start anew."""
-        whole = "f8_5.weight" in foreign.read(weights)
-        return str(foreign.load(self, weights, allow_missing=() if whole else self.new_layers))
+        whole = "f8_5.weight" in read_tensors(weights)
+        return str(load_tensors(self, weights, allow_missing=() if whole else self.new_layers))
 
     recipes: ClassVar[Mapping[str, PSARecipe]] = {
         # README row "random walk, ResNet38, alpha 4/16/32" (61.0 train, 60.2 val; psa.md section 1). ResNet38 needs lr

@@ -23,19 +23,12 @@ from misc.propagate.par import PixelAdaptive
 from net.backbone.conformer import SAMPLE_CONFORMER, Conformer, ConformerOptions
 from net.backbone.transformer import AttentionSums, QueryKey, Visit, spread
 from net.backbone.vit import SAMPLE_VIT, MultiClassViT, ViTOptions
-from net.contract import (
-    Batch,
-    Group,
-    Network,
-    Options,
-    Recipe,
-    SeedNetwork,
-    SeedRecipe,
-    decay_groups,
-    multilabel_soft_margin,
-    seed,
-)
-from net.weights import load, read
+from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
+from net.foreign.loading import load_tensors
+from net.foreign.reading import read_tensors
+from net.groups import Group, decay_groups
+from net.losses import multilabel_soft_margin
+from net.registry import seed
 
 IGNORE = 255
 
@@ -488,7 +481,7 @@ class AreamConformer(Conformer, Aream):
     def load_weights(self, weights: str) -> str:
         """Conformer's ImageNet weights without their heads (``Conformer_small_patch16.pth``), or a whole checkpoint of
         AReAM, which must fit in all its parts and has a ``cnn_head``."""
-        if "cnn_head.weight" in read(weights):
-            return str(load(self, weights))
-        return str(load(self, weights, rename=lambda name: None if "head" in name else name,
+        if "cnn_head.weight" in read_tensors(weights):
+            return str(load_tensors(self, weights))
+        return str(load_tensors(self, weights, rename=lambda name: None if "head" in name else name,
                         allow_missing=self.heads))  # fmt: skip

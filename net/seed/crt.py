@@ -19,20 +19,12 @@ from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit
 from net.backbone.resnet import SAMPLE_RESNET, ResNet, ResNetOptions, load_resnet
 from net.backbone.transformer import Visit
 from net.backbone.vit import SAMPLE_VIT, SemanticViT, ViTOptions
-from net.contract import (
-    Batch,
-    ClassLoss,
-    Group,
-    Network,
-    Options,
-    Recipe,
-    SeedNetwork,
-    SeedRecipe,
-    class_loss,
-    decay_groups,
-    seed,
-)
-from net.weights import load, read
+from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
+from net.foreign.loading import load_tensors
+from net.foreign.reading import read_tensors
+from net.groups import Group, decay_groups
+from net.losses import ClassLoss, class_loss
+from net.registry import seed
 
 Tiles = tuple[int, int]
 """Rows and columns of tiles."""
@@ -320,9 +312,9 @@ class Crt(SeedNetwork):
         """
         if weights == PRETRAINED_WEIGHTS:
             return f"{self.transformer.load_weights(weights)}; {load_resnet(self.cnn, weights, heads=['classifier'])}"
-        state = read(weights)
+        state = read_tensors(weights)
         if "transformer.cls_token" in state:
-            return str(load(self, state, label=weights))
+            return str(load_tensors(self, state, label=weights))
         if "blocks.0.norm1.weight" in state:
             return self.transformer.load_weights(weights)
         return load_resnet(self.cnn, weights, heads=["classifier"])

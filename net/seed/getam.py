@@ -23,18 +23,11 @@ from misc.image.pixels import box_mask, restore_rgb
 from misc.propagate.par import PAMR, PixelAdaptive
 from net.backbone.dpt import ChannelGate, Decoder, DPTOptions, Encoder
 from net.backbone.transformer import QueryKey
-from net.contract import (
-    Batch,
-    Network,
-    Options,
-    Recipe,
-    SeedRecipe,
-    SegmentTest,
-    SingleStage,
-    multilabel_soft_margin,
-    seed,
-)
-from net.weights import load, read
+from net.contract import Batch, Network, Options, Recipe, SeedRecipe, SegmentTest, SingleStage
+from net.foreign.loading import load_tensors
+from net.foreign.reading import read_tensors
+from net.losses import multilabel_soft_margin
+from net.registry import seed
 
 IGNORE = 255
 
@@ -456,6 +449,6 @@ class Getam(SingleStage):
         or 'pretrained': timm's own)."""
         if weights == PRETRAINED_WEIGHTS:
             return self.pretrained.model.load_weights(weights)
-        if any(name.startswith("pretrained.model.") for name in read(weights)):
-            return str(load(self, weights))
+        if any(name.startswith("pretrained.model.") for name in read_tensors(weights)):
+            return str(load_tensors(self, weights))
         return self.pretrained.model.load_weights(weights)

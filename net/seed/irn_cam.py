@@ -10,17 +10,10 @@ from torch import Tensor, nn
 
 from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit
 from net.backbone.resnet import SAMPLE_RESNET, ResNet, ResNetOptions, load_resnet
-from net.contract import (
-    Batch,
-    Group,
-    Network,
-    Options,
-    Recipe,
-    SeedNetwork,
-    SeedRecipe,
-    multilabel_soft_margin,
-    seed,
-)
+from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
+from net.groups import Group
+from net.losses import multilabel_soft_margin
+from net.registry import seed
 
 
 @dataclass(frozen=True)

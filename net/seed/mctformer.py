@@ -19,19 +19,11 @@ from torch import Tensor, nn
 from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit
 from net.backbone.transformer import AttentionSums, spread
 from net.backbone.vit import SAMPLE_VIT, Grid, MultiClassViT, ViTOptions, fit_positions, resize_positions
-from net.contract import (
-    Batch,
-    Group,
-    Network,
-    Options,
-    Recipe,
-    SeedNetwork,
-    SeedRecipe,
-    decay_groups,
-    multilabel_soft_margin,
-    seed,
-)
-from net.weights import State
+from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
+from net.foreign.pytorch import State
+from net.groups import Group, decay_groups
+from net.losses import multilabel_soft_margin
+from net.registry import seed
 
 
 @dataclass(frozen=True)

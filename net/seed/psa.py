@@ -13,19 +13,11 @@ from torch import Tensor, nn
 from misc.config import REQUIRED_WEIGHTS, Augment, CamInference, Fit
 from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
 from net.backbone.vgg16 import VGG16, VGG16Options
-from net.contract import (
-    Batch,
-    Group,
-    Network,
-    Options,
-    Recipe,
-    SeedNetwork,
-    SeedRecipe,
-    conv_groups,
-    multilabel_soft_margin,
-    seed,
-)
-from net.weights import load
+from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
+from net.foreign.loading import load_tensors
+from net.groups import Group, conv_groups
+from net.losses import multilabel_soft_margin
+from net.registry import seed
 
 
 @dataclass(frozen=True)
@@ -137,7 +129,7 @@ class PlainCam(SeedNetwork):
 
         ``fc8`` may be absent or be of other classes: then it stays random, and the report says so.
         """
-        return str(load(self, weights, allow_missing=("fc8",)))
+        return str(load_tensors(self, weights, allow_missing=("fc8",)))
 
 
 class CamResNet38(PlainCam, ResNet38):

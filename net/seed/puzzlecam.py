@@ -18,18 +18,10 @@ from torch import Tensor, nn
 from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit
 from net.backbone.resnest import ResNeSt, ResNeStOptions
 from net.backbone.resnet import SAMPLE_RESNET, ResNet, ResNetOptions, load_resnet
-from net.contract import (
-    Batch,
-    Group,
-    Network,
-    Options,
-    Recipe,
-    SeedNetwork,
-    SeedRecipe,
-    multilabel_soft_margin,
-    name_groups,
-    seed,
-)
+from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
+from net.groups import Group, name_groups
+from net.losses import multilabel_soft_margin
+from net.registry import seed
 
 Masking = Literal["masking", "none", "selection"]
 

@@ -16,19 +16,11 @@ from torch import Tensor, nn
 
 from misc.config import REQUIRED_WEIGHTS, Augment, CamInference, Fit
 from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
-from net.contract import (
-    Batch,
-    Group,
-    Network,
-    Options,
-    Recipe,
-    SeedNetwork,
-    SeedRecipe,
-    conv_groups,
-    multilabel_soft_margin,
-    seed,
-)
-from net.weights import load
+from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
+from net.foreign.loading import load_tensors
+from net.groups import Group, conv_groups
+from net.losses import multilabel_soft_margin
+from net.registry import seed
 
 _EPSILON = 1e-5
 # columns of the similarity matrix that inference holds at a time
@@ -335,7 +327,7 @@ class Seam(SeedNetwork, ResNet38):
         PSA's ``fc8`` has another shape (no background) and is left out. Raises ValueError for a checkpoint that has
         the PCM's layers and doesn't fit in all its parts.
         """
-        report = load(self, weights, allow_missing=self.head)
+        report = load_tensors(self, weights, allow_missing=self.head)
         if "f9.weight" not in report.missing and (report.missing or report.wrong_shape):
             raise ValueError(
                 f"{report}. It has the pixel correlation layers of SEAM, so everything must fit: is it SEAM's "

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from misc.config import REQUIRED_WEIGHTS, Augment, CamInference, Fit
 from net.backbone.conformer import SAMPLE_CONFORMER, Conformer, ConformerOptions
 from net.backbone.transformer import QueryKey, spread
-from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe, multilabel_soft_margin, seed
-from net.weights import load, read
+from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
+from net.foreign.loading import load_tensors
+from net.foreign.reading import read_tensors
+from net.losses import multilabel_soft_margin
+from net.registry import seed
 
 Method = Literal["transcam", "convcam", "clsattn", "attnagg"]
 
@@ -186,8 +189,8 @@ class TransCam(SeedNetwork, Conformer):
 
         Which of the two it is, shows in the head of the convolution branch: a linear layer, or a convolution.
         """
-        head = read(weights).get("conv_cls_head.weight")
+        head = read_tensors(weights).get("conv_cls_head.weight")
         if head is not None and head.ndim == 4:
-            return str(load(self, weights))
-        return str(load(self, weights, rename=lambda name: None if name.startswith(self.heads) else name,
+            return str(load_tensors(self, weights))
+        return str(load_tensors(self, weights, rename=lambda name: None if name.startswith(self.heads) else name,
                         allow_missing=self.heads))  # fmt: skip

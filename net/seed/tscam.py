@@ -17,20 +17,12 @@ from misc.config import PRETRAINED_WEIGHTS, Augment, BoxInference, CamInference,
 from net.backbone.conformer import SAMPLE_CONFORMER, Conformer, ConformerOptions
 from net.backbone.transformer import AttentionSums, Visit
 from net.backbone.vit import SAMPLE_VIT, SemanticViT, ViTOptions
-from net.contract import (
-    Batch,
-    ClassLoss,
-    Group,
-    Network,
-    Options,
-    Recipe,
-    SeedNetwork,
-    SeedRecipe,
-    class_loss,
-    decay_groups,
-    seed,
-)
-from net.weights import load, read
+from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
+from net.foreign.loading import load_tensors
+from net.foreign.reading import read_tensors
+from net.groups import Group, decay_groups
+from net.losses import ClassLoss, class_loss
+from net.registry import seed
 
 
 @dataclass(frozen=True)
@@ -174,8 +166,8 @@ class TsCamConformer(Conformer, TsCam):
     def load_weights(self, weights: str) -> str:
         """Conformer's ImageNet weights without their heads (``conformer_small_patch16.pth``), or a whole TS-CAM
         checkpoint, whose token head is a convolution, and which must fit in all its parts."""
-        head = read(weights).get("trans_cls_head.weight")
+        head = read_tensors(weights).get("trans_cls_head.weight")
         if head is not None and head.ndim == 4:
-            return str(load(self, weights))
-        return str(load(self, weights, rename=lambda name: None if name.startswith(self.heads) else name,
+            return str(load_tensors(self, weights))
+        return str(load_tensors(self, weights, rename=lambda name: None if name.startswith(self.heads) else name,
                         allow_missing=self.heads))  # fmt: skip

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from misc.config import REQUIRED_WEIGHTS, Augment, Fit, SegInference
 from misc.crf.dense import CRFSettings
 from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
-from net.contract import Group, Network, Options, Preset, Segmenter, SegmentRecipe, conv_groups, segmenter
-from net.weights import load, resnet38_from_mxnet
+from net.contract import Network, Options, Preset, Segmenter, SegmentRecipe
+from net.foreign.loading import load_tensors
+from net.foreign.mxnet import resnet38_from_mxnet
+from net.groups import Group, conv_groups
+from net.registry import segmenter
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ class DeepLabV1(Segmenter):
             inner = resnet38_from_mxnet(name)
             return None if inner is None else f"backbone.{inner}"
 
-        return str(load(self, weights, rename=rename, allow_missing=head))
+        return str(load_tensors(self, weights, rename=rename, allow_missing=head))
 
 
 @dataclass(frozen=True)
@@ -296,4 +299,4 @@ class LargeFOV(Segmenter, ResNet38):
 
     def load_weights(self, weights: str) -> str:
         """Start from PSA's or SEAM's classifier (its fc8 is left out), ImageNet ``.params`` or a whole LargeFOV."""
-        return str(load(self, weights, allow_missing=("fc8_seg_conv1", "fc8_seg_conv2")))
+        return str(load_tensors(self, weights, allow_missing=("fc8_seg_conv1", "fc8_seg_conv2")))

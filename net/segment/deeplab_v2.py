@@ -18,18 +18,11 @@ from misc.config import PRETRAINED_WEIGHTS, REQUIRED_WEIGHTS, Augment, Fit, SegI
 from misc.crf.dense import CRFSettings
 from misc.image.pixels import resize_masks
 from net.backbone import scaled_channels
-from net.contract import (
-    Batch,
-    Group,
-    Network,
-    Options,
-    Preset,
-    Segmenter,
-    SegmentRecipe,
-    conv_groups,
-    segmenter,
-)
-from net.weights import TIMM, load, read
+from net.contract import Batch, Network, Options, Preset, Segmenter, SegmentRecipe
+from net.foreign.loading import load_tensors
+from net.foreign.reading import TIMM, read_tensors
+from net.groups import Group, conv_groups
+from net.registry import segmenter
 
 Form = Literal["caffe", "torchvision"]
 
@@ -405,7 +398,7 @@ class DeepLabV2(Segmenter):
         whose names don't tell its form, is taken as it is).
         """
         source = f"{TIMM}{self.options.pretrained}" if weights == PRETRAINED_WEIGHTS else weights
-        state = read(source)
+        state = read_tensors(source)
         stem = next((name for name in state if name.endswith("layer1.0.conv1.weight")), None)
         form: Form = "caffe" if stem is None else "torchvision"
         if form != self.options.form and not any(name.startswith("base.") for name in state):
@@ -423,4 +416,4 @@ class DeepLabV2(Segmenter):
                 inner = from_caffe(name.removeprefix("base."))
             return None if inner is None or inner.startswith("fc.") else f"base.{inner}"
 
-        return str(load(self, state, rename=rename, allow_missing=("base.aspp",), label=source))
+        return str(load_tensors(self, state, rename=rename, allow_missing=("base.aspp",), label=source))

@@ -16,7 +16,7 @@ from misc import config as settings
 from misc.config import Machine
 from misc.files import store
 from misc.files.runfolder import RunFolder
-from net import contract
+from net import contract, registry
 from voc12.catalog import READERS, Catalog, open_catalog
 from voc12.generated.sets import LAYOUTS
 
@@ -151,17 +151,17 @@ def default_config(method: str, preset: str, refiner: str | None = None, segment
     Where another refiner or segmenter than the method's own is named, that one's own recipe is taken. ValueError where
     the method is to be its own segmenter and predicts no masks.
     """
-    contract.load_methods()
-    recipe = named(contract.SEEDS, method, "method").recipes[preset]
+    registry.load_methods()
+    recipe = named(registry.SEEDS, method, "method").recipes[preset]
     refiner, segmenter = refiner or recipe.refiner, segmenter or recipe.segmenter
-    aff = named(contract.REFINERS, refiner, "refiner").recipes[preset]
-    if segmenter == contract.OWN:
+    aff = named(registry.REFINERS, refiner, "refiner").recipes[preset]
+    if segmenter == registry.OWN:
         if recipe.own is None:
-            names = ", ".join(sorted(contract.SEGMENTERS))
+            names = ", ".join(sorted(registry.SEGMENTERS))
             raise ValueError(f"--segmenter own: {method} predicts no masks itself. There are: {names}.")
         seg: contract.SegmentTest = recipe.own
     else:
-        seg = named(contract.SEGMENTERS, segmenter, "segmenter").recipes[preset]
+        seg = named(registry.SEGMENTERS, segmenter, "segmenter").recipes[preset]
     if refiner == recipe.refiner:
         aff = settings.override(aff, recipe.refine)
     if segmenter == recipe.segmenter:
@@ -200,7 +200,7 @@ class Job:
     @property
     def single_stage(self) -> bool:
         """Whether the CAM network is the segmenter too."""
-        return self.cfg.segmenter == contract.OWN
+        return self.cfg.segmenter == registry.OWN
 
     @property
     def aim(self) -> str:
@@ -220,7 +220,7 @@ class Job:
 
     def refine_method(self) -> type[contract.AffinityNetwork]:
         """The refiner's class."""
-        return contract.REFINERS[self.cfg.refiner]
+        return registry.REFINERS[self.cfg.refiner]
 
 
 def open_job(cfg: Config) -> Job:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from misc.config import Fit
 from misc.loop.fit import lr_factor
-from net import weights
+from net.foreign.reading import read_tensors
 from net.segment.deeplab_v2 import DeepLabV2, from_caffe
 
 CLASSIFIER = "base.aspp.c0.weight"
@@ -115,7 +115,7 @@ def check_caffemodel_parse(case: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "small.caffemodel"
         path.write_bytes(case.arrays["caffemodel"].tobytes())
-        read = weights.read(path)
+        read = read_tensors(path)
     renamed = {from_caffe(name): value for name, value in read.items()}
     renamed.pop(None, None)
     expected = {name.removeprefix("out/base.") for name in case.arrays if name.startswith("out/")}

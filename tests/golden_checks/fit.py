@@ -10,7 +10,7 @@ from golden_case import Case
 
 from misc.config import Fit
 from misc.loop.fit import make_optimiser, set_lr
-from net.contract import Group
+from net.groups import Group
 
 
 def check_psa_poly_optimizer(case: Case) -> None:

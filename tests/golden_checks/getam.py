@@ -22,7 +22,8 @@ from misc.image.pixels import restore_rgb
 from misc.infer.masks import segment, with_crf
 from misc.loop.fit import make_optimiser, set_lr
 from net.backbone.dpt import DPTOptions
-from net.contract import Group, multilabel_soft_margin
+from net.groups import Group
+from net.losses import multilabel_soft_margin
 from net.seed.getam import (
     Getam,
     GetamOptions,

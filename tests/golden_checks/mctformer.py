@@ -19,7 +19,8 @@ from misc.config import override
 from misc.infer import cams
 from net.backbone.transformer import AttentionSums
 from net.backbone.vit import ViTOptions
-from net.contract import SoftCam, multilabel_soft_margin
+from net.contract import SoftCam
+from net.losses import multilabel_soft_margin
 from net.refine.psa import PSA
 from net.seed import mctformer
 from net.seed.mctformer import MCTformer, MCTformerOptions

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.config import override
-from net.contract import SEEDS, multilabel_soft_margin
+from net.losses import multilabel_soft_margin
+from net.registry import SEEDS
 from net.seed import puzzlecam
 
 

@@ -28,7 +28,8 @@ from misc.score.metrics import mask_at
 from net.backbone.edge import enlarge, hard_label, propagate, two_threshold_label
 from net.backbone.transformer import AttentionSums
 from net.backbone.vit import ViTOptions
-from net.contract import Group, SoftCam
+from net.contract import SoftCam
+from net.groups import Group
 from net.refine.edge import EdgeOnly, EdgeOnlyOptions
 from net.seed.semformer import (
     Pairs,

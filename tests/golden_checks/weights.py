@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-from net import weights
 from net.backbone.resnet38 import ResNet38
+from net.foreign.mxnet import resnet38_from_mxnet
+from net.foreign.reading import read_tensors
 
 
 def check_resnet38_mxnet_params(case: Any) -> None:
     """The full rename table, the module's keys, and each file of the case (three record versions)."""
     for old, new in case.meta["rename_table"].items():
-        assert weights.resnet38_from_mxnet(old) == new, old
+        assert resnet38_from_mxnet(old) == new, old
     with torch.device("meta"):
         own = {name: list(value.shape) for name, value in ResNet38().state_dict().items()}
     assert own == case.meta["keys"]
@@ -29,8 +30,8 @@ def check_resnet38_mxnet_params(case: Any) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "weights.params"
             path.write_bytes(case.arrays[file].tobytes())
-            state = weights.read(path)
-        renamed = {weights.resnet38_from_mxnet(name): value for name, value in state.items()}
+            state = read_tensors(path)
+        renamed = {resnet38_from_mxnet(name): value for name, value in state.items()}
         renamed.pop(None, None)
         assert set(renamed) == expected, file
         for name, value in renamed.items():

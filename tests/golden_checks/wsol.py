@@ -15,7 +15,7 @@ from misc.config import Fit, override
 from misc.loop.fit import lr_factor
 from misc.score import wsol
 from net.backbone.transformer import AttentionSums
-from net.contract import class_loss
+from net.losses import class_loss
 from net.seed.tscam import TsCam
 from voc12.catalog import open_catalog
 

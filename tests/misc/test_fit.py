@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from misc.config import Fit, Machine
 from misc.files.store import read_model
 from misc.loop.fit import Batch, NonFiniteLoss, divide, fit, lr_factor, make_optimiser, make_rules, resume_point, set_lr
-from net.contract import Group
+from net.groups import Group
 
 TOTAL, BATCH = 8, 4
 RECIPE = Fit(steps=TOTAL, batch_size=BATCH, lr=0.005, momentum=0.9, weight_decay=0.01)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from misc.config import REQUIRED_WEIGHTS, override
 from net.backbone.resnet38 import ResNet38, ResNet38Options
-from net.contract import SEGMENTERS, Segmenter
+from net.contract import Segmenter
+from net.registry import SEGMENTERS
 from net.segment.deeplab_v1 import DeepLabV1, DeepLabV1Options, LargeFOV, LargeFOVOptions
 
 CLASSES = 3

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from misc.config import REQUIRED_WEIGHTS, override
 from misc.image.pixels import resize_mask, resize_masks
-from net.contract import SEGMENTERS
+from net.registry import SEGMENTERS
 from net.segment.deeplab_v2 import DeepLabV2, DeepLabV2Options, from_torchvision, grid
 
 CLASSES = 3

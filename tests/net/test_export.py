@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from misc.image.pixels import normalise
-from net import contract, export
+from net import export, registry
 from net.contract import Segmenter, SingleStage
 
-contract.load_methods()
+registry.load_methods()
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -21,16 +21,16 @@ CLASSES = ("dog", "Tür")
 SIZES = ((1, 8, 8), (1, 48, 64), (3, 31, 90), (1, 200, 9), (2, 129, 128))
 
 
-OWN = {name for name, cls in contract.SEEDS.items() if issubclass(cls, SingleStage)}
+OWN = {name for name, cls in registry.SEEDS.items() if issubclass(cls, SingleStage)}
 
 
 def network(name: str) -> Segmenter | SingleStage:
     torch.manual_seed(0)
-    recipe = contract.SEEDS[name].recipes["sample"].cam if name in OWN else contract.SEGMENTERS[name].recipes["sample"]
+    recipe = registry.SEEDS[name].recipes["sample"].cam if name in OWN else registry.SEGMENTERS[name].recipes["sample"]
     return recipe.network.build(len(CLASSES), {}).eval()  # type: ignore
 
 
-@pytest.mark.parametrize("name", sorted({*contract.SEGMENTERS, *OWN}))
+@pytest.mark.parametrize("name", sorted({*registry.SEGMENTERS, *OWN}))
 def test_the_file_computes_what_the_network_computes(name: str, tmp_path: Path) -> None:
     path, net, corners = tmp_path / "deep" / "seg.onnx", network(name), name != "deeplabv1"
     assert export.export_onnx(net, path, CLASSES, corners) < 1e-4

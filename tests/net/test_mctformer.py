@@ -14,10 +14,11 @@ from misc.config import Fit, override
 from misc.image import pixels
 from misc.infer.cams import by_range
 from misc.loop.fit import lr_factor
-from net import weights
 from net.backbone.transformer import Attention, AttentionSums, QueryKey
 from net.backbone.vit import ViTOptions, resize_positions
 from net.contract import SoftCam
+from net.foreign import reading
+from net.foreign.reading import read_tensors
 from net.refine.psa import PSA
 from net.seed.mctformer import MCTformer, MCTformerOptions, contrast_loss, ranking_pool
 from net.segment.deeplab_v1 import LargeFOV
@@ -329,7 +330,7 @@ def test_misfitting_classifiers_are_refused(tmp_path: Path) -> None:
 
 def test_pretrained_is_timms(monkeypatch: pytest.MonkeyPatch) -> None:
     state, asked = deit(), []
-    monkeypatch.setattr(weights, "read_timm", lambda name: asked.append(name) or state)
+    monkeypatch.setattr(reading, "read_timm", lambda name: asked.append(name) or state)
     model = network(backbone=override(TINY, {"pretrained": "some_vit"}))
     assert "timm:some_vit" in model.load_weights("pretrained") and asked == ["some_vit"]
     assert torch.equal(model.blocks[3].mlp.fc2.weight, state["blocks.3.mlp.fc2.weight"])
@@ -345,7 +346,7 @@ def test_pretrained_without_internet_says_what_to_do(monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match="deit_small_patch16_224.*no route.*internet.*path as the weights"):
         network().load_weights("pretrained")
     with pytest.raises(ValueError, match="no model 'deit_tiny_patch17'"):
-        weights.read("timm:deit_tiny_patch17")
+        read_tensors("timm:deit_tiny_patch17")
 
 
 # ------------------------------------------------------------------------------------------------ recipes

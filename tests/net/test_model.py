@@ -11,17 +11,17 @@ import torch
 
 from misc.config import Fit, flatten, override, restored
 from misc.files import store
-from net import contract
+from net import contract, registry
 from net.contract import Phase
+from net.foreign.reading import read_tensors
 from net.model import describe, load_model, predicts_masks
-from net.weights import read
 
-contract.load_methods()
+registry.load_methods()
 CLASSES = ("dog", "potted plant", "Tür")
-METHODS = [("cam", name) for name in sorted(contract.SEEDS)]
-METHODS += [("aff", name) for name in sorted(contract.REFINERS)]
-METHODS += [("seg", name) for name in sorted(contract.SEGMENTERS)]
-TABLES: dict[str, Any] = {"cam": contract.SEEDS, "aff": contract.REFINERS, "seg": contract.SEGMENTERS}
+METHODS = [("cam", name) for name in sorted(registry.SEEDS)]
+METHODS += [("aff", name) for name in sorted(registry.REFINERS)]
+METHODS += [("seg", name) for name in sorted(registry.SEGMENTERS)]
+TABLES: dict[str, Any] = {"cam": registry.SEEDS, "aff": registry.REFINERS, "seg": registry.SEGMENTERS}
 
 
 def recipe(part: str, name: str) -> Phase:
@@ -60,15 +60,15 @@ def test_the_file_is_a_plain_checkpoint_to_others(part: str, name: str, tmp_path
     stored = torch.load(tmp_path / f"{part}.pt", weights_only=True)
     assert stored.keys() == {"model", "description"} and stored["model"].keys() == state.keys()
     assert json.loads(stored["description"])["normalisation"]["std"]
-    assert read(tmp_path / f"{part}.pt").keys() == state.keys()
+    assert read_tensors(tmp_path / f"{part}.pt").keys() == state.keys()
 
 
-SINGLE_STAGE = sorted(name for name, cls in contract.SEEDS.items() if issubclass(cls, contract.SingleStage))
+SINGLE_STAGE = sorted(name for name, cls in registry.SEEDS.items() if issubclass(cls, contract.SingleStage))
 
 
 @pytest.mark.parametrize("name", SINGLE_STAGE)
 def test_a_cam_network_that_predicts_masks_serves_as_segmenter(name: str, tmp_path: Path) -> None:
-    whole = contract.SEEDS[name].recipes["sample"]
+    whole = registry.SEEDS[name].recipes["sample"]
     state, changed = save(tmp_path, "cam", name, whole.cam), override(whole.own, {"infer.flip": True})
     for test in (whole.own, changed):
         model = load_model(tmp_path / "cam.pt", "seg")

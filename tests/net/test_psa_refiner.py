@@ -17,7 +17,7 @@ from misc.crf.dense import CRFSettings
 from misc.propagate.walk import half_circle, pair_cells
 from net.backbone.resnet38 import ResNet38, ResNet38Options
 from net.backbone.vgg16 import VGG16Options
-from net.contract import REFINERS, SoftCam
+from net.contract import SoftCam
 from net.refine.psa import (
     PSA,
     LabelOptions,
@@ -30,6 +30,7 @@ from net.refine.psa import (
     pool,
     with_background,
 )
+from net.registry import REFINERS
 
 TINY = PSAOptions(
     resnet38=ResNet38Options(width=0.125, depth=(1, 1, 1, 1), dropout=(0.0, 0.0), freeze_bn=False, frozen="none"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from misc.config import PRETRAINED_WEIGHTS, override
 from net.backbone.resnest import ResNeSt, ResNeStOptions
 from net.backbone.resnet import STAGES, ResNetOptions
-from net.contract import SEEDS
+from net.registry import SEEDS
 from net.seed.puzzlecam import PuzzleCam, PuzzleCamOptions, by_maximum, cut, join, reconstruction
 from net.segment.deeplab_v2 import DeepLabV2
 

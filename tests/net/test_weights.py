@@ -15,9 +15,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from net import weights
 from net.backbone.resnet38 import ResNet38, ResNet38Options
 from net.backbone.vgg16 import VGG16, VGG16Options
+from net.foreign.loading import load_tensors
+from net.foreign.mxnet import resnet38_from_mxnet
+from net.foreign.reading import read_tensors
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -109,7 +111,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("version", [0, 1, 2])
 def test_mxnet_versions_and_types(tmp_path: Path, arrays: dict[str, np.ndarray], version: int) -> None:
-    read = weights.read(write(tmp_path, mxnet_file(arrays, version)))
+    read = read_tensors(write(tmp_path, mxnet_file(arrays, version)))
     assert list(read) == list(arrays)
     for name, array in arrays.items():
         assert read[name].numpy().dtype == array.dtype
@@ -120,7 +122,7 @@ def test_mxnet_refuses_sparse_arrays(tmp_path: Path, arrays: dict[str, np.ndarra
     data = bytearray(mxnet_file(arrays, 2))
     data[28] = 1  # storage type of the first record
     with pytest.raises(ValueError, match="sparse"):
-        weights.read(write(tmp_path, bytes(data)))
+        read_tensors(write(tmp_path, bytes(data)))
 
 
 def test_caffemodel_layers(tmp_path: Path) -> None:
@@ -138,7 +140,7 @@ def test_caffemodel_layers(tmp_path: Path) -> None:
         caffe_layer("lone", "Scale", gamma),
         caffe_layer("fc", "InnerProduct", dense),
     ])  # fmt: skip
-    read = weights.read(write(tmp_path, data))
+    read = read_tensors(write(tmp_path, data))
     expected = {
         "conv1_1.weight": kernel, "conv1_1.bias": bias,
         "bn1.running_mean": mean / 4, "bn1.running_var": variance / 4, "bn1.num_batches_tracked": 0,
@@ -157,7 +159,7 @@ def test_caffemodel_of_the_old_format(tmp_path: Path) -> None:
     kernel, bias, dense = rng.standard_normal((4, 3, 3, 3)), rng.standard_normal(4), rng.standard_normal((2, 5))
     layers = v1_layer("conv1_1", 4, kernel, bias) + v1_layer("relu", 18) + v1_layer("fc", 14, dense, bias)
     data = field(1, b"old") + layers
-    read = weights.read(write(tmp_path, data))
+    read = read_tensors(write(tmp_path, data))
     for name, value in {"conv1_1.weight": kernel, "conv1_1.bias": bias, "fc.weight": dense, "fc.bias": bias}.items():
         assert read[name].shape == value.shape, name
         np.testing.assert_allclose(read[name].numpy(), value, rtol=1e-6)
@@ -168,7 +170,7 @@ def test_caffemodel_of_the_golden_case(tmp_path: Path) -> None:
     """The small file of the golden folder, renamed by the golden table of DeepLab v2's layer names."""
     names = json.loads((GOLDEN / "deeplabv2_caffe_names.json").read_text())["names_voc12_msc"]
     with np.load(GOLDEN / "caffemodel_parse.npz") as case:
-        read = weights.read(write(tmp_path, case["caffemodel"].tobytes()))
+        read = read_tensors(write(tmp_path, case["caffemodel"].tobytes()))
         renamed = {}
         for name, value in read.items():
             layer, part = name.rsplit(".", 1)
@@ -187,7 +189,7 @@ def test_vgg16_caffemodel_fits_as_it_is(tmp_path: Path) -> None:
         caffe_layer(layer, "Convolution", values[f"{layer}.weight"].numpy(), values[f"{layer}.bias"].numpy())
         for layer in layers
     )
-    report = weights.load(net, write(tmp_path, data))
+    report = load_tensors(net, write(tmp_path, data))
     assert same(dict(net.state_dict()), values) and not report.missing and not report.unexpected
 
 
@@ -207,19 +209,19 @@ def test_vgg16_caffemodel_fits_as_it_is(tmp_path: Path) -> None:
 def test_torch_files(tmp_path: Path, state: dict[str, Tensor], zipped: bool, wrap: Callable[[dict], object]) -> None:
     path = tmp_path / "w.whatever"
     torch.save(wrap(state), path, _use_new_zipfile_serialization=zipped)
-    assert same(weights.read(path), state)
+    assert same(read_tensors(path), state)
 
 
 def test_prefix_stays_where_only_some_names_have_it(state: dict[str, Tensor], tmp_path: Path) -> None:
     state["module.weight"] = torch.ones(2)
     torch.save(state, tmp_path / "w.pth")
-    assert same(weights.read(tmp_path / "w.pth"), state)
+    assert same(read_tensors(tmp_path / "w.pth"), state)
 
 
 def test_safetensors(tmp_path: Path, state: dict[str, Tensor]) -> None:
     files = pytest.importorskip("safetensors.torch")
     files.save_file({f"module.{name}": value for name, value in state.items()}, tmp_path / "w.pth")
-    read = weights.read(tmp_path / "w.pth")
+    read = read_tensors(tmp_path / "w.pth")
     assert same(dict(sorted(read.items())), state)
 
 
@@ -243,7 +245,7 @@ def test_objects_are_never_unpickled(tmp_path: Path, state: dict[str, Tensor], k
     else:
         torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
     with pytest.raises(ValueError, match=r"w\.pth.*never unpickled.*torch\.save"):
-        weights.read(path)
+        read_tensors(path)
     assert not trace.exists()
 
 
@@ -269,10 +271,10 @@ def test_truncated_files_are_refused_with_a_remedy(tmp_path: Path, arrays: dict[
         "legacy": lambda: torch_bytes(tmp_path, False),
         "safetensors": safetensors_bytes,
     }[kind]()
-    weights.read(write(tmp_path, data))
+    read_tensors(write(tmp_path, data))
     for length in {0, 1, 9, 20, 30, len(data) // 3, len(data) // 2, len(data) - 5, len(data) - 1}:
         with pytest.raises(ValueError, match=r"weights\.bin.*(download it again|torch\.save)"):
-            weights.read(write(tmp_path, data[:length]))
+            read_tensors(write(tmp_path, data[:length]))
 
 
 @pytest.mark.parametrize(
@@ -281,18 +283,18 @@ def test_truncated_files_are_refused_with_a_remedy(tmp_path: Path, arrays: dict[
 )
 def test_garbage_is_refused(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(ValueError, match=r"weights\.bin.*(download it again|torch\.save)"):
-        weights.read(write(tmp_path, data))
+        read_tensors(write(tmp_path, data))
 
 
 def test_files_without_tensors_and_absent_files(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="no tensors"):
-        weights.read(tmp_path / "w.pth")
+        read_tensors(tmp_path / "w.pth")
     torch.save([torch.zeros(2)], tmp_path / "w.pth")
     with pytest.raises(ValueError, match="not a state dict"):
-        weights.read(tmp_path / "w.pth")
+        read_tensors(tmp_path / "w.pth")
     with pytest.raises(FileNotFoundError, match="absent.pth"):
-        weights.read(tmp_path / "absent.pth")
+        read_tensors(tmp_path / "absent.pth")
 
 
 # ------------------------------------------------------------------ names
@@ -300,11 +302,11 @@ def test_files_without_tensors_and_absent_files(tmp_path: Path) -> None:
 
 def test_resnet38_rename_table() -> None:
     case = json.loads((GOLDEN / "resnet38_mxnet_params.json").read_text())
-    assert {old: weights.resnet38_from_mxnet(old) for old in case["rename_table"]} == case["rename_table"]
-    assert weights.resnet38_from_mxnet("arg:linear1000_weight") is None
-    assert weights.resnet38_from_mxnet("arg:linear1000_bias") is None
+    assert {old: resnet38_from_mxnet(old) for old in case["rename_table"]} == case["rename_table"]
+    assert resnet38_from_mxnet("arg:linear1000_weight") is None
+    assert resnet38_from_mxnet("arg:linear1000_bias") is None
     for strange in ("arg:res2a_branch9z_foo", "bn2a_branch2a_gamma", "arg:fc_weight"):
-        assert weights.resnet38_from_mxnet(strange) == strange
+        assert resnet38_from_mxnet(strange) == strange
 
 
 def test_resnet38_loads_a_params_file(tmp_path: Path) -> None:
@@ -319,12 +321,12 @@ def test_resnet38_loads_a_params_file(tmp_path: Path) -> None:
     whole = nn.Module()
     whole.backbone = ResNet38(ResNet38Options(width=0.125))
     for target in (net, whole.backbone):
-        report = weights.load(target, path)
+        report = load_tensors(target, path)
         assert len(report.loaded) == 191 and not report.missing and not report.unexpected
         for old, new in table.items():
             np.testing.assert_array_equal(target.state_dict()[new].numpy(), arrays[old])
     with pytest.raises(ValueError, match=r"backbone\.conv1a\.weight"):
-        weights.load(whole, path)
+        load_tensors(whole, path)
 
 
 # ------------------------------------------------------------------ loading
@@ -346,7 +348,7 @@ def snapshot(net: nn.Module) -> dict[str, Tensor]:
 def test_load_of_everything(tmp_path: Path) -> None:
     source, net = Net(), Net()
     torch.save({"model": {f"module.{n}": v for n, v in source.state_dict().items()}}, tmp_path / "w.pth")
-    report = weights.load(net, tmp_path / "w.pth")
+    report = load_tensors(net, tmp_path / "w.pth")
     assert same(dict(net.state_dict()), dict(source.state_dict()))
     assert set(report.loaded) == set(net.state_dict()) and not report.missing and not report.wrong_shape
     assert "w.pth: 9 loaded, 0 missing, 0 unexpected" in str(report)
@@ -355,7 +357,7 @@ def test_load_of_everything(tmp_path: Path) -> None:
 def test_old_files_lack_the_batch_counter() -> None:
     source, net = Net().state_dict(), Net()
     del source["bn1.num_batches_tracked"]
-    assert not weights.load(net, source).missing
+    assert not load_tensors(net, source).missing
     assert torch.equal(net.bn1.weight, source["bn1.weight"])
 
 
@@ -364,7 +366,7 @@ def test_head_may_be_missing_or_of_another_shape() -> None:
     del source["f8_3.weight"]
     source["old_head.weight"] = torch.zeros(2)
     before = snapshot(net)
-    report = weights.load(net, source, allow_missing=("fc8", "f8_*"))
+    report = load_tensors(net, source, allow_missing=("fc8", "f8_*"))
     assert report.missing == ("f8_3.weight",) and report.unexpected == ("old_head.weight",)
     assert report.wrong_shape == {"fc8.weight": ((7, 4, 1, 1), (20, 4, 1, 1))}
     assert torch.equal(net.fc8.weight, before["fc8.weight"]) and torch.equal(net.conv1.weight, source["conv1.weight"])
@@ -377,8 +379,8 @@ def test_allowed_names_are_whole_parts() -> None:
     del source["fc8.weight"]
     for pattern in ("fc", "c8", "weight"):
         with pytest.raises(ValueError, match="fc8.weight"):
-            weights.load(net, source, allow_missing=(pattern,))
-    assert weights.load(net, source, allow_missing=("fc8.weight",)).missing == ("fc8.weight",)
+            load_tensors(net, source, allow_missing=(pattern,))
+    assert load_tensors(net, source, allow_missing=("fc8.weight",)).missing == ("fc8.weight",)
 
 
 def test_more_missing_than_the_head_is_an_error_and_changes_nothing(tmp_path: Path) -> None:
@@ -386,7 +388,7 @@ def test_more_missing_than_the_head_is_an_error_and_changes_nothing(tmp_path: Pa
     torch.save({"7.weight": torch.zeros(3, 2), "other": torch.zeros(1)}, tmp_path / "w.pth")
     before = snapshot(net)
     with pytest.raises(ValueError, match=r"w\.pth: 14 tensors are missing: .* and 4 more.*other.*Only 7 may") as error:
-        weights.load(net, tmp_path / "w.pth", allow_missing=("7",))
+        load_tensors(net, tmp_path / "w.pth", allow_missing=("7",))
     assert sum(f"{i}.{part}" in str(error.value) for i in range(7) for part in ("weight", "bias")) == 10
     assert same(snapshot(net), before)
 
@@ -396,19 +398,19 @@ def test_another_shape_outside_the_head_is_an_error_and_changes_nothing() -> Non
     source["conv1.bias"] = torch.zeros(9)
     before = snapshot(net)
     with pytest.raises(ValueError, match=r"conv1\.bias \(9,\) for \(4,\)"):
-        weights.load(net, source, allow_missing=("fc8",))
+        load_tensors(net, source, allow_missing=("fc8",))
     assert same(snapshot(net), before)
 
 
 def test_nothing_in_common_is_an_error_even_where_all_may_be_missing() -> None:
     with pytest.raises(ValueError, match="none of its tensors"):
-        weights.load(Net(), {"something": torch.zeros(1)}, allow_missing=("*",))
+        load_tensors(Net(), {"something": torch.zeros(1)}, allow_missing=("*",))
 
 
 def test_own_renaming(state: dict[str, Tensor]) -> None:
     net = nn.Conv2d(3, 4, 1, bias=False)
     table = {"conv.weight": "weight"}
-    report = weights.load(net, state, rename=table.get)
+    report = load_tensors(net, state, rename=table.get)
     assert torch.equal(net.weight, state["conv.weight"]) and not report.unexpected
     with pytest.raises(ValueError, match="become weight"):
-        weights.load(net, state, rename=lambda name: "weight")
+        load_tensors(net, state, rename=lambda name: "weight")

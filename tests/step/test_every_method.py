@@ -11,12 +11,12 @@ from running import make_set
 
 import run_sample
 from misc.files import store
-from net import contract
+from net import registry
 from step.lib.config import default_config
 from voc12.catalog import open_catalog
 from voc12.prepare import commands
 
-contract.load_methods()
+registry.load_methods()
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def short(method: str) -> list[str]:
     cfg = default_config(method, "sample")
     trained = ["cam" if name == "cam" else f"cam.{name}" for name, _ in cfg.cam.phases()]
     flags = {"machine.workers": "0", "machine.device": "cpu", "cam.infer.scales": str(cfg.cam.infer.scales[0])}
-    parts = [*trained, "aff"] if cfg.segmenter == contract.OWN else [*trained, "aff", "seg"]
+    parts = [*trained, "aff"] if cfg.segmenter == registry.OWN else [*trained, "aff", "seg"]
     for part in parts:
         flags |= {f"{part}.fit.steps": "2", f"{part}.fit.batch-size": "3"}
     flags |= {"aff.label.crf.iterations": "0", "aff.walk.crf.iterations": "0", "aff.walk.threshold": "0"}
@@ -47,7 +47,7 @@ def short(method: str) -> list[str]:
 
 
 @pytest.mark.parametrize("data", ["folder", "coco14"])
-@pytest.mark.parametrize("method", sorted(contract.SEEDS))
+@pytest.mark.parametrize("method", sorted(registry.SEEDS))
 def test_every_step_of_every_method(method: str, data: str, roots: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     saliency = ["--saliency", str(roots["voc12"] / "Saliency")] if method == "getam" else []
@@ -58,7 +58,7 @@ def test_every_step_of_every_method(method: str, data: str, roots: dict[str, Pat
         cam = store.read_cam(out / "cam" / f"{image_id}.npz")
         assert cam.keys.tolist() == np.flatnonzero(catalog.tags(image_id)).tolist()
     folders = {"seg": catalog.ids("val")}
-    if default_config(method, "sample").segmenter != contract.OWN:
+    if default_config(method, "sample").segmenter != registry.OWN:
         folders["label"] = catalog.ids("train")
     for folder, ids in folders.items():
         for image_id in ids:

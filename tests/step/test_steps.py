@@ -17,12 +17,12 @@ from torchvision.ops import StochasticDepth
 import run_sample
 from misc import config as settings
 from misc.config import Fit
-from net import contract
+from net import contract, registry
 from net.contract import Batch, Network, Phase, SoftCam
 from step import STEPS, select
 from step.lib.config import Config, default_config
 
-contract.load_methods()
+registry.load_methods()
 
 CLASSES = 3
 PRESETS = ("published", "sample")
@@ -72,19 +72,19 @@ def test_a_range_runs_forwards() -> None:
 
 @pytest.mark.parametrize(
     "method, preset, refiner, segmenter",
-    list(product(sorted(contract.SEEDS), PRESETS, sorted(contract.REFINERS), sorted(contract.SEGMENTERS))),
+    list(product(sorted(registry.SEEDS), PRESETS, sorted(registry.REFINERS), sorted(registry.SEGMENTERS))),
 )
 def test_every_combination_has_a_configuration(method: str, preset: str, refiner: str, segmenter: str) -> None:
     cfg = default_config(method, preset, refiner, segmenter)
     assert (cfg.method, cfg.refiner, cfg.segmenter) == (method, refiner, segmenter)
-    assert type(cfg.aff) is type(contract.REFINERS[refiner].recipes[preset])
-    assert type(cfg.seg.network) is type(contract.SEGMENTERS[segmenter].recipes[preset].network)
+    assert type(cfg.aff) is type(registry.REFINERS[refiner].recipes[preset])
+    assert type(cfg.seg.network) is type(registry.SEGMENTERS[segmenter].recipes[preset].network)
     assert cfg.cam.phases()[-1][0] == "cam"
     flat = cfg.recorded()
     assert flat["cam.fit.lr"] == cfg.cam.fit.lr and "machine.workers" not in flat
 
 
-@pytest.mark.parametrize("method, preset", list(product(sorted(contract.SEEDS), PRESETS)))
+@pytest.mark.parametrize("method, preset", list(product(sorted(registry.SEEDS), PRESETS)))
 def test_every_method_has_a_command_line(method: str, preset: str) -> None:
     cfg = run_sample.parse([method, "--preset", preset, "--cam.fit.lr", "0.125", "--seg.infer.scales", "16", "32"])
     assert cfg.preset == preset and cfg.cam.fit.lr == 0.125 and cfg.seg.infer.scales == (16.0, 32.0)
@@ -99,8 +99,8 @@ def test_every_method_has_a_command_line(method: str, preset: str) -> None:
 def test_a_method_brings_its_own_settings_of_its_refiner_and_no_other() -> None:
     own = default_config("seam", "published")
     assert own.aff.walk.alpha == 6 and own.aff.walk.logt == 6
-    plain = contract.REFINERS["psa"].recipes["published"]
-    assert plain.walk.alpha == 16 and contract.SEEDS["seam"].recipes["published"].refine["walk.alpha"] == 6
+    plain = registry.REFINERS["psa"].recipes["published"]
+    assert plain.walk.alpha == 16 and registry.SEEDS["seam"].recipes["published"].refine["walk.alpha"] == 6
 
 
 @pytest.mark.parametrize("what", [("nothing",), ("seam", "sample", "nothing"), ("seam", "sample", None, "nothing")])
@@ -155,7 +155,7 @@ def built(phase: Phase, earlier: Mapping[str, Network]) -> Network:
 def seed_networks(name: str) -> dict[str, Network]:
     """The networks of all phases of a method."""
     networks: dict[str, Network] = {}
-    for phase_name, phase in contract.SEEDS[name].recipes["sample"].cam.phases():
+    for phase_name, phase in registry.SEEDS[name].recipes["sample"].cam.phases():
         networks[phase_name] = built(phase, {k: v.eval() for k, v in networks.items()})
     return networks
 
@@ -191,9 +191,9 @@ def side(phase: Phase) -> int:
     return min(phase.augment.crop, 96)
 
 
-@pytest.mark.parametrize("name", sorted(contract.SEEDS))
+@pytest.mark.parametrize("name", sorted(registry.SEEDS))
 def test_seed_networks_train(name: str) -> None:
-    phases = dict(contract.SEEDS[name].recipes["sample"].cam.phases())
+    phases = dict(registry.SEEDS[name].recipes["sample"].cam.phases())
     for phase_name, network in seed_networks(name).items():
         size = side(phases[phase_name])
         batch = {
@@ -206,7 +206,7 @@ def test_seed_networks_train(name: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (49, 75), (91, 58)])
-@pytest.mark.parametrize("name", sorted(contract.SEEDS))
+@pytest.mark.parametrize("name", sorted(registry.SEEDS))
 def test_seed_networks_give_a_map_for_every_class_at_any_size(name: str, size: tuple[int, int]) -> None:
     network = seed_networks(name)["cam"].eval()
     assert isinstance(network, contract.SeedNetwork)
@@ -216,10 +216,10 @@ def test_seed_networks_give_a_map_for_every_class_at_any_size(name: str, size: t
     assert torch.isfinite(maps).all()
 
 
-@pytest.mark.parametrize("name", sorted(contract.SEEDS))
+@pytest.mark.parametrize("name", sorted(registry.SEEDS))
 def test_seed_networks_classify_without_tags_as_they_were_trained(name: str) -> None:
     """After some updates on two plain images of one class each, the scores tell these apart."""
-    phase = dict(contract.SEEDS[name].recipes["sample"].cam.phases())["cam"]
+    phase = dict(registry.SEEDS[name].recipes["sample"].cam.phases())["cam"]
     network, size = seed_networks(name)["cam"], side(phase)
     images = torch.stack([torch.full((3, size, size), -1.0), torch.full((3, size, size), 1.0)])
     batch = {
@@ -251,9 +251,9 @@ def soft_cam(keys: list[int], height: int, width: int) -> SoftCam:
     return SoftCam(np.array(keys, np.int64), maps)
 
 
-@pytest.mark.parametrize("name", sorted(contract.REFINERS))
+@pytest.mark.parametrize("name", sorted(registry.REFINERS))
 def test_refiners_label_train_and_refine(name: str) -> None:
-    method = contract.REFINERS[name]
+    method = registry.REFINERS[name]
     recipe = method.recipes["sample"]
     size = side(recipe)
     image = np.random.default_rng(0).integers(0, 255, (size, size, 3), dtype=np.uint8)
@@ -275,9 +275,9 @@ def test_refiners_label_train_and_refine(name: str) -> None:
         assert scores.shape == (len(keys) + 1, *shape) and scores.dtype == np.float32 and np.isfinite(scores).all()
 
 
-@pytest.mark.parametrize("name", sorted(contract.REFINERS))
+@pytest.mark.parametrize("name", sorted(registry.REFINERS))
 def test_refiners_that_find_objects_refine_alike(name: str) -> None:
-    method = contract.REFINERS[name]
+    method = registry.REFINERS[name]
     recipe = method.recipes["sample"]
     if not method.finds_instances(recipe.walk):
         with pytest.raises(NotImplementedError):
@@ -293,9 +293,9 @@ def test_refiners_that_find_objects_refine_alike(name: str) -> None:
         assert np.isfinite(found.scores).all() and found.masks.any(axis=(1, 2)).all()
 
 
-@pytest.mark.parametrize("name", sorted(contract.SEGMENTERS))
+@pytest.mark.parametrize("name", sorted(registry.SEGMENTERS))
 def test_segmenters_train_and_give_logits_at_any_size(name: str) -> None:
-    recipe = contract.SEGMENTERS[name].recipes["sample"]
+    recipe = registry.SEGMENTERS[name].recipes["sample"]
     network = built(recipe, {})
     assert isinstance(network, contract.Segmenter)
     size = side(recipe)
@@ -309,9 +309,9 @@ def test_segmenters_train_and_give_logits_at_any_size(name: str) -> None:
         assert logits.shape[:2] == (2, CLASSES + 1) and torch.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("name", sorted(contract.SEGMENTERS))
+@pytest.mark.parametrize("name", sorted(registry.SEGMENTERS))
 def test_a_batch_without_any_label_gives_a_finite_loss(name: str) -> None:
-    network = built(contract.SEGMENTERS[name].recipes["sample"], {}).train()
+    network = built(registry.SEGMENTERS[name].recipes["sample"], {}).train()
     batch = {"image": pictures(2, 64, 64), "mask": torch.full((2, 64, 64), 255)}
     counts = {f"counts/{k}": v.float() for k, v in network.counts(batch).items()}
     assert sum(network({**batch, **counts}, 0.0).values()).item() == 0
@@ -319,4 +319,4 @@ def test_a_batch_without_any_label_gives_a_finite_loss(name: str) -> None:
 
 def test_a_name_is_registered_once() -> None:
     with pytest.raises(ValueError, match="Two classes are registered as 'seam'"):
-        contract.seed("seam")(type("Second", (), {}))
+        registry.seed("seam")(type("Second", (), {}))

@@ -21,18 +21,11 @@ from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit
 from misc.image.pixels import box_mask
 from net.backbone.transformer import AttentionSums, Visit
 from net.backbone.vit import SAMPLE_VIT, GridViT, ViTOptions
-from net.contract import (
-    Batch,
-    Group,
-    Network,
-    Options,
-    Phase,
-    Recipe,
-    SeedNetwork,
-    SeedRecipe,
-    name_groups,
-    seed,
-)
+from net.contract import Batch, Network, Options, Phase, Recipe, SeedNetwork, SeedRecipe
+from net.foreign.loading import load_tensors
+from net.foreign.reading import read_tensors
+from net.groups import Group, name_groups
+from net.registry import seed
 from net.seed.semformer.autoencoder import (
     CAAE,
     PRETRAINED_PARTS,
@@ -41,7 +34,6 @@ from net.seed.semformer.autoencoder import (
     similarity_loss,
     with_background,
 )
-from net.weights import load, read
 
 _EPS = 1e-5
 
@@ -353,12 +345,12 @@ class SemFormer(SeedNetwork):
         """A SemFormer checkpoint, or an ImageNet classifier (published: DeiT-S), whose class token all class tokens
         start as; 'pretrained': timm's."""
         source = f"timm:{self.options.backbone.pretrained}" if weights == PRETRAINED_WEIGHTS else weights
-        state = read(source)
+        state = read_tensors(source)
         if "segmentor.cls_head.weight" in state:
-            return str(load(self, state, label=source))
+            return str(load_tensors(self, state, label=source))
         body = self.segmentor.backbone.from_classifier(state)
         moved = {f"segmentor.backbone.{name}": value for name, value in body.items()}
         repeats = (1, self.segmentor.classes, 1)
         moved["segmentor.cls_token"] = state["cls_token"].repeat(repeats)
         moved["segmentor.cls_posembed"] = state["pos_embed"][:, :1].repeat(repeats)
-        return str(load(self, moved, label=source, allow_missing=("segmentor.cls_head", "segmentor.seg_head")))
+        return str(load_tensors(self, moved, label=source, allow_missing=("segmentor.cls_head", "segmentor.seg_head")))

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from misc.config import PRETRAINED_WEIGHTS
 from net.backbone.transformer import TransformerBlock
 from net.backbone.vit import GridViT, ViTOptions
-from net.contract import Batch, Group, Network, Options, name_groups
-from net.weights import load, read
+from net.contract import Batch, Network, Options
+from net.foreign.loading import load_tensors
+from net.foreign.reading import read_tensors
+from net.groups import Group, name_groups
 
 _EPS = 1e-5
 PRETRAINED_PARTS = ("model", "stage", "backbone")
@@ -197,9 +199,9 @@ class CAAE(Network):
     def load_weights(self, weights: str) -> str:
         """A CAAE, or an ImageNet classifier (published: the distilled DeiT-B) for the encoder; 'pretrained': timm's."""
         source = f"timm:{self.options.encoder.pretrained}" if weights == PRETRAINED_WEIGHTS else weights
-        state = read(source)
+        state = read_tensors(source)
         if "crs.0.weight" in state:
-            return str(load(self, state, label=source))
+            return str(load_tensors(self, state, label=source))
         body = self.encoder["vit_backbone"].from_classifier(state)
         moved = {f"encoder.vit_backbone.{name}": value for name, value in body.items()}
-        return str(load(self, moved, label=source, allow_missing=_NEW))
+        return str(load_tensors(self, moved, label=source, allow_missing=_NEW))

@@ -1,0 +1,88 @@
+"""Any weight file, recognised by its content, not by its suffix."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+from net.foreign.caffe import read_caffe
+from net.foreign.mxnet import MXNET_LIST, read_mxnet
+from net.foreign.pytorch import State, read_pytorch, read_safetensors
+
+TIMM = "timm:"
+"""Before the name of one of timm's models, in place of a file."""
+
+# format -> (does a file that begins with these 16 bytes have it?, its reader); the weakest sign comes last
+_READERS: dict[str, tuple[Callable[[bytes], bool], Callable[[Path], State]]] = {
+    "safetensors": (lambda head: head[4:9] == b"\0\0\0\0{", read_safetensors),
+    "MXNet .params": (lambda head: head[:8] == struct.pack("<Q", MXNET_LIST), read_mxnet),
+    "a PyTorch checkpoint": (lambda head: head.startswith((b"PK\x03\x04", b"\x80")), read_pytorch),
+    "a caffemodel": (lambda head: head.startswith((b"\x0a", b"\x12", b"\xa2\x06")), read_caffe),
+}
+
+
+def _format(path: Path) -> str:
+    """The key of ``_READERS`` that fits the file; ValueError where none does."""
+    with path.open("rb") as file:
+        head = file.read(16)
+    for kind, (recognises, _) in _READERS.items():
+        if recognises(head):
+            return kind
+    raise ValueError(
+        f"{path}: no known weight format ({', '.join(_READERS)}); it begins with {head!r}. "
+        "A web page may have been saved in place of the file: download it again."
+    )
+
+
+def read_timm(name: str) -> State:
+    """Tensors of one of timm's pretrained models by its name there, such as "deit_small_patch16_224".
+
+    Needs the internet the first time. Raises ValueError where there is no such model or it can't be fetched.
+    """
+    import timm  # slow to import, and most runs don't need it
+
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}. Give a name of timm.list_models(pretrained=True), or a file.")
+    try:
+        return dict(timm.create_model(name, pretrained=True).state_dict())
+    except Exception as error:  # no connection, a proxy, a full disk: each layer of the download has its own
+        config = timm.get_pretrained_cfg(name)
+        url = config.url if config is not None and config.url else f"the weights of {name}"
+        raise ValueError(
+            f"timm's weights {name} can't be fetched ({type(error).__name__}: {str(error)[:200]}). Is there a way to "
+            f"the internet? If not, bring the file ({url}) and give its path as the weights instead of 'pretrained'."
+        ) from error
+
+
+def read_tensors(path: str | Path) -> State:
+    """Tensors of a weight file by their names in the file, recognised by content, not by suffix; of ``timm:NAME`` those
+    of ``read_timm``.
+
+    Nested dictionaries ("state_dict", "model") and wrapper prefixes ("module.") are taken away.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: its format is unknown, it is damaged, or it holds objects that would have to be unpickled.
+    """
+    if str(path).startswith(TIMM):
+        return read_timm(str(path).removeprefix(TIMM))
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such weight file. Give the path of a downloaded checkpoint.")
+    kind = _format(path)
+    try:
+        return _READERS[kind][1](path)
+    except (OSError, MemoryError):
+        raise
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: holds Python objects other than tensors, which are never unpickled, or is damaged. Where its "
+            "code is at hand and trusted, save the bare tensors: torch.save(model.state_dict(), FILE)."
+        ) from error
+    except Exception as error:  # parsers meet damage in many ways
+        raise ValueError(
+            f"{path}: can't be read as {kind}: {error}. Truncated or damaged? Compare its size or checksum with the "
+            "source's and download it again."
+        ) from error
