@@ -49,20 +49,22 @@ class Fit:
     """Nesterov form of the SGD momentum."""
     weight_decay: float = 5e-4
     """Decay of the groups that are decayed at all."""
+    # wsol.md 5, aream.md 8, mctformer.md 6
     schedule: Literal["poly", "constant", "step", "cosine", "timm_cosine"] = "poly"
     """poly: lr x (1 - step / (steps + schedule_extra)) ^ power, set before each update (see schedule_every).
     constant: lr.
-    step: lr x step_factor for each epoch so far whose number, from 1 on, a value of step_epochs divides (wsol.md 5).
-    cosine: linear from warmup_lr to lr over the warm-up, both included, then by a cosine towards final_lr (aream.md 8).
+    step: lr x step_factor for each epoch so far whose number, from 1 on, a value of step_epochs divides.
+    cosine: linear from warmup_lr to lr over the warm-up, both included, then by a cosine towards final_lr.
     timm_cosine: set once an epoch, one epoch late: epoch e has f(e - 1), the first f(0); f(t) rises linearly from
-    warmup_lr at 0 to lr at warmup_epochs, from there on it is the cosine from lr at 0 to final_lr at the last epoch
-    (mctformer.md 6)."""
+    warmup_lr at 0 to lr at warmup_epochs, from there on it is the cosine from lr at 0 to final_lr at the last
+    epoch."""
     power: float = 0.9
     """Exponent of the poly schedule."""
     schedule_extra: int = 0
     """Steps added to the length in the poly schedule's denominator."""
+    # deeplab.md C.3
     schedule_every: int = 1
-    """Updates between two settings of the poly schedule's rate (deeplab.md C.3)."""
+    """Updates between two settings of the poly schedule's rate."""
     step_epochs: tuple[int, ...] = (30,)
     """step: the rate falls at the start of the epochs that one of these divides: (30,) is 30, 60, 90 ..."""
     step_factor: float = 0.1
@@ -124,10 +126,12 @@ class Augment:
     scale_filter: Literal["cubic", "linear", "bicubic", "bilinear"] = "cubic"
     """Filter of the image in ``scale``. cubic, linear: OpenCV's. bicubic, bilinear: PIL's, antialiased when
     shrinking."""
+    # deeplab.md C.3
     scale_set: tuple[float, ...] = ()
-    """scale: the factors to draw from, instead of any one in the range (deeplab.md C.3)."""
+    """scale: the factors to draw from, instead of any one in the range."""
+    # deeplab.md C.3
     scale_mask: Literal["opencv", "pil"] = "opencv"
-    """Nearest-neighbour filter of the mask in ``scale``; the two differ by up to one pixel (deeplab.md C.3)."""
+    """Nearest-neighbour filter of the mask in ``scale``; the two differ by up to one pixel."""
     scale_per_batch: bool = False
     """scale: one factor for all images of a batch instead of one for each."""
     square: int = 256
@@ -152,10 +156,11 @@ class Augment:
     crop: int = 448
     """crop, resized_crop: side of the square that becomes the training image. crop cuts it from the image (or, where
     the image is smaller, lays it on a canvas). Pixels."""
+    # deeplab.md B.2
     crop_place: Literal["random", "corner", "top_left"] = "random"
     """Where an image smaller than the crop lands on its canvas: a random place, or (corner, top_left) the top left
-    corner. corner also takes the published offset of a larger image, int(u x (side - crop)), never the very last one
-    (deeplab.md B.2)."""
+    corner. corner also takes the published offset of a larger image, int(u x (side - crop)), never the very last
+    one."""
     mask_fill: int = 255
     """Label of the canvas where there is no image: 255 ignore, 0 background."""
 
@@ -191,33 +196,36 @@ class CamInference:
     """Factors of the image size; PIL bicubic, sizes rounded half to even."""
     truncate: bool = False
     """Cut the fraction of the sizes off instead of rounding them."""
+    # transcam.md 5
     square: bool = False
-    """Scales are not factors but sides in pixels of a square that the image is stretched to (transcam.md 5)."""
+    """Scales are not factors but sides in pixels of a square that the image is stretched to."""
     resize: Literal["bicubic", "bilinear"] = "bicubic"
     """PIL's filter that resizes the image."""
     flip: bool = True
     """Add the maps of the mirrored image."""
+    # semformer.md 6
     stretch: int = 1
-    """Sides of the network's inputs are rounded up to multiples of this: images are stretched, not padded
-    (semformer.md 6)."""
+    """Sides of the network's inputs are rounded up to multiples of this: images are stretched, not padded."""
     multiple: int = 1
     """Scaled images are padded with the mean colour at the bottom and the right to sides that are multiples of this;
     maps are brought to the padded size and cut to the image again. 1: no padding."""
     pad_first: bool = False
     """Pad before mirroring, so that the mirrored image has its margin on the left, instead of after it."""
+    # psa.md 2.4, seam.md 5, mctformer.md 4, aream.md 9
     normalise: Literal["max", "shifted", "minmax", "rectified"] = "max"
-    """max: each class map divided by (its maximum + 1e-5) (psa.md 2.4).
-    shifted: clipped at 0, then (S - min - 1e-5) / (max - min + 1e-5) with entries below min + 1e-5 at 0 before
-    (seam.md 5).
-    minmax: (S - min) / (max - min + 1e-8) (mctformer.md 4).
-    rectified: clipped at 0, then D / (max D + 1e-6) with D = S - min (aream.md 9)."""
+    """max: each class map divided by (its maximum + 1e-5).
+    shifted: clipped at 0, then (S - min - 1e-5) / (max - min + 1e-5) with entries below min + 1e-5 at 0 before.
+    minmax: (S - min) / (max - min + 1e-8).
+    rectified: clipped at 0, then D / (max D + 1e-6) with D = S - min."""
+    # irnet.md 6
     round_up: int = 1
     """Maps, whatever the inputs' sizes, are added up at sides that are multiples of this, then cut to the image:
-    misaligned by up to as many pixels, which published thresholds were tuned with (IRNet's high_res: 16; irnet.md 6).
-    1: at image size."""
+    misaligned by up to as many pixels, which published thresholds were tuned with (IRNet's high_res: 16). 1: at image
+    size."""
+    # irnet.md 6
     coarse: int = 0
-    """Also keep the maps added up on a grid with this many pixels a cell, for refiners that work on it (IRNet's cam: 4;
-    irnet.md 6). 0: they get the maps at image size."""
+    """Also keep the maps added up on a grid with this many pixels a cell, for refiners that work on it (IRNet's
+    cam: 4). 0: they get the maps at image size."""
 
     def __post_init__(self) -> None:
         check(bool(self.scales) and min(self.scales) > 0, "scales", self.scales, "positive factors")
@@ -230,13 +238,15 @@ class CamInference:
 
 @dataclass(frozen=True)
 class BoxInference:
-    """How boxes are drawn from class maps and scored (read by step/localise.py; wsol.md sections 6 to 8)."""
+    """How boxes are drawn from class maps and scored (read by step/localise.py)."""
+    # wsol.md sections 6 to 8
 
     side: int = 224
     """Side of the square grid that maps and true boxes are brought to. Pixels."""
+    # wsol.md 6
     threshold: float = 0.1
     """Share of a map's maximum above which a pixel is foreground, for Top-1, Top-5 and GT-Known. Other maps than
-    TS-CAM's need another one: GT-Known may double (wsol.md 6)."""
+    TS-CAM's need another one: GT-Known may double."""
     interval: float = 0.01
     """Distance of the thresholds that MaxBoxAcc searches, and of PxAP's. The published evaluation takes 0.001."""
 
@@ -252,8 +262,9 @@ class SegInference:
 
     scales: tuple[float, ...] = (1.0,)
     """Factors of the image size."""
+    # getam.md 7
     square: bool = False
-    """Scales are not factors but sides in pixels of a square that the image is stretched to (getam.md 7)."""
+    """Scales are not factors but sides in pixels of a square that the image is stretched to."""
     flip: bool = False
     """Test the mirrored image too."""
     resize: Literal["cubic", "linear"] = "cubic"

@@ -1,4 +1,4 @@
-"""Ranks and devices: the one place that knows how many processes there are (DESIGN.md section 7).
+"""Ranks and devices: the one place that knows how many processes there are (docs/design.md section 7).
 
 Plain ``python`` is the one-process case of what ``torchrun`` starts; gloo on the CPU, nccl on GPUs.
 """

@@ -1,4 +1,4 @@
-"""What every network promises (DESIGN.md section 3). net/registry.py finds them by name.
+"""What every network promises (docs/design.md section 3). net/registry.py finds them by name.
 
 Networks are single-device code: they know no rank, no file and no data set.
 """
@@ -122,10 +122,11 @@ class SeedRecipe(Phase):
     """Inference of the CAMs."""
     boxes: BoxInference = field(default_factory=BoxInference)
     """Boxes from the CAMs, on data sets that ask for boxes."""
+    # semformer.md 5.3
     selection: Literal["last", "train_miou"] = "last"
     """Which weights are kept. last: those after the last update. train_miou: those of the epoch whose CAMs (one scale,
     no mirror) have the best mIoU on the scored list at their best background score. It looks at the PIXEL LABELS of the
-    training images, as the published SemFormer and Puzzle-CAM do (semformer.md 5.3); they do so on coarser maps."""
+    training images, as the published SemFormer and Puzzle-CAM do; they do so on coarser maps."""
 
     def phases(self) -> tuple[tuple[str, Phase], ...]:
         """The trainings in order, each with its name (weights/NAME.pt); the last is the CAM network, named cam."""

@@ -19,7 +19,8 @@ _LOWEST_SCORE = 1e-5
 
 @dataclass(frozen=True)
 class CRFSettings:
-    """Kernels and length of the mean-field inference. The defaults make PSA's affinity labels (psa.md section 3)."""
+    """Kernels and length of the mean-field inference. The defaults make PSA's affinity labels."""
+    # psa.md section 3
 
     iterations: int = 10
     """Mean-field updates; 0 gives the clipped scores, normalised."""

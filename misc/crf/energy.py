@@ -16,7 +16,8 @@ from misc.crf.lattice import Lattice
 
 @dataclass(frozen=True)
 class DenseOptions:
-    """Strength and kernel of the dense energy loss (getam.md section 5)."""
+    """Strength and kernel of the dense energy loss."""
+    # getam.md section 5
 
     weight: float = 1e-7
     """Weight. It belongs to the lattice's filter, whose values are about 0.62 of those of exact Gaussian sums. 0: no

@@ -1,4 +1,4 @@
-"""The run folder: where every step's files are, what made them, and what they scored (DESIGN.md section 5)."""
+"""The run folder: where every step's files are, what made them, and what they scored (docs/design.md section 5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop over images: whatever per-image function a step gives, over all its ids (DESIGN.md rule 3).
+"""The loop over images: whatever per-image function a step gives, over all its ids (docs/design.md section 2, rule 3).
 
 Sharding over processes and jobs, worker processes, look-ahead reading, resume by finished files, progress with ETA,
 and a per-image report of what failed live here and nowhere else.

@@ -1,4 +1,4 @@
-"""The training loop: trains whatever network a step gives it (DESIGN.md rule 3).
+"""The training loop: trains whatever network a step gives it (docs/design.md section 2, rule 3).
 
 AMP, DDP under torchrun, the global batch and its division, exact resume, TensorBoard and the finite-loss guard live
 here and nowhere else. A network's ``forward(batch, progress)`` returns named loss terms whose sum is minimised.

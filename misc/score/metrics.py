@@ -279,7 +279,7 @@ def mask_at(maps: Maps, threshold: float) -> np.ndarray:
 
 
 class ThresholdCurve:
-    """Confusion matrices of CAMs at many background scores from ONE pass over the images (DESIGN.md section 6).
+    """Confusion matrices of CAMs at many background scores from ONE pass over the images (docs/design.md section 6).
 
     Which class is strongest does not depend on the background score, only whether it beats it. So pixels are counted by
     (true class, strongest class, number of thresholds below its score), and the matrix at a threshold is a sum of these

@@ -47,7 +47,8 @@ Taps = Mapping[Stage, Tensor]
 
 @dataclass(frozen=True)
 class EdgeOptions(Options):
-    """Edge network (irnet.md section 8); a refiner's options subclass these and build it."""
+    """Edge network; a refiner's options subclass these and build it."""
+    # irnet.md section 8
 
     resnet: ResNetOptions = field(default_factory=lambda: ResNetOptions(frozen="layer4"))
     """Backbone. Published is completely frozen; only the layers on its stages are trained."""
@@ -66,7 +67,8 @@ class EdgeOptions(Options):
 
 @dataclass(frozen=True)
 class EdgeLabel:
-    """Labels from two thresholds (irnet.md section 7)."""
+    """Labels from two thresholds."""
+    # irnet.md section 7
 
     threshold_fg: float = 0.30
     """Background score against which a class must win to be reliable foreground."""
@@ -83,7 +85,8 @@ class EdgeLabel:
 
 @dataclass(frozen=True)
 class EdgeWalk:
-    """Random walk across a boundary map (irnet.md section 10)."""
+    """Random walk across a boundary map."""
+    # irnet.md section 10
 
     beta: float = 10.0
     """Exponent of the affinities."""

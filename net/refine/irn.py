@@ -51,7 +51,8 @@ _LEAST_SHARE = 0.01
 
 @dataclass(frozen=True)
 class IRNOptions(EdgeOptions):
-    """Boundary and displacement network (irnet.md section 8)."""
+    """Boundary and displacement network."""
+    # irnet.md section 8
 
     displacement_lr: float = 10.0
     """Learning rate of the displacement layers relative to that of the boundary layers."""
@@ -63,7 +64,8 @@ class IRNOptions(EdgeOptions):
 
 @dataclass(frozen=True)
 class IRNWalk(EdgeWalk):
-    """Random walk, and the objects of each class (irnet.md section 10)."""
+    """Random walk, and the objects of each class."""
+    # irnet.md section 10
 
     instances: bool = True
     """Tell single objects apart too (instance/ID.npz, instance/ID.png)."""

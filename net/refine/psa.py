@@ -48,7 +48,8 @@ _LEVELS = (3, 4, 5)
 
 @dataclass(frozen=True)
 class PSAOptions(Options):
-    """AffinityNet (psa.md section 5.1)."""
+    """AffinityNet."""
+    # psa.md section 5.1
 
     backbone: Literal["resnet38", "vgg16"] = "resnet38"
     """Network that the affinity layers stand on."""
@@ -78,7 +79,8 @@ Background = Literal["power", "constant"]
 
 @dataclass(frozen=True)
 class LabelOptions:
-    """Low/high-alpha labels (psa.md section 4; TransCAM's: transcam.md sections 5 and 6)."""
+    """Low/high-alpha labels."""
+    # psa.md section 4; TransCAM's: transcam.md sections 5 and 6
 
     background: Background = "power"
     """Background score. power: (1 - largest CAM)^alpha. constant: a threshold."""
@@ -95,9 +97,10 @@ class LabelOptions:
     crf_unary: Literal["scores", "labels"] = "scores"
     """What the CRF starts from. labels: the arg-max, held with confidence 0.7; training then reads label maps, where
     the canvas round an image counts as background (TransCAM)."""
+    # mctformer.md section 4
     crf_truncates_image: bool = False
     """Give the CRF the image recovered from the normalised one by truncation, which loses a grey level here and there
-    (MCTformer: mctformer.md section 4)."""
+    (as MCTformer does)."""
     crf_labels: int = 0
     """crf_unary labels: number of labels that the confidence is shared among, background included (TransCAM: all 21
     of VOC). 0: those of the image."""
@@ -112,7 +115,8 @@ class LabelOptions:
 
 @dataclass(frozen=True)
 class WalkOptions:
-    """Random walk (psa.md section 6)."""
+    """Random walk."""
+    # psa.md section 6
 
     beta: float = 8.0
     """Exponent of the affinities."""

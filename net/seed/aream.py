@@ -101,8 +101,9 @@ class AreamMCTformerOptions(AreamOptions):
 class AreamConformerOptions(AreamOptions):
     """On Conformer."""
 
+    # aream.md section 2.2
     backbone: ConformerOptions = field(default_factory=lambda: ConformerOptions(double_class_token=False))
-    """Conformer; without doubling, though the ImageNet weights were trained with it (aream.md section 2.2)."""
+    """Conformer; without doubling, though the ImageNet weights were trained with it."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for values that make no network."""

@@ -34,7 +34,8 @@ IGNORE = 255
 
 @dataclass(frozen=True)
 class LabelOptions:
-    """Labels that the network makes for itself (getam.md section 4)."""
+    """Labels that the network makes for itself."""
+    # getam.md section 4
 
     saliency: bool = True
     """Take the background from saliency maps (--saliency DIR), as published. Without them the maps alone decide by two

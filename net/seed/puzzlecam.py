@@ -43,10 +43,10 @@ class PuzzleCamOptions(Options):
     """Tiles a side: 2 cuts an image into its quarters. Divides the side of the training images."""
     level: Literal["feature", "cam"] = "feature"
     """What is compared. feature: the class maps as they are. cam: divided by their maxima first."""
+    # puzzlecam.md section 6
     masking: Masking = "masking"
     """Which maps count in the reconstruction. masking: those of present classes, divided by the number of all classes
-    (so that its weight depends on that number: puzzlecam.md section 6). none: all. selection: those of present classes,
-    mean over these."""
+    (so that its weight depends on that number). none: all. selection: those of present classes, mean over these."""
     squared: bool = False
     """Compare by squares instead of absolute differences."""
     alpha: float = 4.0

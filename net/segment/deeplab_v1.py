@@ -26,7 +26,8 @@ from net.registry import segmenter
 
 @dataclass(frozen=True)
 class DeepLabV1Options(Options):
-    """Network of ``deeplabv1``; the defaults are the published ones (deeplab.md A.1)."""
+    """Network of ``deeplabv1``; the defaults are the published ones."""
+    # deeplab.md A.1
 
     backbone: ResNet38Options = field(
         default_factory=lambda: ResNet38Options(freeze_bn=False, frozen="none", bn_momentum=0.0003)
@@ -177,7 +178,8 @@ class DeepLabV1(Segmenter):
 
 @dataclass(frozen=True)
 class LargeFOVOptions(Options):
-    """Network of ``deeplabv1_largefov``; the defaults are the published ones (deeplab.md B.1)."""
+    """Network of ``deeplabv1_largefov``; the defaults are the published ones."""
+    # deeplab.md B.1
 
     backbone: ResNet38Options = field(default_factory=lambda: ResNet38Options(freeze_bn=True, frozen="conv1a"))
     """ResNet38."""

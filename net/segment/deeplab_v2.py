@@ -29,13 +29,15 @@ Form = Literal["caffe", "torchvision"]
 
 @dataclass(frozen=True)
 class DeepLabV2Options(Options):
-    """Network of ``deeplabv2``; the defaults are the published ones (deeplab.md C.1, C.2)."""
+    """Network of ``deeplabv2``; the defaults are the published ones."""
+    # deeplab.md C.1, C.2
 
+    # deeplab.md C.6
     form: Form = "caffe"
     """Whose weights the backbone is made for. caffe: images are BGR, 0 to 255, minus the mean, and a stage's stride
     sits in the first 1x1 convolution. torchvision: images are normalised RGB, the stride sits in the 3x3 convolution
     (also for the CAM networks on a ResNet of this project). Weights of one form do not fit the other: such starts end
-    at about 20 mIoU (deeplab.md C.6)."""
+    at about 20 mIoU."""
     width: float = 1.0
     """Channel multiplier; 1 is the published network."""
     depth: tuple[int, int, int, int] = (3, 4, 23, 3)
