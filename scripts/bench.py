@@ -40,9 +40,11 @@ from misc.propagate.walk import (  # noqa: E402
     walk,
 )
 from misc.score.metrics import Confusion, ThresholdCurve, mask_at  # noqa: E402
-from net.backbone.edge import propagate  # noqa: E402
 from net.refine.psa import pair_affinity  # noqa: E402
-from net.seed.aream import Aream, AreamConformer, AreamMCTformer, pair_labels, pair_losses  # noqa: E402
+from net.seed.aream_conformer import AreamConformer  # noqa: E402
+from net.seed.aream_mctformer import AreamMCTformer  # noqa: E402
+from net.shared.aream import Aream, pair_labels, pair_losses  # noqa: E402
+from net.shared.edge import propagate  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class BoundaryInputs:
 
 
 def propagate_ours(scores: Tensor, boundary: Tensor) -> Tensor:
-    """net/backbone/edge.py: affinities across the boundaries, then the walk."""
+    """net/shared/edge.py: affinities across the boundaries, then the walk."""
     return propagate(scores, boundary, radius=5, beta=10, steps=256)
 
 

@@ -1,6 +1,6 @@
 """The edge-only affinity network of SemFormer and Puzzle-CAM (semformer.md sections 8 and 9, puzzlecam.md section 5).
 
-IRNet's boundary branch without its displacements; what it computes is told in net/backbone/edge.py, its numbers here.
+IRNet's boundary branch without its displacements; what it computes is told in net/shared/edge.py, its numbers here.
 The published recipe is SemFormer's. Puzzle-CAM's differs from it in these fields: ``network.align_corners`` off,
 ``label.threshold_fg`` and ``label.threshold_bg`` 0.40 and 0.10 (its script's defaults: 0.30 and 0.05), no ``jitter`` in
 ``augment.order``, ``walk.threshold`` 0.35 and one iteration of ``walk.crf`` (defaults: 0.25 and ten).
@@ -14,10 +14,10 @@ from typing import ClassVar
 
 from misc.config import PRETRAINED_WEIGHTS, Augment, Fit
 from misc.crf.dense import CRFSettings
-from net.backbone.edge import EdgeLabel, EdgeNetwork, EdgeOptions, EdgeWalk
 from net.backbone.resnet import SAMPLE_RESNET
 from net.contract import Network, RefineRecipe
 from net.registry import refiner
+from net.shared.edge import EdgeLabel, EdgeNetwork, EdgeOptions, EdgeWalk
 
 
 @dataclass(frozen=True)

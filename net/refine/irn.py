@@ -1,6 +1,6 @@
 """IRNet: inter-pixel relations (Ahn, Cho and Kwak, CVPR 2019). irnet.md.
 
-The boundary map of net/backbone/edge.py spreads the CAMs; beside it a displacement field, which points from every cell
+The boundary map of net/shared/edge.py spreads the CAMs; beside it a displacement field, which points from every cell
 to the middle of its object, tells the objects of a class apart. CRT uses the same with other thresholds (crt.md section
 2): ``--aff.label.threshold-fg 0.35 --aff.label.threshold-bg 0.15 --aff.walk.no-instances``.
 """
@@ -21,7 +21,11 @@ from misc.config import PRETRAINED_WEIGHTS, Augment, Fit, check
 from misc.crf.dense import CRFSettings
 from misc.propagate.walk import Displacement, pair_views
 from misc.score.objects import Instances
-from net.backbone.edge import (
+from net.backbone.resnet import SAMPLE_RESNET, STAGES
+from net.contract import Batch, Network, RefineRecipe, SoftCam
+from net.groups import Group
+from net.registry import refiner
+from net.shared.edge import (
     STRIDE,
     EdgeLabel,
     EdgeNetwork,
@@ -34,10 +38,6 @@ from net.backbone.edge import (
     projection,
     propagate,
 )
-from net.backbone.resnet import SAMPLE_RESNET, STAGES
-from net.contract import Batch, Network, RefineRecipe, SoftCam
-from net.groups import Group
-from net.registry import refiner
 
 _EPS = 1e-5
 _SHIFTS = 300

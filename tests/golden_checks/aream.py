@@ -25,16 +25,10 @@ from misc.loop.fit import lr_factor
 from misc.score.evaluate import evaluate_cams, evaluate_masks
 from net.backbone.transformer import QueryKey
 from net.refine.psa import with_background
-from net.seed import aream
-from net.seed.aream import (
-    Aream,
-    AreamConformer,
-    AreamConformerOptions,
-    AreamMCTformer,
-    AreamMCTformerOptions,
-    pair_labels,
-    pair_losses,
-)
+from net.seed.aream_conformer import AreamConformer, AreamConformerOptions
+from net.seed.aream_mctformer import AreamMCTformer, AreamMCTformerOptions
+from net.shared import aream
+from net.shared.aream import Aream, pair_labels, pair_losses
 
 
 def _network(case: Case, **changes: Any) -> Aream:

@@ -18,7 +18,8 @@ from misc.config import SegInference, override
 from misc.crf.dense import CRFSettings
 from misc.infer.masks import segment, with_crf
 from net.contract import Segmenter
-from net.segment.deeplab_v1 import DeepLabV1, LargeFOV
+from net.segment.deeplabv1 import DeepLabV1
+from net.segment.deeplabv1_largefov import LargeFOV
 
 FEW_PIXELS = 0.002
 """The cases allow a few differing pixels in arg-max maps: at most this share."""

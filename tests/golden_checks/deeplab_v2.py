@@ -14,7 +14,7 @@ from torch import Tensor
 from misc.config import Fit
 from misc.loop.fit import lr_factor
 from net.foreign.reading import read_tensors
-from net.segment.deeplab_v2 import DeepLabV2, from_caffe
+from net.segment.deeplabv2 import DeepLabV2, from_caffe
 
 CLASSIFIER = "base.aspp.c0.weight"
 

@@ -34,11 +34,11 @@ from misc.propagate.walk import (
 )
 from misc.score.metrics import Confusion, InstancePrecision, mask_at
 from misc.score.objects import Instances
-from net.backbone.edge import EdgeNetwork, enlarge, hard_label, propagate, two_threshold_label
 from net.contract import Network, SoftCam
 from net.groups import Group
 from net.refine.irn import IRN, IRNOptions, IRNWalk, _PairDistances, centroids, clusters, displacement_losses
 from net.seed.irn_cam import IRNCam, IRNCamOptions
+from net.shared.edge import EdgeNetwork, enlarge, hard_label, propagate, two_threshold_label
 from voc12.transforms import Sample, crop
 
 _SAMPLED = re.compile(r"sampled \[(.*?)\]")

@@ -25,7 +25,6 @@ from misc.propagate.walk import pair_cells, path_affinity
 from misc.score.erosion import erode
 from misc.score.evaluate import evaluate_cams
 from misc.score.metrics import mask_at
-from net.backbone.edge import enlarge, hard_label, propagate, two_threshold_label
 from net.backbone.transformer import AttentionSums
 from net.backbone.vit import ViTOptions
 from net.contract import SoftCam
@@ -39,6 +38,7 @@ from net.seed.semformer import (
     valid_mask,
 )
 from net.seed.semformer.autoencoder import CAAE, CAAEOptions, similarity_loss, with_background
+from net.shared.edge import enlarge, hard_label, propagate, two_threshold_label
 
 HERE = Path(__file__).parents[1] / "golden"
 

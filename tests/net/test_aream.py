@@ -1,4 +1,4 @@
-"""net/seed/aream.py and step/lib/entropy.py: what the golden cases don't say."""
+"""net/shared/aream.py and step/lib/entropy.py: what the golden cases don't say."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ from net.backbone.conformer import ConformerOptions
 from net.backbone.transformer import QueryKey
 from net.backbone.vit import ViTOptions
 from net.refine.psa import PSA
-from net.seed import aream
-from net.seed.aream import (
+from net.seed.aream_conformer import AreamConformer, AreamConformerOptions
+from net.seed.aream_mctformer import AreamMCTformer, AreamMCTformerOptions
+from net.segment.deeplabv1_largefov import LargeFOV
+from net.shared import aream
+from net.shared.aream import (
     Aream,
-    AreamConformer,
-    AreamConformerOptions,
-    AreamMCTformer,
-    AreamMCTformerOptions,
     confident,
     map_entropy,
     pair_labels,
@@ -39,7 +38,6 @@ from net.seed.aream import (
     pseudo_labels,
     relative,
 )
-from net.segment.deeplab_v1 import LargeFOV
 from step.lib import entropy
 from step.lib.config import open_job
 from step.make_cam import cam_network

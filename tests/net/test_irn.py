@@ -16,12 +16,12 @@ from misc.config import override
 from misc.crf.dense import CRFSettings
 from misc.files import store
 from misc.propagate.walk import by_path_length, half_circle, pair_cells, pair_labels, path, path_affinity
-from net.backbone import edge
-from net.backbone.edge import EdgeLabel, enlarge, hard_label, propagate
 from net.backbone.resnet import ResNetOptions
 from net.contract import SoftCam
 from net.refine.irn import IRN, IRNOptions, IRNWalk, centroids, clusters, detections, displacement_losses
 from net.seed.irn_cam import IRNCam, IRNCamOptions
+from net.shared import edge
+from net.shared.edge import EdgeLabel, enlarge, hard_label, propagate
 
 TINY = ResNetOptions(width=0.125, depth=(1, 1, 1, 1), frozen="layer4")
 

@@ -21,7 +21,7 @@ from net.foreign import reading
 from net.foreign.reading import read_tensors
 from net.refine.psa import PSA
 from net.seed.mctformer import MCTformer, MCTformerOptions, contrast_loss, ranking_pool
-from net.segment.deeplab_v1 import LargeFOV
+from net.segment.deeplabv1_largefov import LargeFOV
 
 CLASSES = 3
 TINY = ViTOptions(image_size=32, patch=8, width=24, depth=4, heads=3, drop_path=0.0)

@@ -14,7 +14,7 @@ from net.backbone.resnest import ResNeSt, ResNeStOptions
 from net.backbone.resnet import STAGES, ResNetOptions
 from net.registry import SEEDS
 from net.seed.puzzlecam import PuzzleCam, PuzzleCamOptions, by_maximum, cut, join, reconstruction
-from net.segment.deeplab_v2 import DeepLabV2
+from net.segment.deeplabv2 import DeepLabV2
 
 CLASSES = 3
 SMALL = ResNetOptions(width=0.125, depth=(1, 1, 1, 1), norm="trained")

@@ -17,7 +17,7 @@ from net.backbone.conformer import Conformer, ConformerOptions
 from net.backbone.transformer import QueryKey
 from net.refine.psa import PSA
 from net.seed.transcam import TransCam, TransCamOptions, refine_map
-from net.segment.deeplab_v1 import DeepLabV1
+from net.segment.deeplabv1 import DeepLabV1
 
 CLASSES = 3
 TINY = ConformerOptions(base=8, ratio=2, width=24, depth=3, heads=2, drop_path=0.0)

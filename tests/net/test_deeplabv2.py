@@ -1,4 +1,4 @@
-"""net/segment/deeplab_v2.py: what the golden cases don't say about DeepLab v2."""
+"""net/segment/deeplabv2.py: what the golden cases don't say about DeepLab v2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from misc.config import REQUIRED_WEIGHTS, override
 from misc.image.pixels import resize_mask, resize_masks
 from net.registry import SEGMENTERS
-from net.segment.deeplab_v2 import DeepLabV2, DeepLabV2Options, from_torchvision, grid
+from net.segment.deeplabv2 import DeepLabV2, DeepLabV2Options, from_torchvision, grid
 
 CLASSES = 3
 SMALL = {"width": 0.125, "depth": (1, 2, 1, 1), "rates": (1, 2)}

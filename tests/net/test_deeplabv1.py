@@ -1,4 +1,4 @@
-"""net/segment/deeplab_v1.py: what the golden cases don't say about the two DeepLab v1."""
+"""net/segment/deeplabv1.py: what the golden cases don't say about the two DeepLab v1."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from misc.config import REQUIRED_WEIGHTS, override
 from net.backbone.resnet38 import ResNet38, ResNet38Options
 from net.contract import Segmenter
 from net.registry import SEGMENTERS
-from net.segment.deeplab_v1 import DeepLabV1, DeepLabV1Options, LargeFOV, LargeFOVOptions
+from net.segment.deeplabv1 import DeepLabV1, DeepLabV1Options
+from net.segment.deeplabv1_largefov import LargeFOV, LargeFOVOptions
 
 CLASSES = 3
 SMALL = {"backbone.width": 0.125, "backbone.depth": (1, 1, 1, 1), "fov_channels": 16}

@@ -9,26 +9,21 @@ layers' attention is pulled towards pairs of patches of one label. Then the atte
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from misc.config import PRETRAINED_WEIGHTS, REQUIRED_WEIGHTS, Augment, CamInference, Fit
 from misc.image.pixels import NORMALISATIONS, box_mask, truncated_size
 from misc.infer.cams import rectified
 from misc.propagate.par import PixelAdaptive
-from net.backbone.conformer import SAMPLE_CONFORMER, Conformer, ConformerOptions
+from net.backbone.conformer import ConformerOptions
 from net.backbone.transformer import AttentionSums, QueryKey, Visit, spread
-from net.backbone.vit import SAMPLE_VIT, MultiClassViT, ViTOptions
-from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
-from net.foreign.loading import load_tensors
-from net.foreign.reading import read_tensors
-from net.groups import Group, decay_groups
+from net.backbone.vit import ViTOptions
+from net.contract import Batch, Options, SeedNetwork
 from net.losses import multilabel_soft_margin
-from net.registry import seed
 
 IGNORE = 255
 
@@ -83,37 +78,6 @@ class AreamOptions(Options):
     def deep_weights(self) -> list[float]:
         """Of the layers from ``split`` on in the loss, whose mean is taken over the layers (aream.md section 7)."""
         return (relative(self.entropy) if self.entropy else [1.0] * self.backbone.depth)[self.split :]
-
-
-@dataclass(frozen=True)
-class AreamMCTformerOptions(AreamOptions):
-    """On MCTformer-V2; the defaults are the published ones."""
-
-    backbone: ViTOptions = field(default_factory=ViTOptions)
-    """Transformer."""
-
-    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> AreamMCTformer:
-        """The network for ``num_classes`` foreground classes."""
-        return AreamMCTformer(self, num_classes)
-
-
-@dataclass(frozen=True)
-class AreamConformerOptions(AreamOptions):
-    """On Conformer."""
-
-    # aream.md section 2.2
-    backbone: ConformerOptions = field(default_factory=lambda: ConformerOptions(double_class_token=False))
-    """Conformer; without doubling, though the ImageNet weights were trained with it."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for values that make no network."""
-        super().__post_init__()
-        if self.backbone.last_stride != 1:
-            raise ValueError("backbone.last_stride must be 1: the map and the tokens share a grid.")
-
-    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> AreamConformer:
-        """The network for ``num_classes`` foreground classes."""
-        return AreamConformer(self, num_classes)
 
 
 # ------------------------------------------------------------------------------------- entropy (aream.md section 3)
@@ -328,10 +292,9 @@ class Aream(SeedNetwork):
         return torch.stack([map_entropy(affinity, maps, self.entropy_epsilon) for affinity in layers], 1)
 
 
-# ------------------------------------------------------------------------------------- recipes (aream.md section 8)
+# ------------------------------------------------------------------------------------- recipes
 
-# section 11
-_REFINE = {
+PUBLISHED_REFINE = {
     "label.alpha_low": 1.0,
     "label.alpha_high": 12.0,
     "walk.background": "constant",
@@ -341,148 +304,4 @@ _REFINE = {
     "fit.lr": 0.01,
     "fit.epochs": 5,
 }
-
-_MCTFORMER = Recipe(
-    cam=SeedRecipe(
-        network=AreamMCTformerOptions(),
-        fit=Fit(
-            epochs=60, batch_size=64, optimiser="adamw", lr=6.25e-5, weight_decay=0.05,
-            schedule="timm_cosine", warmup_epochs=5, warmup_lr=1e-6, final_lr=1e-5,
-        ),
-        augment=Augment(
-            order=("resized_crop", "flip", "rand_augment", "normalize", "erase"),
-            area=(0.08, 1.0), flip=0.5, policy="rand-m9-mstd0.5-inc1", erase=0.25, crop=224,
-        ),
-        weights=PRETRAINED_WEIGHTS,
-        infer=CamInference(scales=(1.0,), flip=True, multiple=16, normalise="rectified"),
-    ),
-    refine=_REFINE,
-    segmenter="deeplabv1_largefov",
-)  # fmt: skip
-
-# trained from random weights, with small patches; labels wait until the maps are worth something
-_MCTFORMER_SAMPLE = Recipe(
-    cam=SeedRecipe(
-        network=AreamMCTformerOptions(
-            split=2, low=0.06, high=0.2, pair_weight=1.0, warmup=0.6, backbone=SAMPLE_VIT,
-        ),
-        fit=Fit(
-            epochs=36, batch_size=16, optimiser="adamw", lr=1.5e-3, weight_decay=0.05,
-            schedule="timm_cosine", warmup_epochs=2, warmup_lr=1e-4, final_lr=1e-5,
-        ),
-        augment=Augment(
-            order=("resized_crop", "flip", "jitter", "normalize"), area=(0.4, 1.0), jitter=(0.2, 0.2, 0.2, 0.02),
-            crop=112,
-        ),
-        infer=CamInference(scales=(0.5, 0.75, 1.0), flip=True, multiple=8, normalise="rectified"),
-    ),
-    segmenter="deeplabv1_largefov",
-)  # fmt: skip
-
-_CONFORMER = Recipe(
-    cam=SeedRecipe(
-        network=AreamConformerOptions(split=9, scales=(0.5, 1.0, 1.5)),
-        fit=Fit(
-            epochs=12, batch_size=8, optimiser="adamw", lr=5e-5, weight_decay=0.01,
-            schedule="cosine", warmup_epochs=1, warmup_lr=1e-6, final_lr=1e-6,
-        ),
-        # cut out before normalising: the canvas is black
-        augment=Augment(
-            order=("scale", "flip", "jitter", "crop", "normalize"),
-            scale=(0.5, 2.0), scale_filter="bicubic", flip=0.5, jitter=(0.4, 0.4, 0.2, 0.1), jitter_probability=0.8,
-            crop=384,
-        ),
-        weights=REQUIRED_WEIGHTS,
-        infer=CamInference(
-            scales=(0.5, 1.0, 1.5), truncate=True, flip=True, multiple=16, pad_first=True, normalise="rectified"
-        ),
-    ),
-    refine=_REFINE,
-    segmenter="deeplabv1_largefov",
-)  # fmt: skip
-
-_CONFORMER_SAMPLE = Recipe(
-    cam=SeedRecipe(
-        network=AreamConformerOptions(
-            split=4, scales=(1.0,), low=0.06, high=0.2, pair_weight=1.0, warmup=0.5,
-            backbone=replace(SAMPLE_CONFORMER, double_class_token=False),
-        ),
-        fit=Fit(
-            epochs=30, batch_size=16, optimiser="adamw", lr=1.5e-3, weight_decay=0.01,
-            schedule="cosine", warmup_epochs=1, warmup_lr=1e-4, final_lr=1e-5,
-        ),
-        augment=Augment(
-            order=("scale", "flip", "jitter", "crop", "normalize"),
-            scale=(0.75, 1.1), scale_filter="bicubic", jitter=(0.2, 0.2, 0.2, 0.02), jitter_probability=0.8, crop=112,
-        ),
-        infer=CamInference(
-            scales=(0.5, 1.0, 1.5), truncate=True, flip=True, multiple=8, pad_first=True, normalise="rectified"
-        ),
-    ),
-    segmenter="deeplabv1_largefov",
-)  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------- networks (aream.md section 2)
-
-
-@seed("aream_mctformer")
-class AreamMCTformer(MultiClassViT, Aream):
-    """MCTformer-V2. State-dict names are those of its and AReAM's checkpoints; start weights are a DeiT's."""
-
-    recipes = {"published": _MCTFORMER, "sample": _MCTFORMER_SAMPLE}
-    names = ("cls", "patch")
-    gated = True
-
-    def __init__(self, options: AreamMCTformerOptions, num_classes: int) -> None:
-        super().__init__(options.backbone, num_classes)
-        self.options = options
-
-    def look(self, images: Tensor, visit: Visit | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Class tokens and patches classify; the map is rectified."""
-        x, grid = self.features(images, visit)
-        maps = self.patch_maps(x, grid)
-        return (self.class_scores(x), maps.mean((2, 3))), maps.detach().relu()
-
-    def param_groups(self) -> list[Group]:
-        """Decayed is what is a matrix, but for ``pos_embed``; the class tokens too, unlike MCTformer's."""
-        return decay_groups(self, ("pos_embed",))
-
-
-@seed("aream_conformer")
-class AreamConformer(Conformer, Aream):
-    """Conformer with ``cnn_head``, a 1x1 convolution on the map, and ``att_head`` on the class token, of C outputs."""
-
-    recipes = {"published": _CONFORMER, "sample": _CONFORMER_SAMPLE}
-    names = ("conv", "token")
-    tokens = 1
-    gated = False
-    entropy_epsilon = 1e-6
-    heads = ("cnn_head", "att_head")
-
-    def __init__(self, options: AreamConformerOptions, num_classes: int) -> None:
-        super().__init__(options.backbone)
-        self.options = options
-        self.cnn_head = nn.Conv2d(self.channels, num_classes, 1)
-        self.att_head = nn.Linear(self.width, num_classes)
-        for head in (self.cnn_head, self.att_head):  # aream.md does not say how they start
-            nn.init.trunc_normal_(head.weight, std=0.02)
-            nn.init.zeros_(head.bias)
-
-    def look(self, images: Tensor, visit: Visit | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """The convolution branch and the class token classify; the map is signed."""
-        features, token = self.features(self.whole_patches(images), visit)
-        maps = self.cnn_head(features).float()
-        return (maps.mean((2, 3)), self.att_head(token).float()), maps.detach()
-
-    def param_groups(self) -> list[Group]:
-        """Decayed is what is a matrix, but for the class token; the heads have 10 times the rate."""
-        return decay_groups(self, ("cls_token",), self.heads)
-
-    def load_weights(self, weights: str) -> str:
-        """Conformer's ImageNet weights without their heads (``Conformer_small_patch16.pth``), or a whole checkpoint of
-        AReAM, which must fit in all its parts and has a ``cnn_head``."""
-        if "cnn_head.weight" in read_tensors(weights):
-            return str(load_tensors(self, weights))
-        return str(load_tensors(self, weights, rename=lambda name: None if "head" in name else name,
-                        allow_missing=self.heads))  # fmt: skip
+"""What both recipes ask of the refiner psa (aream.md section 11)."""

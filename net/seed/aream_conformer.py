@@ -1,0 +1,130 @@
+"""AReAM on Conformer: adaptive re-activation of attention (arXiv 2305.03112; aream.md).
+
+Idea, losses and map are in net/shared/aream.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, nn
+
+from misc.config import REQUIRED_WEIGHTS, Augment, CamInference, Fit
+from net.backbone.conformer import SAMPLE_CONFORMER, Conformer, ConformerOptions
+from net.backbone.transformer import Visit
+from net.contract import Network, Recipe, SeedRecipe
+from net.foreign.loading import load_tensors
+from net.foreign.reading import read_tensors
+from net.groups import Group, decay_groups
+from net.registry import seed
+from net.shared.aream import PUBLISHED_REFINE, Aream, AreamOptions
+
+
+@dataclass(frozen=True)
+class AreamConformerOptions(AreamOptions):
+    """On Conformer."""
+
+    # aream.md section 2.2
+    backbone: ConformerOptions = field(default_factory=lambda: ConformerOptions(double_class_token=False))
+    """Conformer; without doubling, though the ImageNet weights were trained with it."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that make no network."""
+        super().__post_init__()
+        if self.backbone.last_stride != 1:
+            raise ValueError("backbone.last_stride must be 1: the map and the tokens share a grid.")
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> AreamConformer:
+        """The network for ``num_classes`` foreground classes."""
+        return AreamConformer(self, num_classes)
+
+
+# ------------------------------------------------------------------------------------- recipes (aream.md section 8)
+
+_PUBLISHED = Recipe(
+    cam=SeedRecipe(
+        network=AreamConformerOptions(split=9, scales=(0.5, 1.0, 1.5)),
+        fit=Fit(
+            epochs=12, batch_size=8, optimiser="adamw", lr=5e-5, weight_decay=0.01,
+            schedule="cosine", warmup_epochs=1, warmup_lr=1e-6, final_lr=1e-6,
+        ),
+        # cut out before normalising: the canvas is black
+        augment=Augment(
+            order=("scale", "flip", "jitter", "crop", "normalize"),
+            scale=(0.5, 2.0), scale_filter="bicubic", flip=0.5, jitter=(0.4, 0.4, 0.2, 0.1), jitter_probability=0.8,
+            crop=384,
+        ),
+        weights=REQUIRED_WEIGHTS,
+        infer=CamInference(
+            scales=(0.5, 1.0, 1.5), truncate=True, flip=True, multiple=16, pad_first=True, normalise="rectified"
+        ),
+    ),
+    refine=PUBLISHED_REFINE,
+    segmenter="deeplabv1_largefov",
+)  # fmt: skip
+
+
+_SAMPLE = Recipe(
+    cam=SeedRecipe(
+        network=AreamConformerOptions(
+            split=4, scales=(1.0,), low=0.06, high=0.2, pair_weight=1.0, warmup=0.5,
+            backbone=replace(SAMPLE_CONFORMER, double_class_token=False),
+        ),
+        fit=Fit(
+            epochs=30, batch_size=16, optimiser="adamw", lr=1.5e-3, weight_decay=0.01,
+            schedule="cosine", warmup_epochs=1, warmup_lr=1e-4, final_lr=1e-5,
+        ),
+        augment=Augment(
+            order=("scale", "flip", "jitter", "crop", "normalize"),
+            scale=(0.75, 1.1), scale_filter="bicubic", jitter=(0.2, 0.2, 0.2, 0.02), jitter_probability=0.8, crop=112,
+        ),
+        infer=CamInference(
+            scales=(0.5, 1.0, 1.5), truncate=True, flip=True, multiple=8, pad_first=True, normalise="rectified"
+        ),
+    ),
+    segmenter="deeplabv1_largefov",
+)  # fmt: skip
+
+
+
+# ------------------------------------------------------------------------------------- network (aream.md section 2)
+
+
+@seed("aream_conformer")
+class AreamConformer(Conformer, Aream):
+    """Conformer with ``cnn_head``, a 1x1 convolution on the map, and ``att_head`` on the class token, of C outputs."""
+
+    recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
+    names = ("conv", "token")
+    tokens = 1
+    gated = False
+    entropy_epsilon = 1e-6
+    heads = ("cnn_head", "att_head")
+
+    def __init__(self, options: AreamConformerOptions, num_classes: int) -> None:
+        super().__init__(options.backbone)
+        self.options = options
+        self.cnn_head = nn.Conv2d(self.channels, num_classes, 1)
+        self.att_head = nn.Linear(self.width, num_classes)
+        for head in (self.cnn_head, self.att_head):  # aream.md does not say how they start
+            nn.init.trunc_normal_(head.weight, std=0.02)
+            nn.init.zeros_(head.bias)
+
+    def look(self, images: Tensor, visit: Visit | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """The convolution branch and the class token classify; the map is signed."""
+        features, token = self.features(self.whole_patches(images), visit)
+        maps = self.cnn_head(features).float()
+        return (maps.mean((2, 3)), self.att_head(token).float()), maps.detach()
+
+    def param_groups(self) -> list[Group]:
+        """Decayed is what is a matrix, but for the class token; the heads have 10 times the rate."""
+        return decay_groups(self, ("cls_token",), self.heads)
+
+    def load_weights(self, weights: str) -> str:
+        """Conformer's ImageNet weights without their heads (``Conformer_small_patch16.pth``), or a whole checkpoint of
+        AReAM, which must fit in all its parts and has a ``cnn_head``."""
+        if "cnn_head.weight" in read_tensors(weights):
+            return str(load_tensors(self, weights))
+        return str(load_tensors(self, weights, rename=lambda name: None if "head" in name else name,
+                        allow_missing=self.heads))  # fmt: skip
