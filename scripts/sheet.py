@@ -34,8 +34,8 @@ from misc.loop.fit import autocast  # noqa: E402
 from misc.score.metrics import Confusion, mask_at  # noqa: E402
 from net.contract import AffinityNetwork, SoftCam  # noqa: E402
 from step.lib.config import Job, open_job  # noqa: E402
-from step.lib.training import trained  # noqa: E402
-from voc12.catalog import spread  # noqa: E402
+from step.lib.networks import load_network  # noqa: E402
+from voc12.catalog import pick_evenly  # noqa: E402
 
 MakeMask = Callable[[np.ndarray, SoftCam, float], np.ndarray]
 """image (H, W, 3) uint8, its CAMs at its size, value of the field -> mask (H, W) uint8, 255 unknown."""
@@ -85,7 +85,7 @@ def maker(job: Job, name: str, device: torch.device) -> MakeMask:
     if part == "label":
         method = job.refine_method()
         return lambda image, cam, value: method.make_label(image, cam, changed(value))[0]
-    network = trained(job, "aff", job.cfg.aff, device)
+    network = load_network(job, "aff", job.cfg.aff, device)
     assert isinstance(network, AffinityNetwork)
 
     def walk(image: np.ndarray, cam: SoftCam, value: float) -> np.ndarray:
@@ -154,7 +154,7 @@ def main(argv: Sequence[str]) -> int:
         job, device = open_job(cfg), distributed.start(cfg.machine.device)
         make = maker(job, name, device)
         ids = job.train_ids()
-        shown, counted = list(images) or spread(ids, rows), spread(ids, count)
+        shown, counted = list(images) or pick_evenly(ids, rows), pick_evenly(ids, count)
         scored = all(job.catalog.mask_path(i) is not None for i in counted)
         classes = job.catalog.num_classes + 1
         tallies = {v: Tally(confusion=Confusion(classes) if scored else None) for v in values}

@@ -45,7 +45,7 @@ STEPS: tuple[Step, ...] = (
     Step("train_seg", "train the segmentation network on the pseudo masks", ("weights/seg.pt",),
          lambda job: [job.run.weights("seg")]),
     Step("infer_seg", "predict the validation images", ("seg", "seg_overlay"),
-         lambda job: job.mask_files(job.run.seg, job.catalog.ids(job.cfg.val_list)), per_image=True,
+         lambda job: job.mask_files(job.run.seg, job.predicted_ids()), per_image=True,
          aims=("masks", "single_stage")),
     Step("localise", "draw boxes round the objects of the validation images", ("box",),
          lambda job: map(job.run.box, job.catalog.ids(job.cfg.val_list)), per_image=True, aims=("boxes",)),

@@ -16,8 +16,8 @@ from misc.loop.each import each
 from misc.loop.fit import autocast
 from misc.score import wsol
 from step.lib.config import Job
+from step.lib.networks import load_cam_network
 from step.lib.scoring import score_boxes
-from step.make_cam import cam_network
 
 Maps = Callable[[np.ndarray], list[torch.Tensor]]
 """Classes -> their raw maps, as ``misc.infer.cams.merge`` takes them; nothing else is known of the image."""
@@ -70,7 +70,7 @@ def localise(
 
 def run(job: Job, device: torch.device) -> None:
     """Find, score and record the boxes of the validation list. Class scores are computed without tags."""
-    network, catalog = cam_network(job, device), job.catalog
+    network, catalog = load_cam_network(job, device), job.catalog
     infer, kind = job.cfg.cam.infer, network.normalisation
 
     def prepare(image_id: str) -> np.ndarray:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from misc.files.store import read_cam, read_image, write_arrays, write_mask
+from misc.files.store import read_image, write_arrays, write_mask
 from misc.loop.each import each
-from net.contract import SoftCam
 from step.lib.config import Job
+from step.lib.inference import read_soft_cam
 
 
 @dataclass(frozen=True)
@@ -21,19 +21,10 @@ class _MakeLabel:
     def __call__(self, image_id: str) -> None:
         job = self.job
         image = read_image(job.catalog.image_path(image_id))
-        cam = soft_cam(job, image_id, image.shape[:2])
+        cam = read_soft_cam(job, image_id, image.shape[:2])
         picture, planes = job.refine_method().make_label(image, cam, job.cfg.aff.label)
         write_arrays(job.run.aff_planes(image_id), planes=planes)
         write_mask(job.run.aff_label(image_id), picture)
-
-
-def soft_cam(job: Job, image_id: str, size: tuple[int, int]) -> SoftCam:
-    """The CAMs of an image at image size; ValueError where the file belongs to an image of another size."""
-    path = job.run.cam(image_id)
-    cam = read_cam(path)
-    if cam.size != tuple(size):
-        raise ValueError(f"{path} was made from an image of {cam.size}, the image is {tuple(size)} now. Delete it.")
-    return SoftCam(cam.keys, cam.full(), cam.coarse)
 
 
 def run(job: Job, device: torch.device) -> None:

@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 import torch
 
-from misc.config import CamInference, Machine
 from misc.files.store import read_image, write_cam
-from misc.infer.cams import infer_cams
 from misc.loop.each import each
-from misc.loop.fit import autocast
-from net.contract import Network, SeedNetwork
 from step.lib.config import Job
+from step.lib.inference import infer_class_maps
+from step.lib.networks import load_cam_network
 from step.lib.scoring import score_cams
-from step.lib.training import trained
-
-
-def cam_network(job: Job, device: torch.device) -> SeedNetwork:
-    """The trained CAM network (the last phase), in evaluation mode."""
-    earlier: dict[str, Network] = {}
-    for name, phase in job.cfg.cam.phases():
-        earlier[name] = trained(job, name, phase, device, earlier)
-    return earlier["cam"]  # type: ignore[return-value]
-
-
-def class_maps(
-    network: SeedNetwork, image: np.ndarray, tags: np.ndarray, infer: CamInference, machine: Machine,
-    device: torch.device,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """``misc.infer.cams.infer_cams`` at the machine's precision, with gradients where the network's map needs them."""
-    grad = contextlib.nullcontext() if network.map_needs_gradient else torch.inference_mode()
-    with grad, autocast(machine, device):
-        return infer_cams(network.cam, image, tags, infer, network.normalisation, device)
 
 
 def run(job: Job, device: torch.device) -> None:
@@ -41,7 +18,7 @@ def run(job: Job, device: torch.device) -> None:
 
     An image without a tag gets a file without maps: it holds background only.
     """
-    network = cam_network(job, device)
+    network = load_cam_network(job, device)
     infer = job.cfg.cam.infer
 
     def prepare(image_id: str) -> tuple[np.ndarray, np.ndarray]:
@@ -49,7 +26,7 @@ def run(job: Job, device: torch.device) -> None:
 
     def work(image_id: str, prepared: tuple[np.ndarray, np.ndarray]) -> None:
         image, tags = prepared
-        maps, coarse = class_maps(network, image, tags, infer, job.cfg.machine, device)
+        maps, coarse = infer_class_maps(network, image, tags, infer, job.cfg.machine, device)
         write_cam(job.run.cam(image_id), np.flatnonzero(tags), maps, image.shape[:2], coarse)
 
     each(

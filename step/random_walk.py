@@ -5,53 +5,39 @@ Refiners that tell single objects apart also give instance/ID.npz, and instance/
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
-from misc.config import Machine, flatten
+from misc.config import flatten
 from misc.files.store import read_image, write_mask
 from misc.image.pixels import normalise, to_tensor
 from misc.loop.each import each
-from misc.loop.fit import autocast
 from misc.score.objects import Instances, write_instances
 from net.contract import AffinityNetwork, SoftCam
 from step.lib import overlays
 from step.lib.config import Job
+from step.lib.inference import read_soft_cam, walk_cam
+from step.lib.networks import load_network
 from step.lib.scoring import score_instances, score_masks, start_weights
-from step.lib.training import trained
-from step.make_aff_label import soft_cam
-
-
-def walked(
-    network: AffinityNetwork, image: torch.Tensor, cam: SoftCam, options: Any, machine: Machine, device: torch.device
-) -> tuple[np.ndarray, Instances]:
-    """Scores (K + 1, H, W) float32 of background and the CAM's K classes, and the single objects, none where these are
-    not told apart: (3, H, W) normalised image, the recipe's ``walk``."""
-    with torch.inference_mode(), autocast(machine, device):
-        if network.finds_instances(options):
-            return network.find_instances(image.to(device), cam, options)
-        return network.refine(image.to(device), cam, options), Instances.none(image.shape[1:])
 
 
 def run(job: Job, device: torch.device) -> None:
     """Make and score the pseudo masks of the training list and of the scored list."""
-    network = trained(job, "aff", job.cfg.aff, device)
+    network = load_network(job, "aff", job.cfg.aff, device)
     assert isinstance(network, AffinityNetwork)
     walk = job.cfg.aff.walk
     finds_instances = network.finds_instances(walk)
 
     def prepare(image_id: str) -> tuple[torch.Tensor, SoftCam]:
         image = read_image(job.catalog.image_path(image_id))
-        return to_tensor(normalise(image, network.normalisation)), soft_cam(job, image_id, image.shape[:2])
+        return to_tensor(normalise(image, network.normalisation)), read_soft_cam(job, image_id, image.shape[:2])
 
     def work(image_id: str, prepared: tuple[torch.Tensor, SoftCam]) -> None:
         image, cam = prepared
         mask = np.zeros(image.shape[1:], np.uint8)
         instances = Instances.none(mask.shape)
         if len(cam.keys):
-            scores, instances = walked(network, image, cam, walk, job.cfg.machine, device)
+            scores, instances = walk_cam(network, image, cam, walk, job.cfg.machine, device)
             mask = np.concatenate([[0], cam.keys + 1]).astype(np.uint8)[scores.argmax(0)]
         if finds_instances:
             write_instances(job.run.instance(image_id), instances)

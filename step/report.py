@@ -1,4 +1,6 @@
-"""Step 9: one self-contained page that shows a run: scores with their provenance, curve, pictures, configuration."""
+"""Step 9: one self-contained page that shows a run: scores with their provenance, curve, pictures, configuration.
+
+It only reads what earlier steps wrote: no network runs here."""
 
 from __future__ import annotations
 
@@ -15,14 +17,9 @@ import torch
 from misc import distributed
 from misc.files import store
 from misc.image import draw, pixels
-from net.contract import Segmenter, SingleStage
-from step.infer_seg import predict, segmentation_network
-from step.lib.config import Job
+from step.lib.config import SHOWN, Job
 from step.lib.scoring import why_unscored
-from voc12.catalog import spread
-
-ROWS = 12
-"""Images of each gallery."""
+from voc12.catalog import pick_evenly
 
 LARGEST = 480
 """Longest side of a picture on the page, in pixels."""
@@ -61,12 +58,9 @@ def run(job: Job, device: torch.device) -> None:
     prediction, truth; of a data set of boxes, image, map of the class that was found, its box and the true one."""
     if not distributed.is_main():
         return
-    network = None
-    if job.run.weights("cam" if job.single_stage else "seg").exists():
-        network = segmentation_network(job, device)
-    train = [_train_row(job, i, network, device) for i in spread(_scored(job), ROWS)]
-    val = [_val_row(job, i) for i in spread(_done(job, job.run.seg), ROWS)]
-    boxes = [_box_row(job, i) for i in spread(_done(job, job.run.box), ROWS)]
+    train = [_train_row(job, i) for i in job.shown_ids() if job.run.cam(i).exists()]
+    val = [_val_row(job, i) for i in _done(job, job.run.seg)]
+    boxes = [_box_row(job, i) for i in _done(job, job.run.box)]
     page = _page(job, train, val, boxes)
     store.write_bytes(job.run.report, page.encode())
     # boxes are small rows: two of them make a line
@@ -129,21 +123,14 @@ def _threshold(score: dict[str, Any]) -> str:
     return f"{score['threshold']:.2f}, {score['threshold_choice']}"
 
 
-def _scored(job: Job) -> list[str]:
-    name = job.cfg.score_list if job.catalog.has_list(job.cfg.score_list) else job.train_list
-    return [i for i in job.catalog.ids(name) if job.run.cam(i).exists()]
-
-
 def _done(job: Job, made: Callable[[str], Path]) -> list[str]:
-    """Images of the validation list that have a file."""
+    """Images of the validation list to show, of those that have a file."""
     if not job.catalog.has_list(job.cfg.val_list):
         return []
-    return [i for i in job.catalog.ids(job.cfg.val_list) if made(i).exists()]
+    return pick_evenly([i for i in job.catalog.ids(job.cfg.val_list) if made(i).exists()], SHOWN)
 
 
-def _train_row(
-    job: Job, image_id: str, network: Segmenter | SingleStage | None, device: torch.device
-) -> list[_Picture]:
+def _train_row(job: Job, image_id: str) -> list[_Picture]:
     image = store.read_image(job.catalog.image_path(image_id))
     cam = store.read_cam(job.run.cam(image_id))
     score = cam.full().max(0) if len(cam.keys) else np.zeros(image.shape[:2], np.float32)
@@ -152,9 +139,7 @@ def _train_row(
     row += _mask_picture("affinity label", image, job.run.aff_label(image_id))
     row += _mask_picture("after the walk", image, job.run.label(image_id))
     row += _mask_picture("objects", image, job.run.instance_picture(image_id))
-    if network is not None:
-        mask = predict(job, network, image, device)
-        row.append(_Picture("prediction", draw.overlay(image, mask)))
+    row += _mask_picture("prediction", image, job.run.seg(image_id))
     return row + _mask_picture("truth", image, job.catalog.mask_path(image_id))
 
 

@@ -9,7 +9,8 @@ import torch
 
 from misc.files.store import read_arrays
 from step.lib.config import Job
-from step.lib.training import build, train
+from step.lib.networks import build_network
+from step.lib.training import train
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,6 @@ def run(job: Job, device: torch.device) -> None:
     """Train on the training list: writes weights/aff.pt."""
     method = job.refine_method()
     train(
-        job, "aff", job.cfg.aff, build(job, job.cfg.aff), device, ids=job.train_ids(),
+        job, "aff", job.cfg.aff, build_network(job, job.cfg.aff), device, ids=job.train_ids(),
         planes=_Planes(job), plane_fill=method.plane_fill, target=method.target,
     )

@@ -14,8 +14,9 @@ from misc.files.store import read_image, read_mask
 from misc.score.metrics import ThresholdCurve
 from net.contract import Network, SeedNetwork
 from step.lib.config import Job
-from step.lib.training import build, train, trained
-from step.make_cam import class_maps
+from step.lib.inference import infer_class_maps
+from step.lib.networks import build_network, load_network
+from step.lib.training import train
 
 _THRESHOLDS = tuple(i / 100 for i in range(1, 100))
 
@@ -25,13 +26,13 @@ def run(job: Job, device: torch.device) -> None:
     masks = scored_masks(job) if job.cfg.cam.selection == "train_miou" else None
     earlier: dict[str, Network] = {}
     for name, phase in job.cfg.cam.phases():
-        network = build(job, phase, earlier)
+        network = build_network(job, phase, earlier)
         score = None
         if name == "cam" and masks is not None:
             assert isinstance(network, SeedNetwork)
             score = partial(train_miou, job, network, masks, device)
         train(job, name, phase, network, device, ids=job.train_ids(), score=score)
-        earlier[name] = trained(job, name, phase, device, earlier).requires_grad_(False)
+        earlier[name] = load_network(job, name, phase, device, earlier).requires_grad_(False)
 
 
 def scored_masks(job: Job) -> dict[str, Path]:
@@ -54,6 +55,6 @@ def train_miou(job: Job, network: SeedNetwork, masks: Mapping[str, Path], device
     curve = ThresholdCurve(job.catalog.num_classes + 1, _THRESHOLDS)
     for image_id, path in masks.items():
         image, tags = read_image(job.catalog.image_path(image_id)), job.catalog.tags(image_id)
-        maps, _ = class_maps(network, image, tags, infer, job.cfg.machine, device)
+        maps, _ = infer_class_maps(network, image, tags, infer, job.cfg.machine, device)
         curve.add(read_mask(path), np.flatnonzero(tags), maps)
     return curve.best()[1]

@@ -12,7 +12,8 @@ from misc import distributed
 from misc.files.store import read_mask
 from net.contract import SegmentRecipe
 from step.lib.config import Job
-from step.lib.training import build, train
+from step.lib.networks import build_network
+from step.lib.training import train
 
 
 def run(job: Job, device: torch.device) -> None:
@@ -20,7 +21,7 @@ def run(job: Job, device: torch.device) -> None:
     ids, masks, recipe = job.train_ids(), _Masks(job), job.cfg.seg
     assert isinstance(recipe, SegmentRecipe)  # the CAM network's own is refused before any work starts
     _look_over(ids, masks, job.catalog.num_classes)
-    train(job, "seg", recipe, build(job, recipe), device, ids=ids, mask=masks)
+    train(job, "seg", recipe, build_network(job, recipe), device, ids=ids, mask=masks)
 
 
 @dataclass(frozen=True)

@@ -365,7 +365,7 @@ def open_catalog(data: str, root: Path) -> Catalog:
     return getattr(importlib.import_module(f"voc12.{module}"), reader)(data, Path(root))
 
 
-def spread(ids: Sequence[str], count: int) -> list[str]:
+def pick_evenly(ids: Sequence[str], count: int) -> list[str]:
     """``count`` ids at equal distances: a fixed choice, not a flattering one."""
     return [ids[i] for i in np.unique(np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(int))] if ids else []
 

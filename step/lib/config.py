@@ -17,10 +17,13 @@ from misc.config import Machine
 from misc.files import store
 from misc.files.runfolder import RunFolder
 from net import contract, registry
-from voc12.catalog import READERS, Catalog, open_catalog
+from voc12.catalog import READERS, Catalog, open_catalog, pick_evenly
 from voc12.generated.sets import LAYOUTS
 
 SAMPLE_ROOT = Path("data/sample")
+
+SHOWN = 12
+"""Images of each list that the report shows."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,15 @@ class Job:
             known = set(ids)
             ids = ids + [i for i in self.catalog.ids(self.cfg.score_list) if i not in known]
         return ids
+
+    def shown_ids(self) -> list[str]:
+        """Training images that the report shows: of the scored list, where there is one."""
+        scored = self.catalog.has_list(self.cfg.score_list)
+        return pick_evenly(self.catalog.ids(self.cfg.score_list if scored else self.train_list), SHOWN)
+
+    def predicted_ids(self) -> list[str]:
+        """Ids that the segmentation network predicts: the validation list, then what the report shows besides."""
+        return list(dict.fromkeys([*self.catalog.ids(self.cfg.val_list), *self.shown_ids()]))
 
     @property
     def single_stage(self) -> bool:

@@ -11,7 +11,7 @@ from misc.files.store import read_image, write_json
 from misc.image.pixels import normalise, resize_image, to_tensor
 from misc.loop.each import each
 from step.lib.config import Job
-from step.make_cam import cam_network
+from step.lib.networks import load_cam_network
 
 
 def run(job: Job, device: torch.device) -> list[float]:
@@ -20,7 +20,7 @@ def run(job: Job, device: torch.device) -> list[float]:
     Images are stretched to the square of the training crop; those without a tag are left out. Raises ValueError for a
     method whose network measures no entropy.
     """
-    network = cam_network(job, device)
+    network = load_cam_network(job, device)
     measure = getattr(network, "layer_entropy", None)
     if measure is None:
         raise ValueError(f"{job.cfg.method} has no entropy of layers to measure: methods of AReAM have.")

@@ -24,9 +24,7 @@ from misc.image import draw, pixels
 from misc.loop.each import EachFailed, each
 from net.contract import AffinityNetwork, Phase, SeedNetwork, Segmenter, SingleStage, SoftCam
 from net.model import Model
-from step.infer_seg import class_scores
-from step.make_cam import class_maps
-from step.random_walk import walked
+from step.lib.inference import infer_class_maps, infer_class_scores, walk_cam
 
 Refinement = Literal["auto", "walk", "crf", "threshold"]
 
@@ -83,7 +81,7 @@ def segment_images(
     values = np.arange(len(model.classes) + 1, dtype=np.uint8)
 
     def scores(image_id: str, image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        found = class_scores(network, image, infer, folder.machine, device)
+        found = infer_class_scores(network, image, infer, folder.machine, device)
         if probabilities:
             shares = found / found.sum(0, keepdims=True)  # a maximum over scales does not sum to one
             path = folder.file("probabilities", image_id, "npz")
@@ -137,7 +135,7 @@ def map_images(
     present[keys] = 1
 
     def scores(image_id: str, image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        maps, coarse = class_maps(network, image, present, infer, folder.machine, device)
+        maps, coarse = infer_class_maps(network, image, present, infer, folder.machine, device)
         path = folder.file("maps", image_id, "npz")
         store.write_cam(path, keys, maps, size, coarse)
         stored = store.read_cam(path)  # as a run's files hold it, so that a training image gets the same mask again
@@ -150,7 +148,7 @@ def map_images(
             assert refiner is not None and isinstance(walker, AffinityNetwork)
             values_in = pixels.to_tensor(pixels.normalise(image, walker.normalisation))
             soft = SoftCam(keys, maps, stored.coarse)
-            return walked(walker, values_in, soft, refiner.recipe.walk, folder.machine, device)[0], values
+            return walk_cam(walker, values_in, soft, refiner.recipe.walk, folder.machine, device)[0], values
         found = np.concatenate([np.full_like(maps[:1], threshold), maps])  # (K + 1, h, w)
         return (DenseCRF(image, CRFSettings(), device)(found) if refine == "crf" else found), values
 

@@ -1,8 +1,8 @@
-"""What the three training steps share: build a network, its samples, and hand both to the training loop."""
+"""What the three training steps share: make a network's samples and hand both to the training loop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,26 +15,9 @@ from misc.files.store import checked_id, read_image, read_mask
 from misc.image.pixels import normalise, to_tensor
 from misc.loop.fit import Batch, divide, fit
 from net.contract import Network, Phase
-from net.model import Part, describe, load_state
+from net.model import Part, describe
 from step.lib.config import Job, identity
 from voc12.loader import Draws, TrainSet, make_loader
-
-
-def build(job: Job, phase: Phase, earlier: Mapping[str, Network] | None = None) -> Network:
-    """The network of a phase with its random initial weights, a function of the run's seed."""
-    torch.manual_seed(job.cfg.seed)
-    return phase.network.build(job.catalog.num_classes, earlier or {})
-
-
-def trained(job: Job, name: str, phase: Phase, device: torch.device, earlier: Mapping[str, Network] | None = None
-            ) -> Network:
-    """The network of a phase with the weights that its training wrote, in evaluation mode on ``device``.
-
-    Raises FileNotFoundError before its step has run; ValueError if the file belongs to another network.
-    """
-    network = build(job, phase, earlier)
-    load_state(network, job.run.weights(name))
-    return network.to(device).eval()
 
 
 @dataclass(frozen=True)

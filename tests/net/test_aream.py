@@ -40,7 +40,7 @@ from net.shared.aream import (
 )
 from step.lib import entropy
 from step.lib.config import open_job
-from step.make_cam import cam_network
+from step.lib.networks import load_cam_network
 
 CLASSES = 3
 VIT = ViTOptions(image_size=32, patch=8, width=24, depth=4, heads=3, drop_path=0.0)
@@ -406,7 +406,7 @@ def test_measuring_the_entropy_of_a_trained_network(tmp_path: Path) -> None:
     name, *printed = measured.stdout.split()
     assert name == "--cam.network.entropy"
 
-    network, expected = cam_network(job, torch.device("cpu")), []
+    network, expected = load_cam_network(job, torch.device("cpu")), []
     for image_id in job.train_ids():
         pixels = resize_image(store.read_image(job.catalog.image_path(image_id)), (32, 32))
         image, tags = to_tensor(normalise(pixels, "imagenet"))[None], torch.tensor(job.catalog.tags(image_id))[None]
@@ -426,5 +426,5 @@ def test_other_methods_have_no_entropy(tmp_path: Path) -> None:
 
     job = open_job(run_sample.parse(["seam", "--root", str(make_set(tmp_path / "data", images=2, val=1))]))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="seam has no entropy"):
-        patch.setattr(entropy, "cam_network", lambda *_: Plain())
+        patch.setattr(entropy, "load_cam_network", lambda *_: Plain())
         entropy.run(job, torch.device("cpu"))

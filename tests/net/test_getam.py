@@ -419,7 +419,7 @@ def single(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_single_stage_run_needs_no_pseudo_masks(single: Path, data: Path) -> None:
     assert {p.name for p in (single / "weights").iterdir()} == {"cam.pt"}
     assert not (single / "aff_label").exists() and not (single / "label").exists()
-    assert len(list((single / "seg").iterdir())) == 3 and (single / "report.html").exists()
+    assert len(list((single / "seg").iterdir())) == 11 and (single / "report.html").exists()
     scores = json.loads((single / "scores.json").read_text())
     assert list(scores) == ["CAM", "predictions (getam itself, trained on tags)"]
     assert scores["predictions (getam itself, trained on tags)"]["scales"] == [48, 64]

@@ -83,7 +83,7 @@ def said(capsys: pytest.CaptureFixture[str], data: Path, out: Path, *flags: str)
 def test_every_step_makes_its_files(finished: Path) -> None:
     assert digests(finished, "weights/*").keys() == {f"weights/{n}.pt" for n in ("cam", "aff", "seg")}
     for folder, suffixes, ids in (("cam", ["npz"], IDS), ("aff_label", ["npz", "png"], IDS), ("label", ["png"], IDS),
-                                  ("seg", ["png"], VAL)):  # fmt: skip
+                                  ("seg", ["png"], VAL + IDS)):  # fmt: skip
         wanted = {f"{i}.{suffix}" for i in ids for suffix in suffixes}
         assert {p.name for p in (finished / folder).iterdir()} == wanted
     record = json.loads((finished / "run.json").read_text())
@@ -122,6 +122,16 @@ def test_the_report_is_one_page(finished: Path) -> None:
     assert page.count("<div class=scroll><table>") == page.count("<table>") == 3  # no table widens a narrow page
     assert "searched on the scored list used its truth" in page
     assert json.loads((finished / "run.json").read_text())["command"][0] in html.unescape(page)
+
+
+def test_the_report_is_made_of_files_alone(out: Path, data: Path) -> None:
+    page = (out / "report.html").read_text().partition("<h2>Steps</h2>")[0]
+    assert page.count("<figcaption>prediction</figcaption>") == len(VAL) + len(IDS)
+    shutil.rmtree(out / "weights")
+    assert run(data, out, "--steps", "report", "--redo") == 0
+    again = (out / "report.html").read_text().partition("<h2>Steps</h2>")[0]
+    pictures = [re.findall("data:image/jpeg;base64,([^\"]*)", text) for text in (page, again)]
+    assert pictures[0] == pictures[1]
 
 
 def test_a_finished_run_is_left_as_it_is(out: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

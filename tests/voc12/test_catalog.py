@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from misc.files import store
-from voc12.catalog import VOC_CLASSES, DataError, open_catalog, spread
+from voc12.catalog import VOC_CLASSES, DataError, open_catalog, pick_evenly
 from voc12.table import read_table
 from voc12.tags import encode, names_from_xml
 
@@ -197,7 +197,8 @@ def test_a_table_goes_before_annotations(voc: Path) -> None:
 
 
 def test_equal_distances() -> None:
-    assert spread("abcdefghi", 3) == ["a", "e", "i"] and spread("ab", 5) == ["a", "b"] and spread("", 3) == []
+    assert pick_evenly("abcdefghi", 3) == ["a", "e", "i"]
+    assert pick_evenly("ab", 5) == ["a", "b"] and pick_evenly("", 3) == []
 
 
 def test_image_twice_on_a_list_and_empty_list(voc: Path) -> None:

@@ -1,0 +1,45 @@
+"""A run's networks: with their random initial weights, or with those that its trainings wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from net.contract import Network, Phase, SeedNetwork, Segmenter, SingleStage
+from net.model import load_state
+from step.lib.config import Job
+
+
+def build_network(job: Job, phase: Phase, earlier: Mapping[str, Network] | None = None) -> Network:
+    """The network of a phase with its random initial weights, a function of the run's seed."""
+    torch.manual_seed(job.cfg.seed)
+    return phase.network.build(job.catalog.num_classes, earlier or {})
+
+
+def load_network(
+    job: Job, name: str, phase: Phase, device: torch.device, earlier: Mapping[str, Network] | None = None
+) -> Network:
+    """The network of a phase with the weights that its training wrote, in evaluation mode on ``device``.
+
+    Raises FileNotFoundError before its step has run; ValueError if the file belongs to another network.
+    """
+    network = build_network(job, phase, earlier)
+    load_state(network, job.run.weights(name))
+    return network.to(device).eval()
+
+
+def load_cam_network(job: Job, device: torch.device) -> SeedNetwork:
+    """The trained CAM network (the last phase), in evaluation mode. Raises as ``load_network``."""
+    earlier: dict[str, Network] = {}
+    for name, phase in job.cfg.cam.phases():
+        earlier[name] = load_network(job, name, phase, device, earlier)
+    return earlier["cam"]  # type: ignore[return-value]
+
+
+def load_segmentation_network(job: Job, device: torch.device) -> Segmenter | SingleStage:
+    """The trained network that predicts masks, in evaluation mode: of a single-stage run the CAM network. Raises as
+    ``load_network``."""
+    network = load_cam_network(job, device) if job.single_stage else load_network(job, "seg", job.cfg.seg, device)
+    assert isinstance(network, Segmenter | SingleStage)
+    return network
