@@ -19,7 +19,7 @@
 # published in numbers that could be found.
 #
 # Layers weighted by entropy: train with --cam.network.pair-weight 0 in a run folder of its own, measure with
-# "python scripts/layer_entropy.py aream_conformer ..." and the same flags, and add what it prints to this command.
+# "python -m scripts.layer_entropy aream_conformer ..." and the same flags, and add what it prints to this command.
 set -euo pipefail
 . "$(dirname "$0")/system.sh" root conformer classifier -- "$@"
 launch aream_conformer --data voc12 --root "$root" \

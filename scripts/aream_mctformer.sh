@@ -20,7 +20,7 @@
 # Scores after the random walk and of the segmentation network were not published in numbers that could be found.
 #
 # Layers weighted by entropy: train with --cam.network.pair-weight 0 in a run folder of its own, measure with
-# "python scripts/layer_entropy.py aream_mctformer ..." and the same flags, and add what it prints to this command.
+# "python -m scripts.layer_entropy aream_mctformer ..." and the same flags, and add what it prints to this command.
 set -euo pipefail
 . "$(dirname "$0")/system.sh" root classifier -- "$@"
 launch aream_mctformer --data voc12 --root "$root" --aff.weights "$classifier" --seg.weights "$classifier" \

@@ -1,4 +1,4 @@
-"""Speed and memory of the fast forms beside the published ones, in one run: ``python scripts/bench.py [CASE ...]``.
+"""Speed and memory of the fast forms beside the published ones, in one run: ``python -m scripts.bench [CASE ...]``.
 
 Every form runs in a process of its own: the best of its repeats counts as its time, the growth of the process's peak
 resident memory over what it was before the first repeat, inputs included there, as its memory. Both forms get the
@@ -15,22 +15,16 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
+import torch
+import tyro
+from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # run from anywhere; the plain forms live with the tests
-
-import cv2  # noqa: E402
-import plain  # noqa: E402
-import torch  # noqa: E402
-import tyro  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from misc.crf.dense import CRFSettings, DenseCRF  # noqa: E402
-from misc.propagate.walk import (  # noqa: E402
+from misc.crf.dense import CRFSettings, DenseCRF
+from misc.propagate.walk import (
     by_path_length,
     half_circle,
     pair_cells,
@@ -39,12 +33,13 @@ from misc.propagate.walk import (  # noqa: E402
     transition,
     walk,
 )
-from misc.score.metrics import Confusion, ThresholdCurve, mask_at  # noqa: E402
-from net.refine.psa import pair_affinity  # noqa: E402
-from net.seed.aream_conformer import AreamConformer  # noqa: E402
-from net.seed.aream_mctformer import AreamMCTformer  # noqa: E402
-from net.shared.aream import Aream, pair_labels, pair_losses  # noqa: E402
-from net.shared.edge import propagate  # noqa: E402
+from misc.score.metrics import Confusion, ThresholdCurve, mask_at
+from net.refine.psa import pair_affinity
+from net.seed.aream_conformer import AreamConformer
+from net.seed.aream_mctformer import AreamMCTformer
+from net.shared.aream import Aream, pair_labels, pair_losses
+from net.shared.edge import propagate
+from tests import plain  # the plain forms live with the tests
 
 
 @dataclass(frozen=True)
@@ -396,4 +391,4 @@ def main(cases: tyro.conf.Positional[tuple[str, ...]] = (), threads: int = 1) ->
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog="python -m scripts.bench")

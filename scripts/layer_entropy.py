@@ -1,4 +1,4 @@
-"""Entropy of the layers of a trained AReAM network: ``python scripts/layer_entropy.py METHOD --run DIR [flags]``.
+"""Entropy of the layers of a trained AReAM network: ``python -m scripts.layer_entropy METHOD --run DIR [flags]``.
 
 Takes the flags of run_sample.py, and the run folder in which train_cam has run, best with --cam.network.pair-weight 0
 (classification only). Prints the flags that train another run with layers weighted by their entropy (aream.md section
@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
-
-import run_sample  # noqa: E402
-from misc import distributed  # noqa: E402
-from step.lib import entropy  # noqa: E402
-from step.lib.config import open_job  # noqa: E402
+import run_sample
+from misc import distributed
+from step.lib import entropy
+from step.lib.config import open_job
 
 
 def main(argv: Sequence[str]) -> int:

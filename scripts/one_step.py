@@ -1,4 +1,4 @@
-"""One training step of every published recipe at full size: ``python scripts/one_step.py --root DIR``.
+"""One training step of every published recipe at full size: ``python -m scripts.one_step --root DIR``.
 
 Shows that the published networks, sizes and losses run on this machine, and prints what a step takes; it trains nothing
 worth having. Start weights are random, the batch is reduced; where a loss begins later in the training, there are as
@@ -16,10 +16,9 @@ from pathlib import Path
 
 import tyro
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # run from anywhere
+from misc.files.runfolder import RunFolder
 
-from misc.files.runfolder import RunFolder  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 METHODS = {
     "psa": "",
@@ -98,4 +97,4 @@ def main(root: Path, methods: Sequence[str] = tuple(METHODS), out: Path = Path("
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main))
+    sys.exit(tyro.cli(main, prog="python -m scripts.one_step"))

@@ -1,4 +1,4 @@
-"""What a large data set costs before any work: ``python scripts/scale.py [--images 82783] [--at DIR]``.
+"""What a large data set costs before any work: ``python -m scripts.scale [--images 82783] [--at DIR]``.
 
 Makes a COCO-like set of tiny images (80 classes, three tags an image) and a run folder with a finished file for each,
 and measures time and memory of everything that a run does once, not once an image.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pickle
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,14 +17,12 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
-
-from misc.files import store  # noqa: E402
-from misc.files.runfolder import RunFolder  # noqa: E402
-from step import STEPS  # noqa: E402
-from step.lib.config import Job, default_config  # noqa: E402
-from step.lib.scoring import why_unscored  # noqa: E402
-from voc12.catalog import open_catalog  # noqa: E402
+from misc.files import store
+from misc.files.runfolder import RunFolder
+from step import STEPS
+from step.lib.config import Job, default_config
+from step.lib.scoring import why_unscored
+from voc12.catalog import open_catalog
 
 
 def make(root: Path, run: RunFolder, images: int, classes: int = 80) -> None:
@@ -88,4 +85,4 @@ def main(images: int = 82783, at: Path | None = None) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog="python -m scripts.scale")

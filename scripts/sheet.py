@@ -1,4 +1,4 @@
-"""One number of a recipe at several values, seen: ``python scripts/sheet.py METHOD --field F --values V... [flags]``.
+"""One number of a recipe at several values, seen: ``python -m scripts.sheet METHOD --field F --values V... [flags]``.
 
 Takes the flags of run_sample.py that the run was made with, and makes nothing in the run folder. Fields:
 
@@ -23,19 +23,17 @@ import numpy as np
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere
-
-import run_sample  # noqa: E402
-from misc import distributed  # noqa: E402
-from misc.config import override  # noqa: E402
-from misc.files import store  # noqa: E402
-from misc.image import draw, pixels  # noqa: E402
-from misc.loop.fit import autocast  # noqa: E402
-from misc.score.metrics import Confusion, mask_at  # noqa: E402
-from net.contract import AffinityNetwork, SoftCam  # noqa: E402
-from step.lib.config import Job, open_job  # noqa: E402
-from step.lib.networks import load_network  # noqa: E402
-from voc12.catalog import pick_evenly  # noqa: E402
+import run_sample
+from misc import distributed
+from misc.config import override
+from misc.files import store
+from misc.image import draw, pixels
+from misc.loop.fit import autocast
+from misc.score.metrics import Confusion, mask_at
+from net.contract import AffinityNetwork, SoftCam
+from step.lib.config import Job, open_job
+from step.lib.networks import load_network
+from voc12.catalog import pick_evenly
 
 MakeMask = Callable[[np.ndarray, SoftCam, float], np.ndarray]
 """image (H, W, 3) uint8, its CAMs at its size, value of the field -> mask (H, W) uint8, 255 unknown."""
@@ -147,7 +145,7 @@ def arguments(
 
 def main(argv: Sequence[str]) -> int:
     """Command line; returns the exit status."""
-    found, flags = tyro.cli(arguments, args=list(argv), return_unknown_args=True)
+    found, flags = tyro.cli(arguments, prog="python -m scripts.sheet", args=list(argv), return_unknown_args=True)
     method, name, values, images, rows, count, height, sheet = found
     try:
         cfg = run_sample.parse([method, *flags])

@@ -1,4 +1,4 @@
-"""A method on generated sample sets of several seeds: ``python scripts/study.py METHOD [--seeds 0 1 2]``.
+"""A method on generated sample sets of several seeds: ``python -m scripts.study METHOD [--seeds 0 1 2]``.
 
 For each data seed: the whole pipeline, then the same segmentation network trained on the true masks from the same start
 (the upper bound). Prints seed, walk and segmentation scores, and what share of the upper bound the tags reach.
@@ -13,10 +13,9 @@ from pathlib import Path
 
 import tyro
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # run from anywhere
+from misc.files.runfolder import RunFolder
 
-from misc.files.runfolder import RunFolder  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def arguments(
 
 
 if __name__ == "__main__":
-    (method, seeds, out), flags = tyro.cli(arguments, return_unknown_args=True)
+    (method, seeds, out), flags = tyro.cli(arguments, prog="python -m scripts.study", return_unknown_args=True)
     rows = [study(method, seed, out, tuple(flags)) for seed in seeds]
     print("\ndata seed     CAM    walk    gain    weak    full weak/full    time")
     for row in rows:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from misc import distributed
 from misc.files.store import read_mask
+from misc.loop.progress import Progress
 from net.contract import SegmentRecipe
 from step.lib.config import Job
 from step.lib.networks import build_network
@@ -43,7 +43,7 @@ def _look_over(ids: list[str], masks: _Masks, num_classes: int) -> None:
     if not distributed.is_main():
         return
     missing, wrong, objects = [], [], 0
-    for image_id in tqdm(ids, desc="checking masks", unit="mask", leave=False):
+    for image_id in Progress(ids, desc="checking masks", unit="mask", leave=False):
         try:
             values = np.unique(masks(image_id))
         except FileNotFoundError:

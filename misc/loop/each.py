@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from misc import distributed
 from misc.files import atomic, store
+from misc.loop.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def each(
     if len(left) < len(mine):
         distributed.say(f"{name}: {len(mine) - len(left)} of {len(mine)} images are done already.")
     failures: list[Failure] = []
-    with tqdm(total=len(left), desc=name, unit="image", disable=not distributed.is_main(), dynamic_ncols=True) as bar:
+    with Progress(total=len(left), desc=name, unit="image", disable=not distributed.is_main()) as bar:
         if prepare is not None:
             _look_ahead(left, work, prepare, max(1, workers), failures, bar)
         elif workers > 0 and len(left) > 1:
@@ -116,7 +116,7 @@ def _guarded(image_id: str, action: Callable[[], Any], failures: list[Failure]) 
 
 def _look_ahead(
     ids: list[str], work: Callable[..., None], prepare: Callable[[str], Any], threads: int,
-    failures: list[Failure], bar: tqdm,
+    failures: list[Failure], bar: Progress,
 ) -> None:
     waiting: deque[tuple[str, Future[Any]]] = deque()
     rest = iter(ids)
@@ -136,7 +136,7 @@ def _look_ahead(
 
 
 def _processes(
-    ids: list[str], work: Callable[[str], None], workers: int, failures: list[Failure], bar: tqdm
+    ids: list[str], work: Callable[[str], None], workers: int, failures: list[Failure], bar: Progress
 ) -> None:
     # fork is quick, but a forked child cannot use a GPU context its parent has opened
     method = "spawn" if torch.cuda.is_initialized() or "fork" not in multiprocessing.get_all_start_methods() else "fork"

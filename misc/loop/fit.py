@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from misc import distributed
 from misc.config import Fit, Machine
 from misc.files import store
+from misc.loop.progress import Progress
 
 Batch = dict[str, Tensor]
 
@@ -244,7 +244,7 @@ def fit(
     with (
         # a folder for each training: what purge_step takes back of an interrupted one, it takes from the whole folder
         SummaryWriter(str(log / name), purge_step=start) if main else contextlib.nullcontext() as writer,
-        tqdm(total=total, initial=start, desc=name, unit="update", disable=not main, dynamic_ncols=True) as bar,
+        Progress(total=total, initial=start, desc=name, unit="update", disable=not main) as bar,
     ):
         for step in range(start, total):
             for optimiser, rule in rules:

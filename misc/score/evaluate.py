@@ -16,9 +16,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from misc.files.store import quiet_threads
+from misc.loop.progress import Progress
 from misc.score.erosion import ErodedCurve, erode
 from misc.score.metrics import (
     VOID_RULE,
@@ -142,7 +142,7 @@ class _Job:
                 context = multiprocessing.get_context("spawn")
                 spread = stack.enter_context(ProcessPoolExecutor(workers, context, initializer=quiet_threads)).map
             hidden = None if progress else True  # None: shown on terminals only
-            bar = stack.enter_context(tqdm(total=len(ids), unit="image", disable=hidden))
+            bar = stack.enter_context(Progress(total=len(ids), unit="image", disable=hidden))
             for chunk, (counters, faults) in zip(chunks, spread(self.count, chunks), strict=True):
                 total = [a.merge(b) for a, b in zip(total, counters, strict=True)]
                 problems += faults

@@ -47,7 +47,7 @@ class AreamOptions(Options):
     warmup: float = 1 / 6
     """Share of the training before the pairs' loss begins (10 of 60 epochs, 2 of 12)."""
     entropy: tuple[float, ...] = ()
-    """Entropy of the map after each layer, as scripts/layer_entropy.py measures it on a trained network: layers of
+    """Entropy of the map after each layer, as scripts.layer_entropy measures it on a trained network: layers of
     high entropy count less in the maps and more in the loss. Empty: all count the same, as in the released models."""
 
     backbone: ViTOptions | ConformerOptions = field(default_factory=ViTOptions)

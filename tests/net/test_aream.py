@@ -401,7 +401,7 @@ def test_measuring_the_entropy_of_a_trained_network(tmp_path: Path) -> None:
     state, description = store.read_model(job.run.weights("cam"))  # so short a training leaves all flat
     state = {n: v * 20 if "qkv" in n or n.startswith("head") else v for n, v in state.items()}
     store.write_model(job.run.weights("cam"), state, description)
-    measured = start(["scripts/layer_entropy.py", *flags, "--run", str(out)])
+    measured = start(["-m", "scripts.layer_entropy", *flags, "--run", str(out)])
     assert measured.returncode == 0, measured.stderr
     name, *printed = measured.stdout.split()
     assert name == "--cam.network.entropy"

@@ -1,0 +1,45 @@
+"""Progress bars: a moving bar on a terminal, a line every half minute in a log."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+LOG_INTERVAL = 30.0
+"""Seconds between two lines where the output is no terminal."""
+
+
+class Progress(tqdm):
+    """tqdm on the standard error. Where that is no terminal (a file, a scheduler's log), it writes whole lines with the
+    remaining time, at most one in ``LOG_INTERVAL`` seconds and the first after as many: quick work writes none."""
+
+    def __init__(self, iterable: Iterable[Any] | None = None, **settings: Any):
+        self.in_log = not sys.stderr.isatty()
+        if self.in_log:
+            # miniters 1: the time alone decides, whatever the rate was before
+            how: dict[str, Any] = {"mininterval": LOG_INTERVAL, "maxinterval": LOG_INTERVAL, "delay": LOG_INTERVAL,
+                                   "miniters": 1, "ncols": 100}  # fmt: skip
+        else:
+            how = {"dynamic_ncols": True}
+        super().__init__(iterable, file=sys.stderr, **settings, **how)
+
+    @staticmethod
+    def status_printer(file: Any) -> Callable[[str], None]:
+        """What writes a state of the bar: over the last one, or in a log as a line of its own."""
+        if file.isatty():
+            return tqdm.status_printer(file)
+
+        def write_line(state: str) -> None:
+            file.write(f"{state}\n")
+            file.flush()
+
+        return write_line
+
+    def close(self) -> None:
+        """Leave the last state on a terminal; in a log there is nothing to tidy up."""
+        if self.in_log:
+            self.delay = float("inf")  # tqdm writes no last state of a bar that was not shown
+        super().close()

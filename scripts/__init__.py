@@ -1,0 +1,1 @@
+"""Studies, benchmarks and measurements: `python -m scripts.NAME` from the checkout."""
