@@ -33,7 +33,7 @@ from misc.score.metrics import Confusion, mask_at
 from net.contract import AffinityNetwork, SoftCam
 from step.lib.config import Job, open_job
 from step.lib.networks import load_network
-from voc12.catalog import pick_evenly
+from voc12.lists import pick_evenly
 
 MakeMask = Callable[[np.ndarray, SoftCam, float], np.ndarray]
 """image (H, W, 3) uint8, its CAMs at its size, value of the field -> mask (H, W) uint8, 255 unknown."""

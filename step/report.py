@@ -19,7 +19,7 @@ from misc.files import store
 from misc.image import draw, pixels
 from step.lib.config import SHOWN, Job
 from step.lib.scoring import why_unscored
-from voc12.catalog import pick_evenly
+from voc12.lists import pick_evenly
 
 LARGEST = 480
 """Longest side of a picture on the page, in pixels."""

@@ -1,42 +1,63 @@
 """Which images, tags and masks a data set has: all that the steps know of it.
 
-A further data set is a subclass of Catalog in its own file and one line in READERS. VOC 2012's layout is the native one
-(evaluation.md section 3); with a ``classes.txt`` it holds any classes.
+A further data set is one new file in voc12/data_sets: a subclass of Catalog, registered by a decorator and found by
+name.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
-import os
+import pkgutil
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from misc.files import store
-from misc.files.store import IMAGE_SUFFIXES
 from voc12 import tags as tags_of
-from voc12.table import read_table
+from voc12.lists import NoSuchList, is_list_file, read_list, shorten
 from voc12.tags import DataError
 
-VOC_CLASSES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
-    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-)  # fmt: skip
-"""PASCAL VOC's classes in the order of their mask values 1 to 20 (evaluation.md 3.2)."""
-
-_SHOWN = 10
 _CHUNK = 128
 
+DATA_SETS: dict[str, type[Catalog]] = {}
+"""Classes of data sets by the names that the command line knows; filled by ``load_data_sets``."""
 
-class NoSuchList(DataError):
-    """The data set has no list of this name; a list that is there and damaged is another error."""
+_Class = TypeVar("_Class", bound="type[Catalog]")
+
+
+def data_set(*names: str) -> Callable[[_Class], _Class]:
+    """Register a data set under the names it has on the command line; it is made from the name and its root folder."""
+
+    def add(cls: _Class) -> _Class:
+        for name in names:
+            if name in DATA_SETS:
+                raise ValueError(f"Two data sets are called {name!r}: {DATA_SETS[name].__name__} and {cls.__name__}.")
+            DATA_SETS[name] = cls
+        return cls
+
+    return add
+
+
+def load_data_sets() -> dict[str, type[Catalog]]:
+    """Import every file of voc12/data_sets, which fills DATA_SETS; returns it."""
+    for module in pkgutil.iter_modules([str(Path(__file__).parent / "data_sets")]):
+        importlib.import_module(f"voc12.data_sets.{module.name}")
+    return DATA_SETS
+
+
+def open_catalog(data: str, root: Path) -> Catalog:
+    """The data set ``data`` (a name in DATA_SETS) in folder ``root``; DataError says what is missing."""
+    known = load_data_sets()
+    if data not in known:
+        raise DataError(f"There is no data set {data!r}; known: {', '.join(known)}.")
+    return known[data](data, Path(root))
 
 
 class Catalog(ABC):
@@ -121,18 +142,13 @@ class Catalog(ABC):
 
         Raises DataError: no such list (NoSuchList), an empty one, an id twice.
         """
-        if split.endswith(".txt") or "/" in split or os.sep in split:
+        if is_list_file(split):
             return self.read_list(Path(split))
         return self.named_list(split)
 
     def read_list(self, path: Path) -> list[str]:
         """Ids of a list file, in its order; NoSuchList where it does not exist, DataError for a damaged one."""
-        try:
-            return store.read_list(path, self.id_of_line)
-        except FileNotFoundError as error:
-            raise NoSuchList(str(error)) from None
-        except (OSError, ValueError) as error:
-            raise DataError(str(error)) from None
+        return read_list(path, self.id_of_line)
 
     def id_of_line(self, line: str) -> str:
         """Id of an image from a line of a list file; ValueError for one that leaves the folder."""
@@ -221,10 +237,10 @@ class Catalog(ABC):
         warnings: list[str] = []
         missing = [i for i in ids if i not in self.images]
         if missing:
-            problems.append(f"{len(missing)} have no image file ({_some(missing)}). Add them, or shorten the list.")
+            problems.append(f"{len(missing)} have no image file ({shorten(missing)}). Add them, or shorten the list.")
         unmasked = [i for i in ids if i not in self.masks] if need_masks else []
         if unmasked:
-            problems.append(f"{len(unmasked)} have no mask ({_some(unmasked)}). Add the masks, or use another list.")
+            problems.append(f"{len(unmasked)} have no mask ({shorten(unmasked)}). Add the masks, or use another list.")
         if need_boxes:
             for image_id in ids:
                 self.boxes(image_id)  # an error of its own
@@ -233,25 +249,25 @@ class Catalog(ABC):
             unseen = [i for i in ids if i not in there]
             if unseen:
                 problems.append(
-                    f"{len(unseen)} have no saliency map ID.png in {saliency} ({_some(unseen)}). Give the folder that "
-                    "holds them all: --saliency DIR."
+                    f"{len(unseen)} have no saliency map ID.png in {saliency} ({shorten(unseen)}). Give the folder "
+                    "that holds them all: --saliency DIR."
                 )
         if need_tags:
             failures = self._read_all_tags(ids)
             if failures:
-                causes = _some([f"{i}: {cause}" for i, cause in failures.items()], "\n    ")
+                causes = shorten([f"{i}: {cause}" for i, cause in failures.items()], "\n    ")
                 problems.append(f"{len(failures)} have no readable tags (from {self.tag_source}):\n    {causes}")
             empty = [i for i in ids if i not in failures and not self.tags(i).any()]
             if empty and len(empty) == len(ids):
                 problems.append(
                     f"no image has a tag (from {self.tag_source}). Are these the right class names: "
-                    f"{_some(self.classes)}?"
+                    f"{shorten(self.classes)}?"
                 )
             elif empty:
-                warnings.append(f"{len(empty)} images have no tag ({_some(empty)}): taken as background only.")
+                warnings.append(f"{len(empty)} images have no tag ({shorten(empty)}): taken as background only.")
             strange = Counter(name for i in ids for name in self._strange.get(i, ()))
             if strange:
-                shown = _some([f"{name!r} ({count})" for name, count in strange.most_common()])
+                shown = shorten([f"{name!r} ({count})" for name, count in strange.most_common()])
                 warnings.append(f"Objects whose names are no class are passed over: {shown}.")
         if problems:
             lines = "\n  ".join(problems)
@@ -274,136 +290,3 @@ class Catalog(ABC):
         with ThreadPoolExecutor() as pool:  # tens of thousands of small files: waiting for the disk is what takes time
             list(pool.map(read, chunks))
         return {i: failures[i] for i in unread if i in failures}
-
-
-class VocCatalog(Catalog):
-    """VOC 2012's layout: JPEGImages, ImageSets/Segmentation, and what there is of Annotations, SegmentationClass,
-    SegmentationClassAug, SegmentationObject, ``classes.txt`` and ``labels.csv``.
-
-    Classes are VOC's 20 unless ``classes.txt`` names others. Tags come from ``labels.csv`` (``voc12.prepare`` writes
-    one); without that from Annotations; without these from the masks. Masks of SegmentationClass go before those of
-    SegmentationClassAug.
-
-    Raises DataError where ``root`` is no such folder, nor a parent of one as the official archive has it.
-    """
-
-    def __init__(self, name: str, root: Path) -> None:
-        root = find_root(root)
-        listed = root / "classes.txt"
-        classes = tags_of.read_classes(listed) if listed.is_file() else VOC_CLASSES
-        self._table: dict[str, np.ndarray] = {}
-        if (root / "labels.csv").is_file():
-            source = "labels.csv"
-            self._table = read_table(root / "labels.csv", classes, store.image_id).tags
-        elif _holds(root / "Annotations", ".xml"):
-            source = "Annotations"
-        else:
-            source = "masks"
-        super().__init__(name, root, classes, source)
-
-    def named_list(self, split: str) -> list[str]:
-        """The list ImageSets/Segmentation/SPLIT.txt; train_aug and trainaug are one name."""
-        folder = self.root / "ImageSets" / "Segmentation"
-        spellings = ("train_aug", "trainaug") if split in ("train_aug", "trainaug") else (split,)
-        for spelling in spellings:
-            if (folder / f"{spelling}.txt").is_file():
-                return self.read_list(folder / f"{spelling}.txt")
-        there = ", ".join(sorted(p.stem for p in folder.glob("*.txt"))) or "none"
-        raise NoSuchList(
-            f"There is no list {split!r} in {folder} (there: {there}). Name one of these, give the path of a list "
-            "file (one image id a line), or put the list there."
-        )
-
-    def index_images(self) -> dict[str, str]:
-        """JPEGImages in one pass; where an id has several files, the suffix that comes first in IMAGE_SUFFIXES."""
-        return _index(self.root, "JPEGImages", IMAGE_SUFFIXES)
-
-    def index_masks(self) -> dict[str, str]:
-        """SegmentationClass, and SegmentationClassAug for the ids that the former lacks."""
-        return {
-            **_index(self.root, "SegmentationClassAug", (".png",)),
-            **_index(self.root, "SegmentationClass", (".png",)),
-        }
-
-    def index_objects(self) -> dict[str, str]:
-        """SegmentationObject."""
-        return _index(self.root, "SegmentationObject", (".png",))
-
-    def read_tags(self, image_id: str) -> np.ndarray:
-        """(C,) float32 from the data set's one source of tags; DataError where it has none for this image."""
-        if self.tag_source == "Annotations":
-            names = tags_of.read_xml(self.root / "Annotations" / f"{image_id}.xml")
-            strange = [name for name in names if name not in self.classes]
-            if strange:
-                self._strange[image_id] = strange
-            return tags_of.encode(names, self.classes)
-        if self.tag_source == "labels.csv":
-            if image_id not in self._table:
-                raise DataError(f"{self.root / 'labels.csv'} has no line for it (no object: write '{image_id},').")
-            return self._table[image_id]
-        if image_id not in self.masks:
-            raise DataError("neither Annotations nor labels.csv nor a mask tells its classes.")
-        return self.tags_from_mask(image_id)
-
-
-READERS = {
-    "voc12": "catalog.VocCatalog",
-    "sample": "catalog.VocCatalog",
-    "cub200": "cub200.CubCatalog",
-    "sample_cub": "cub200.CubCatalog",
-    "folder": "folder.FolderCatalog",
-    "coco14": "coco14.Coco14Catalog",
-}
-"""By the name that the command line knows: the file in this folder and its Catalog, made from name and root folder."""
-
-
-def open_catalog(data: str, root: Path) -> Catalog:
-    """The data set ``data`` (a name in READERS) in folder ``root``; DataError says what is missing."""
-    if data not in READERS:
-        raise DataError(f"There is no data set {data!r}; known: {', '.join(READERS)}.")
-    module, reader = READERS[data].split(".")
-    return getattr(importlib.import_module(f"voc12.{module}"), reader)(data, Path(root))
-
-
-def pick_evenly(ids: Sequence[str], count: int) -> list[str]:
-    """``count`` ids at equal distances: a fixed choice, not a flattering one."""
-    return [ids[i] for i in np.unique(np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(int))] if ids else []
-
-
-def find_root(root: Path) -> Path:
-    """The folder of VOC's layout: ``root``, or below it where the official archive has it; DataError without one."""
-    tried = (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012")
-    for folder in tried:
-        if (folder / "JPEGImages").is_dir():
-            return folder
-    state = "" if root.is_dir() else " (which does not exist)"
-    raise DataError(
-        f"No data set in VOC's layout in {root}{state}: looked for {', '.join(str(t / 'JPEGImages') for t in tried)}. "
-        "Give the folder that holds JPEGImages, ImageSets and the masks."
-    )
-
-
-def _holds(folder: Path, suffix: str) -> bool:
-    return folder.is_dir() and any(entry.name.lower().endswith(suffix) for entry in os.scandir(folder))
-
-
-def _index(root: Path, folder: str, suffixes: tuple[str, ...]) -> dict[str, str]:
-    """{id: path below root} of the files with one of the suffixes; earlier suffixes win."""
-    if not (root / folder).is_dir():
-        return {}
-    rank = {suffix: number for number, suffix in enumerate(suffixes)}
-    found: dict[str, tuple[int, str]] = {}
-    with os.scandir(root / folder) as entries:
-        for entry in entries:
-            stem, suffix = os.path.splitext(entry.name)
-            place = rank.get(suffix.lower())
-            if place is not None and not stem.startswith(".") and (stem not in found or place < found[stem][0]):
-                found[stem] = (place, f"{folder}/{entry.name}")
-    return {stem: path for stem, (_, path) in found.items()}
-
-
-def _some(items: Iterable[str], between: str = ", ") -> str:
-    """The first ten of them, and how many more."""
-    items = list(items)
-    more = [f"... {len(items) - _SHOWN} more"] if len(items) > _SHOWN else []
-    return between.join([*items[:_SHOWN], *more])

@@ -17,18 +17,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from misc.config import Augment
 from misc.files import store
 from misc.image.pixels import to_tensor
+from misc.loop.each import WorkerDied
 from voc12.catalog import Catalog
 from voc12.tags import IGNORE, DataError
-from voc12.transforms import Sample, augment
+from voc12.transforms import TrainSample, augment_sample
 
 Draw = tuple[int, int, int]
 """One sample to make: (index into the list of ids, position in the training, number of the update)."""
 
 _SHUFFLE, _SAMPLE, _BATCH = range(3)
-
-
-class WorkerDied(RuntimeError):
-    """A worker process that reads training images ended by itself or was killed."""
 
 
 def _stream(seed: int, kind: int, number: int) -> np.random.Generator:
@@ -158,8 +155,8 @@ class TrainSet(Dataset[dict[str, Tensor]]):
             raise DataError(f"Image {image_id!r}{file}: {kind}{error}") from error
 
     def _make(self, image_id: str, image: np.ndarray, position: int, batch: int) -> dict[str, Tensor]:
-        sample = augment(
-            Sample(
+        sample = augment_sample(
+            TrainSample(
                 image,
                 self.with_mask(image_id) if self.with_mask else None,
                 self.planes(image_id) if self.planes else None,

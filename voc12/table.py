@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from voc12.tags import DataError, checked_classes, encode
+from voc12.tags import DataError, checked_classes, encode_tags
 
 FILE_HEADS = ("file", "image", "filename", "image_id", "id")
 CLASSES_HEADS = ("classes", "class", "labels", "label", "tags")
@@ -88,7 +88,7 @@ def read_table(path: Path, classes: Sequence[str] | None, key: Callable[[str], s
     if classes is None:
         occurring = sorted({name for present in names.values() for name in present})
         classes = columns or checked_classes(occurring, lambda n: f"{path}, class {n}")
-    return Table(tuple(classes), {i: encode(present, classes) for i, present in names.items()}, files)
+    return Table(tuple(classes), {i: encode_tags(present, classes) for i, present in names.items()}, files)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -25,7 +25,7 @@ Size = tuple[int, int]
 
 
 @dataclass
-class Sample:
+class TrainSample:
     """What augmentation acts on.
 
     image (H, W, 3) uint8 RGB, after ``normalize`` float32; mask and saliency (H, W) uint8 or None; planes (P, H, W) of
@@ -59,7 +59,7 @@ class Sample:
         self.mask, self.saliency = (None if m is None else change(m) for m in (self.mask, self.saliency))
 
 
-def long_side(sample: Sample, length: int, image_filter: str = "bicubic") -> None:
+def resize_long_side(sample: TrainSample, length: int, image_filter: str = "bicubic") -> None:
     """Resize so that the longer side has ``length`` pixels, the other one rounded: image PIL bicubic or OpenCV linear
     (getam.md section 6), mask PIL nearest (seam.md 4.2)."""
     height, width = sample.image.shape[:2]
@@ -73,14 +73,14 @@ def long_side(sample: Sample, length: int, image_filter: str = "bicubic") -> Non
     _resized(sample, size)
 
 
-def square(sample: Sample, side: int) -> None:
+def resize_square(sample: TrainSample, side: int) -> None:
     """Stretch to a square of ``side``, whatever the aspect: image PIL bilinear, mask PIL nearest (wsol.md 4)."""
     sample.image = resize_image(np.ascontiguousarray(sample.image), (side, side), "bilinear")
     sample.on_masks(lambda mask: resize_mask(np.ascontiguousarray(mask), (side, side)))
     _resized(sample, (side, side))
 
 
-def scale(sample: Sample, factor: float, image_filter: str, mask_filter: str = "opencv") -> None:
+def scale_sample(sample: TrainSample, factor: float, image_filter: str, mask_filter: str = "opencv") -> None:
     """Multiply both sides by ``factor``, cut to whole pixels: image OpenCV cubic or linear (deeplab.md A.2, B.2) or
     PIL bicubic or bilinear (aream.md section 8, semformer.md section 3.4), mask OpenCV's or PIL's nearest
     (deeplab.md C.3)."""
@@ -97,7 +97,7 @@ def scale(sample: Sample, factor: float, image_filter: str, mask_filter: str = "
     _resized(sample, size)
 
 
-def _resized(sample: Sample, size: Size) -> None:
+def _resized(sample: TrainSample, size: Size) -> None:
     sample.box = (0, size[0], 0, size[1])
     if sample.planes is None:
         return
@@ -108,7 +108,7 @@ def _resized(sample: Sample, size: Size) -> None:
     sample.planes = np.stack(planes).astype(sample.planes.dtype)  # (P, h, w)
 
 
-def flip(sample: Sample) -> None:
+def flip_sample(sample: TrainSample) -> None:
     """Mirror everything left to right."""
     width = sample.image.shape[1]
     sample.image = sample.image[:, ::-1]
@@ -119,7 +119,7 @@ def flip(sample: Sample) -> None:
     sample.box = (top, bottom, width - right, width - left)
 
 
-def jitter(sample: Sample, strengths: tuple[float, float, float, float], rng: np.random.Generator) -> None:
+def jitter_colours(sample: TrainSample, strengths: tuple[float, float, float, float], rng: np.random.Generator) -> None:
     """torchvision's ColorJitter on the 8-bit image: brightness, contrast and saturation factors uniform in
     [max(0, 1 - s), 1 + s], hue shift uniform in [-s, s], applied in random order; strength 0 leaves one out."""
     image = Image.fromarray(np.ascontiguousarray(sample.image))
@@ -138,7 +138,7 @@ def jitter(sample: Sample, strengths: tuple[float, float, float, float], rng: np
     sample.image = np.asarray(image)
 
 
-def hsv(sample: Sample, shifts: tuple[int, int, int]) -> None:
+def shift_hsv(sample: TrainSample, shifts: tuple[int, int, int]) -> None:
     """Add integers to hue (modulo 180), saturation and value (clipped) in OpenCV's 8-bit HSV (deeplab.md A.2)."""
     values = cv2.cvtColor(np.ascontiguousarray(sample.image), cv2.COLOR_RGB2HSV).astype(np.int16)
     values += np.array(shifts, np.int16)
@@ -146,8 +146,8 @@ def hsv(sample: Sample, shifts: tuple[int, int, int]) -> None:
     sample.image = cv2.cvtColor(np.clip(values, 0, 255).astype(np.uint8), cv2.COLOR_HSV2RGB)
 
 
-def crop(
-    sample: Sample,
+def crop_sample(
+    sample: TrainSample,
     size: int,
     rng: np.random.Generator,
     *,
@@ -214,8 +214,8 @@ def _lent(rng: np.random.Generator) -> Iterator[None]:
         torch.set_rng_state(kept[2])
 
 
-def resized_crop(
-    sample: Sample, size: int, area: tuple[float, float], rng: np.random.Generator, image_filter: str = "bicubic"
+def crop_and_resize(
+    sample: TrainSample, size: int, area: tuple[float, float], rng: np.random.Generator, image_filter: str = "bicubic"
 ) -> None:
     """Cut a random part, of a share of the area in ``area`` and of aspect 3/4 to 4/3, and resize it to a square of
     side ``size``: image PIL bicubic (mctformer.md section 6) or bilinear (semformer.md 3.4), mask PIL nearest."""
@@ -241,7 +241,7 @@ def _rand_augment(policy: str, normalisation: str, side: int) -> Callable[[Image
     return rand_augment_transform(policy, options)
 
 
-def rand_augment(sample: Sample, policy: str, normalisation: str, rng: np.random.Generator) -> None:
+def apply_rand_augment(sample: TrainSample, policy: str, normalisation: str, rng: np.random.Generator) -> None:
     """timm's RandAugment on the 8-bit image; what it uncovers has the mean colour (mctformer.md section 6).
 
     Raises ValueError where there is a mask, planes or saliency: its rotations and shears would not move them.
@@ -253,7 +253,7 @@ def rand_augment(sample: Sample, policy: str, normalisation: str, rng: np.random
         sample.image = np.asarray(operation(Image.fromarray(np.ascontiguousarray(sample.image))))
 
 
-def erase(sample: Sample, probability: float, rng: np.random.Generator) -> None:
+def erase_rectangle(sample: TrainSample, probability: float, rng: np.random.Generator) -> None:
     """timm's random erasing on the normalised image: one box of 2 to 33 % of the area, aspect 0.3 to 3.3, filled with
     standard normal noise (mctformer.md section 6)."""
     from timm.data.random_erasing import RandomErasing
@@ -264,14 +264,14 @@ def erase(sample: Sample, probability: float, rng: np.random.Generator) -> None:
     sample.image = values.permute(1, 2, 0).numpy()
 
 
-def augment(
-    sample: Sample,
+def augment_sample(
+    sample: TrainSample,
     recipe: Augment,
     normalisation: str,
     rng: np.random.Generator,
     batch_rng: np.random.Generator,
     plane_fill: float = 0.0,
-) -> Sample:
+) -> TrainSample:
     """Apply the operations of a recipe in its order, in place.
 
     Args:
@@ -289,33 +289,33 @@ def augment(
         match operation:
             case "long_side":
                 length = int(rng.integers(recipe.long_side[0], recipe.long_side[1] + 1))
-                long_side(sample, length, recipe.long_side_filter)
+                resize_long_side(sample, length, recipe.long_side_filter)
             case "scale":
                 source = batch_rng if recipe.scale_per_batch else rng
                 factor = source.choice(recipe.scale_set) if recipe.scale_set else source.uniform(*recipe.scale)
-                scale(sample, float(factor), recipe.scale_filter, recipe.scale_mask)
+                scale_sample(sample, float(factor), recipe.scale_filter, recipe.scale_mask)
             case "square":
-                square(sample, recipe.square)
+                resize_square(sample, recipe.square)
             case "flip":
                 if rng.random() < recipe.flip:
-                    flip(sample)
+                    flip_sample(sample)
             case "jitter":
                 # nothing is drawn where it always happens
                 if recipe.jitter_probability == 1 or rng.random() < recipe.jitter_probability:
-                    jitter(sample, recipe.jitter, rng)
+                    jitter_colours(sample, recipe.jitter, rng)
             case "hsv":
                 hue, saturation, value = rng.integers(-recipe.hsv, recipe.hsv + 1, 3).tolist()
-                hsv(sample, (hue, saturation, value))
+                shift_hsv(sample, (hue, saturation, value))
             case "resized_crop":
-                resized_crop(sample, recipe.crop, recipe.area, rng, recipe.area_filter)
+                crop_and_resize(sample, recipe.crop, recipe.area, rng, recipe.area_filter)
             case "rand_augment":
-                rand_augment(sample, recipe.policy, normalisation, rng)
+                apply_rand_augment(sample, recipe.policy, normalisation, rng)
             case "erase":
-                erase(sample, recipe.erase, rng)
+                erase_rectangle(sample, recipe.erase, rng)
             case "normalize":
                 sample.image = normalise(sample.image, normalisation)
             case "crop":
-                crop(
+                crop_sample(
                     sample, recipe.crop, rng, place=recipe.crop_place, mask_fill=recipe.mask_fill, plane_fill=plane_fill
                 )
     return sample

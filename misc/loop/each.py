@@ -48,7 +48,7 @@ class EachFailed(RuntimeError):
 
 
 class WorkerDied(RuntimeError):
-    """A worker process was killed or crashed; finished images are kept."""
+    """A worker process was killed or crashed; what was finished before is kept."""
 
 
 def shard(ids: Sequence[str], part: tuple[int, int] = (0, 1)) -> list[str]:

@@ -17,8 +17,9 @@ from misc.config import Machine
 from misc.files import store
 from misc.files.runfolder import RunFolder
 from net import contract, registry
-from voc12.catalog import READERS, Catalog, open_catalog, pick_evenly
+from voc12.catalog import Catalog, load_data_sets, open_catalog
 from voc12.generated.sets import LAYOUTS
+from voc12.lists import pick_evenly
 
 SAMPLE_ROOT = Path("data/sample")
 
@@ -110,8 +111,9 @@ class Config:
 
     def data_root(self) -> Path:
         """Folder of the data set; ValueError where it must be given and is not, or there is no such data set."""
-        if self.data not in READERS:
-            raise ValueError(f"--data {self.data}: there is no such data set. There are: {', '.join(READERS)}.")
+        known = load_data_sets()
+        if self.data not in known:
+            raise ValueError(f"--data {self.data}: there is no such data set. There are: {', '.join(known)}.")
         if self.root is not None:
             return self.root
         if self.data in LAYOUTS:

@@ -10,14 +10,14 @@ import numpy as np
 
 from misc.files import store
 from misc.image.draw import palette
-from voc12.catalog import VOC_CLASSES
-from voc12.tags import encode, names_from_xml
+from voc12.data_sets.voc12 import VOC_CLASSES
+from voc12.tags import encode_tags, names_from_xml
 
 
 def check_voc_labels(case: Any) -> None:
     """Tags of each annotation of the case, in its order, and the ids of its list file."""
     given = case.meta["input"]
-    case.check("labels", np.stack([encode(names_from_xml(text), VOC_CLASSES) for text in given["xml"].values()]))
+    case.check("labels", np.stack([encode_tags(names_from_xml(text), VOC_CLASSES) for text in given["xml"].values()]))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "list.txt"
         path.write_text(given["list_file"], encoding="utf-8")

@@ -39,7 +39,7 @@ from net.groups import Group
 from net.refine.irn import IRN, IRNOptions, IRNWalk, _PairDistances, centroids, clusters, displacement_losses
 from net.seed.irn_cam import IRNCam, IRNCamOptions
 from net.shared.edge import EdgeNetwork, enlarge, hard_label, propagate, two_threshold_label
-from voc12.transforms import Sample, crop
+from voc12.transforms import TrainSample, crop_sample
 
 _SAMPLED = re.compile(r"sampled \[(.*?)\]")
 
@@ -318,8 +318,8 @@ def check_irn_image_ops(case: Any) -> None:
     for name in ("top_left_crop", "top_left_crop_label"):
         side = int(re.search(r"crop/pad to (\d+)", case.meta["outputs"][name]["meaning"])[1])
         corner = values[:side, :side]
-        sample = Sample(corner, label[:side, :side], None)
-        crop(sample, side, rng, place="corner")
+        sample = TrainSample(corner, label[:side, :side], None)
+        crop_sample(sample, side, rng, place="corner")
         if name.endswith("label"):
             np.testing.assert_array_equal(sample.mask, case.arrays[name])
         else:

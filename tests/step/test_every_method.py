@@ -14,7 +14,7 @@ from misc.files import store
 from net import registry
 from step.lib.config import default_config
 from voc12.catalog import open_catalog
-from voc12.prepare import commands
+from voc12.prepare.__main__ import main as prepare
 
 registry.load_methods()
 
@@ -26,7 +26,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     voc = make_set(room / "voc12", images=6, val=2)
     as_folder(voc, room / "folder")
     as_coco(voc, room / "coco14")
-    assert commands.main(["coco14", "--root", str(room / "coco14"), "--workers", "0"]) == 0
+    assert prepare(["coco14", "--root", str(room / "coco14"), "--workers", "0"]) == 0
     return {data: room / data for data in ("voc12", "folder", "coco14")}
 
 

@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from misc.files import store
-from voc12.catalog import VOC_CLASSES, DataError, open_catalog, pick_evenly
+from voc12.catalog import open_catalog
+from voc12.data_sets.voc12 import VOC_CLASSES
+from voc12.lists import pick_evenly
 from voc12.table import read_table
-from voc12.tags import encode, names_from_xml
+from voc12.tags import DataError, encode_tags, names_from_xml
 
 
 def xml(*names: str) -> str:
@@ -133,7 +135,7 @@ def test_class_names_that_fit_nothing(voc: Path) -> None:
 
 def test_names_of_parts_do_not_count() -> None:
     text = "<annotation><object><name>dog</name><part><name>head</name></part></object></annotation>"
-    assert encode(names_from_xml(text), ["head", "dog"]).tolist() == [0, 1]
+    assert encode_tags(names_from_xml(text), ["head", "dog"]).tolist() == [0, 1]
 
 
 def test_names_that_are_no_class_are_told(voc: Path) -> None:

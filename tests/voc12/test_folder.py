@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from misc.files import store
-from voc12.catalog import Catalog, DataError, NoSuchList, open_catalog
+from voc12.catalog import Catalog, open_catalog
+from voc12.lists import NoSuchList
+from voc12.tags import DataError
 
 
 def picture(path: Path, size: tuple[int, int] = (6, 4), value: int = 90) -> None:

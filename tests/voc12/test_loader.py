@@ -14,8 +14,9 @@ from PIL import Image
 
 from misc.config import Augment
 from misc.files import store
-from voc12.catalog import Catalog, DataError, open_catalog
+from voc12.catalog import Catalog, open_catalog
 from voc12.loader import Draws, TrainSet, WorkerDied, make_loader
+from voc12.tags import DataError
 
 IDS = [f"im{i}" for i in range(7)]
 RECIPE = Augment(long_side=(20, 40), crop=24)

@@ -17,7 +17,7 @@ from misc.files import store
 from misc.image.draw import palette
 from scripts import scale, sheet
 from voc12.catalog import open_catalog
-from voc12.prepare import commands
+from voc12.prepare.__main__ import main as prepare
 
 
 def run(data: str, root: Path, out: Path, *flags: str) -> int:
@@ -129,7 +129,7 @@ def test_voc_coco_and_folder_give_the_same_run(
 ) -> None:
     as_folder(generated, tmp_path / "folder")
     as_coco(generated, tmp_path / "coco14")
-    assert commands.main(["coco14", "--root", str(tmp_path / "coco14"), "--workers", "0"]) == 0
+    assert prepare(["coco14", "--root", str(tmp_path / "coco14"), "--workers", "0"]) == 0
     made = {}
     for data in ("voc12", "folder", "coco14"):
         root = generated if data == "voc12" else tmp_path / data

@@ -19,16 +19,16 @@ from running import digests, make_set
 from misc.files import store
 from voc12 import tags
 from voc12.catalog import open_catalog
-from voc12.prepare import commands
-from voc12.prepare.instances import read_instances
-from voc12.prepare.sbd import find_classes, read_segmentation
+from voc12.prepare.__main__ import main
+from voc12.prepare.coco_annotations import read_coco_annotations
+from voc12.prepare.sbd import find_sbd_maps, read_sbd_mask
 from voc12.tags import DataError
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
     """Exit status of a command, and all it prints."""
     capsys.readouterr()
-    status = commands.main([*map(str, words), "--workers", "0"])
+    status = main([*map(str, words), "--workers", "0"])
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
     return status, captured.out + captured.err
@@ -57,7 +57,7 @@ def sbd_file(path: Path, mask: Any, **changes: Any) -> None:
 @pytest.mark.parametrize("mask", [[[0, 1, 20], [15, 0, 0]], [[3]], [[0, 2, 2, 0]]])
 def test_sbd_maps(mask: list[list[int]], tmp_path: Path) -> None:
     sbd_file(tmp_path / "x.mat", mask)
-    read = read_segmentation(tmp_path / "x.mat")
+    read = read_sbd_mask(tmp_path / "x.mat")
     assert read.dtype == np.uint8 and read.tolist() == mask
 
 
@@ -73,22 +73,22 @@ def test_what_is_no_sbd_map_is_told(tmp_path: Path) -> None:
     for changes, told in cases:
         sbd_file(path, [[0]], **changes)
         with pytest.raises(DataError, match=rf"x\.mat.*{told}"):
-            read_segmentation(path)
+            read_sbd_mask(path)
     scipy.io.savemat(path, {"GTinst": {"Segmentation": np.zeros((2, 2))}})
     with pytest.raises(DataError, match="holds GTinst, not GTcls .*give cls/"):
-        read_segmentation(path)
+        read_sbd_mask(path)
     scipy.io.savemat(path, {"GTcls": np.zeros((2, 2))})
     with pytest.raises(DataError, match="GTcls has no Segmentation"):
-        read_segmentation(path)
+        read_sbd_mask(path)
     for content, told in ((b"no mat file", "damaged"), (b"", "damaged"), (b"MATLAB 7.3 MAT-file".ljust(124) + b"\0\2IM",
                                                                          "MATLAB 7.3")):  # fmt: skip
         path.write_bytes(content)
         with pytest.raises(DataError, match=told):
-            read_segmentation(path)
+            read_sbd_mask(path)
     with pytest.raises(DataError, match="does not exist"):
-        read_segmentation(tmp_path / "gone.mat")
+        read_sbd_mask(tmp_path / "gone.mat")
     with pytest.raises(DataError, match="looked for ID.mat"):
-        find_classes(tmp_path / "nowhere")
+        find_sbd_maps(tmp_path / "nowhere")
 
 
 # ---------------------------------------------------------------------------------------------- VOC 2012
@@ -407,10 +407,10 @@ def test_help_names_every_flag_and_errors_are_one_line(tmp_path: Path, capsys: p
     for words, shown in ((["--help"], ("voc12", "coco14", "folder", "shrink")),
                          (["voc12", "--help"], ("--root", "--sbd", "--no-difficult", "--tags", "(default: xml)"))):
         with pytest.raises(SystemExit) as end:
-            commands.main(words)
+            main(words)
         text = capsys.readouterr().out
         assert end.value.code == 0 and all(word in text for word in shown)
-    assert commands.main(["folder", "--root", str(tmp_path / "nowhere")]) == 1
+    assert main(["folder", "--root", str(tmp_path / "nowhere")]) == 1
     error = capsys.readouterr().err
     assert error.strip().startswith("error: The data folder") and error.strip().count("\n") == 0
 
@@ -418,4 +418,4 @@ def test_help_names_every_flag_and_errors_are_one_line(tmp_path: Path, capsys: p
 def test_annotations_and_instances_agree_on_names() -> None:
     assert tags.names_from_xml(annotation(("dog", 0), ("cat", 1)), difficult=False) == ["dog"]
     with pytest.raises(DataError, match="does not exist: put COCO's annotations there"):
-        read_instances(Path("nowhere.json"))
+        read_coco_annotations(Path("nowhere.json"))

@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 
 from misc.image.draw import palette
+from voc12.generated.__main__ import main
 from voc12.generated.draw import draw_picture, draw_saliency
 from voc12.generated.marks import MARKS, class_names
-from voc12.generated.sets import generate, main
+from voc12.generated.sets import generate
 
 ROOM = Path(__file__).resolve().parents[2]
 
@@ -46,7 +47,7 @@ def is_empty(root: Path, name: str) -> bool:
 
 def test_same_parameters_give_the_same_bytes_in_another_process(sample: Path, tmp_path: Path) -> None:
     options = "--images 12 --val 6 --classes 3 --seed 5".split()
-    command = [sys.executable, "-m", "voc12.generated.sets", str(tmp_path / "again"), *options]
+    command = [sys.executable, "-m", "voc12.generated", str(tmp_path / "again"), *options]
     subprocess.run(command, cwd=ROOM, check=True)
     assert digests(tmp_path / "again") == digests(sample)
 

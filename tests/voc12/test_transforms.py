@@ -14,21 +14,21 @@ from torchvision.transforms import functional
 from misc.config import Augment
 from misc.image.pixels import normalise
 from voc12 import transforms
-from voc12.transforms import Sample, augment
+from voc12.transforms import TrainSample, augment_sample
 
 
 def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def located(height: int = 40, width: int = 60) -> Sample:
+def located(height: int = 40, width: int = 60) -> TrainSample:
     """Colour (row + 50, column + 50, 100), mask and saliency the row, planes row and column as whole numbers."""
     rows, columns = np.mgrid[:height, :width].astype(np.uint8)
     image = np.stack([rows + 50, columns + 50, np.full_like(rows, 100)], -1)
-    return Sample(image, rows.copy(), np.stack([rows, columns]), rows.copy())
+    return TrainSample(image, rows.copy(), np.stack([rows, columns]), rows.copy())
 
 
-def aligned(sample: Sample, fill: int) -> None:
+def aligned(sample: TrainSample, fill: int) -> None:
     """Wherever there is a photograph, colour, mask, saliency and planes tell of the same place; elsewhere there is
     filling."""
     top, bottom, left, right = sample.box
@@ -50,8 +50,8 @@ def test_crop_and_flip_keep_everything_together(size: int, place: str, mirror_fi
     for seed in range(8):
         sample = located()
         if mirror_first:
-            transforms.flip(sample)
-        transforms.crop(sample, size, rng(seed), place=place, plane_fill=77)
+            transforms.flip_sample(sample)
+        transforms.crop_sample(sample, size, rng(seed), place=place, plane_fill=77)
         assert sample.image.shape == (size, size, 3) and sample.planes is not None
         assert sample.planes.shape == (2, size, size)
         aligned(sample, 77)
@@ -59,7 +59,7 @@ def test_crop_and_flip_keep_everything_together(size: int, place: str, mirror_fi
         assert (bottom - top, right - left) == (min(40, size), min(60, size))
         if place != "random":
             assert (top, left) == (0, 0)
-        transforms.flip(sample)
+        transforms.flip_sample(sample)
         aligned(sample, 77)
         assert sample.box == (top, bottom, size - right, size - left)
 
@@ -68,12 +68,12 @@ def test_crop_places_are_uniform_over_all_that_are_possible() -> None:
     starts, places, fixed = set(), set(), {"corner": set(), "top_left": set()}
     for seed in range(300):
         sample = located(3, 9)
-        transforms.crop(sample, 6, rng(seed))
+        transforms.crop_sample(sample, 6, rng(seed))
         starts.add(int(sample.planes[1][sample.box[0], 0]))  # type: ignore[index]
         places.add(sample.box[0])
         for place, found in fixed.items():
             sample = located(3, 9)
-            transforms.crop(sample, 6, rng(seed), place=place)
+            transforms.crop_sample(sample, 6, rng(seed), place=place)
             found.add(int(sample.planes[1][0, 0]))  # type: ignore[index]
     assert starts == {0, 1, 2, 3} and places == {0, 1, 2, 3}
     # int(u * 3): the published form of LargeFOV never reaches the last offset
@@ -82,13 +82,13 @@ def test_crop_places_are_uniform_over_all_that_are_possible() -> None:
 
 def test_mask_fill() -> None:
     sample = located(4, 4)
-    transforms.crop(sample, 6, rng(), place="corner", mask_fill=0)
+    transforms.crop_sample(sample, 6, rng(), place="corner", mask_fill=0)
     assert sample.mask is not None and not sample.mask[4:].any() and not sample.mask[:, 4:].any()
 
 
 def test_flip_is_a_mirror() -> None:
     sample = located()
-    transforms.flip(sample)
+    transforms.flip_sample(sample)
     assert sample.planes is not None and np.array_equal(sample.planes, located().planes[..., ::-1])  # type: ignore
     aligned(sample, 0)
 
@@ -99,13 +99,13 @@ def test_flip_is_a_mirror() -> None:
 def test_long_side(size: tuple[int, int], length: int, wanted: tuple[int, int]) -> None:
     sample = located(*size)
     before = sample.image
-    transforms.long_side(sample, length)
+    transforms.resize_long_side(sample, length)
     assert sample.image.shape[:2] == wanted == sample.mask.shape == sample.planes.shape[1:]  # type: ignore[union-attr]
     assert sample.box == (0, wanted[0], 0, wanted[1])
     plain = Image.fromarray(before).resize(wanted[::-1], Image.Resampling.BICUBIC)
     assert np.array_equal(sample.image, np.asarray(plain)) and np.array_equal(sample.saliency, sample.mask)
     linear = located(*size)
-    transforms.long_side(linear, length, "linear")
+    transforms.resize_long_side(linear, length, "linear")
     assert np.array_equal(linear.image, cv2.resize(before, wanted[::-1], interpolation=cv2.INTER_LINEAR))
     assert np.array_equal(linear.mask, sample.mask)
 
@@ -114,7 +114,7 @@ def test_long_side(size: tuple[int, int], length: int, wanted: tuple[int, int]) 
 @pytest.mark.parametrize("image_filter", ["cubic", "linear", "bicubic"])
 def test_scale_cuts_sizes_and_keeps_places(factor: float, wanted: tuple[int, int], image_filter: str) -> None:
     sample = located()
-    transforms.scale(sample, factor, image_filter)
+    transforms.scale_sample(sample, factor, image_filter)
     assert sample.image.shape[:2] == wanted == sample.mask.shape == sample.planes.shape[1:]  # type: ignore[union-attr]
     assert set(np.unique(sample.mask)) <= set(range(40)) and np.array_equal(sample.saliency, sample.mask)
     away = np.abs(sample.image[..., 0].astype(int) - 50 - sample.mask)  # type: ignore[operator]
@@ -123,18 +123,18 @@ def test_scale_cuts_sizes_and_keeps_places(factor: float, wanted: tuple[int, int
 
 
 def test_scale_by_pil() -> None:
-    sample = Sample(np.random.default_rng(3).integers(0, 256, (20, 30, 3), dtype=np.uint8))
-    transforms.flip(sample)
+    sample = TrainSample(np.random.default_rng(3).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    transforms.flip_sample(sample)
     plain = Image.fromarray(np.ascontiguousarray(sample.image)).resize((23, 15), Image.Resampling.BICUBIC)
-    transforms.scale(sample, 0.79, "bicubic")
+    transforms.scale_sample(sample, 0.79, "bicubic")
     assert np.array_equal(sample.image, np.asarray(plain))
 
 
 @pytest.mark.parametrize(("name", "inside"), [("opencv", 0), ("pil", 1)])
 def test_the_nearest_pixel_of_a_mask_is_opencvs_or_pils(name: str, inside: int) -> None:
     """At half size OpenCV takes the first pixel of each pair, PIL (which rounds its centre up) the second."""
-    sample = Sample(np.zeros((2, 12, 3), np.uint8), np.arange(12, dtype=np.uint8)[None].repeat(2, 0))
-    transforms.scale(sample, 0.5, "linear", name)
+    sample = TrainSample(np.zeros((2, 12, 3), np.uint8), np.arange(12, dtype=np.uint8)[None].repeat(2, 0))
+    transforms.scale_sample(sample, 0.5, "linear", name)
     assert sample.mask is not None and sample.mask[0].tolist() == [2 * i + inside for i in range(6)]
 
 
@@ -142,7 +142,7 @@ def test_factors_of_a_set() -> None:
     recipe = Augment(order=("normalize", "scale", "crop"), scale_set=(0.5, 1.5), crop=60, crop_place="top_left")
     sides = set()
     for seed in range(20):
-        sample = transforms.augment(located(20, 30), recipe, "imagenet", rng(seed), rng(seed))
+        sample = transforms.augment_sample(located(20, 30), recipe, "imagenet", rng(seed), rng(seed))
         sides.add(sample.box)
     assert sides == {(0, 10, 0, 15), (0, 30, 0, 45)}
 
@@ -150,18 +150,18 @@ def test_factors_of_a_set() -> None:
 @pytest.mark.parametrize("way", ["long_side", "scale"])
 def test_labels_are_never_mixed(way: str) -> None:
     labels = np.where(np.arange(60) % 7 < 3, 255, 1).astype(np.uint8)[None].repeat(40, 0)
-    sample = Sample(np.zeros((40, 60, 3), np.uint8), labels, labels[None])
+    sample = TrainSample(np.zeros((40, 60, 3), np.uint8), labels, labels[None])
     if way == "scale":
-        transforms.scale(sample, 0.77, "cubic")
+        transforms.scale_sample(sample, 0.77, "cubic")
     else:
-        transforms.long_side(sample, 47)
+        transforms.resize_long_side(sample, 47)
     assert set(np.unique(sample.mask)) == set(np.unique(sample.planes)) == {1, 255}  # type: ignore[arg-type]
 
 
 def test_scores_are_scaled_smoothly_in_half_precision() -> None:
     planes = np.linspace(0, 1, 60, dtype=np.float16)[None, None].repeat(40, 1)
-    sample = Sample(np.zeros((40, 60, 3), np.uint8), planes=planes)
-    transforms.scale(sample, 0.5, "linear")
+    sample = TrainSample(np.zeros((40, 60, 3), np.uint8), planes=planes)
+    transforms.scale_sample(sample, 0.5, "linear")
     assert sample.planes is not None and sample.planes.dtype == np.float16 and sample.planes.shape == (1, 20, 30)
     assert np.abs(np.diff(sample.planes[0, 0].astype(float)) - 2 / 59).max() < 2e-3
 
@@ -171,8 +171,8 @@ def test_jitter_does_what_torchvision_does() -> None:
     strengths = (0.3, 0.4, 0.2, 0.1)
     orders = set()
     for seed in range(6):
-        sample = Sample(image)
-        transforms.jitter(sample, strengths, rng(seed))
+        sample = TrainSample(image)
+        transforms.jitter_colours(sample, strengths, rng(seed))
         numbers = rng(seed)
         plain = Image.fromarray(image)
         order = numbers.permutation(4).tolist()
@@ -187,7 +187,7 @@ def test_jitter_does_what_torchvision_does() -> None:
 
 def test_jitter_with_strength_0_is_nothing() -> None:
     sample = located()
-    transforms.jitter(sample, (0, 0, 0, 0), rng())
+    transforms.jitter_colours(sample, (0, 0, 0, 0), rng())
     assert np.array_equal(sample.image, located().image)
 
 
@@ -196,32 +196,32 @@ def test_jitter_is_applied_as_often_as_asked() -> None:
     def jittered(probability: float, seed: int) -> np.ndarray:
         recipe = Augment(order=("jitter", "normalize", "crop"), jitter=(0.4, 0, 0, 0), jitter_probability=probability,
                          crop=40)  # fmt: skip
-        return augment(located(), recipe, "imagenet", rng(seed), rng(seed)).image
+        return augment_sample(located(), recipe, "imagenet", rng(seed), rng(seed)).image
 
     plain = [np.array_equal(jittered(0.3, seed), jittered(0.0, seed)) for seed in range(40)]
     assert 20 <= sum(plain) <= 36
     sample, numbers = located(), rng(5)
-    transforms.jitter(sample, (0.4, 0, 0, 0), numbers)
+    transforms.jitter_colours(sample, (0.4, 0, 0, 0), numbers)
     sample.image = normalise(sample.image, "imagenet")
-    transforms.crop(sample, 40, numbers)
+    transforms.crop_sample(sample, 40, numbers)
     assert np.array_equal(jittered(1.0, 5), sample.image)
     with pytest.raises(ValueError, match="jitter_probability"):
         Augment(jitter_probability=1.5)
 
 
 def test_hsv() -> None:
-    red = Sample(np.full((2, 2, 3), (200, 20, 20), np.uint8))
-    transforms.hsv(red, (60, 0, 0))  # a third of OpenCV's half circle: green
+    red = TrainSample(np.full((2, 2, 3), (200, 20, 20), np.uint8))
+    transforms.shift_hsv(red, (60, 0, 0))  # a third of OpenCV's half circle: green
     assert red.image[0, 0].tolist() == [20, 200, 20]
-    red = Sample(np.full((2, 2, 3), (200, 20, 20), np.uint8))
-    transforms.hsv(red, (-60, 0, 100))  # backwards over zero: blue; the value is cut at 255
+    red = TrainSample(np.full((2, 2, 3), (200, 20, 20), np.uint8))
+    transforms.shift_hsv(red, (-60, 0, 100))  # backwards over zero: blue; the value is cut at 255
     assert red.image[0, 0, 2] == 255 and red.image[0, 0, 0] < 40 and red.image[0, 0, 1] < 40
 
 
 def test_operations_come_in_the_order_of_the_recipe() -> None:
     image = np.full((4, 4, 3), 200, np.uint8)
-    black = augment(Sample(image), Augment(order=("crop", "normalize"), crop=6), "imagenet", rng(), rng())
-    zero = augment(Sample(image), Augment(order=("normalize", "crop"), crop=6), "imagenet", rng(), rng())
+    black = augment_sample(TrainSample(image), Augment(order=("crop", "normalize"), crop=6), "imagenet", rng(), rng())
+    zero = augment_sample(TrainSample(image), Augment(order=("normalize", "crop"), crop=6), "imagenet", rng(), rng())
     assert black.image.dtype == zero.image.dtype == np.float32 and black.box == zero.box
     canvas = np.ones((6, 6), bool)
     canvas[zero.box[0] : zero.box[1], zero.box[2] : zero.box[3]] = False
@@ -232,9 +232,9 @@ def test_operations_come_in_the_order_of_the_recipe() -> None:
 
 def test_scale_of_a_batch_is_common_and_the_rest_is_not() -> None:
     recipe = Augment(order=("scale", "normalize"), scale_per_batch=True)
-    shapes = {augment(located(), recipe, "imagenet", rng(i), rng(7)).image.shape for i in range(5)}
+    shapes = {augment_sample(located(), recipe, "imagenet", rng(i), rng(7)).image.shape for i in range(5)}
     assert len(shapes) == 1
-    shapes = {augment(located(), recipe, "imagenet", rng(0), rng(i)).image.shape for i in range(5)}
+    shapes = {augment_sample(located(), recipe, "imagenet", rng(0), rng(i)).image.shape for i in range(5)}
     assert len(shapes) > 1
 
 
@@ -247,9 +247,9 @@ def test_no_global_random_state_is_touched() -> None:
     np.random.seed(1)
     torch.manual_seed(1)
     order = ("long_side", "hsv", "jitter", "scale", "flip", "normalize", "crop")
-    augment(located(), Augment(order=order, long_side=(30, 50), crop=32), "imagenet", rng(), rng())
+    augment_sample(located(), Augment(order=order, long_side=(30, 50), crop=32), "imagenet", rng(), rng())
     order = ("resized_crop", "rand_augment", "normalize", "erase")
-    augment(Sample(located().image), Augment(order=order, erase=1.0, crop=32), "imagenet", rng(), rng())
+    augment_sample(TrainSample(located().image), Augment(order=order, erase=1.0, crop=32), "imagenet", rng(), rng())
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == wanted
 
 
@@ -258,7 +258,7 @@ def test_resized_crop_keeps_everything_together() -> None:
     shares = []
     for seed in range(12):
         sample = located(80, 120)
-        transforms.resized_crop(sample, 128, (0.2, 0.5), rng(seed))
+        transforms.crop_and_resize(sample, 128, (0.2, 0.5), rng(seed))
         assert sample.image.shape == (128, 128, 3) and sample.box == (0, 128, 0, 128)
         assert sample.mask is not None and sample.planes is not None
         assert sample.mask.shape == (128, 128) and sample.planes.shape == (2, 128, 128)
@@ -294,14 +294,14 @@ def test_rand_augment_and_erase_are_those_of_timms_training_transform() -> None:
     for seed in range(30):
         seeded(seed)
         expected = np.asarray(policy_op(Image.fromarray(image)))
-        sample = Sample(image)
-        transforms.rand_augment(sample, policy, "imagenet", rng(seed))
+        sample = TrainSample(image)
+        transforms.apply_rand_augment(sample, policy, "imagenet", rng(seed))
         assert np.array_equal(sample.image, expected)
         changed += not np.array_equal(expected, image)
         seeded(seed)
         expected = final(torch.from_numpy(values.transpose(2, 0, 1).copy())).permute(1, 2, 0).numpy()
-        sample = Sample(values)
-        transforms.erase(sample, 0.5, rng(seed))
+        sample = TrainSample(values)
+        transforms.erase_rectangle(sample, 0.5, rng(seed))
         assert np.array_equal(sample.image, expected)
         erased += not np.array_equal(expected, values)
     assert 10 < changed < 30 and 5 < erased < 25
@@ -309,12 +309,12 @@ def test_rand_augment_and_erase_are_those_of_timms_training_transform() -> None:
 
 def test_rand_augment_refuses_what_it_would_not_move() -> None:
     with pytest.raises(ValueError, match="rand_augment"):
-        transforms.rand_augment(located(), "rand-m9", "imagenet", rng())
+        transforms.apply_rand_augment(located(), "rand-m9", "imagenet", rng())
 
 
 def test_mask_of_another_size_is_refused() -> None:
     with pytest.raises(ValueError, match="mask is 40 x 30 .* image 30 x 40"):
-        Sample(np.zeros((30, 40, 3), np.uint8), np.zeros((40, 30), np.uint8))
+        TrainSample(np.zeros((30, 40, 3), np.uint8), np.zeros((40, 30), np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ def test_square_ignores_the_aspect_and_keeps_places() -> None:
     sample = located(40, 60)
     smooth = np.repeat(np.linspace(0, 200, 60).astype(np.uint8)[None, :, None], 40, 0).repeat(3, 2)
     sample.image = smooth
-    transforms.square(sample, 30)
+    transforms.resize_square(sample, 30)
     assert sample.image.shape == (30, 30, 3) and sample.box == (0, 30, 0, 30)
     wanted = np.asarray(Image.fromarray(smooth).resize((30, 30), Image.Resampling.BILINEAR))
     assert np.array_equal(sample.image, wanted)
@@ -343,12 +343,12 @@ def test_square_ignores_the_aspect_and_keeps_places() -> None:
 @pytest.mark.parametrize("name", ["bicubic", "bilinear"])
 def test_pillow_s_filters_of_scale_and_resized_crop(name: str) -> None:
     image = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-    sample = Sample(image.copy())
-    transforms.scale(sample, 1.5, name)
+    sample = TrainSample(image.copy())
+    transforms.scale_sample(sample, 1.5, name)
     kind = Image.Resampling[name.upper()]
     assert np.array_equal(sample.image, np.asarray(Image.fromarray(image).resize((90, 60), kind)))
-    sample = Sample(image.copy())
-    transforms.resized_crop(sample, 30, (1.0, 1.0), rng(0), name)
-    other = Sample(image.copy())
-    transforms.resized_crop(other, 30, (1.0, 1.0), rng(0), {"bicubic": "bilinear", "bilinear": "bicubic"}[name])
+    sample = TrainSample(image.copy())
+    transforms.crop_and_resize(sample, 30, (1.0, 1.0), rng(0), name)
+    other = TrainSample(image.copy())
+    transforms.crop_and_resize(other, 30, (1.0, 1.0), rng(0), {"bicubic": "bilinear", "bilinear": "bicubic"}[name])
     assert sample.image.shape == (30, 30, 3) and not np.array_equal(sample.image, other.image)

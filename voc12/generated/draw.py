@@ -1,4 +1,4 @@
-"""What the pictures of the sample set look like (`sample.py` writes them as a data set).
+"""What the pictures of the sample set look like (voc12/generated/sets.py writes them as a data set).
 
 Every object is a large plain *body* (colour and shape family shared by all classes) that carries one small *mark*; only
 the mark tells the class. A network trained from tags therefore finds the marks, and whatever follows colour edges finds
@@ -19,17 +19,16 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from voc12.generated.marks import DECOYS, MARKS, OUTLINES, badge
+from voc12.generated.marks import DECOYS, MARKS, OUTLINES, Array, draw_badge
+from voc12.tags import IGNORE
 
 SUPER = 2  # pictures are drawn at this multiple of their size, then averaged down
-IGNORE = 255
-SPLITS = {"train": 2025, "val": 2026}  # the year in an image's id
+SPLIT_YEARS = {"train": 2025, "val": 2026}  # the year in an image's id
 MARK_PIXELS = 16.0  # least diameter of a mark (disc of its area) at long sides of 100 to 130 px; else in proportion
 MARK_SHARE = (0.12, 0.26)  # of the body's area
-EMPTY = 0.1  # share of pictures without an object: without them the last class could be told by the others' absence
+EMPTY = 0.1  # share of pictures without an object: without them, the last class would be there wherever no other is
 CLOSE_UP = 0.35  # share of pictures that show one object so near that its mark is large: they are easy to learn from
 
-Array = np.ndarray
 Rng = np.random.Generator
 
 
@@ -166,7 +165,7 @@ def _distract(rng: Rng, image: Array) -> None:
         where = tuple(rng.uniform(0, 1, 2) * size[::-1])
         pattern = DECOYS[rng.integers(len(DECOYS))]
         outline = OUTLINES[rng.integers(len(OUTLINES))]
-        window, cover = badge(outline, pattern, size, where, rng.uniform(2.5, 5.5) * unit, rng.uniform(0, 6.28))
+        window, cover = draw_badge(outline, pattern, size, where, rng.uniform(2.5, 5.5) * unit, rng.uniform(0, 6.28))
         if number % 4 == 3:  # a badge in two colours, of the kinds that bodies have
             _blend(image[window], cover[..., 0], _colour(rng))
             _blend(image[window], cover[..., 1], _colour(rng))
@@ -245,7 +244,7 @@ def _thing(rng: Rng, size: tuple[int, int], label: int, share: float) -> Thing |
     y, x = divmod(int(rng.choice(room)), size[1])
     look = MARKS[label - 1]
     mark = np.zeros((*size, 2), np.float32)
-    window, cover = badge(look.outline, look.pattern, size, (x, y), radius, rng.normal(0, 0.17))
+    window, cover = draw_badge(look.outline, look.pattern, size, (x, y), radius, rng.normal(0, 0.17))
     mark[window] = cover * body[window][..., None]
     return Thing(label, body, mark, depth, area, body)
 
@@ -332,7 +331,7 @@ class Picture:
 
 def _rng(seed: int, split: str, index: int, stream: int) -> Rng:
     """The generator of one purpose (`stream`) of one picture."""
-    return np.random.default_rng([seed, SPLITS[split], index, stream])
+    return np.random.default_rng([seed, SPLIT_YEARS[split], index, stream])
 
 
 def _labels(rng: Rng, seed: int, split: str, index: int, classes: int) -> tuple[int, list[int]]:

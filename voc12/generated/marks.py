@@ -155,7 +155,7 @@ def _stamp(outline: Pattern, pattern: Pattern) -> tuple[Array, float]:
     return cv2.resize(layers, (64, 64), interpolation=cv2.INTER_AREA), float(solid.mean())
 
 
-def badge(
+def draw_badge(
     outline: Pattern, pattern: Pattern, size: tuple[int, int], centre: tuple[float, float], radius: float, turn: float
 ) -> tuple[tuple[slice, slice], Array]:
     """One badge on a canvas of `size` (H, W): the window (rows, columns) it lies in, and its (h, w, 2) float32

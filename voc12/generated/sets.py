@@ -1,10 +1,12 @@
-"""The generated sample set in VOC 2012's own layout, so that it is read like VOC (`sample_draw.py` draws its pictures).
+"""The generated sample set in VOC 2012's own layout, so that it is read like VOC.
+
+voc12/generated/draw.py draws its pictures.
 
 Deterministic: the same parameters give the same bytes, and a smaller set is a prefix of a larger one. In the layout of
 CUB-200-2011 each picture shows one object, whose box is known.
 
-    python -m voc12.generated.sets OUT --images 240 --val 80 --classes 5 --seed 0
-    python -m voc12.generated.sets OUT --layout cub
+    python -m voc12.generated OUT --images 240 --val 80 --classes 5 --seed 0
+    python -m voc12.generated OUT --layout cub
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from PIL import Image
 
 from misc.files import store
 from misc.image.draw import palette
-from voc12.generated.draw import SPLITS, Picture, draw_picture, draw_saliency
+from voc12.generated.draw import SPLIT_YEARS, Picture, draw_picture, draw_saliency
 from voc12.generated.marks import MARKS, class_names
 
 LAYOUTS: dict[str, Literal["voc", "cub"]] = {"sample": "voc", "sample_cub": "cub"}
@@ -31,11 +33,6 @@ LAYOUTS: dict[str, Literal["voc", "cub"]] = {"sample": "voc", "sample_cub": "cub
 FORMAT = 2  # raise it when the same parameters begin to give other pictures
 JPEG_QUALITY = 90
 SHORTEST = 64  # below this long side no mark is readable
-_HELP = """Write the generated sample set; a finished set of the same parameters is left as it is.
-
-In VOC 2012's layout: JPEGImages, Annotations, SegmentationClass, SegmentationObject, ImageSets/Segmentation, Saliency
-(noisy object saliency, 8 bit, one channel), classes.txt (line n names class n). In CUB's: images, segmentations and its
-text files. An interrupted run is done again; a folder that holds anything else is refused."""
 
 
 def _annotation(name: str, picture: Picture) -> str:
@@ -148,7 +145,7 @@ def _write_voc(
         (root / folder).mkdir(parents=True, exist_ok=True)
     lists: dict[str, list[str]] = {}
     for split, count in counts.items():
-        lists[split] = [f"{SPLITS[split]}_{index + 1:06d}" for index in range(count)]
+        lists[split] = [f"{SPLIT_YEARS[split]}_{index + 1:06d}" for index in range(count)]
         for index, name in enumerate(lists[split]):
             picture = draw_picture(seed, split, index, len(names), long_side)
             _write(root, name, picture, draw_saliency(seed, split, index, picture))
@@ -171,7 +168,7 @@ def _write_cub(
     for number, (split, index) in enumerate(pairs, 1):
         picture = draw_picture(seed, split, index, len(names), long_side, single=True)
         label = picture.labels[0]
-        path = f"{folders[label - 1]}/{SPLITS[split]}_{index + 1:06d}"
+        path = f"{folders[label - 1]}/{SPLIT_YEARS[split]}_{index + 1:06d}"
         Image.fromarray(picture.rgb).save(root / "images" / f"{path}.jpg", quality=JPEG_QUALITY)
         seen = (picture.instances > 0).astype(np.uint8)
         Image.fromarray(seen * 255).save(root / "segmentations" / f"{path}.png")
@@ -182,15 +179,3 @@ def _write_cub(
             lists.setdefault(name, []).append(f"{number} {value}")
     for name, lines in lists.items():
         store.write_bytes(root / f"{name}.txt", "".join(f"{line}\n" for line in lines).encode())
-
-
-def main() -> None:
-    """The command line of `generate`."""
-    try:
-        tyro.cli(generate, prog="python -m voc12.generated.sets", description=_HELP)
-    except (ValueError, FileExistsError) as error:
-        raise SystemExit(f"error: {error}") from error
-
-
-if __name__ == "__main__":
-    main()

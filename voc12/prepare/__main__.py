@@ -1,8 +1,43 @@
-"""``python -m voc12.prepare``: see voc12/prepare/commands.py."""
+"""Makes a download ready and checks it, once: lists, tags, masks, and every missing or damaged file by name.
+
+    python -m voc12.prepare voc12 --root VOCdevkit/VOC2012 --sbd benchmark_RELEASE
+    python -m voc12.prepare coco14 --root coco
+    python -m voc12.prepare folder --root my_photos --val-share 0.2
+    python -m voc12.prepare shrink --root my_photos --out my_photos_1024
+
+Run again, it goes on where it stopped and changes nothing that is there. The exit status is 1 where anything is wrong.
+"""
+
+from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
-from voc12.prepare.commands import main
+import tyro
+
+from misc import distributed
+from misc.loop.each import WorkerDied
+from voc12.prepare.coco14 import prepare_coco14
+from voc12.prepare.folder import prepare_folder
+from voc12.prepare.shrink import shrink_folder
+from voc12.prepare.voc12 import prepare_voc12
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    commands = {"voc12": prepare_voc12, "coco14": prepare_coco14, "folder": prepare_folder, "shrink": shrink_folder}
+    ended: list[int] = []
+
+    def work() -> None:
+        ended.append(
+            tyro.extras.subcommand_cli_from_dict(
+                commands, args=argv, prog="python -m voc12.prepare", description=__doc__
+            )
+        )
+
+    status = distributed.command(work, (ValueError, OSError, WorkerDied), "start the same command again to go on.")
+    return status or ended[0]
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,7 +15,7 @@ import scipy.io
 from voc12.tags import DataError
 
 
-def find_classes(folder: Path) -> Path:
+def find_sbd_maps(folder: Path) -> Path:
     """The folder of ``ID.mat`` files in an unpacked SBD (benchmark_RELEASE, or dataset, or cls itself)."""
     tried = [folder / part for part in ("", "cls", "dataset/cls", "benchmark_RELEASE/dataset/cls")]
     for place in tried:
@@ -24,7 +24,7 @@ def find_classes(folder: Path) -> Path:
     raise DataError(f"No SBD in {folder}: looked for ID.mat files in {', '.join(map(str, tried))}.")
 
 
-def read_segmentation(path: Path, num_classes: int = 20) -> np.ndarray:
+def read_sbd_mask(path: Path, num_classes: int = 20) -> np.ndarray:
     """(H, W) uint8 mask of an image, 0 background and 1..num_classes.
 
     Raises DataError for a file that is missing, damaged or of another structure (``inst/ID.mat``, MATLAB 7.3).

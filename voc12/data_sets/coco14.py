@@ -13,18 +13,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from voc12.folder import FolderCatalog
+from voc12.catalog import data_set
+from voc12.data_sets.folder import FolderCatalog
 from voc12.tags import DataError
 
-SPLITS = {"train": "train2014", "val": "val2014"}
-"""Folder and part of the JSON's name, by list."""
+YEAR_FOLDERS = {"train": "train2014", "val": "val2014"}
+"""Folder of images, and part of the JSON's name, by list."""
 
 
+@data_set("coco14")
 class Coco14Catalog(FolderCatalog):
     """The layout above, as ``voc12.prepare`` leaves it; DataError where that has not been run."""
 
-    image_folders = tuple(f"{above}{year}" for above in ("", "images/") for year in SPLITS.values())
-    mask_folders = tuple(f"SegmentationClass/{year}" for year in SPLITS.values())
+    image_folders = tuple(f"{above}{year}" for above in ("", "images/") for year in YEAR_FOLDERS.values())
+    mask_folders = tuple(f"SegmentationClass/{year}" for year in YEAR_FOLDERS.values())
 
     def __init__(self, name: str, root: Path) -> None:
         prepared = (root / "labels.csv", root / "classes.txt", root / "splits")

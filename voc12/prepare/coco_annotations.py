@@ -21,7 +21,7 @@ Crowds = Literal["background", "ignore"]
 
 
 @dataclass
-class Instances:
+class CocoAnnotations:
     """What one file says.
 
     Attributes:
@@ -80,7 +80,7 @@ def _region(thing: dict[str, Any], height: int, width: int) -> np.ndarray:
     return rle.decode(coded).astype(bool)
 
 
-def read_instances(path: Path) -> Instances:
+def read_coco_annotations(path: Path) -> CocoAnnotations:
     """Read an instances file as a whole (COCO's train2014 takes some GB of memory while it is read).
 
     Raises DataError for a missing or damaged file, one of another kind (captions, keypoints ...), an annotation of an
@@ -102,7 +102,7 @@ def read_instances(path: Path) -> Instances:
         raise DataError(f"{path} is no instances file: an entry lacks {error}.") from None
 
 
-def _collect(path: Path, content: dict[str, Any]) -> Instances:
+def _collect(path: Path, content: dict[str, Any]) -> CocoAnnotations:
     categories = sorted(content["categories"], key=lambda c: c["id"])
     classes = checked_classes([c["name"] for c in categories], lambda n: f"{path}, category {n}")
     values = {c["id"]: rank for rank, c in enumerate(categories, 1)}
@@ -113,7 +113,7 @@ def _collect(path: Path, content: dict[str, Any]) -> Instances:
             raise DataError(f"{path}: image {image['id']} comes twice.")
         files[image["id"]] = PurePosixPath(image["file_name"]).name
         sizes[image["id"]] = (int(image["height"]), int(image["width"]))
-    found = Instances(classes, values, files, sizes)
+    found = CocoAnnotations(classes, values, files, sizes)
     for thing in content["annotations"]:
         where = f"{path}: annotation {thing.get('id')}"
         if thing["image_id"] not in files:

@@ -25,11 +25,10 @@ from PIL import Image
 
 from misc.files import store
 from voc12 import tags as tags_of
-from voc12.catalog import Catalog, NoSuchList
+from voc12.catalog import Catalog, data_set
+from voc12.lists import SHOWN, NoSuchList
 from voc12.table import Table, read_table
 from voc12.tags import DataError
-
-_SHOWN = 10
 
 
 @cache
@@ -39,13 +38,14 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 
 
-def stem(path: str) -> str:
+def strip_image_suffix(path: str) -> str:
     """A relative path in composed Unicode, ``/`` between its parts, without an image format's ending."""
     path = unicodedata.normalize("NFC", path).replace("\\", "/")
     base, suffix = os.path.splitext(path)
     return base if suffix.lower() in image_suffixes() else path
 
 
+@data_set("folder")
 class FolderCatalog(Catalog):
     """The layout above. Tags come from labels.csv; without that from the masks (classes.txt is needed then).
 
@@ -85,7 +85,7 @@ class FolderCatalog(Catalog):
     def id_of_line(self, line: str) -> str:
         """Id of an image from its file as a person writes it: the whole line, spaces included; ValueError for one that
         leaves the folder."""
-        written = store.checked_id(stem(line.strip()).removeprefix("./"))
+        written = store.checked_id(strip_image_suffix(line.strip()).removeprefix("./"))
         return next((written[len(p) :] for p in self._prefixes if written.startswith(p)), written)
 
     def named_list(self, split: str) -> list[str]:
@@ -118,7 +118,7 @@ class FolderCatalog(Catalog):
         for folder in self.image_folders:
             for path in _walk(self.root, folder):
                 if PurePosixPath(path).suffix.lower() in image_suffixes():
-                    found.setdefault(stem(path[len(folder) + 1 :]), []).append(path)
+                    found.setdefault(strip_image_suffix(path[len(folder) + 1 :]), []).append(path)
         listing = cache(lambda folder: _listing(self.root, folder))
         for image_id, written in self.table.files.items():
             paths = found.get(image_id, [])
@@ -126,12 +126,12 @@ class FolderCatalog(Catalog):
                 name = unicodedata.normalize("NFC", written.replace("\\", "/")).removeprefix("./")
                 exact = [p for p in paths if f"/{unicodedata.normalize('NFC', p)}".endswith(f"/{name}")]
                 folder, _, file = name.rpartition("/")
-                named = listing(folder).get(file, []) or listing(folder).get(stem(file), [])
+                named = listing(folder).get(file, []) or listing(folder).get(strip_image_suffix(file), [])
                 if exact or named:
                     found[image_id] = exact or named
         several = [paths for paths in found.values() if len(paths) > 1]
         if several:
-            shown = "; ".join([" and ".join(sorted(p)) for p in several[:_SHOWN]] + ["..."] * (len(several) > _SHOWN))
+            shown = "; ".join([" and ".join(sorted(p)) for p in several[:SHOWN]] + ["..."] * (len(several) > SHOWN))
             raise DataError(
                 f"{len(several)} images of {self.root} have a file too many ({shown}): "
                 "masks are named after the image without its ending. Remove or rename one of each, or name the right "
@@ -142,7 +142,7 @@ class FolderCatalog(Catalog):
     def index_masks(self) -> dict[str, str]:
         """The mask folders in one pass; PNG only."""
         return {
-            stem(path[len(folder) + 1 :]): path
+            strip_image_suffix(path[len(folder) + 1 :]): path
             for folder in self.mask_folders
             for path in _walk(self.root, folder)
             if path.lower().endswith(".png")
@@ -166,8 +166,8 @@ class FolderCatalog(Catalog):
             warnings.append(f"splits/ has no train.txt and no val.txt: {_MADE_UP[split]}.{seen if same else ''}")
         if need_tags and not self.classes_are_listed:
             warnings.append(
-                f"There is no classes.txt: mask value n is the n-th of {', '.join(self.classes[:_SHOWN])}"
-                f"{', ...' * (self.num_classes > _SHOWN)} (from labels.csv, where a name misspelt would be one more)."
+                f"There is no classes.txt: mask value n is the n-th of {', '.join(self.classes[:SHOWN])}"
+                f"{', ...' * (self.num_classes > SHOWN)} (from labels.csv, where a name misspelt would be one more)."
             )
         return warnings
 
@@ -201,6 +201,6 @@ def _listing(root: Path, folder: str) -> dict[str, list[str]]:
     with os.scandir(root / folder) as entries:
         for entry in entries:
             path = f"{folder}/{entry.name}" if folder else entry.name
-            for name in {unicodedata.normalize("NFC", entry.name), stem(entry.name)}:
+            for name in {unicodedata.normalize("NFC", entry.name), strip_image_suffix(entry.name)}:
                 listed.setdefault(name, []).append(path)
     return listed

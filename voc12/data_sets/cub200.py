@@ -15,13 +15,15 @@ from pathlib import Path
 import numpy as np
 
 from misc.files import store
-from voc12.catalog import Catalog, NoSuchList
+from voc12.catalog import Catalog, data_set
+from voc12.lists import NoSuchList
 from voc12.tags import DataError
 
 _OBJECT = 127
 """Grey value of a segmentation above which a pixel is of the bird: most of five people marked it."""
 
 
+@data_set("cub200", "sample_cub")
 class CubCatalog(Catalog):
     """CUB-200-2011, or any folder in its layout. An image's id is its file name.
 

@@ -1,0 +1,131 @@
+"""PASCAL VOC 2012: ``--data voc12 --root DIR`` (evaluation.md section 3), and the generated sample set in its layout.
+
+    DIR/JPEGImages/ID.jpg, Annotations/ID.xml, SegmentationClass/ID.png, SegmentationObject/ID.png
+    DIR/SegmentationClassAug/ID.png         masks out of SBD (``python -m voc12.prepare voc12`` makes them)
+    DIR/ImageSets/Segmentation/LIST.txt     one id a line
+    DIR/classes.txt                         only where the classes are not VOC's 20
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from misc.files import store
+from misc.files.store import IMAGE_SUFFIXES
+from voc12 import tags as tags_of
+from voc12.catalog import Catalog, data_set
+from voc12.lists import NoSuchList
+from voc12.table import read_table
+from voc12.tags import DataError
+
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+"""PASCAL VOC's classes in the order of their mask values 1 to 20 (evaluation.md 3.2)."""
+
+
+@data_set("voc12", "sample")
+class VocCatalog(Catalog):
+    """VOC 2012's layout: JPEGImages, ImageSets/Segmentation, and what there is of Annotations, SegmentationClass,
+    SegmentationClassAug, SegmentationObject, ``classes.txt`` and ``labels.csv``.
+
+    Classes are VOC's 20 unless ``classes.txt`` names others. Tags come from ``labels.csv`` (``voc12.prepare`` writes
+    one); without that from Annotations; without these from the masks. Masks of SegmentationClass go before those of
+    SegmentationClassAug.
+
+    Raises DataError where ``root`` is no such folder, nor a parent of one as the official archive has it.
+    """
+
+    def __init__(self, name: str, root: Path) -> None:
+        root = find_voc_root(root)
+        listed = root / "classes.txt"
+        classes = tags_of.read_classes(listed) if listed.is_file() else VOC_CLASSES
+        self._table: dict[str, np.ndarray] = {}
+        if (root / "labels.csv").is_file():
+            source = "labels.csv"
+            self._table = read_table(root / "labels.csv", classes, store.image_id).tags
+        elif _holds_file(root / "Annotations", ".xml"):
+            source = "Annotations"
+        else:
+            source = "masks"
+        super().__init__(name, root, classes, source)
+
+    def named_list(self, split: str) -> list[str]:
+        """The list ImageSets/Segmentation/SPLIT.txt; train_aug and trainaug are one name."""
+        folder = self.root / "ImageSets" / "Segmentation"
+        spellings = ("train_aug", "trainaug") if split in ("train_aug", "trainaug") else (split,)
+        for spelling in spellings:
+            if (folder / f"{spelling}.txt").is_file():
+                return self.read_list(folder / f"{spelling}.txt")
+        there = ", ".join(sorted(p.stem for p in folder.glob("*.txt"))) or "none"
+        raise NoSuchList(
+            f"There is no list {split!r} in {folder} (there: {there}). Name one of these, give the path of a list "
+            "file (one image id a line), or put the list there."
+        )
+
+    def index_images(self) -> dict[str, str]:
+        """JPEGImages in one pass; where an id has several files, the suffix that comes first in IMAGE_SUFFIXES."""
+        return _index_folder(self.root, "JPEGImages", IMAGE_SUFFIXES)
+
+    def index_masks(self) -> dict[str, str]:
+        """SegmentationClass, and SegmentationClassAug for the ids that the former lacks."""
+        return {
+            **_index_folder(self.root, "SegmentationClassAug", (".png",)),
+            **_index_folder(self.root, "SegmentationClass", (".png",)),
+        }
+
+    def index_objects(self) -> dict[str, str]:
+        """SegmentationObject."""
+        return _index_folder(self.root, "SegmentationObject", (".png",))
+
+    def read_tags(self, image_id: str) -> np.ndarray:
+        """(C,) float32 from the data set's one source of tags; DataError where it has none for this image."""
+        if self.tag_source == "Annotations":
+            names = tags_of.read_xml(self.root / "Annotations" / f"{image_id}.xml")
+            strange = [name for name in names if name not in self.classes]
+            if strange:
+                self._strange[image_id] = strange
+            return tags_of.encode_tags(names, self.classes)
+        if self.tag_source == "labels.csv":
+            if image_id not in self._table:
+                raise DataError(f"{self.root / 'labels.csv'} has no line for it (no object: write '{image_id},').")
+            return self._table[image_id]
+        if image_id not in self.masks:
+            raise DataError("neither Annotations nor labels.csv nor a mask tells its classes.")
+        return self.tags_from_mask(image_id)
+
+
+def find_voc_root(root: Path) -> Path:
+    """The folder of VOC's layout: ``root``, or below it where the official archive has it; DataError without one."""
+    tried = (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012")
+    for folder in tried:
+        if (folder / "JPEGImages").is_dir():
+            return folder
+    state = "" if root.is_dir() else " (which does not exist)"
+    raise DataError(
+        f"No data set in VOC's layout in {root}{state}: looked for {', '.join(str(t / 'JPEGImages') for t in tried)}. "
+        "Give the folder that holds JPEGImages, ImageSets and the masks."
+    )
+
+
+def _holds_file(folder: Path, suffix: str) -> bool:
+    return folder.is_dir() and any(entry.name.lower().endswith(suffix) for entry in os.scandir(folder))
+
+
+def _index_folder(root: Path, folder: str, suffixes: tuple[str, ...]) -> dict[str, str]:
+    """{id: path below root} of the files with one of the suffixes; earlier suffixes win."""
+    if not (root / folder).is_dir():
+        return {}
+    rank = {suffix: number for number, suffix in enumerate(suffixes)}
+    found: dict[str, tuple[int, str]] = {}
+    with os.scandir(root / folder) as entries:
+        for entry in entries:
+            stem, suffix = os.path.splitext(entry.name)
+            place = rank.get(suffix.lower())
+            if place is not None and not stem.startswith(".") and (stem not in found or place < found[stem][0]):
+                found[stem] = (place, f"{folder}/{entry.name}")
+    return {stem: path for stem, (_, path) in found.items()}

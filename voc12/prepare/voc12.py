@@ -1,0 +1,125 @@
+"""``python -m voc12.prepare voc12``: masks from SBD, the list train_aug, tags, a check of every file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from misc.files import store
+from voc12 import tags as tags_of
+from voc12.catalog import Catalog
+from voc12.data_sets.voc12 import VocCatalog, find_voc_root
+from voc12.prepare.findings import (
+    WORKERS,
+    DirOption,
+    Findings,
+    check_files,
+    conclude,
+    join_lines,
+    print_counts,
+    table_text,
+)
+from voc12.prepare.sbd import find_sbd_maps, read_sbd_mask
+from voc12.tags import DataError
+
+_EXPECTED = {"train": 1464, "train_aug": 10582, "val": 1449, "test": 1456}
+"""Images of VOC 2012's lists (evaluation.md 3.1)."""
+
+
+@dataclass(frozen=True)
+class _Convert:
+    """Writes one SBD map as a mask; picklable for worker processes."""
+
+    source: Path
+    catalog: Catalog
+
+    def __call__(self, image_id: str) -> None:
+        mask = read_sbd_mask(self.source / f"{image_id}.mat", self.catalog.num_classes)
+        with Image.open(self.catalog.image_path(image_id)) as image:
+            size = image.size[::-1]
+        if mask.shape != size:
+            raise DataError(f"{image_id}.mat is {mask.shape} pixels high and wide, the image {size}: not its map.")
+        store.write_mask(aug_mask_path(self.catalog, image_id), mask)
+
+
+def aug_mask_path(catalog: Catalog, image_id: str) -> Path:
+    """File of the mask that SBD gives an image."""
+    return catalog.root / "SegmentationClassAug" / f"{image_id}.png"
+
+
+def prepare_voc12(
+    root: DirOption, sbd: DirOption | None = None, tags: Literal["xml", "masks"] = "xml", difficult: bool = True,
+    decode: bool = True, overwrite: bool = False, workers: int = WORKERS,
+) -> int:
+    """VOC 2012's devkit: SBD's masks, the list train_aug, tags in labels.csv, a check of every file.
+
+    train_aug is every image with a mask that is not in val. Its masks are the official ones and SegmentationClassAug,
+    as the field passes it round or as made here from SBD.
+
+    Args:
+        root: VOC2012, or a folder that holds it.
+        sbd: The unpacked Semantic Boundaries Dataset (benchmark_RELEASE), where there is no SegmentationClassAug.
+        tags: Where labels.csv takes the tags from. The published systems use the XML files.
+        difficult: Count objects flagged difficult in the XML files, as the published systems do.
+        decode: Read every image and mask; otherwise only look whether the files are there.
+        overwrite: Replace lists and labels.csv that are there with other content.
+        workers: Processes.
+    """
+    findings = Findings(overwrite)
+    catalog = VocCatalog("voc12", find_voc_root(root))
+    if sbd is not None:
+        source = find_sbd_maps(sbd)
+        official = {i for i, path in catalog.masks.items() if path.startswith("SegmentationClass/")}
+        ids = sorted(path.stem for path in source.glob("*.mat") if path.stem not in official)
+        print(f"SBD: {len(ids)} maps in {source} for images without an official mask")
+        work = _Convert(source, catalog)
+        findings.work("SBD masks", ids, work, workers, lambda i: aug_mask_path(catalog, i).exists())
+        catalog = VocCatalog("voc12", catalog.root)
+    lists: dict[str, list[str]] = {}
+    for name in ("train", "val", "test"):
+        if catalog.has_list(name):
+            lists[name] = catalog.ids(name)
+        elif name != "test":
+            findings.tell(f"There is no list {name} in {catalog.root / 'ImageSets' / 'Segmentation'}.")
+    _train_aug(catalog, lists, findings)
+    tagged = sorted({i for name, ids in lists.items() if name != "test" for i in ids})
+    rows: list[tuple[str, list[str]]] = []
+    for image_id in tagged:
+        try:
+            rows.append((f"{image_id}.jpg", _voc_tags(catalog, image_id, tags, difficult)))
+        except (ValueError, OSError) as error:
+            findings.tell(f"{image_id}: {error}")
+    if len(rows) == len(tagged):
+        findings.put(catalog.root / "labels.csv", table_text(rows))
+    else:
+        print("labels.csv is not written before all tags are there.")
+    check_files(catalog, lists, findings, decode, workers)
+    print_counts(VocCatalog("voc12", catalog.root), lists, _EXPECTED)
+    return conclude(findings, f"--data voc12 --root {catalog.root}")
+
+
+def _train_aug(catalog: Catalog, lists: dict[str, list[str]], findings: Findings) -> None:
+    """Add train_aug to the lists, and write it where it is not there."""
+    if catalog.has_list("train_aug"):
+        lists["train_aug"] = catalog.ids("train_aug")
+    elif any(path.startswith("SegmentationClassAug/") for path in catalog.masks.values()):
+        ids = sorted({*catalog.masks, *lists.get("train", ())} - set(lists.get("val", ())))
+        findings.put(catalog.root / "ImageSets" / "Segmentation" / "train_aug.txt", join_lines(ids))
+        lists["train_aug"] = ids
+    else:
+        print("There are no masks besides the official ones, hence no train_aug: give --sbd DIR to make it.")
+    for name in ("train", "train_aug"):
+        both = sorted(set(lists.get(name, ())) & set(lists.get("val", ())))
+        if both:
+            findings.tell(f"{len(both)} images of {name} are in val too ({', '.join(both[:5])}): mend the lists.")
+
+
+def _voc_tags(catalog: Catalog, image_id: str, source: str, difficult: bool) -> list[str]:
+    if source == "xml":
+        present = set(tags_of.read_xml(catalog.root / "Annotations" / f"{image_id}.xml", difficult))
+        return [name for name in catalog.classes if name in present]
+    return [catalog.classes[c] for c in np.flatnonzero(catalog.tags_from_mask(image_id))]
