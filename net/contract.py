@@ -265,7 +265,7 @@ class AffinityNetwork(Network):
 
     @classmethod
     @abstractmethod
-    def target(cls, planes: np.ndarray) -> np.ndarray:
+    def make_target(cls, planes: np.ndarray) -> np.ndarray:
         """Training target of one sample from its augmented planes: (P, S, S) -> an array of the same shape for every
         image (it becomes ``batch["target"]`` with the batch in front)."""
 

@@ -37,8 +37,8 @@ from misc.score.metrics import Confusion, ThresholdCurve, mask_at
 from net.refine.psa import pair_affinity
 from net.seed.aream_conformer import AreamConformer
 from net.seed.aream_mctformer import AreamMCTformer
-from net.shared.aream import Aream, pair_labels, pair_losses
-from net.shared.edge import propagate
+from net.shared.aream import Aream, patch_pair_labels, patch_pair_losses
+from net.shared.edge import propagate_scores
 from tests import plain  # the plain forms live with the tests
 
 
@@ -116,7 +116,7 @@ class BoundaryInputs:
 
 def propagate_ours(scores: Tensor, boundary: Tensor) -> Tensor:
     """net/shared/edge.py: affinities across the boundaries, then the walk."""
-    return propagate(scores, boundary, radius=5, beta=10, steps=256)
+    return propagate_scores(scores, boundary, radius=5, beta=10, steps=256)
 
 
 def path_inputs() -> tuple[Any, ...]:
@@ -207,11 +207,11 @@ def aream_published(network: Any, batch: dict[str, Tensor]) -> Tensor:
     """The same with the matrices of all layers and heads kept."""
     options, c = network.options, network.tokens
     network.training_cam = lambda images: plain.aream_training_cam(network, images, options.shallow_weights())
-    label = network.labels(batch)
+    label = network.make_labels(batch)
     seen: list[Tensor] = []
-    _, maps = network.look(batch["image"], lambda _, attention: seen.append(attention.logits()))
+    _, maps = network.forward_maps(batch["image"], lambda _, attention: seen.append(attention.products()))
     deep = torch.stack(seen).mean(2)[options.split :, :, c:, c:]  # (L - split, B, N, N)
-    losses = pair_losses(deep.unbind(), pair_labels(label, maps.shape[-2:]))
+    losses = patch_pair_losses(deep.unbind(), patch_pair_labels(label, maps.shape[-2:]))
     return _gradient(network, options.pair_weight * (losses * losses.new_tensor(options.deep_weights())).mean())
 
 

@@ -28,5 +28,5 @@ def run(job: Job, device: torch.device) -> None:
     method = job.refine_method()
     train(
         job, "aff", job.cfg.aff, build_network(job, job.cfg.aff), device, ids=job.train_ids(),
-        planes=_Planes(job), plane_fill=method.plane_fill, target=method.target,
+        planes=_Planes(job), plane_fill=method.plane_fill, target=method.make_target,
     )

@@ -82,10 +82,10 @@ def full_attention_map(network: Any, image: Tensor, c: int) -> Tensor:
     body, seen = network.pretrained.model, []
 
     def look(attention: Any) -> Tensor:
-        seen.append(attention.logits().softmax(-1))  # (1, n, T, T)
+        seen.append(attention.products().softmax(-1))  # (1, n, T, T)
         return seen[-1]
 
-    x, grid, _ = body.start(image)
+    x, grid, _ = body.embed_with_stem(image)
     for block in body.blocks:
         x = block(x, look)
     logit = network.cls_head(network.pretrained.act_postprocess4(x, grid).mean((2, 3)))[0, c]
@@ -109,7 +109,7 @@ def aream_training_cam(model: Any, images: Tensor, weights: list[float]) -> Tens
             x = resize(images, (int(size[0] * scale), int(size[1] * scale)))
             x = x.flip(-1) if mirrored else x
             seen: list[Tensor] = []
-            _, maps = model.look(x, lambda _, attention, seen=seen: seen.append(attention.logits().softmax(-1)))
+            _, maps = model.forward_maps(x, lambda _, a, seen=seen: seen.append(a.products().softmax(-1)))
             attention = torch.stack(seen).mean(2)  # (L, B, T, T)
             if model.gated:
                 maps = maps * attention.mean(0)[:, :c, c:].unflatten(2, maps.shape[-2:])

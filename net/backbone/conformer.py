@@ -235,7 +235,7 @@ class Conformer(nn.Module):
             return images
         return F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False)
 
-    def features(self, images: Tensor, visit: Visit | None = None) -> tuple[Tensor, Tensor]:
+    def forward_features(self, images: Tensor, visit: Visit | None = None) -> tuple[Tensor, Tensor]:
         """Both branches' results for normalised images (ImageNet mean and standard deviation, RGB).
 
         Args:
@@ -249,11 +249,12 @@ class Conformer(nn.Module):
         Raises:
             ValueError: a side is no multiple of ``patch``.
         """
-        x, tokens = self.branches(images, visit)
+        x, tokens = self.forward_branches(images, visit)
         return x, tokens[:, 0]
 
-    def branches(self, images: Tensor, visit: Visit | None = None) -> tuple[Tensor, Tensor]:
-        """As ``features``, with all tokens, the class token first and the patches row-major: (B, 1 + h * w, width).
+    def forward_branches(self, images: Tensor, visit: Visit | None = None) -> tuple[Tensor, Tensor]:
+        """As ``forward_features``, with all tokens, the class token first and the patches row-major:
+        (B, 1 + h * w, width).
 
         Raises:
             ValueError: a side is no multiple of ``patch``.

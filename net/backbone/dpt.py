@@ -20,7 +20,7 @@ from net.foreign.loading import load_tensors
 from net.foreign.pytorch import State
 from net.foreign.reading import read_tensors
 
-Backbone = Literal["vitb_hybrid", "vitb", "deitb", "deitb_distilled"]
+DPTBackbone = Literal["vitb_hybrid", "vitb", "deitb", "deitb_distilled"]
 
 _TIMM = {
     "vitb_hybrid": "vit_base_r50_s16_384.orig_in21k_ft_in1k",
@@ -35,7 +35,7 @@ _TIMM = {
 class DPTOptions:
     """Kind and size; the defaults are the published ones of ``vitb_hybrid``, and but for the kind of all others."""
 
-    backbone: Backbone = "vitb_hybrid"
+    backbone: DPTBackbone = "vitb_hybrid"
     """vitb_hybrid: ViT on the features of a ResNet, whose own first stages are two of the four maps. vitb, deitb: plain
     ViT (the same network, other ImageNet weights). deitb_distilled: with a distillation token."""
     image_size: int = 384
@@ -120,7 +120,7 @@ class HybridEmbed(nn.Module):
         return maps.flatten(2).transpose(1, 2), (maps.shape[2], maps.shape[3]), early
 
 
-class Body(ViT):
+class DPTViT(ViT):
     """The transformer with its ImageNet heads and final norm, which are kept for the checkpoint's sake and not used.
 
     Token order: class, (distillation,) patches; ``tokens`` is the number of those before the patches.
@@ -153,7 +153,7 @@ class Body(ViT):
         first, patches = self.pos_embed.split([self.tokens, self.grid[0] * self.grid[1]], dim=1)
         return torch.cat([first, resize_positions(patches, self.grid, grid, mode="bilinear")], 1)
 
-    def start(self, images: Tensor) -> tuple[Tensor, Grid, list[Tensor]]:
+    def embed_with_stem(self, images: Tensor) -> tuple[Tensor, Grid, list[Tensor]]:
         """Normalised images (B, 3, H, W), sides multiples of the patch -> tokens before the first block (B, T, D), the
         grid, and the ResNet's first two maps (none without a ResNet)."""
         patches, grid, *early = self.patch_embed(images)
@@ -165,9 +165,9 @@ class Body(ViT):
         """An ImageNet classifier of the same kind (timm's names), or timm's own by 'pretrained'; another grid's
         positions are resized. Raises as ``net.foreign.loading.load_tensors``."""
         source = f"timm:{self.pretrained}" if weights == PRETRAINED_WEIGHTS else weights
-        return str(load_tensors(self, self.fitted(read_tensors(source)), label=source, allow_missing=self.unused))
+        return str(load_tensors(self, self.fit_state(read_tensors(source)), label=source, allow_missing=self.unused))
 
-    def fitted(self, state: State) -> State:
+    def fit_state(self, state: State) -> State:
         """A classifier's tensors with the positions made for this grid."""
         if "pos_embed" not in state:
             return state  # loading says what is missing
@@ -217,14 +217,14 @@ class Reassemble(nn.ModuleDict):
         return self["4"](maps) if "4" in self else maps
 
 
-class Encoder(nn.Module):
+class DPTEncoder(nn.Module):
     """Transformer and reassembling, ``pretrained`` in the state dict: images -> four maps at 1/4, 1/2, 1 and 2 times
     the patch's stride."""
 
     def __init__(self, options: DPTOptions) -> None:
         super().__init__()
         self.hooks = options.hooks
-        self.model = Body(options)
+        self.model = DPTViT(options)
         factors = (4, 2, 1, 0.5)
         first = 3 if options.hybrid else 1
         self.numbers = range(first, 5)
@@ -234,7 +234,7 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W), sides multiples of twice the patch -> maps (B, C_i, H / s_i, W / s_i)."""
-        x, grid, maps = self.model.start(images)
+        x, grid, maps = self.model.embed_with_stem(images)
         maps = list(maps)
         numbers = iter(self.numbers)
         for index, block in enumerate(self.model.blocks):
@@ -271,7 +271,7 @@ class _Fusion(nn.Module):
         return self.out_conv(x)
 
 
-class Decoder(nn.Module):
+class DPTDecoder(nn.Module):
     """``scratch`` in the state dict: the four maps fused from the coarsest on (getam.md section 2.4)."""
 
     def __init__(

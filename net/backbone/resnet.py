@@ -100,8 +100,8 @@ class Stages(nn.Module):
     subclass makes, together with ``options`` (its ``norm`` and ``frozen`` apply), ``channels`` and ``strides``: how
     many channels and how many pixels a cell each stage has.
 
-    (B, 3, H, W) -> the map of layer4; ``taps`` gives those of all stages. A subclass calls ``freeze`` when it is made,
-    so that parameter groups made before the first ``train()`` hold what is trained; ``train()`` freezes again.
+    (B, 3, H, W) -> the map of layer4; ``forward_stages`` gives those of all stages. A subclass calls ``freeze`` when it
+    is made, so that parameter groups made before the first ``train()`` hold what is trained; ``train()`` freezes again.
     """
 
     normalisation = "imagenet"
@@ -134,7 +134,7 @@ class Stages(nn.Module):
             return self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
         return getattr(self, name)(x)
 
-    def taps(self, x: Tensor) -> dict[Stage, Tensor]:
+    def forward_stages(self, x: Tensor) -> dict[Stage, Tensor]:
         """Maps of all stages of normalised images (B, 3, H, W), any H and W: {stage: (B, channels, h, w)} with
         h = ceil(H / stride) (the strides multiply up from stage to stage, and each rounds up)."""
         maps: dict[Stage, Tensor] = {}

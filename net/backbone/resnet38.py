@@ -127,7 +127,7 @@ class BottleneckBlock(nn.Module):
 class ResNet38(nn.Module):
     """The backbone: (B, 3, H, W) -> the taps conv3, conv4, conv5 and conv6.
 
-    A subclass that has another ``forward`` calls ``taps``. ``channels`` gives the channels of each tap. Batch
+    A subclass that has another ``forward`` calls ``forward_stages``. ``channels`` gives the channels of each tap. Batch
     normalisation and the first layers are frozen as the options say, at construction already, so that parameter
     groups made before the first ``train()`` hold what is trained; ``train()`` freezes again, which also covers batch
     normalisation that a subclass added. (The published code collects its groups before freezing; parameters without
@@ -213,7 +213,7 @@ class ResNet38(nn.Module):
         self.freeze()
         return self
 
-    def taps(self, x: Tensor) -> dict[str, Tensor]:
+    def forward_stages(self, x: Tensor) -> dict[str, Tensor]:
         """Feature maps of normalised images (ImageNet mean and standard deviation, RGB), any H and W.
 
         Args:
@@ -235,5 +235,5 @@ class ResNet38(nn.Module):
         return taps
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """The taps of ``x``; see ``taps``."""
-        return self.taps(x)
+        """The taps of ``x``; see ``forward_stages``."""
+        return self.forward_stages(x)

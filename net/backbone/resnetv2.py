@@ -60,7 +60,7 @@ class Downsample(nn.Module):
         return self.norm(self.conv(x))
 
 
-class Bottleneck(nn.Module):
+class ResNetV2Bottleneck(nn.Module):
     """1x1, 3x3 (with the stride), 1x1 at a quarter of the width; ReLU after the sum."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, project: bool) -> None:
@@ -81,7 +81,7 @@ class Bottleneck(nn.Module):
         return F.relu(self.norm3(self.conv3(x)) + shortcut)
 
 
-class Stem(nn.Module):
+class ResNetV2Stem(nn.Module):
     """7x7 convolution of stride 2, and a 3x3 maximum of stride 2 with SAME padding where ``pool``."""
 
     def __init__(self, channels: int, pool: bool) -> None:
@@ -95,13 +95,13 @@ class Stem(nn.Module):
         return F.max_pool2d(_same(x, 3, 2, float("-inf")), 3, 2) if self.pool else x
 
 
-class Stage(nn.Module):
+class ResNetV2Stage(nn.Module):
     """Bottlenecks of one width; the first has the stride and the projection."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, depth: int) -> None:
         super().__init__()
         self.blocks = nn.Sequential(
-            *(Bottleneck(outputs if i else inputs, outputs, 1 if i else stride, not i) for i in range(depth))
+            *(ResNetV2Bottleneck(outputs if i else inputs, outputs, 1 if i else stride, not i) for i in range(depth))
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,16 +115,16 @@ class ResNetV2(nn.Module):
     Args:
         base: channels of the stem.
         depth: bottlenecks of each stage.
-        pool: as ``Stem``; strides of the stages are 4, 8, 16, without the pooling 2, 4, 8.
+        pool: as ``ResNetV2Stem``; strides of the stages are 4, 8, 16, without the pooling 2, 4, 8.
     """
 
     def __init__(self, base: int = 64, depth: tuple[int, int, int] = (3, 4, 9), pool: bool = True) -> None:
         super().__init__()
         self.channels = [4 * base, 8 * base, 16 * base]
-        self.stem = Stem(base, pool)
+        self.stem = ResNetV2Stem(base, pool)
         inputs = [base, *self.channels[:2]]
         self.stages = nn.ModuleList(
-            Stage(i, o, 2 if number else 1, n)
+            ResNetV2Stage(i, o, 2 if number else 1, n)
             for number, (i, o, n) in enumerate(zip(inputs, self.channels, depth, strict=True))
         )
         for module in self.modules():

@@ -36,7 +36,7 @@ class QueryKey:
     def _scaled(self) -> Tensor:
         return self.query * self.query.shape[-1] ** -0.5
 
-    def logits(self) -> Tensor:
+    def products(self) -> Tensor:
         """Scaled dot products before the softmax: (B, n, T, T), rows attend to columns."""
         return self._scaled @ self.key.transpose(2, 3)
 
@@ -99,7 +99,7 @@ class AttentionSums:
                 setattr(self, name, parts[name] * weight)
 
 
-def spread(affinity: Tensor, maps: Tensor) -> Tensor:
+def spread_maps(affinity: Tensor, maps: Tensor) -> Tensor:
     """Maps refined by the patches' attention: R_c(i) = sum over j of P(i, j) M_c(j) (mctformer.md section 4).
 
     affinity (B, N, N), maps (B, C, h, w) with h w = N -> (B, C, h, w) float32, also under mixed precision.

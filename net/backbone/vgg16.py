@@ -49,9 +49,9 @@ class VGG16Options:
 class VGG16(nn.Module):
     """The backbone: (B, 3, H, W) -> the taps conv4_3, conv5_3 and fc7.
 
-    A subclass that has another ``forward`` calls ``taps``. ``channels`` gives the channels of each tap. The first
-    layers are frozen at construction already, and again by ``train()``. The two poolings after conv5_3 that the public
-    code creates and never uses are left out (psa.md section 2.2).
+    A subclass that has another ``forward`` calls ``forward_stages``. ``channels`` gives the channels of each tap. The
+    first layers are frozen at construction already, and again by ``train()``. The two poolings after conv5_3 that the
+    public code creates and never uses are left out (psa.md section 2.2).
     """
 
     normalisation = "caffe_bgr"
@@ -109,7 +109,7 @@ class VGG16(nn.Module):
             x = F.relu(convolution(x), inplace=True)
         return x
 
-    def taps(self, x: Tensor) -> dict[str, Tensor]:
+    def forward_stages(self, x: Tensor) -> dict[str, Tensor]:
         """Feature maps of images normalised as ``normalisation`` says, any H and W.
 
         Args:
@@ -127,5 +127,5 @@ class VGG16(nn.Module):
         return {"conv4_3": conv4_3, "conv5_3": conv5_3, "fc7": F.relu(self.fc7(x), inplace=True)}
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """The taps of ``x``; see ``taps``."""
-        return self.taps(x)
+        """The taps of ``x``; see ``forward_stages``."""
+        return self.forward_stages(x)

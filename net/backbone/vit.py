@@ -163,7 +163,7 @@ class ViTBody(nn.Module):
         if options.local_start:
             start_local(self, options.local_start)
 
-    def run(self, x: Tensor, visit: Visit | None = None) -> Tensor:
+    def forward_blocks(self, x: Tensor, visit: Visit | None = None) -> Tensor:
         """All blocks, without the final norm: (B, T, D) -> the same; ``visit`` gets every layer's queries and keys."""
         for number, block in enumerate(self.blocks):
             x = block(x, None if visit is None else partial(visit, number))
@@ -185,12 +185,13 @@ class GridViT(nn.Module):
 
     def forward(self, images: Tensor, front: Tensor | None = None, visit: Visit | None = None) -> tuple[Tensor, Grid]:
         """Normalised images (B, 3, H, W), and tokens (1, n, D) that stand before the patches with their positions
-        added already -> tokens after the final norm (B, n + N, D), and the grid; ``visit`` as in ``ViTBody.run``."""
+        added already -> tokens after the final norm (B, n + N, D), and the grid; ``visit`` as in
+        ``ViTBody.forward_blocks``."""
         x, grid = self.model.patch_embed(images)
         x = x + (self.grid_posembed if grid == self.grid else resize_positions(self.grid_posembed, self.grid, grid))
         if front is not None:
             x = torch.cat([front.expand(len(x), -1, -1), x], 1)
-        return self.model.norm(self.model.run(x, visit)), grid
+        return self.model.norm(self.model.forward_blocks(x, visit)), grid
 
     def from_classifier(self, state: State) -> State:
         """An ImageNet classifier's tensors (DeiT, distilled or not; ViT) under the names of this network; those that
@@ -227,7 +228,7 @@ class ViT(ViTBody):
         first, patches = self.pos_embed.split([self.tokens, self.grid[0] * self.grid[1]], dim=1)
         return torch.cat([first, resize_positions(patches, self.grid, grid, offset=self.position_offset)], 1)
 
-    def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
+    def embed_patches(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Normalised images (B, 3, H, W) -> [class tokens; patches] with their positions (B, T, D), and the grid."""
         patches, grid = self.patch_embed(images)
         # published: the same number of patches from an image that is not square is resized all the same
@@ -235,10 +236,11 @@ class ViT(ViTBody):
         tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], 1)
         return tokens + self.positions(grid, as_trained), grid
 
-    def features(self, images: Tensor, visit: Visit | None = None) -> tuple[Tensor, Grid]:
-        """Images (B, 3, H, W) -> tokens after the last block (B, T, D), and the grid; ``visit`` as ``run``."""
-        x, grid = self.embed(images)
-        return self.run(x, visit), grid
+    def forward_features(self, images: Tensor, visit: Visit | None = None) -> tuple[Tensor, Grid]:
+        """Images (B, 3, H, W) -> tokens after the last block (B, T, D), and the grid; ``visit`` as in
+        ``forward_blocks``."""
+        x, grid = self.embed_patches(images)
+        return self.forward_blocks(x, visit), grid
 
     head: nn.Module
     """Added by the method; the only part that may differ in an ImageNet classifier's file."""
@@ -291,7 +293,7 @@ class SemanticViT(ViT):
 
     def semantic_maps(self, images: Tensor, visit: Visit | None = None) -> Tensor:
         """Images (B, 3, H, W) -> signed maps (B, C, H // patch, W // patch) float32; their means are the logits."""
-        x, grid = self.features(images, visit)
+        x, grid = self.forward_features(images, visit)
         patches = self.norm(x[:, 1:]).transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
         return self.head(patches).float()
 
@@ -316,7 +318,7 @@ class MultiClassViT(ViT):
         self.head = nn.Conv2d(options.width, num_classes, 3, padding=1)
         self.norm.requires_grad_(False)
 
-    def class_scores(self, x: Tensor) -> Tensor:
+    def class_token_logits(self, x: Tensor) -> Tensor:
         """Tokens (B, T, D) -> (B, C) float32: the channel means of the class tokens."""
         return x[:, : self.tokens].float().mean(2)
 

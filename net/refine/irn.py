@@ -26,17 +26,17 @@ from net.contract import Batch, Network, RefineRecipe, SoftCam
 from net.groups import Group
 from net.registry import refiner
 from net.shared.edge import (
-    STRIDE,
+    CELL,
     EdgeLabel,
     EdgeNetwork,
     EdgeOptions,
     EdgeWalk,
-    Taps,
+    StageMaps,
     check_sizes,
-    cut,
-    enlarge,
-    projection,
-    propagate,
+    crop_like,
+    enlarge_cells,
+    make_projection,
+    propagate_scores,
 )
 
 _EPS = 1e-5
@@ -167,7 +167,7 @@ class MeanShift(nn.Module):
 # ------------------------------------------------------------------------------------------------ objects
 
 
-def centroids(field: Tensor) -> Tensor:
+def find_centroids(field: Tensor) -> Tensor:
     """Where every cell ends when it follows the field: 300 times c += field at c, bilinear, kept inside (irnet.md
     section 10.3).
 
@@ -188,12 +188,12 @@ def centroids(field: Tensor) -> Tensor:
     return place.round().long().view(2, height, width)
 
 
-def clusters(field: np.ndarray, ends: np.ndarray) -> np.ndarray:
+def find_clusters(field: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """Objects of all classes together: cells whose centroid lies in one patch of short displacements (irnet.md 10.3).
 
     Args:
         field: (2, h, w) displacements.
-        ends: (2, h, w) integers, their ``centroids``.
+        ends: (2, h, w) integers, their ``find_centroids``.
 
     Returns:
         (h, w) integers 0..I-1; cells whose centroid is in no patch are one object too.
@@ -204,7 +204,7 @@ def clusters(field: np.ndarray, ends: np.ndarray) -> np.ndarray:
     return numbers.reshape(field.shape[1:])
 
 
-def detections(scores: Tensor, classes: np.ndarray, size: tuple[int, int], threshold: float) -> Instances:
+def make_instances(scores: Tensor, classes: np.ndarray, size: tuple[int, int], threshold: float) -> Instances:
     """Objects from the walked score maps of (class, object) pairs: enlarged, cut, arg-max against the background, and
     every connected piece for itself (irnet.md section 10.3).
 
@@ -220,7 +220,7 @@ def detections(scores: Tensor, classes: np.ndarray, size: tuple[int, int], thres
     best = scores.new_zeros(size)
     winner = torch.zeros(size, dtype=torch.int64, device=scores.device)
     for row in range(len(scores)):  # one after the other: K x I maps at image size can be large
-        high = enlarge(scores[row : row + 1], size)[0]
+        high = enlarge_cells(scores[row : row + 1], size)[0]
         better = high > best
         winner[better] = row + 1
         best = torch.maximum(best, high)
@@ -257,29 +257,29 @@ class IRN(EdgeNetwork):
         channels, strides = self.resnet50.channels, self.resnet50.strides
         middle = strides["layer2"]
         for number, (stage, cout, groups, stride) in enumerate(
-            zip(STAGES, (64, 128, 256, 256, 256), (8, 16, 16, 16, 16), (STRIDE, STRIDE, *[middle] * 3), strict=True), 1
+            zip(STAGES, (64, 128, 256, 256, 256), (8, 16, 16, 16, 16), (CELL, CELL, *[middle] * 3), strict=True), 1
         ):
-            self.add_module(f"fc_dp{number}", projection(channels[stage], cout, groups, strides[stage] // stride))
-        self.fc_dp6 = projection(768, 256, 16, middle // STRIDE)
-        self.fc_dp7 = nn.Sequential(*projection(448, 256, 16, 1), nn.Conv2d(256, 2, 1, bias=False))
+            self.add_module(f"fc_dp{number}", make_projection(channels[stage], cout, groups, strides[stage] // stride))
+        self.fc_dp6 = make_projection(768, 256, 16, middle // CELL)
+        self.fc_dp7 = nn.Sequential(*make_projection(448, 256, 16, 1), nn.Conv2d(256, 2, 1, bias=False))
         self.mean_shift = MeanShift()
 
-    def displacement(self, taps: Taps) -> Tensor:
+    def displacement_field(self, taps: StageMaps) -> Tensor:
         """Displacement field from the stages' maps: (B, 2, ceil(H/4), ceil(W/4)) float32, (dy, dx) in cells; without
         its mean in evaluation mode."""
         one, two, *deep = (getattr(self, f"fc_dp{number}")(taps[stage]) for number, stage in enumerate(STAGES, 1))
-        six = self.fc_dp6(torch.cat([cut(m, deep[0]) for m in deep], dim=1))
-        return self.mean_shift(self.fc_dp7(torch.cat([one, two, cut(six, two)], dim=1)).float())
+        six = self.fc_dp6(torch.cat([crop_like(m, deep[0]) for m in deep], dim=1))
+        return self.mean_shift(self.fc_dp7(torch.cat([one, two, crop_like(six, two)], dim=1)).float())
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """``batch``: image (B, 3, S, S), target (B, S/4, S/4) -> affinity terms, and dp_fg and dp_bg."""
-        taps = self.resnet50.taps(batch["image"])
-        labels = self.pair_labels(batch["target"])
+        taps = self.resnet50.forward_stages(batch["image"])
+        labels = self.label_pairs(batch["target"])
         counts = {name: batch[f"counts/{name}"] for name in labels}
-        displacements, radius = self.geometry(batch["target"].shape[-2:])
+        displacements, radius = self.pair_geometry(batch["target"].shape[-2:])
         return {
             **self.edge_losses(self.edge_logits(taps), labels, batch),
-            **displacement_losses(self.displacement(taps), labels, counts, displacements, radius),
+            **displacement_losses(self.displacement_field(taps), labels, counts, displacements, radius),
         }
 
     def param_groups(self) -> list[Group]:
@@ -300,7 +300,7 @@ class IRN(EdgeNetwork):
         total, count = torch.zeros(2, dtype=torch.float64), 0
         self.mean_shift.running_mean.zero_()
         for batch in images:
-            total += self.displacement(self.resnet50.taps(batch)).mean((2, 3)).sum(0).double().cpu()
+            total += self.displacement_field(self.resnet50.forward_stages(batch)).mean((2, 3)).sum(0).double().cpu()
             count += len(batch)
         self.mean_shift.running_mean.copy_(total / max(1, count))
 
@@ -316,23 +316,26 @@ class IRN(EdgeNetwork):
         size = check_sizes(image, cam)
         if len(cam.keys) == 0:
             return np.ones((1, *size), np.float32), Instances.none(size)
-        taps = self.pair_taps(image, options.canvas)
+        taps = self.forward_pair(image, options.canvas)
         boundary = self.pair_boundary(taps, size)  # (h, w)
-        field = self.displacement({stage: tap[:1] for stage, tap in taps.items()})  # (1, 2, h', w')
-        objects = self.objects(cut(field, boundary)[0], boundary, cam, size, options)
-        return self.walked(image, cam, boundary, options), objects
+        field = self.displacement_field({stage: tap[:1] for stage, tap in taps.items()})  # (1, 2, h', w')
+        objects = self.find_objects(crop_like(field, boundary)[0], boundary, cam, size, options)
+        return self.walk_scores(image, cam, boundary, options), objects
 
     @staticmethod
-    def objects(field: Tensor, boundary: Tensor, cam: SoftCam, size: tuple[int, int], options: IRNWalk) -> Instances:
+    def find_objects(
+        field: Tensor, boundary: Tensor, cam: SoftCam, size: tuple[int, int], options: IRNWalk
+    ) -> Instances:
         """Objects of an image of (H, W) from its displacement field (2, h, w), boundary (h, w) and CAMs."""
-        numbers = torch.from_numpy(clusters(field.cpu().numpy(), centroids(field).cpu().numpy()))  # (h, w)
+        numbers = torch.from_numpy(find_clusters(field.cpu().numpy(), find_centroids(field).cpu().numpy()))  # (h, w)
         members = F.one_hot(numbers).permute(2, 0, 1)  # (I, h, w)
         maps = torch.from_numpy(cam.on_grid(tuple(boundary.shape)))  # (K, h, w)
         rows = (maps[:, None] * members[None]).flatten(0, 1)  # (K * I, h, w), by class
         kept = rows.flatten(1).amax(1) > 0  # the others stay zero on the walk
         classes = np.repeat(cam.keys, len(members))[kept.numpy()]
-        walked = propagate(rows[kept].to(boundary.device), boundary, options.radius, options.beta, 2**options.logt)
-        return detections(walked, classes, size, options.instance_threshold)
+        seeds = rows[kept].to(boundary.device)
+        walked = propagate_scores(seeds, boundary, options.radius, options.beta, 2**options.logt)
+        return make_instances(walked, classes, size, options.instance_threshold)
 
     recipes: ClassVar[Mapping[str, IRNRecipe]] = {
         # irnet.md sections 7, 9.4 and 10. The momentum is the published poly-SGD's, which passes its weight decay there

@@ -74,15 +74,15 @@ class PSAOptions(Options):
         return (PSAResNet38 if self.backbone == "resnet38" else PSAVGG16)(num_classes, self)
 
 
-Background = Literal["power", "constant"]
+BackgroundRule = Literal["power", "constant"]
 
 
 @dataclass(frozen=True)
-class LabelOptions:
+class PSALabel:
     """Low/high-alpha labels."""
     # psa.md section 4; TransCAM's: transcam.md sections 5 and 6
 
-    background: Background = "power"
+    background: BackgroundRule = "power"
     """Background score. power: (1 - largest CAM)^alpha. constant: a threshold."""
     alpha_low: float = 4.0
     """power: the strong background; what remains foreground is reliable foreground."""
@@ -114,7 +114,7 @@ class LabelOptions:
 
 
 @dataclass(frozen=True)
-class WalkOptions:
+class PSAWalk:
     """Random walk."""
     # psa.md section 6
 
@@ -126,7 +126,7 @@ class WalkOptions:
     """Pairs nearer than this are joined. Cells of 8 pixels."""
     shrink_early: bool = False
     """Shrink the radius on grids 9 and 10 cells wide too, as SEAM and TransCAM do; PSA only below 9."""
-    background: Background = "power"
+    background: BackgroundRule = "power"
     """Background score. power: (1 - largest CAM)^alpha. constant: the threshold."""
     alpha: float = 16.0
     """power: exponent of the background score."""
@@ -152,16 +152,16 @@ class PSARecipe(RefineRecipe):
 
     network: PSAOptions = field(default_factory=PSAOptions)
     """Options of the network itself."""
-    label: LabelOptions = field(default_factory=LabelOptions)
+    label: PSALabel = field(default_factory=PSALabel)
     """How affinity labels are made from CAMs."""
-    walk: WalkOptions = field(default_factory=WalkOptions)
+    walk: PSAWalk = field(default_factory=PSAWalk)
     """The random walk."""
 
 
 # ------------------------------------------------------------------------------------------------ labels
 
 
-def with_background(maps: np.ndarray, rule: Background, alpha: float, threshold: float) -> np.ndarray:
+def stack_background(maps: np.ndarray, rule: BackgroundRule, alpha: float, threshold: float) -> np.ndarray:
     """Score stack of an image: background first, then its class maps.
 
     Args:
@@ -176,10 +176,10 @@ def with_background(maps: np.ndarray, rule: Background, alpha: float, threshold:
     return np.concatenate([background[None], maps]).astype(np.float32)
 
 
-def confident(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+def merge_alpha_labels(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Merge two label maps (..., int): ``low``'s classes, background where ``high`` is 0, 255 elsewhere.
 
-    Background wins where both speak (psa.md section 5.3). Returns uint8 of the same shape.
+    BackgroundRule wins where both speak (psa.md section 5.3). Returns uint8 of the same shape.
     """
     label = np.where(low == 0, IGNORE, low)
     return np.where(high == 0, 0, label).astype(np.uint8)
@@ -242,7 +242,7 @@ def pad_to_stride(x: Tensor) -> Tensor:
     return F.pad(x, (0, -width % STRIDE, 0, -height % STRIDE))
 
 
-def pool(scores: Tensor) -> Tensor:
+def pool_to_cells(scores: Tensor) -> Tensor:
     """Scores of the cells: (n, H, W) -> (n, ceil(H/8), ceil(W/8)).
 
     The padding counts as zero in all channels, the background's too, so border cells are darker than they should be:
@@ -251,7 +251,7 @@ def pool(scores: Tensor) -> Tensor:
     return F.avg_pool2d(pad_to_stride(scores), STRIDE)
 
 
-def spread(scores: Tensor, transition: Tensor, steps: int) -> Tensor:
+def walk_maps(scores: Tensor, transition: Tensor, steps: int) -> Tensor:
     """Random walk of score maps (psa.md section 6, steps 3 and 4).
 
     Args:
@@ -262,7 +262,7 @@ def spread(scores: Tensor, transition: Tensor, steps: int) -> Tensor:
     Returns:
         (n, 8 ceil(H/8), 8 ceil(W/8)): the padded size.
     """
-    cells = pool(scores)  # (n, h, w)
+    cells = pool_to_cells(scores)  # (n, h, w)
     walked = walk(transition, cells.flatten(1), steps).view_as(cells)
     return F.interpolate(walked[None], scale_factor=STRIDE, mode="bilinear", align_corners=False)[0]
 
@@ -293,9 +293,9 @@ class PSA(AffinityNetwork):
         self.f9 = nn.Conv2d(sum(widths), sum(widths), 1, bias=False)
         nn.init.xavier_uniform_(self.f9.weight, gain=4)
 
-    def features(self, images: Tensor) -> Tensor:
+    def forward_features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) normalised, any size -> (B, sum of the widths, ceil(H/8), ceil(W/8)), psa.md section 5.1."""
-        taps, parts = self.taps(images), []
+        taps, parts = self.forward_stages(images), []
         for level, tap in zip(_LEVELS, self.tapped, strict=True):
             part = self.get_submodule(f"f8_{level}")(taps[tap])
             if f"gn8_{level}" in self.new_layers:
@@ -304,7 +304,7 @@ class PSA(AffinityNetwork):
         return F.elu(self.f9(torch.cat(parts, dim=1)))
 
     @classmethod
-    def make_label(cls, image: np.ndarray, cam: SoftCam, options: LabelOptions) -> tuple[np.ndarray, np.ndarray]:
+    def make_label(cls, image: np.ndarray, cam: SoftCam, options: PSALabel) -> tuple[np.ndarray, np.ndarray]:
         """Low/high-alpha label (psa.md section 4): CRF posteriors of the present classes under two backgrounds.
 
         The planes are the low and then the high posteriors, (2 (K + 1), H, W) float16; with ``crf_unary`` labels the
@@ -323,7 +323,7 @@ class PSA(AffinityNetwork):
             (options.alpha_low, options.threshold_low),
             (options.alpha_high, options.threshold_high),
         ):
-            scores = with_background(cam.maps, options.background, alpha, threshold)
+            scores = stack_background(cam.maps, options.background, alpha, threshold)
             if options.crf_unary == "scores":
                 posteriors.append(crf(scores))
             else:
@@ -336,10 +336,10 @@ class PSA(AffinityNetwork):
             high = np.maximum(low, high)
         values = np.full(IGNORE + 1, IGNORE, np.uint8)
         values[: len(cam.keys) + 1] = [0, *(cam.keys + 1)]
-        return values[confident(low, high)], planes
+        return values[merge_alpha_labels(low, high)], planes
 
     @classmethod
-    def target(cls, planes: np.ndarray) -> np.ndarray:
+    def make_target(cls, planes: np.ndarray) -> np.ndarray:
         """Confident label of every cell (psa.md section 5.3): (P, S, S) -> (S/8, S/8) uint8, 255 unknown.
 
         Made from the averaged posteriors, not by averaging labels; where there are none (the canvas round the image)
@@ -352,11 +352,11 @@ class PSA(AffinityNetwork):
             raise ValueError(f"A crop of {height} x {width} has no whole cells: set augment.crop to a multiple of 8.")
         if planes.dtype == np.uint8:
             low, high = planes[:, ::STRIDE, ::STRIDE]
-            return confident(low, np.maximum(low, high))
+            return merge_alpha_labels(low, np.maximum(low, high))
         blocks = planes.astype(np.float32).reshape(len(planes), height // STRIDE, STRIDE, width // STRIDE, STRIDE)
         cells = blocks.mean(axis=(2, 4))  # (P, S/8, S/8)
         low, high = cells.reshape(2, -1, *cells.shape[1:]).argmax(axis=1)
-        return np.where(cells.max(axis=0) < _EPS, IGNORE, confident(low, high)).astype(np.uint8)
+        return np.where(cells.max(axis=0) < _EPS, IGNORE, merge_alpha_labels(low, high)).astype(np.uint8)
 
     def _pair_labels(self, batch: Batch) -> dict[str, Tensor]:
         target = batch["target"]
@@ -368,23 +368,23 @@ class PSA(AffinityNetwork):
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """``batch``: image (B, 3, S, S), target (B, S/8, S/8) -> the terms of ``affinity_losses``."""
-        features = self.features(batch["image"])
+        features = self.forward_features(batch["image"])
         radius = fitting_radius(self.radius, *features.shape[-2:])
         counts = {name: batch[f"counts/{name}"] for name in ("bg", "fg", "neg")}
         return affinity_losses(pair_affinity(features, radius), self._pair_labels(batch), counts)
 
     @torch.no_grad()
-    def transition(self, image: Tensor, options: WalkOptions) -> Tensor:
+    def make_transition(self, image: Tensor, options: PSAWalk) -> Tensor:
         """One step of the walk over an image: (3, H, W) normalised -> (N, N) of ``misc.propagate.walk.transition``,
         N = ceil(H/8) ceil(W/8) cells (psa.md section 6, steps 1 and 2)."""
-        features = self.features(pad_to_stride(image)[None])
+        features = self.forward_features(pad_to_stride(image)[None])
         height, width = features.shape[-2:]
         radius = fitting_radius(options.radius, height, width, early=options.shrink_early)
         source, target = pair_cells(half_circle(radius), height, width, radius=radius)
         return transition(source, target, pair_affinity(features, radius).flatten(), height * width, options.beta)
 
     @torch.no_grad()
-    def refine(self, image: Tensor, cam: SoftCam, options: WalkOptions) -> np.ndarray:
+    def refine(self, image: Tensor, cam: SoftCam, options: PSAWalk) -> np.ndarray:
         """Random walk, and the CRF where there is one, cut to the image; see ``spread_cam``. An image without a tag is
         all background. Raises ValueError where image and CAM differ in size."""
         height, width = image.shape[-2:]
@@ -395,15 +395,15 @@ class PSA(AffinityNetwork):
         return np.ascontiguousarray(self.spread_cam(image, cam, options)[:, :height, :width])
 
     @torch.no_grad()
-    def spread_cam(self, image: Tensor, cam: SoftCam, options: WalkOptions) -> np.ndarray:
+    def spread_cam(self, image: Tensor, cam: SoftCam, options: PSAWalk) -> np.ndarray:
         """``refine`` before the cut: (K + 1, 8 ceil(H/8), 8 ceil(W/8)) float32 (psa.md section 6, transcam.md section
         6). Absent classes are left out of the walk: theirs would stay zero."""
-        scores = with_background(cam.maps, options.background, options.alpha, options.threshold)
-        step = self.transition(image, options)
-        walked = spread(torch.from_numpy(scores).to(image.device), step, 2**options.logt).cpu().numpy()
+        scores = stack_background(cam.maps, options.background, options.alpha, options.threshold)
+        step = self.make_transition(image, options)
+        walked = walk_maps(torch.from_numpy(scores).to(image.device), step, 2**options.logt).cpu().numpy()
         return self._crf(image, walked, options) if options.crf.iterations else walked
 
-    def _crf(self, image: Tensor, scores: np.ndarray, options: WalkOptions) -> np.ndarray:
+    def _crf(self, image: Tensor, scores: np.ndarray, options: PSAWalk) -> np.ndarray:
         """The CRF takes part in the padding, and its image is recovered with truncation (psa.md section 6); absent
         classes take part as well: (K + 1, H, W) scores of the padded size -> posteriors of the same labels."""
         values = pad_to_stride(image).permute(1, 2, 0).float().cpu().numpy()  # (H, W, 3)
@@ -442,8 +442,8 @@ class PSA(AffinityNetwork):
             ),
             fit=Fit(epochs=8, batch_size=8, lr=0.01, momentum=0.9),
             augment=Augment(order=("jitter", "normalize", "crop", "flip"), crop=96),
-            label=LabelOptions(alpha_low=16, alpha_high=64),
-            walk=WalkOptions(alpha=26, beta=20, logt=3, crf=CRFSettings(iterations=5)),
+            label=PSALabel(alpha_low=16, alpha_high=64),
+            walk=PSAWalk(alpha=26, beta=20, logt=3, crf=CRFSettings(iterations=5)),
         ),
     }
 

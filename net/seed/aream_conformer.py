@@ -111,9 +111,9 @@ class AreamConformer(Conformer, Aream):
             nn.init.trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
 
-    def look(self, images: Tensor, visit: Visit | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    def forward_maps(self, images: Tensor, visit: Visit | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """The convolution branch and the class token classify; the map is signed."""
-        features, token = self.features(self.whole_patches(images), visit)
+        features, token = self.forward_features(self.whole_patches(images), visit)
         maps = self.cnn_head(features).float()
         return (maps.mean((2, 3)), self.att_head(token).float()), maps.detach()
 

@@ -88,11 +88,11 @@ class AreamMCTformer(MultiClassViT, Aream):
         super().__init__(options.backbone, num_classes)
         self.options = options
 
-    def look(self, images: Tensor, visit: Visit | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    def forward_maps(self, images: Tensor, visit: Visit | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Class tokens and patches classify; the map is rectified."""
-        x, grid = self.features(images, visit)
+        x, grid = self.forward_features(images, visit)
         maps = self.patch_maps(x, grid)
-        return (self.class_scores(x), maps.mean((2, 3))), maps.detach().relu()
+        return (self.class_token_logits(x), maps.mean((2, 3))), maps.detach().relu()
 
     def param_groups(self) -> list[Group]:
         """Decayed is what is a matrix, but for ``pos_embed``; the class tokens too, unlike MCTformer's."""

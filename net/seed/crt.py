@@ -97,7 +97,7 @@ def padded_side(side: int, tile: int) -> int:
     return max((side // half + 1) * half, tile)
 
 
-def cut(images: Tensor, tile: int) -> tuple[Tensor, Tiles]:
+def cut_tiles(images: Tensor, tile: int) -> tuple[Tensor, Tiles]:
     """Tiles that overlap by half: (B, 3, H, W) -> (nv * nh * B, 3, tile, tile), tile-major, and (nv, nh).
 
     Entries t * B to (t + 1) * B - 1 are tile t, in row-major order, of all images. Raises ValueError for sides that
@@ -114,7 +114,7 @@ def cut(images: Tensor, tile: int) -> tuple[Tensor, Tiles]:
     return tiles.permute(2, 3, 0, 1, 4, 5).flatten(0, 2), (tiles.shape[2], tiles.shape[3])
 
 
-def merge(maps: Tensor, tiles: Tiles) -> Tensor:
+def merge_tiles(maps: Tensor, tiles: Tiles) -> Tensor:
     """Mean of the tiles' maps where they overlap: (nv * nh * B, C, g, g), tile-major, g even -> (B, C, h, w) with
     h = (nv + 1) * g / 2, w = (nh + 1) * g / 2."""
     nv, nh = tiles
@@ -220,23 +220,23 @@ class TransformerBranch(SemanticViT):
         self.rounds = options.rounds
         self.tile = options.transformer.image_size if options.tiles else None
 
-    def run(self, x: Tensor, visit: Visit | None = None) -> Tensor:
+    def forward_blocks(self, x: Tensor, visit: Visit | None = None) -> Tensor:
         """All blocks, ``rounds`` times, with a skip around them: each round about doubles the stream; (B, T, D) -> the
         same. ``visit`` gets every layer of every round."""
         if self.rounds == 1:
-            return super().run(x, visit)
+            return super().forward_blocks(x, visit)
         for _ in range(self.rounds):
-            x = x + super().run(x, visit)
+            x = x + super().forward_blocks(x, visit)
         return x
 
     def forward(self, images: Tensor) -> Tensor:
         """Raw maps of training images, merged from their tiles: (B, 3, H, W) -> (B, C, h, w) float32, signed."""
         if self.tile is None:
             return self.semantic_maps(images)
-        tiles, grid = cut(images, self.tile)
-        return merge(self.semantic_maps(tiles), grid)
+        tiles, grid = cut_tiles(images, self.tile)
+        return merge_tiles(self.semantic_maps(tiles), grid)
 
-    def localise(self, images: Tensor, coupled: bool) -> Tensor:
+    def forward_any_size(self, images: Tensor, coupled: bool) -> Tensor:
         """Maps at any image size: (B, 3, H, W) -> (B, C, ceil(H / patch), ceil(W / patch)) float32, signed.
 
         Images are padded for tiling at the bottom and the right, each by itself: the mirrored one after mirroring.
@@ -244,14 +244,14 @@ class TransformerBranch(SemanticViT):
         Args:
             coupled: times the class token's attention, tile by tile, before the merging; else the semantic maps.
         """
-        look = self.coupled_maps if coupled else self.semantic_maps
+        maps_of = self.coupled_maps if coupled else self.semantic_maps
         if self.tile is None:
-            return look(images)
+            return maps_of(images)
         size = images.shape[-2:]
         bottom, right = (padded_side(side, self.tile) - side for side in size)
-        tiles, grid = cut(F.pad(images, (0, right, 0, bottom)), self.tile)
+        tiles, grid = cut_tiles(F.pad(images, (0, right, 0, bottom)), self.tile)
         height, width = (-(-side // self.patch_embed.patch) for side in size)
-        return merge(look(tiles), grid)[..., :height, :width]
+        return merge_tiles(maps_of(tiles), grid)[..., :height, :width]
 
 
 @seed("crt")
@@ -283,12 +283,12 @@ class Crt(SeedNetwork):
 
     def classify(self, images: Tensor, num_classes: int) -> Tensor:
         """Means of the transformer's semantic maps, which the loss trains: (B, 3, H, W) -> (B, C)."""
-        return self.transformer.localise(images, coupled=False).mean((2, 3))
+        return self.transformer.forward_any_size(images, coupled=False).mean((2, 3))
 
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:
         """The transformer's map, rectified after the tiles are merged: (B, 3, H, W) -> (B, C, ceil(H / patch),
         ceil(W / patch)) float32. Negative values of one tile so cancel positive ones of another: published."""
-        return self.transformer.localise(images, coupled=True).relu()
+        return self.transformer.forward_any_size(images, coupled=True).relu()
 
     def param_groups(self) -> list[Group]:
         """By ``CrtOptions.optimisers``. The backbones come first, then the classifiers."""

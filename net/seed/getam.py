@@ -21,7 +21,7 @@ from misc.crf.dense import CRFSettings
 from misc.crf.energy import DenseOptions, dense_energy
 from misc.image.pixels import box_mask, restore_rgb
 from misc.propagate.par import PAMR, PixelAdaptive
-from net.backbone.dpt import ChannelGate, Decoder, DPTOptions, Encoder
+from net.backbone.dpt import ChannelGate, DPTDecoder, DPTEncoder, DPTOptions
 from net.backbone.transformer import QueryKey
 from net.contract import Batch, Network, Options, Recipe, SeedRecipe, SegmentTest, SingleStage
 from net.foreign.loading import load_tensors
@@ -33,7 +33,7 @@ IGNORE = 255
 
 
 @dataclass(frozen=True)
-class LabelOptions:
+class GetamLabel:
     """Labels that the network makes for itself."""
     # getam.md section 4
 
@@ -81,7 +81,7 @@ class GetamOptions(Options):
     """Share of the training in which only the classifier is trained."""
     seg_lr: float = 0.1
     """Factor of the learning rate after that."""
-    label: LabelOptions = field(default_factory=LabelOptions)
+    label: GetamLabel = field(default_factory=GetamLabel)
     """Labels made while it trains."""
     saliency_loss: Literal["published", "intended", "none"] = "published"
     """Target of the background's probability. intended: 0 where salient, else 1. published: 1 everywhere but where a
@@ -111,7 +111,7 @@ class GetamOptions(Options):
 # ------------------------------------------------------------------------------ labels (getam.md section 4)
 
 
-def normalised(maps: Tensor, colours: Tensor, options: LabelOptions) -> Tensor:
+def normalise_label_maps(maps: Tensor, colours: Tensor, options: GetamLabel) -> Tensor:
     """Raw maps of one image, resized, refined and divided by their maxima.
 
     Args:
@@ -130,7 +130,7 @@ def normalised(maps: Tensor, colours: Tensor, options: LabelOptions) -> Tensor:
     return high[0] / (high[0].amax((1, 2), keepdim=True) + options.epsilon)
 
 
-def opened(mask: Tensor, side: int) -> Tensor:
+def open_mask(mask: Tensor, side: int) -> Tensor:
     """Morphological opening with a square as OpenCV does it: (H, W) bool -> the same.
 
     With an even side its anchor is off the centre in the erosion and the dilation alike, so that what survives moves
@@ -142,7 +142,7 @@ def opened(mask: Tensor, side: int) -> Tensor:
     return F.max_pool2d(F.pad(eroded, margin), side, 1)[0] > 0.5
 
 
-def best(norm: Tensor, background: Tensor, keys: Tensor) -> Tensor:
+def argmax_labels(norm: Tensor, background: Tensor, keys: Tensor) -> Tensor:
     """Arg-max over a background score (H, W) and maps (K, H, W) of the classes ``keys`` (K,), ascending: (H, W) int64,
     0 background, class + 1; of equal scores the first counts."""
     values = torch.cat([keys.new_zeros(1), keys + 1])
@@ -150,12 +150,12 @@ def best(norm: Tensor, background: Tensor, keys: Tensor) -> Tensor:
 
 
 def label_with_saliency(
-    norm: Tensor, keys: Tensor, salient: Tensor, options: LabelOptions
+    norm: Tensor, keys: Tensor, salient: Tensor, options: GetamLabel
 ) -> tuple[Tensor, Tensor]:
     """The published rule, in its order (getam.md sections 4.4 to 4.7).
 
     Args:
-        norm: (K, H, W) from ``normalised``.
+        norm: (K, H, W) from ``normalise_label_maps``.
         keys: (K,) int64 classes, ascending.
         salient: (H, W) bool.
 
@@ -164,7 +164,7 @@ def label_with_saliency(
         salient: (H, W) uint8, 0 not, 1 salient, 255 completed: not salient, but high enough in a class's map.
     """
     background = (1 - norm.amax(0)) ** options.power if len(norm) else torch.ones_like(salient, dtype=torch.float32)
-    label = best(norm, background, keys)
+    label = argmax_labels(norm, background, keys)
     label[label == 0] = IGNORE
     label[~salient] = 0
     after = salient.to(torch.uint8)
@@ -177,17 +177,19 @@ def label_with_saliency(
             label[completed] = key + 1
             after[completed] = 255
     if options.opening:
-        label[~opened(label != 0, options.opening)] = 0
+        label[~open_mask(label != 0, options.opening)] = 0
     return label, after
 
 
-def label_without_saliency(norm: Tensor, keys: Tensor, options: LabelOptions) -> Tensor:
+def label_without_saliency(norm: Tensor, keys: Tensor, options: GetamLabel) -> Tensor:
     """This project's rule where there is no saliency: maps (K, H, W) of the classes ``keys`` (K,) -> (H, W) int64.
 
     Two constant background scores, as for PSA's affinity labels: below the lower one a pixel is background, above the
     higher one it has the class of the largest map, between them it is unknown.
     """
-    low, high = (best(norm, norm.new_full(norm.shape[1:], score), keys) for score in (options.low, options.high))
+    low, high = (
+        argmax_labels(norm, norm.new_full(norm.shape[1:], score), keys) for score in (options.low, options.high)
+    )
     return torch.where((high == 0) & (low != 0), IGNORE, high)
 
 
@@ -239,7 +241,7 @@ _SAMPLE = Recipe(
             ),
             start_layer=2,
             seg_lr=1.0,
-            label=LabelOptions(salient_above=100, epsilon=1e-8, power=64.0, opening=4),
+            label=GetamLabel(salient_above=100, epsilon=1e-8, power=64.0, opening=4),
             saliency_loss="intended",
             dense=DenseOptions(weight=1e-6),
         ),
@@ -276,8 +278,8 @@ class Getam(SingleStage):
         self.options = options
         dpt = options.dpt
         self.multiple = 2 * dpt.patch
-        self.pretrained = Encoder(dpt)
-        self.scratch = Decoder(dpt.channels, dpt.features, num_classes + 1, dpt.dropout)
+        self.pretrained = DPTEncoder(dpt)
+        self.scratch = DPTDecoder(dpt.channels, dpt.features, num_classes + 1, dpt.dropout)
         self.cam_module = ChannelGate(dpt.features)
         self.cls_head = nn.Linear(dpt.channels[-1], num_classes)
 
@@ -299,7 +301,7 @@ class Getam(SingleStage):
         """The classifier's logits: (B, 3, H, W) -> (B, C)."""
         return self.class_logits(images).float()
 
-    def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_both(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (B, C), and segmentation logits (B, C + 1, H, W), background first, of images (B, 3, H, W)."""
         whole = self._whole(images)
         maps = self.pretrained(whole)
@@ -309,7 +311,7 @@ class Getam(SingleStage):
 
     def logits(self, images: Tensor) -> Tensor:
         """Segmentation logits: (B, 3, H, W) -> (B, C + 1, H, W)."""
-        return self.both(images)[1]
+        return self.forward_both(images)[1]
 
     # ---------------------------------------------------------------------------------------------- map
 
@@ -338,7 +340,7 @@ class Getam(SingleStage):
         last = self.pretrained.act_postprocess4
         with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
             with torch.no_grad():
-                x, grid, _ = body.start(self._whole(images.float()))
+                x, grid, _ = body.embed_with_stem(self._whole(images.float()))
                 for block in body.blocks[:first]:
                     x = block(x)
             x.requires_grad_()
@@ -374,25 +376,25 @@ class Getam(SingleStage):
 
     # ---------------------------------------------------------------------------------------------- training
 
-    def segments(self, progress: float) -> bool:
+    def is_segmenting(self, progress: float) -> bool:
         """Whether the second phase has begun. Published: one update after its share of the training."""
         return progress > self.options.cls_share
 
     def lr_scale(self, progress: float) -> float:
         """``seg_lr`` in the second phase."""
-        return self.options.seg_lr if self.segments(progress) else 1.0
+        return self.options.seg_lr if self.is_segmenting(progress) else 1.0
 
     def prepare(self, batch: Batch, progress: float) -> Batch:
         """In the second phase ``label`` (B, S, S) int64 and, with saliency, ``salient`` (B, S, S) uint8, from the maps
         that the network gives at this moment, in training mode as published."""
-        if not self.segments(progress):
+        if not self.is_segmenting(progress):
             return {}
         options, colours = self.options.label, restore_rgb(batch["image"], self.normalisation)
         maps = self.cam(batch["image"], batch["tags"])
         labels, salient = [], []
         for index, tags in enumerate(batch["tags"]):
             keys = tags.nonzero()[:, 0]
-            norm = normalised(maps[index, keys], colours[index], options)
+            norm = normalise_label_maps(maps[index, keys], colours[index], options)
             if options.saliency:
                 label, after = label_with_saliency(
                     norm, keys, batch["saliency"][index] > options.salient_above, options
@@ -421,7 +423,7 @@ class Getam(SingleStage):
         images = batch["image"]
         if "label" not in batch:
             return {"cls": multilabel_soft_margin(self.class_logits(images), batch["tags"])}
-        classes, logits = self.both(images)
+        classes, logits = self.forward_both(images)
         terms = {"cls": multilabel_soft_margin(classes, batch["tags"])}
         with torch.autocast(images.device.type, enabled=False):
             return {**terms, **self.segmentation_losses(logits.float(), batch)}

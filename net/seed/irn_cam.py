@@ -73,17 +73,17 @@ class IRNCam(SeedNetwork):
         self.resnet50 = ResNet(options.resnet)
         self.classifier = nn.Conv2d(self.resnet50.channels["layer4"], num_classes, 1, bias=False)
 
-    def logits(self, images: Tensor) -> Tensor:
+    def class_logits(self, images: Tensor) -> Tensor:
         """Class scores: the features are pooled, then classified; (B, 3, H, W) -> (B, C)."""
         return self.classifier(self.resnet50(images).mean((2, 3), keepdim=True)).flatten(1)
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """``batch``: image (B, 3, S, S), tags (B, C) -> {"cls": multi-label soft margin loss}."""
-        return {"cls": multilabel_soft_margin(self.logits(batch["image"]), batch["tags"])}
+        return {"cls": multilabel_soft_margin(self.class_logits(batch["image"]), batch["tags"])}
 
     def classify(self, images: Tensor, num_classes: int) -> Tensor:
         """The logits."""
-        return self.logits(images).float()
+        return self.class_logits(images).float()
 
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:
         """Rectified maps of all classes: (B, 3, H, W) -> (B, C, ceil(H/16), ceil(W/16)) float32."""

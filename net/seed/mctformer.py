@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit
-from net.backbone.transformer import AttentionSums, spread
+from net.backbone.transformer import AttentionSums, spread_maps
 from net.backbone.vit import SAMPLE_VIT, Grid, MultiClassViT, ViTOptions, fit_positions, resize_positions
 from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
 from net.foreign.pytorch import State
@@ -184,22 +184,23 @@ class MCTformer(MultiClassViT, SeedNetwork):
         depth = options.backbone.depth
         self.map_layers = min(options.map_layers or self.published_layers or depth, depth)
 
-    def scores(self, x: Tensor, grid: Grid) -> dict[str, Tensor]:
+    def logits_by_loss(self, x: Tensor, grid: Grid) -> dict[str, Tensor]:
         """Tokens (B, T, D) after the last block -> logits (B, C) by the name of the loss that they are trained by."""
-        return {"cls": self.class_scores(x), "patch": self.patch_maps(x, grid).mean((2, 3))}
+        return {"cls": self.class_token_logits(x), "patch": self.patch_maps(x, grid).mean((2, 3))}
 
-    def fuse(self, attention: Tensor, x: Tensor, grid: Grid) -> Tensor:
+    def fuse_maps(self, attention: Tensor, x: Tensor, grid: Grid) -> Tensor:
         """The map before it is spread: class-to-patch attention (B, C, h, w) and tokens (B, T, D) -> (B, C, h, w)."""
         return attention * F.relu(self.patch_maps(x, grid))
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """``batch``: image (B, 3, S, S), tags (B, C) -> a multi-label soft margin loss for each of the ``scores``."""
-        x, grid = self.features(batch["image"])
-        return {name: multilabel_soft_margin(z, batch["tags"]) for name, z in self.scores(x, grid).items()}
+        """``batch``: image (B, 3, S, S), tags (B, C) -> a multi-label soft margin loss for each of
+        ``logits_by_loss``."""
+        x, grid = self.forward_features(batch["image"])
+        return {name: multilabel_soft_margin(z, batch["tags"]) for name, z in self.logits_by_loss(x, grid).items()}
 
     def classify(self, images: Tensor, num_classes: int) -> Tensor:
         """The scores of the class tokens: (B, 3, H, W) -> (B, C)."""
-        return self.class_scores(self.features(images)[0])
+        return self.class_token_logits(self.forward_features(images)[0])
 
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:
         """The spread map: (B, 3, H, W) -> (B, C, H // patch, W // patch) float32, 0 or above.
@@ -215,12 +216,12 @@ class MCTformer(MultiClassViT, SeedNetwork):
             [weight if self.attention and layer >= first else 0.0 for layer in range(depth)],
             [float(self.affinity)] * depth,  # always of all layers
         )
-        x, grid = self.features(images, sums)
+        x, grid = self.forward_features(images, sums)
         if self.attention:
-            maps = self.fuse(sums.to_patches.unflatten(2, grid), x, grid)
+            maps = self.fuse_maps(sums.to_patches.unflatten(2, grid), x, grid)
         else:
             maps = F.relu(self.patch_maps(x, grid))
-        return spread(sums.affinity, maps) if self.affinity else maps
+        return spread_maps(sums.affinity, maps) if self.affinity else maps
 
     def param_groups(self) -> list[Group]:
         """Decayed is what is a matrix, but for the class tokens and ``pos_embed`` (of plus: see there)."""
@@ -234,11 +235,11 @@ class MCTformerV1(MCTformer):
         super().__init__(options, num_classes)
         self.head = nn.Linear(self.width, num_classes).requires_grad_(False)
 
-    def scores(self, x: Tensor, grid: Grid) -> dict[str, Tensor]:
+    def logits_by_loss(self, x: Tensor, grid: Grid) -> dict[str, Tensor]:
         """Those of the class tokens."""
-        return {"cls": self.class_scores(x)}
+        return {"cls": self.class_token_logits(x)}
 
-    def fuse(self, attention: Tensor, x: Tensor, grid: Grid) -> Tensor:
+    def fuse_maps(self, attention: Tensor, x: Tensor, grid: Grid) -> Tensor:
         """The attention alone."""
         return attention
 
@@ -268,17 +269,17 @@ class MCTformerPlus(MCTformer):
         patches = self.pos_embed_pat if as_trained else resize_positions(self.pos_embed_pat, self.grid, grid)
         return torch.cat([self.pos_embed_cls, patches], 1)
 
-    def scores(self, x: Tensor, grid: Grid) -> dict[str, Tensor]:
+    def logits_by_loss(self, x: Tensor, grid: Grid) -> dict[str, Tensor]:
         """As V2's, the patch map pooled by rank."""
-        return {"cls": self.class_scores(x), "patch": ranking_pool(self.patch_maps(x, grid), self.rank_decay)}
+        return {"cls": self.class_token_logits(x), "patch": ranking_pool(self.patch_maps(x, grid), self.rank_decay)}
 
-    def fuse(self, attention: Tensor, x: Tensor, grid: Grid) -> Tensor:
+    def fuse_maps(self, attention: Tensor, x: Tensor, grid: Grid) -> Tensor:
         """The root of V2's map."""
-        return super().fuse(attention, x, grid).sqrt()
+        return super().fuse_maps(attention, x, grid).sqrt()
 
     def class_tokens(self, images: Tensor) -> tuple[list[Tensor], Tensor, Grid]:
         """Class tokens after every block, each (B, C, D); all tokens (B, T, D) after the last one; the grid."""
-        x, grid = self.embed(images)
+        x, grid = self.embed_patches(images)
         tokens = []
         for block in self.blocks:
             x = block(x)
@@ -288,7 +289,7 @@ class MCTformerPlus(MCTformer):
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """``batch``: image (B, 3, S, S), tags (B, C) -> V2's terms and {"contrast": ``contrast_loss``}."""
         tokens, x, grid = self.class_tokens(batch["image"])
-        terms = {name: multilabel_soft_margin(z, batch["tags"]) for name, z in self.scores(x, grid).items()}
+        terms = {name: multilabel_soft_margin(z, batch["tags"]) for name, z in self.logits_by_loss(x, grid).items()}
         return {**terms, "contrast": contrast_loss(tokens, batch["tags"])}
 
     def from_classifier(self, state: State) -> State:

@@ -109,16 +109,16 @@ class PlainCam(SeedNetwork):
     head_lr: float
 
     @abstractmethod
-    def logits(self, images: Tensor) -> Tensor:
+    def class_logits(self, images: Tensor) -> Tensor:
         """Class scores: (B, 3, H, W) -> (B, C)."""
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """``batch``: image (B, 3, S, S), tags (B, C) -> {"cls": multi-label soft margin loss}."""
-        return {"cls": multilabel_soft_margin(self.logits(batch["image"]), batch["tags"])}
+        return {"cls": multilabel_soft_margin(self.class_logits(batch["image"]), batch["tags"])}
 
     def classify(self, images: Tensor, num_classes: int) -> Tensor:
         """The logits."""
-        return self.logits(images).float()
+        return self.class_logits(images).float()
 
     def param_groups(self) -> list[Group]:
         """The published four groups; the classifier is the new layer."""
@@ -144,14 +144,14 @@ class CamResNet38(PlainCam, ResNet38):
         self.fc8 = nn.Conv2d(self.channels["conv6"], num_classes, 1, bias=False)
         nn.init.xavier_uniform_(self.fc8.weight)
 
-    def logits(self, images: Tensor) -> Tensor:
+    def class_logits(self, images: Tensor) -> Tensor:
         """Class scores: the features are pooled, then classified; (B, 3, H, W) -> (B, C)."""
-        pooled = self.dropout7(self.taps(images)["conv6"]).mean((2, 3), keepdim=True)  # (B, 4096, 1, 1)
+        pooled = self.dropout7(self.forward_stages(images)["conv6"]).mean((2, 3), keepdim=True)  # (B, 4096, 1, 1)
         return self.fc8(pooled).flatten(1)
 
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:
         """Rectified maps of all classes: (B, 3, H, W) -> (B, C, ceil(H/8), ceil(W/8)) float32."""
-        return F.relu(self.fc8(self.taps(images)["conv6"]).float())
+        return F.relu(self.fc8(self.forward_stages(images)["conv6"]).float())
 
 
 class CamVGG16(PlainCam, VGG16):
@@ -166,10 +166,10 @@ class CamVGG16(PlainCam, VGG16):
         self.fc8 = nn.Conv2d(self.channels["fc7"], num_classes, 1, bias=False)
         nn.init.xavier_uniform_(self.fc8.weight)
 
-    def logits(self, images: Tensor) -> Tensor:
+    def class_logits(self, images: Tensor) -> Tensor:
         """Class scores: the maps are pooled; (B, 3, H, W) -> (B, C)."""
-        return self.fc8(self.drop7(self.taps(images)["fc7"])).mean((2, 3))
+        return self.fc8(self.drop7(self.forward_stages(images)["fc7"])).mean((2, 3))
 
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:
         """Square root of the rectified maps: (B, 3, H, W) -> (B, C, ceil(H/8), ceil(W/8)) float32."""
-        return F.relu(self.fc8(self.taps(images)["fc7"]).float()).sqrt()
+        return F.relu(self.fc8(self.forward_stages(images)["fc7"]).float()).sqrt()

@@ -82,7 +82,7 @@ class PuzzleCamOptions(Options):
 # ---------------------------------------------------------------------------- tiles and losses (puzzlecam.md section 3)
 
 
-def cut(images: Tensor, side: int) -> Tensor:
+def split_tiles(images: Tensor, side: int) -> Tensor:
     """Equal tiles, one after the other: (B, C, H, W) -> (side * side * B, C, H / side, W / side), all images' top left,
     then those right of them, row by row.
 
@@ -98,19 +98,19 @@ def cut(images: Tensor, side: int) -> Tensor:
     return torch.cat([tile for row in rows for tile in row.chunk(side, dim=3)])
 
 
-def join(tiles: Tensor, side: int) -> Tensor:
-    """The inverse of ``cut``, of maps of any size: (side * side * B, C, h, w) -> (B, C, side * h, side * w)."""
+def join_tiles(tiles: Tensor, side: int) -> Tensor:
+    """The inverse of ``split_tiles``, of maps of any size: (side * side * B, C, h, w) -> (B, C, side * h, side * w)."""
     pieces = tiles.chunk(side * side)
     return torch.cat([torch.cat(pieces[i * side : (i + 1) * side], dim=3) for i in range(side)], dim=2)
 
 
-def by_maximum(maps: Tensor) -> Tensor:
+def divide_by_maximum(maps: Tensor) -> Tensor:
     """Rectified maps, each divided by its maximum: (B, C, h, w) -> the same, in [0, 1)."""
     maps = F.relu(maps)
     return F.relu(maps - _EPSILON) / (maps.amax((2, 3), keepdim=True) + _EPSILON)
 
 
-def reconstruction(whole: Tensor, joined: Tensor, tags: Tensor, masking: Masking, squared: bool) -> Tensor:
+def reconstruction_loss(whole: Tensor, joined: Tensor, tags: Tensor, masking: Masking, squared: bool) -> Tensor:
     """Distance of two sets of maps, (B, C, h, w) each, with tags (B, C) -> scalar; see ``PuzzleCamOptions``."""
     difference = (whole - joined).square() if squared else (whole - joined).abs()
     if masking == "none":
@@ -121,7 +121,7 @@ def reconstruction(whole: Tensor, joined: Tensor, tags: Tensor, masking: Masking
     return (by_class.sum(1) / tags.sum(1).clamp(min=1)).mean()
 
 
-def entropy(scores: Tensor) -> Tensor:
+def score_entropy(scores: Tensor) -> Tensor:
     """Sum over classes of -v log(v + 1e-5) with v = sigmoid(score), mean over the rest: (B, C) -> scalar."""
     v = scores.sigmoid()
     return -(v * (v + _EPSILON).log()).sum(1).mean()
@@ -187,7 +187,7 @@ class PuzzleCam(SeedNetwork):
         self.classifier = nn.Conv2d(self.model.channels["layer4"], num_classes, 1, bias=False)
         nn.init.kaiming_normal_(self.classifier.weight)
 
-    def maps(self, images: Tensor) -> Tensor:
+    def forward_maps(self, images: Tensor) -> Tensor:
         """Class maps, signed: (B, 3, H, W) -> (B, C, h, w) float32, at 16 pixels a cell in the published form."""
         return self.classifier(self.model(images)).float()
 
@@ -198,9 +198,9 @@ class PuzzleCam(SeedNetwork):
         Raises ValueError where S is such that the maps of the tiles don't fit together.
         """
         options, tags = self.options, batch["tags"].to(torch.float32)
-        whole = self.maps(batch["image"])  # (B, C, h, w)
-        tiles = self.maps(cut(batch["image"], options.tiles))  # (tiles^2 B, C, h / tiles, w / tiles)
-        joined = join(tiles, options.tiles)  # (B, C, h, w)
+        whole = self.forward_maps(batch["image"])  # (B, C, h, w)
+        tiles = self.forward_maps(split_tiles(batch["image"], options.tiles))  # (tiles^2 B, C, h / tiles, w / tiles)
+        joined = join_tiles(tiles, options.tiles)  # (B, C, h, w)
         if joined.shape != whole.shape:
             raise ValueError(
                 f"The maps of the tiles make {tuple(joined.shape[2:])} cells, that of the image has "
@@ -208,17 +208,17 @@ class PuzzleCam(SeedNetwork):
             )
         terms = {"cl": multilabel_soft_margin(whole.mean((2, 3)), tags)}
         if options.level == "cam":
-            whole, joined = by_maximum(whole), by_maximum(joined)
+            whole, joined = divide_by_maximum(whole), divide_by_maximum(joined)
         terms["pcl"] = multilabel_soft_margin(joined.mean((2, 3)), tags)
         weight = options.alpha * min(progress / options.alpha_rise, 1)
-        terms["re"] = weight * reconstruction(whole, joined, tags, options.masking, options.squared)
+        terms["re"] = weight * reconstruction_loss(whole, joined, tags, options.masking, options.squared)
         if options.confidence:
-            terms["conf"] = entropy(tiles.mean((2, 3)))
+            terms["conf"] = score_entropy(tiles.mean((2, 3)))
         return terms
 
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:
         """Rectified maps of all classes: (B, 3, H, W) -> (B, C, h, w) float32."""
-        return F.relu(self.maps(images))
+        return F.relu(self.forward_maps(images))
 
     def param_groups(self) -> list[Group]:
         """The backbone's weights and biases, the classifier at ``head_lr`` times their rate."""

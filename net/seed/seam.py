@@ -124,7 +124,7 @@ def _with_background(tags: Tensor) -> Tensor:
     return F.pad(tags.float(), (1, 0), value=1.0)[:, :, None, None]
 
 
-def class_loss(cam: Tensor, tags: Tensor) -> Tensor:
+def pooled_class_loss(cam: Tensor, tags: Tensor) -> Tensor:
     """Multi-label soft margin loss of the pooled raw map: cam (B, C + 1, H, W), tags (B, C) -> scalar."""
     return multilabel_soft_margin(cam.float().mean((2, 3))[:, 1:], tags)
 
@@ -189,7 +189,7 @@ def seam_losses(
     """
     er, ecr1, ecr2 = equivariance_losses(cam1, revised1, cam2, revised2, tags, hardest)
     return {
-        "cls": (class_loss(cam1, tags) + class_loss(cam2, tags)) / 2,
+        "cls": (pooled_class_loss(cam1, tags) + pooled_class_loss(cam2, tags)) / 2,
         "min": (min_pooling_loss(revised1, tags) + min_pooling_loss(revised2, tags)) / 2,
         "er": er,
         "ecr": ecr1 + ecr2,
@@ -274,12 +274,12 @@ class Seam(SeedNetwork, ResNet38):
         nn.init.kaiming_normal_(self.f8_4.weight)
         nn.init.xavier_uniform_(self.f9.weight, gain=4)
 
-    def maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_both_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Plain and spread maps on the feature grid: (B, 3, H, W) -> two (B, C + 1, h, w) float32.
 
         The plain map is raw and signed, the spread one in [0, 1]; h = ceil(H/8), w = ceil(W/8).
         """
-        taps = self.taps(images)
+        taps = self.forward_stages(images)
         cam = self.fc8(self.dropout7(taps["conv6"])).float()
         features = torch.cat(
             [
@@ -296,17 +296,18 @@ class Seam(SeedNetwork, ResNet38):
         plain part of the training the class term alone."""
         image = batch["image"]
         if progress < self.plain_share:
-            return {"cls": class_loss(self.fc8(self.dropout7(self.taps(image)["conv6"])), batch["tags"])}
+            cam = self.fc8(self.dropout7(self.forward_stages(image)["conv6"]))
+            return {"cls": pooled_class_loss(cam, batch["tags"])}
         size = image.shape[-2:]
         small_size = tuple(int(side * self.second_scale) for side in size)
         small = _resize(image, small_size)
-        first = [_resize(m, size) for m in self.maps(image)]
-        second = [_resize(m, small_size) for m in self.maps(small)]
+        first = [_resize(m, size) for m in self.forward_both_maps(image)]
+        second = [_resize(m, small_size) for m in self.forward_both_maps(small)]
         return seam_losses(*first, *second, batch["tags"], self.hardest)
 
     def classify(self, images: Tensor, num_classes: int) -> Tensor:
         """The pooled raw map, which the class loss trains: (B, 3, H, W) -> (B, C)."""
-        return self.fc8(self.taps(images)["conv6"]).float().mean((2, 3))[:, 1:]
+        return self.fc8(self.forward_stages(images)["conv6"]).float().mean((2, 3))[:, 1:]
 
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:
         """The spread maps of all classes at the size of the images: (B, 3, H, W) -> (B, C, H, W) in [0, 1].
@@ -314,7 +315,7 @@ class Seam(SeedNetwork, ResNet38):
         They are brought to the input's size here, with aligned corners, and to the image's by the merging, without:
         the published two steps (seam.md sections 3.5 and 5).
         """
-        _, revised = self.maps(images)
+        _, revised = self.forward_both_maps(images)
         return _resize(revised[:, 1:], images.shape[-2:])
 
     def param_groups(self) -> list[Group]:

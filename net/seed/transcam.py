@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from misc.config import REQUIRED_WEIGHTS, Augment, CamInference, Fit
 from net.backbone.conformer import SAMPLE_CONFORMER, Conformer, ConformerOptions
-from net.backbone.transformer import QueryKey, spread
+from net.backbone.transformer import QueryKey, spread_maps
 from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
 from net.foreign.loading import load_tensors
 from net.foreign.reading import read_tensors
@@ -62,9 +62,9 @@ def refine_map(maps: Tensor, attention: Tensor, method: Method) -> Tensor:
     patches = attention[:, 1:, 1:]  # (B, N, N)
     match method:
         case "transcam":
-            return spread(patches, maps)
+            return spread_maps(patches, maps)
         case "attnagg":
-            return spread(patches.transpose(1, 2), maps)
+            return spread_maps(patches.transpose(1, 2), maps)
         case "clsattn":
             return (maps.flatten(2) * attention[:, :1, 1:]).view_as(maps)
     return maps
@@ -151,19 +151,19 @@ class TransCam(SeedNetwork, Conformer):
             nn.init.trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
 
-    def logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def class_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of the convolution branch and of the class token: (B, 3, H, W) -> two (B, C + 1), background first."""
-        features, token = self.features(self.whole_patches(images))
+        features, token = self.forward_features(self.whole_patches(images))
         return self.conv_cls_head(features).float().mean((2, 3)), self.trans_cls_head(token).float()
 
     def classify(self, images: Tensor, num_classes: int) -> Tensor:
         """The summed scores of both branches, which the loss trains: (B, 3, H, W) -> (B, C)."""
-        convolution, token = self.logits(images)
+        convolution, token = self.class_logits(images)
         return (convolution + token)[:, 1:]
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """``batch``: image (B, 3, S, S), tags (B, C) -> {"cls": multi-label soft margin loss of the summed scores}."""
-        convolution, token = self.logits(batch["image"])
+        convolution, token = self.class_logits(batch["image"])
         return {"cls": multilabel_soft_margin((convolution + token)[:, 1:], batch["tags"])}
 
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class TransCam(SeedNetwork, Conformer):
             nonlocal total
             total = attention.mean_weights().add_(total)
 
-        features, _ = self.features(self.whole_patches(images), None if self.method == "convcam" else add)
+        features, _ = self.forward_features(self.whole_patches(images), None if self.method == "convcam" else add)
         maps = self.conv_cls_head(features)[:, 1:].float()  # (B, C, h, w)
         if self.method == "convcam":
             return maps

@@ -93,7 +93,7 @@ class TsCam(SeedNetwork):
     loss: ClassLoss
 
     @abstractmethod
-    def logits(self, images: Tensor) -> Tensor:
+    def class_logits(self, images: Tensor) -> Tensor:
         """Class scores, of training and test alike: (B, 3, H, W) -> (B, C) float32."""
 
     @abstractmethod
@@ -102,11 +102,11 @@ class TsCam(SeedNetwork):
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """``batch``: image (B, 3, S, S), tags (B, C) -> {"cls": the recipe's classification loss}."""
-        return {"cls": class_loss(self.logits(batch["image"]), batch["tags"], self.loss)}
+        return {"cls": class_loss(self.class_logits(batch["image"]), batch["tags"], self.loss)}
 
     def classify(self, images: Tensor, num_classes: int) -> Tensor:
         """The logits."""
-        return self.logits(images)
+        return self.class_logits(images)
 
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:
         """The coupled map: (B, 3, H, W) -> (B, C, h, w) float32. Signed and not rectified (wsol.md section 2)."""
@@ -125,7 +125,7 @@ class TsCamDeiT(SemanticViT, TsCam):
         super().__init__(options.deit, num_classes)
         self.loss = options.loss
 
-    def logits(self, images: Tensor) -> Tensor:
+    def class_logits(self, images: Tensor) -> Tensor:
         """Means of the semantic maps."""
         return self.semantic_maps(images).mean((2, 3))
 
@@ -144,23 +144,23 @@ class TsCamConformer(Conformer, TsCam):
         nn.init.trunc_normal_(self.conv_cls_head.weight, std=0.02)
         nn.init.zeros_(self.conv_cls_head.bias)
 
-    def look(self, images: Tensor, visit: Visit | None = None) -> tuple[Tensor, Tensor]:
+    def forward_heads(self, images: Tensor, visit: Visit | None = None) -> tuple[Tensor, Tensor]:
         """Semantic maps (B, C, h, w) and the convolution branch's logits (B, C), both float32."""
         images = self.whole_patches(images)
-        features, tokens = self.branches(images, visit)
+        features, tokens = self.forward_branches(images, visit)
         grid = tuple(side // self.patch for side in images.shape[-2:])
         patches = tokens[:, 1:].transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
         return self.trans_cls_head(patches).float(), self.conv_cls_head(features.mean((2, 3))).float()
 
-    def logits(self, images: Tensor) -> Tensor:
+    def class_logits(self, images: Tensor) -> Tensor:
         """Means of the semantic maps plus the convolution branch's logits."""
-        maps, convolution = self.look(images)
+        maps, convolution = self.forward_heads(images)
         return maps.mean((2, 3)) + convolution
 
     def coupled_maps(self, images: Tensor) -> Tensor:
         """See ``TsCam``; the attention is the sum over all blocks."""
         sums = AttentionSums(1, [1.0] * self.depth, [0.0] * self.depth)
-        maps, _ = self.look(images, sums)
+        maps, _ = self.forward_heads(images, sums)
         return maps * sums.to_patches.unflatten(2, maps.shape[-2:])
 
     def load_weights(self, weights: str) -> str:

@@ -134,7 +134,7 @@ class LargeFOV(Segmenter, ResNet38):
 
     def logits(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C + 1, ceil(H / 8), ceil(W / 8))."""
-        return self.fc8_seg_conv2(F.relu(self.fc8_seg_conv1(self.taps(images)["conv6"])))
+        return self.fc8_seg_conv2(F.relu(self.fc8_seg_conv1(self.forward_stages(images)["conv6"])))
 
     def param_groups(self) -> list[Group]:
         """What is trained of the backbone, and the head at ``head_lr`` times its rate (deeplab.md B.2)."""

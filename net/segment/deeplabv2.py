@@ -95,7 +95,7 @@ class ConvBn(nn.Sequential):
             self.relu = nn.ReLU(inplace=True)
 
 
-class Bottleneck(nn.Module):
+class DeepLabBottleneck(nn.Module):
     """(B, cin, h, w) -> (B, cout, ceil(h / stride), ceil(w / stride)); ``form`` says where the stride sits.
 
     A block with ``project`` has a convolution on its shortcut: the first of each stage.
@@ -132,9 +132,9 @@ class ASPP(nn.Module):
         return torch.stack([branch(x) for branch in self.children()]).sum(0)
 
 
-class Base(nn.Sequential):
-    """The network of one size, (B, 3, H, W) -> (B, cout, h, w) with (h, w) = ``grid``: ``layer1`` to ``layer5`` and
-    ``aspp``. Names are those of the official checkpoints."""
+class DeepLabBase(nn.Sequential):
+    """The network of one size, (B, 3, H, W) -> (B, cout, h, w) with (h, w) = ``logits_size``: ``layer1`` to ``layer5``
+    and ``aspp``. Names are those of the official checkpoints."""
 
     def __init__(self, options: DeepLabV2Options, cout: int) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class Base(nn.Sequential):
             blocks = nn.Sequential()
             for block in range(options.depth[number]):
                 project = block == 0
-                made = Bottleneck(
+                made = DeepLabBottleneck(
                     channels, middle, wide, stride=stride if project else 1, dilation=dilation, project=project,
                     form=options.form,
                 )
@@ -163,7 +163,7 @@ class Base(nn.Sequential):
     def _initialise(self) -> None:
         """Random weights that keep the scale of the activations through the depth, also with frozen, untrained batch
         normalisation. Not published: the published network starts from trained weights."""
-        blocks = [module for module in self.modules() if isinstance(module, Bottleneck)]
+        blocks = [module for module in self.modules() if isinstance(module, DeepLabBottleneck)]
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -171,21 +171,21 @@ class Base(nn.Sequential):
             block.increase.conv.weight.mul_(len(blocks) ** -0.5)
 
 
-def smaller_size(size: Sequence[int], factor: float) -> tuple[int, int]:
+def shrunk_size(size: Sequence[int], factor: float) -> tuple[int, int]:
     """(H, W) times a factor, cut to whole pixels, at least one."""
     return max(1, int(size[0] * factor)), max(1, int(size[1] * factor))
 
 
-def smaller(images: Tensor, factor: float) -> Tensor:
+def shrink_images(images: Tensor, factor: float) -> Tensor:
     """(B, 3, H, W) -> (B, 3, *smaller_size), bilinear."""
     size = images.shape[-2:]
     if min(size) * factor < 1:
-        return F.interpolate(images, size=smaller_size(size, factor), mode="bilinear", align_corners=False)
+        return F.interpolate(images, size=shrunk_size(size, factor), mode="bilinear", align_corners=False)
     # the factor itself, not the ratio of the rounded sizes, places the samples (deeplab.md C.2)
     return F.interpolate(images, scale_factor=factor, mode="bilinear", recompute_scale_factor=False)
 
 
-def grid(height: int, width: int) -> tuple[int, int]:
+def logits_size(height: int, width: int) -> tuple[int, int]:
     """Size of the logits of one input: 321 -> 41, 513 -> 65 (deeplab.md C.1)."""
 
     def side(n: int) -> int:
@@ -204,8 +204,8 @@ _UNITS = {"1": "shortcut", "2a": "reduce", "2b": "conv3x3", "2c": "increase"}
 
 
 def from_caffe(name: str) -> str | None:
-    """Name of a tensor of the official caffemodels -> its name in ``Base`` (``fc`` for the classifier of the COCO
-    file); None for the copies of the network that share its weights. Other names come back as they are."""
+    """Name of a tensor of the official caffemodels -> its name in ``DeepLabBase`` (``fc`` for the classifier of the
+    COCO file); None for the copies of the network that share its weights. Other names come back as they are."""
     if "res075" in name or "res05" in name:
         return None
     layer, _, value = name.partition(".")
@@ -224,7 +224,7 @@ def from_caffe(name: str) -> str | None:
 
 
 def from_torchvision(name: str) -> str:
-    """Name of a tensor of torchvision's ResNets -> its name in ``Base``. Other names come back as they are."""
+    """Name of a tensor of torchvision's ResNets -> its name in ``DeepLabBase``. Other names come back as they are."""
     if match := re.fullmatch(r"(conv|bn)1\.(.+)", name):
         return f"layer1.conv1.{match[1]}.{match[2]}"
     if match := _TORCHVISION_BLOCK.fullmatch(name):
@@ -328,7 +328,7 @@ class DeepLabV2(Segmenter):
         super().__init__()
         self.options = options = options or DeepLabV2Options()
         self.normalisation = {"caffe": "caffe_bgr", "torchvision": "imagenet"}[options.form]
-        self.base = Base(options, num_classes + 1)
+        self.base = DeepLabBase(options, num_classes + 1)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = options.bn_momentum
@@ -348,41 +348,42 @@ class DeepLabV2(Segmenter):
         self._freeze()
         return self
 
-    def sizes(self, images: Tensor) -> list[Tensor]:
-        """Logits of every size of the input, 1 first: (B, 3, H, W) -> (B, C + 1, *grid(size)) each."""
-        return [self.base(scaled) for scaled in (images, *(smaller(images, factor) for factor in self.options.scales))]
+    def logits_by_size(self, images: Tensor) -> list[Tensor]:
+        """Logits of every size of the input, 1 first: (B, 3, H, W) -> (B, C + 1, *logits_size(size)) each."""
+        smaller = (shrink_images(images, factor) for factor in self.options.scales)
+        return [self.base(scaled) for scaled in (images, *smaller)]
 
     @staticmethod
-    def merge(logits: list[Tensor]) -> Tensor:
+    def merge_sizes(logits: list[Tensor]) -> Tensor:
         """Maximum over the sizes, at the size of the first: (B, C + 1, h, w)."""
         size = logits[0].shape[-2:]
         resized = [F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in logits[1:]]
         return torch.stack([logits[0], *resized]).amax(0)
 
     def logits(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, C + 1, *grid(H, W)): about an eighth of the sides."""
-        return self.merge(self.sizes(images))
+        """(B, 3, H, W) -> (B, C + 1, *logits_size(H, W)): about an eighth of the sides."""
+        return self.merge_sizes(self.logits_by_size(images))
 
-    def labels(self, mask: Tensor) -> dict[str, Tensor]:
+    def resize_labels(self, mask: Tensor) -> dict[str, Tensor]:
         """The mask at the size of each output, PIL nearest: {"1": (B, h, w), "0.5": ...}."""
         height, width = mask.shape[-2:]
         labels = {}
         for scale in (1, *self.options.scales):
-            labels[f"{scale}"] = resize_masks(mask, grid(*smaller_size((height, width), scale)))
+            labels[f"{scale}"] = resize_masks(mask, logits_size(*shrunk_size((height, width), scale)))
         return labels
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Number of cells with a label, of each output."""
-        return {f"pixels_{scale}": (label != 255).sum() for scale, label in self.labels(batch["mask"]).items()}
+        return {f"pixels_{scale}": (label != 255).sum() for scale, label in self.resize_labels(batch["mask"]).items()}
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """``batch``: image (B, 3, H, W), mask (B, H, W) int64 with 255 = ignore -> {"ce_1", "ce_0.5", ..., "ce_max"}:
         cross entropy of each size and of their maximum, at the outputs' own sizes (deeplab.md C.3)."""
-        logits = self.sizes(batch["image"])
-        labels = self.labels(batch["mask"])
+        logits = self.logits_by_size(batch["image"])
+        labels = self.resize_labels(batch["mask"])
         pairs = list(zip(labels, logits, strict=True))
         terms = {}
-        for term, (scale, x) in zip((*labels, "max"), [*pairs, ("1", self.merge(logits))], strict=True):
+        for term, (scale, x) in zip((*labels, "max"), [*pairs, ("1", self.merge_sizes(logits))], strict=True):
             total = F.cross_entropy(x.float(), labels[scale], ignore_index=255, reduction="sum")
             terms[f"ce_{term}"] = total / batch[f"counts/pixels_{scale}"].clamp(min=1e-5)
         return terms

@@ -20,7 +20,7 @@ from misc.image.pixels import NORMALISATIONS, box_mask, truncated_size
 from misc.infer.cams import rectified
 from misc.propagate.par import PixelAdaptive
 from net.backbone.conformer import ConformerOptions
-from net.backbone.transformer import AttentionSums, QueryKey, Visit, spread
+from net.backbone.transformer import AttentionSums, QueryKey, Visit, spread_maps
 from net.backbone.vit import ViTOptions
 from net.contract import Batch, Options, SeedNetwork
 from net.losses import multilabel_soft_margin
@@ -72,12 +72,12 @@ class AreamOptions(Options):
     def shallow_weights(self) -> list[float]:
         """Of every layer in the maps that labels come from: 0 from ``split`` on; divided by the number of layers, not
         by the sum (aream.md section 4)."""
-        weights = 1 - torch.tensor(relative(self.entropy)) if self.entropy else torch.ones(self.backbone.depth)
+        weights = 1 - torch.tensor(scale_entropy(self.entropy)) if self.entropy else torch.ones(self.backbone.depth)
         return [w / self.split if layer < self.split else 0.0 for layer, w in enumerate(weights.tolist())]
 
     def deep_weights(self) -> list[float]:
         """Of the layers from ``split`` on in the loss, whose mean is taken over the layers (aream.md section 7)."""
-        return (relative(self.entropy) if self.entropy else [1.0] * self.backbone.depth)[self.split :]
+        return (scale_entropy(self.entropy) if self.entropy else [1.0] * self.backbone.depth)[self.split :]
 
 
 # ------------------------------------------------------------------------------------- entropy (aream.md section 3)
@@ -89,12 +89,12 @@ def map_entropy(affinity: Tensor, maps: Tensor, epsilon: float = 0.0) -> Tensor:
     Maps of absent classes are to be zero. The softmax over the patches is of the sum over the classes; ``epsilon`` is
     added inside the logarithm.
     """
-    share = spread(affinity, maps).sum(1).flatten(1).softmax(1)  # (B, N)
+    share = spread_maps(affinity, maps).sum(1).flatten(1).softmax(1)  # (B, N)
     # published: 0 log 0 is NaN there, and spoils (MCTformer) or is left out of (Conformer) a layer's mean; here it is 0
     return -torch.special.xlogy(share, share + epsilon).sum(1) / torch.tensor(2.0).log()
 
 
-def relative(entropy: Sequence[float]) -> list[float]:
+def scale_entropy(entropy: Sequence[float]) -> list[float]:
     """Entropies of the layers -> the same from 0 at the least to 1 at the largest."""
     low, high = min(entropy), max(entropy)
     return [(e - low) / (high - low) for e in entropy]
@@ -143,12 +143,12 @@ def pseudo_labels(
     return labels.to(torch.uint8)
 
 
-def confident(low: Tensor, high: Tensor) -> Tensor:
+def merge_score_labels(low: Tensor, high: Tensor) -> Tensor:
     """Two label maps of any shape -> ``high``'s classes, background where even ``low`` says so, 255 elsewhere."""
     return high.masked_fill((high == 0) & (low != 0), IGNORE)
 
 
-def pair_labels(label: Tensor, grid: Sequence[int]) -> Tensor:
+def patch_pair_labels(label: Tensor, grid: Sequence[int]) -> Tensor:
     """What is known of all pairs of patches: (B, H, W), 255 unknown -> (B, N, N) uint8, N = h w of the ``grid``.
 
     1 same label (background too), 0 another one, 255 unknown. A patch has the label of its top left pixel.
@@ -170,7 +170,7 @@ def patch_logits(attention: QueryKey, tokens: int) -> Tensor:
         return QueryKey(query, key).mean_logits()
 
 
-def pair_losses(logits: Sequence[Tensor], target: Tensor) -> Tensor:
+def patch_pair_losses(logits: Sequence[Tensor], target: Tensor) -> Tensor:
     """Loss of each layer, linear in the sigmoid g of the mean logits: (sum over same of (1 - g) / (n + 1) + sum over
     different of g / (n + 1)) / 2, where n is the number of such pairs of the batch.
 
@@ -178,7 +178,7 @@ def pair_losses(logits: Sequence[Tensor], target: Tensor) -> Tensor:
 
     Args:
         logits: L times (B, N, N), before the sigmoid.
-        target: (B, N, N) of ``pair_labels``.
+        target: (B, N, N) of ``patch_pair_labels``.
 
     Returns:
         (L,) float32.
@@ -207,7 +207,7 @@ class Aream(SeedNetwork):
     """See ``map_entropy``."""
 
     @abstractmethod
-    def look(self, images: Tensor, visit: Visit | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    def forward_maps(self, images: Tensor, visit: Visit | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Normalised images (B, 3, H, W) -> logits of both classifiers, (B, C) each, and the map (B, C, h, w) without
         gradient; all float32. ``visit`` gets every layer's queries and keys."""
 
@@ -215,14 +215,14 @@ class Aream(SeedNetwork):
         """The map after the weighted sum of the layers' patch-to-patch attention: (B, 3, H, W) -> (B, C, h, w)."""
         depth = len(weights)
         sums = AttentionSums(self.tokens, [self.gated / depth] * depth, weights)
-        _, maps = self.look(images, sums)
+        _, maps = self.forward_maps(images, sums)
         if self.gated:
             maps = maps * sums.to_patches.unflatten(2, maps.shape[-2:])
-        return spread(sums.affinity, maps)
+        return spread_maps(sums.affinity, maps)
 
     def classify(self, images: Tensor, num_classes: int) -> Tensor:
         """The mean of both classifiers' logits: (B, 3, H, W) -> (B, C)."""
-        return torch.stack(self.look(images)[0]).mean(0)
+        return torch.stack(self.forward_maps(images)[0]).mean(0)
 
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:
         """The map of one scale, spread by all layers alike: (B, 3, H, W) -> (B, C, h, w) float32 (aream.md section 9).
@@ -249,7 +249,7 @@ class Aream(SeedNetwork):
         return rectified(total)
 
     @torch.no_grad()
-    def labels(self, batch: Batch) -> Tensor:
+    def make_labels(self, batch: Batch) -> Tensor:
         """Labels that the network makes for a training batch: (B, H, W) uint8, 255 unknown (aream.md section 6)."""
         images, tags = batch["image"], batch["tags"]
         kind = images.device.type
@@ -260,23 +260,23 @@ class Aream(SeedNetwork):
         mean, std = (images.new_tensor(x).view(3, 1, 1) for x in (norm.mean, norm.std))
         backgrounds = (self.options.low, self.options.high)
         low, high = pseudo_labels(images * std + mean, cams, tags, backgrounds, batch.get("box")).unbind(1)
-        return confident(low, high)
+        return merge_score_labels(low, high)
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """``batch``: image (B, 3, S, S), tags (B, C), box (B, 4) -> a multi-label soft margin loss for each classifier
-        and, from ``warmup`` on, {"pair": the weighted mean of the deep layers' ``pair_losses``}."""
+        and, from ``warmup`` on, {"pair": the weighted mean of the deep layers' ``patch_pair_losses``}."""
         pairs = self.options.pair_weight > 0 and progress >= self.options.warmup
-        label = self.labels(batch) if pairs else None
+        label = self.make_labels(batch) if pairs else None
         deep: list[Tensor] = []
 
         def visit(layer: int, attention: QueryKey) -> None:
             if layer >= self.options.split:
                 deep.append(patch_logits(attention, self.tokens))
 
-        logits, maps = self.look(batch["image"], visit if pairs else None)
+        logits, maps = self.forward_maps(batch["image"], visit if pairs else None)
         terms = {n: multilabel_soft_margin(z, batch["tags"]) for n, z in zip(self.names, logits, strict=True)}
         if label is not None:
-            losses = pair_losses(deep, pair_labels(label, maps.shape[-2:]))  # (L - split,)
+            losses = patch_pair_losses(deep, patch_pair_labels(label, maps.shape[-2:]))  # (L - split,)
             weights = losses.new_tensor(self.options.deep_weights())
             terms["pair"] = self.options.pair_weight * (losses * weights).mean()
         return terms
@@ -287,7 +287,7 @@ class Aream(SeedNetwork):
         -> (B, L). Small images and batches: all layers' head means exist at a time."""
         layers: list[Tensor] = []
         patches = self.tokens
-        _, maps = self.look(images, lambda _, seen: layers.append(seen.mean_weights()[:, patches:, patches:]))
+        _, maps = self.forward_maps(images, lambda _, seen: layers.append(seen.mean_weights()[:, patches:, patches:]))
         maps = maps * tags[:, :, None, None]
         return torch.stack([map_entropy(affinity, maps, self.entropy_epsilon) for affinity in layers], 1)
 

@@ -35,12 +35,12 @@ from net.backbone.resnet import STAGES, ResNet, ResNetOptions, Stage, load_resne
 from net.contract import AffinityNetwork, Batch, Options, SoftCam
 from net.groups import Group
 
-STRIDE = 4
+CELL = 4
 """Pixels a cell of the boundary map."""
 IGNORE = 255
 _WIDTH, _GROUPS = 32, 4
 
-Taps = Mapping[Stage, Tensor]
+StageMaps = Mapping[Stage, Tensor]
 
 # ------------------------------------------------------------------------------------------------ settings
 
@@ -133,7 +133,7 @@ def hard_label(maps: np.ndarray, threshold: float) -> np.ndarray:
     return np.concatenate([np.full_like(maps[:1], threshold), maps]).argmax(axis=0)
 
 
-def propagate(scores: Tensor, boundary: Tensor, radius: int, beta: float, steps: int) -> Tensor:
+def propagate_scores(scores: Tensor, boundary: Tensor, radius: int, beta: float, steps: int) -> Tensor:
     """Scores after the walk: every cell gets a mean of those around it, weighted by how few boundaries are between.
 
     The scores are damped by (1 - boundary) first; any size of grid, all pairs nearer than the radius (irnet.md section
@@ -156,19 +156,19 @@ def propagate(scores: Tensor, boundary: Tensor, radius: int, beta: float, steps:
     return walk(step, (scores * (1 - boundary)).float().flatten(1), steps).view_as(scores)
 
 
-def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
+def enlarge_cells(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """(K, h, w) cells -> (K, H, W): enlarged by the stride (align_corners False) and cut (irnet.md section 10.2)."""
-    maps = F.interpolate(maps[None], scale_factor=STRIDE, mode="bilinear", align_corners=False)[0]
+    maps = F.interpolate(maps[None], scale_factor=CELL, mode="bilinear", align_corners=False)[0]
     return maps[:, : size[0], : size[1]]
 
 
-def projection(cin: int, cout: int, groups: int, factor: int, align_corners: bool = False) -> nn.Sequential:
+def make_projection(cin: int, cout: int, groups: int, factor: int, align_corners: bool = False) -> nn.Sequential:
     """1x1 convolution, group normalisation, enlargement by ``factor``, ReLU, in this order (irnet.md section 8)."""
     up = [nn.Upsample(scale_factor=factor, mode="bilinear", align_corners=align_corners)] if factor > 1 else []
     return nn.Sequential(nn.Conv2d(cin, cout, 1, bias=False), nn.GroupNorm(groups, cout), *up, nn.ReLU(inplace=True))
 
 
-def cut(maps: Tensor, like: Tensor) -> Tensor:
+def crop_like(maps: Tensor, like: Tensor) -> Tensor:
     """The top left part of ``maps`` (B, C, h', w') that has the height and width of ``like``."""
     return maps[..., : like.shape[-2], : like.shape[-1]]
 
@@ -193,7 +193,7 @@ class EdgeNetwork(AffinityNetwork):
         self.resnet50 = ResNet(options.resnet)
         channels, strides = self.resnet50.channels, self.resnet50.strides
         for number, stage in enumerate(STAGES, 1):
-            head = projection(channels[stage], _WIDTH, _GROUPS, strides[stage] // STRIDE, options.align_corners)
+            head = make_projection(channels[stage], _WIDTH, _GROUPS, strides[stage] // CELL, options.align_corners)
             self.add_module(f"fc_edge{number}", head)
         self.fc_edge6 = nn.Conv2d(_WIDTH * len(STAGES), 1, 1)
 
@@ -214,47 +214,47 @@ class EdgeNetwork(AffinityNetwork):
         return picture, picture[None]
 
     @classmethod
-    def target(cls, planes: np.ndarray) -> np.ndarray:
+    def make_target(cls, planes: np.ndarray) -> np.ndarray:
         """Label of every cell: (1, S, S) -> (S/4, S/4) uint8, the pixel right below its centre (PIL's nearest, irnet.md
         section 9.2). Raises ValueError where a side is no multiple of 4."""
         height, width = planes.shape[-2:]
-        if height % STRIDE or width % STRIDE:
+        if height % CELL or width % CELL:
             raise ValueError(f"A crop of {height} x {width} has no whole cells: set augment.crop to a multiple of 4.")
-        return planes[0, STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE]
+        return planes[0, CELL // 2 :: CELL, CELL // 2 :: CELL]
 
     # --- training
 
-    def geometry(self, size: tuple[int, int]) -> tuple[list[Displacement], int]:
+    def pair_geometry(self, size: tuple[int, int]) -> tuple[list[Displacement], int]:
         """Displacements of the pairs on a grid (h, w), and the radius that fits it (irnet.md section 9.1; published
         has one grid only)."""
         radius = fitting_radius(self.radius, *size)
         return by_path_length(half_circle(radius)), radius
 
-    def pair_labels(self, target: Tensor) -> dict[str, Tensor]:
+    def label_pairs(self, target: Tensor) -> dict[str, Tensor]:
         """``misc.propagate.walk.pair_labels`` of targets (B, h, w)."""
-        displacements, radius = self.geometry(target.shape[-2:])
+        displacements, radius = self.pair_geometry(target.shape[-2:])
         return pair_labels(target, radius, displacements)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Number of background, foreground and negative pairs."""
-        return {name: pairs.sum() for name, pairs in self.pair_labels(batch["target"]).items()}
+        return {name: pairs.sum() for name, pairs in self.label_pairs(batch["target"]).items()}
 
     def edge_losses(self, logits: Tensor, labels: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """The affinity terms of boundary logits (B, 1, h, w) (irnet.md section 9.3): {"bg", "fg", "neg"}."""
         boundary = logits[:, 0].float().sigmoid()  # (B, h, w)
-        affinity = path_affinity(boundary, *self.geometry(boundary.shape[-2:]))  # (B, D, P)
+        affinity = path_affinity(boundary, *self.pair_geometry(boundary.shape[-2:]))  # (B, D, P)
         return affinity_losses(affinity, labels, {name: batch[f"counts/{name}"] for name in labels})
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """``batch``: image (B, 3, S, S), target (B, S/4, S/4) -> the terms of
         ``misc.propagate.walk.affinity_losses``."""
-        logits = self.edge_logits(self.resnet50.taps(batch["image"]))
-        return self.edge_losses(logits, self.pair_labels(batch["target"]), batch)
+        logits = self.edge_logits(self.resnet50.forward_stages(batch["image"]))
+        return self.edge_losses(logits, self.label_pairs(batch["target"]), batch)
 
-    def edge_logits(self, taps: Taps) -> Tensor:
+    def edge_logits(self, taps: StageMaps) -> Tensor:
         """Boundary logits from the stages' maps: (B, 1, ceil(H/4), ceil(W/4))."""
         maps = [getattr(self, f"fc_edge{number}")(taps[stage]) for number, stage in enumerate(STAGES, 1)]
-        return self.fc_edge6(torch.cat([cut(m, maps[1]) for m in maps], dim=1))
+        return self.fc_edge6(torch.cat([crop_like(m, maps[1]) for m in maps], dim=1))
 
     def param_groups(self) -> list[Group]:
         """All that is trained in one group, everything decayed (irnet.md section 9.4, semformer.md section 9.2)."""
@@ -262,7 +262,7 @@ class EdgeNetwork(AffinityNetwork):
 
     # --- inference
 
-    def pair_taps(self, image: Tensor, canvas: int) -> dict[Stage, Tensor]:
+    def forward_pair(self, image: Tensor, canvas: int) -> dict[Stage, Tensor]:
         """Stages of an image (3, H, W) and of its mirror image, (2, ...) each, on the canvas.
 
         They are padded at the bottom and right after mirroring. Published cuts what is longer than the canvas (irnet.md
@@ -270,12 +270,12 @@ class EdgeNetwork(AffinityNetwork):
         """
         height, width = image.shape[-2:]
         pair = torch.stack([image, image.flip(-1)])
-        return self.resnet50.taps(F.pad(pair, (0, max(0, canvas - width), 0, max(0, canvas - height))))
+        return self.resnet50.forward_stages(F.pad(pair, (0, max(0, canvas - width), 0, max(0, canvas - height))))
 
-    def pair_boundary(self, taps: Taps, size: tuple[int, int]) -> Tensor:
-        """Boundary of an image of (H, W) from its ``pair_taps``: (ceil(H/4), ceil(W/4)) float32 in [0, 1], the sigmoid
-        of the mean logit of both, cut before the second is mirrored back (irnet.md section 8)."""
-        height, width = (-(-side // STRIDE) for side in size)
+    def pair_boundary(self, taps: StageMaps, size: tuple[int, int]) -> Tensor:
+        """Boundary of an image of (H, W) from its ``forward_pair``: (ceil(H/4), ceil(W/4)) float32 in [0, 1], the
+        sigmoid of the mean logit of both, cut before the second is mirrored back (irnet.md section 8)."""
+        height, width = (-(-side // CELL) for side in size)
         logits = self.edge_logits(taps)[:, 0, :height, :width].float()  # (2, h, w)
         return ((logits[0] + logits[1].flip(-1)) / 2).sigmoid()
 
@@ -286,18 +286,18 @@ class EdgeNetwork(AffinityNetwork):
         size = check_sizes(image, cam)
         if len(cam.keys) == 0:
             return np.ones((1, *size), np.float32)
-        return self.walked(image, cam, self.pair_boundary(self.pair_taps(image, options.canvas), size), options)
+        return self.walk_scores(image, cam, self.pair_boundary(self.forward_pair(image, options.canvas), size), options)
 
-    def walked(self, image: Tensor, cam: SoftCam, boundary: Tensor, options: EdgeWalk) -> np.ndarray:
+    def walk_scores(self, image: Tensor, cam: SoftCam, boundary: Tensor, options: EdgeWalk) -> np.ndarray:
         """``refine`` from a boundary map (h, w) on: (K + 1, H, W) float32."""
         maps = torch.from_numpy(cam.on_grid(tuple(boundary.shape))).to(boundary.device)  # (K, h, w)
-        scores = propagate(maps, boundary, options.radius, options.beta, 2**options.logt)
-        scores = enlarge(scores, image.shape[-2:])
+        scores = propagate_scores(maps, boundary, options.radius, options.beta, 2**options.logt)
+        scores = enlarge_cells(scores, image.shape[-2:])
         # the largest over all classes; published divides 0 by 0 where a CAM is empty
         scores = (scores / scores.max().clamp(min=torch.finfo(torch.float32).tiny)).cpu().numpy()
-        return self.sharpened(image, scores, options)
+        return self.sharpen_scores(image, scores, options)
 
-    def sharpened(self, image: Tensor, scores: np.ndarray, options: EdgeWalk) -> np.ndarray:
+    def sharpen_scores(self, image: Tensor, scores: np.ndarray, options: EdgeWalk) -> np.ndarray:
         """Walked scores (K, H, W) of an image with their background, and the CRF where there is one (irnet.md section
         10.2, semformer.md section 9.4): (K + 1, H, W) float32."""
         scores = np.concatenate([np.full_like(scores[:1], options.threshold), scores])

@@ -24,11 +24,11 @@ from misc.infer import cams
 from misc.loop.fit import lr_factor
 from misc.score.evaluate import evaluate_cams, evaluate_masks
 from net.backbone.transformer import QueryKey
-from net.refine.psa import with_background
+from net.refine.psa import stack_background
 from net.seed.aream_conformer import AreamConformer, AreamConformerOptions
 from net.seed.aream_mctformer import AreamMCTformer, AreamMCTformerOptions
 from net.shared import aream
-from net.shared.aream import Aream, pair_labels, pair_losses
+from net.shared.aream import Aream, patch_pair_labels, patch_pair_losses
 
 
 def _network(case: Case, **changes: Any) -> Aream:
@@ -97,7 +97,7 @@ def _close(case: Case, name: str, value: Any) -> None:
 def _check_forward(case: Case, names: tuple[str, str, str]) -> None:
     """Logits of both classifiers, the map, and logits of the attention in all layers."""
     network, seen = _network(case), []
-    logits, maps = network.look(_image(case), lambda _, attention: seen.append(attention.logits()))
+    logits, maps = network.forward_maps(_image(case), lambda _, attention: seen.append(attention.products()))
     values = dict(zip(names, (*logits, maps), strict=True))
     values["att_logits"] = _sampled(
         case, "att_logits", torch.stack(seen), ("layer", "image", "head", "row", "column")
@@ -140,7 +140,7 @@ def check_aream_entropy(case: Case) -> None:
         entropies = torch.stack(rows)
         case.check(f"{kind}_per_image", entropies)
         case.check(f"{kind}_mean", entropies.mean(0))
-        case.check(f"{kind}_normalised", np.array(aream.relative(entropies.mean(0).tolist())))
+        case.check(f"{kind}_normalised", np.array(aream.scale_entropy(entropies.mean(0).tolist())))
 
 
 def check_aream_aff_loss(case: Case) -> None:
@@ -151,7 +151,7 @@ def check_aream_aff_loss(case: Case) -> None:
     drawn = case.fill.stream(name).standard_normal([int(side) for side in shape.split(",")])
     logits = (torch.from_numpy(drawn) * float(factor) - float(shift)).float().requires_grad_()
     target = torch.from_numpy(case.arrays["in_target"])
-    losses = pair_losses(list(logits), target)
+    losses = patch_pair_losses(list(logits), target)
     text = re.search(r"weights ([\d., ]+);", case.meta["outputs"]["entropy_weighted"]["meaning"])[1]
     weighted = (losses * torch.tensor([float(w) for w in text.split(",")])).mean()
     weighted.backward()
@@ -159,7 +159,7 @@ def check_aream_aff_loss(case: Case) -> None:
     case.check("uniform", losses.mean())
     case.check("entropy_weighted", weighted)
     case.check("grad", logits.grad)
-    case.check("all_ignored", pair_losses(list(logits), torch.full_like(target, 255)).mean())
+    case.check("all_ignored", patch_pair_losses(list(logits), torch.full_like(target, 255)).mean())
 
 
 def _colours(normalised: Tensor) -> Tensor:
@@ -177,9 +177,9 @@ def check_aream_pseudo_label(case: Case) -> None:
     low, high = aream.pseudo_labels(
         _colours(shown), maps, tags(labels, 20), case.meta["input"]["thresholds"], box and torch.tensor(box)
     ).unbind(1)
-    merged = aream.confident(low, high)
+    merged = aream.merge_score_labels(low, high)
     stride = int(re.search(r"stride (\d+)", case.meta["outputs"]["aff"]["meaning"])[1])
-    pairs = pair_labels(merged, [side // stride for side in shown.shape[-2:]])
+    pairs = patch_pair_labels(merged, [side // stride for side in shown.shape[-2:]])
     pixels, entries = shares(case)
     for name, value in (("seg_low", low), ("seg_high", high), ("seg", merged)):
         _equal(value, case.arrays[name], pixels, name)
@@ -198,13 +198,13 @@ def check_aream_train_step(case: Case) -> None:
     (share,) = shares(case)
     for kind, entropy in (("uniform", ()), ("entropy", _entropies(case))):
         network = _network(case, entropy=entropy, **_settings(case))
-        classes = network.look(_image(case))[1].shape[1]
+        classes = network.forward_maps(_image(case))[1].shape[1]
         batch = {"image": _image(case), "tags": tags(case.meta["input"]["labels"], classes)}
         if case.meta["input"]["img_box"]:
             batch["box"] = torch.tensor(case.meta["input"]["img_box"])
-        _equal(network.labels(batch), case.arrays[f"seg_{kind}"], share, f"seg_{kind}")
+        _equal(network.make_labels(batch), case.arrays[f"seg_{kind}"], share, f"seg_{kind}")
         stored = torch.from_numpy(case.arrays[f"seg_{kind}"])
-        network.labels = lambda batch, stored=stored: stored
+        network.make_labels = lambda batch, stored=stored: stored
         terms = network(batch, network.options.warmup)
         assert list(network(batch, network.options.warmup - 1e-9)) == list(network.names)
         total = sum(terms.values())
@@ -216,14 +216,14 @@ def check_aream_train_step(case: Case) -> None:
                 deep.append(aream.patch_logits(attention, network.tokens))
 
         with torch.no_grad():
-            _, maps = network.look(batch["image"], visit)
-        pairs = pair_labels(stored, maps.shape[-2:])
+            _, maps = network.forward_maps(batch["image"], visit)
+        pairs = patch_pair_labels(stored, maps.shape[-2:])
         np.testing.assert_array_equal(pairs, case.arrays[f"aff_{kind}"])
         values = {
             "cls_loss": sum(terms[name] for name in network.names),
             f"loss_{kind}": total,
             f"aff_loss_{kind}": terms["pair"] / network.options.pair_weight,
-            f"aff_per_layer_{kind}": pair_losses(deep, pairs),
+            f"aff_per_layer_{kind}": patch_pair_losses(deep, pairs),
         }
         for name, value in values.items():
             np.testing.assert_allclose(value.detach(), case.arrays[name], rtol=losses, err_msg=name)
@@ -238,7 +238,7 @@ def check_aream_infer(case: Case) -> None:
     infer = override(network.recipes["published"].cam.infer, {"scales": tuple(case.meta["input"]["scales"])})
     for number, described in enumerate(case.meta["input"]["images"]):
         keys = described["present_classes"]
-        classes = network.look(torch.zeros(1, 3, 32, 32))[1].shape[1]
+        classes = network.forward_maps(torch.zeros(1, 3, 32, 32))[1].shape[1]
         present = tags([keys], classes)[0].numpy()
         with torch.inference_mode():
             image = case.arrays[described["image"]]
@@ -263,7 +263,7 @@ def check_aream_crf(case: Case) -> None:
         if not found:
             continue
         rule, number = {"score": "constant", "alpha": "power"}[found[1]], float(found[2])
-        posterior = crf(with_background(case.arrays["in_cam"], rule, number, number))
+        posterior = crf(stack_background(case.arrays["in_cam"], rule, number, number))
         _equal(values[posterior.argmax(0)], case.arrays[name], labels_share, name)
         apart = np.abs(case.sample(f"prob_{name}", posterior) - case.arrays[f"prob_{name}"])
         assert (apart <= case.tolerance).mean() >= probability_share, name

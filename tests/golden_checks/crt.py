@@ -58,11 +58,11 @@ def check_crt_tiles(case: Any) -> None:
     images = made(case, given["image"])
     height, width = given["padded_size"]
     padded = nn.functional.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]))
-    tiles, grid = crt.cut(padded, tile)
+    tiles, grid = crt.cut_tiles(padded, tile)
     assert grid == (given["tiles_vertical"], given["tiles_horizontal"])
     # float32 rounding: the filled image itself depends on how many threads made it
     np.testing.assert_allclose(tiles[:, 0, ::16, ::16], case.arrays["tiles"], rtol=1e-6, atol=1e-6)
-    merged = crt.merge(torch.from_numpy(case.arrays["tile_maps"]), grid)
+    merged = crt.merge_tiles(torch.from_numpy(case.arrays["tile_maps"]), grid)
     np.testing.assert_allclose(merged, case.arrays["merged"], rtol=1e-6, atol=1e-6)
 
 
@@ -80,14 +80,14 @@ def check_crt_deit_forward(case: Any) -> None:
         sampled(case, "train_logits", maps.mean((2, 3)))
         for number in (0, 1):
             image = made(case, case.meta["input"][f"cam_image{number}"])
-            pair = network.localise(torch.cat([image, image.flip(-1)]), coupled=True).relu()
+            pair = network.forward_any_size(torch.cat([image, image.flip(-1)]), coupled=True).relu()
             sampled(case, f"cam{number}", pair[0] + pair[1].flip(-1))
         sides = [crt.padded_side(side, network.tile) for side in image.shape[-2:]]
         pair = torch.cat([image, image.flip(-1)])
         pair = nn.functional.pad(pair, (0, sides[1] - image.shape[3], 0, sides[0] - image.shape[2]))
-        tiles, _ = crt.cut(pair, network.tile)
+        tiles, _ = crt.cut_tiles(pair, network.tile)
         sums = AttentionSums(1, [1.0] * len(network.blocks), [0.0] * len(network.blocks))
-        tokens = network.norm(network.features(tiles, sums)[0])
+        tokens = network.norm(network.forward_features(tiles, sums)[0])
     sampled(case, "tile_cls", tokens[:, 0])
     sampled(case, "tile_patch", tokens[:, 1:])
     sampled(case, "tile_attention", sums.to_patches[:, 0])

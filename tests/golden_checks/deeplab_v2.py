@@ -63,13 +63,13 @@ def check_deeplabv2_loss(case: Any) -> None:
     batch = {"image": case.evaluate(case.meta["input"]["x"]), "mask": _label(case)}
     batch.update({f"counts/{name}": count for name, count in network.counts(batch).items()})
     seen: list[list[Tensor]] = []
-    inner = network.sizes
-    network.sizes = lambda images: seen.append(inner(images)) or seen[-1]
+    inner = network.logits_by_size
+    network.logits_by_size = lambda images: seen.append(inner(images)) or seen[-1]
     terms = network(batch, 0.0)
     loss = sum(terms.values())
     (loss / 2).backward()
-    outputs = [*seen[0], network.merge(seen[0])]
-    labels = list(network.labels(batch["mask"]).values())
+    outputs = [*seen[0], network.merge_sizes(seen[0])]
+    labels = list(network.resize_labels(batch["mask"]).values())
     for number, (logits, label, term) in enumerate(zip(outputs, [*labels, labels[0]], terms.values(), strict=True)):
         case.check(f"logits_{number}", logits)
         np.testing.assert_array_equal(label.numpy(), case.arrays[f"label_{number}"])

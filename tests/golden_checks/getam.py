@@ -26,10 +26,10 @@ from net.groups import Group
 from net.losses import multilabel_soft_margin
 from net.seed.getam import (
     Getam,
+    GetamLabel,
     GetamOptions,
-    LabelOptions,
     label_with_saliency,
-    normalised,
+    normalise_label_maps,
     saliency_target,
 )
 
@@ -92,7 +92,7 @@ def check_getam_forward(case: Any) -> None:
     net = network(case)
     x = image(case)
     with torch.inference_mode():
-        classes, logits = net.both(x)
+        classes, logits = net.forward_both(x)
         maps = net.pretrained(x)
         alone = net.class_logits(x), net.logits(x)
     close(case, "cls_logits", classes)
@@ -131,10 +131,10 @@ def check_getam_label_pipeline(case: Any) -> None:
     np.testing.assert_array_equal(colours.numpy(), case.arrays["image_u8"])
     maps = net.cam(x, tags)
     saliency = torch.from_numpy(case.arrays["saliency"])
-    options, norms, raw = LabelOptions(), [], []
+    options, norms, raw = GetamLabel(), [], []
     for b, row in enumerate(rows):
         raw += [maps[b, c] for c in sorted(row)]
-        norms += list(normalised(maps[b, sorted(row)], colours[b], options))
+        norms += list(normalise_label_maps(maps[b, sorted(row)], colours[b], options))
     close(case, "raw", 1e5 * torch.stack(raw))
     close(case, "norm_cam", torch.stack(norms))
     made = {"image": x, "tags": tags, "saliency": saliency}
@@ -154,11 +154,11 @@ def check_getam_pseudo_label(case: Any) -> None:
     assert keys.tolist() == sorted(case.meta["input"]["labels_zero_based"])
     norm = torch.from_numpy(case.arrays["norm_cam"].astype(np.float32))[keys]
     salient = torch.from_numpy(case.arrays["saliency"] > 0)
-    label, after = label_with_saliency(norm, keys, salient, LabelOptions(cut=cut))
+    label, after = label_with_saliency(norm, keys, salient, GetamLabel(cut=cut))
     np.testing.assert_array_equal(label, case.arrays["label"])
     np.testing.assert_array_equal(after, case.arrays["saliency_after"])
     # everything salient, nothing completed or opened: what is left is the arg-max
-    plain = override(LabelOptions(), {"opening": 0})
+    plain = override(GetamLabel(), {"opening": 0})
     label, _ = label_with_saliency(norm, keys, torch.ones_like(salient), plain)
     np.testing.assert_array_equal(torch.where(label == 255, 0, label), case.arrays["argmax"])
 

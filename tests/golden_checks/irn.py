@@ -36,9 +36,9 @@ from misc.score.metrics import Confusion, InstancePrecision, mask_at
 from misc.score.objects import Instances
 from net.contract import Network, SoftCam
 from net.groups import Group
-from net.refine.irn import IRN, IRNOptions, IRNWalk, _PairDistances, centroids, clusters, displacement_losses
+from net.refine.irn import IRN, IRNOptions, IRNWalk, _PairDistances, displacement_losses, find_centroids, find_clusters
 from net.seed.irn_cam import IRNCam, IRNCamOptions
-from net.shared.edge import EdgeNetwork, enlarge, hard_label, propagate, two_threshold_label
+from net.shared.edge import EdgeNetwork, enlarge_cells, hard_label, propagate_scores, two_threshold_label
 from voc12.transforms import TrainSample, crop_sample
 
 _SAMPLED = re.compile(r"sampled \[(.*?)\]")
@@ -85,7 +85,7 @@ def check_irn_cam_net(case: Any) -> None:
     network = IRNCamOptions().build(classes, {}).eval()
     load_official(network, case.meta["keys"], case.meta["aliases"], case)
     image, tags = _image(case), torch.tensor(case.meta["input"]["labels_for_loss"], dtype=torch.float32)
-    logits = network.logits(image)
+    logits = network.class_logits(image)
     loss = network({"image": image, "tags": tags}, 0.0)["cls"]
     loss.backward()
     _check(case, "logits", logits)
@@ -137,16 +137,16 @@ def check_irn_edge_displacement(case: Any) -> None:
     image = _image(case)
     canvas = int(re.search(r"crop_size=(\d+)", case.meta["constructor"])[1])
     with torch.inference_mode():
-        taps = network.pair_taps(image[0], canvas)
+        taps = network.forward_pair(image[0], canvas)
         boundary = network.pair_boundary(taps, image.shape[-2:])
         _check(case, "edge", boundary[None])
         height, width = boundary.shape
-        _check(case, "displacement", network.displacement(taps)[0, :, :height, :width])
-        taps = network.resnet50.taps(image)
+        _check(case, "displacement", network.displacement_field(taps)[0, :, :height, :width])
+        taps = network.resnet50.forward_stages(image)
         _check(case, "net_edge_logit", network.edge_logits(taps))
-        _check(case, "net_displacement_eval", network.displacement(taps))
+        _check(case, "net_displacement_eval", network.displacement_field(taps))
         network.train()
-        _check(case, "net_displacement_train", network.displacement(taps))
+        _check(case, "net_displacement_train", network.displacement_field(taps))
 
 
 def check_irn_aff_displacement_loss(case: Any) -> None:
@@ -172,9 +172,9 @@ def check_irn_aff_displacement_loss(case: Any) -> None:
     _check(case, "grad_fc_dp4_conv", network.fc_dp4[0].weight.grad)
 
     with torch.no_grad():
-        taps = network.resnet50.taps(image)
-        field = network.displacement(taps)
-        displacements, radius = network.geometry(tuple(given["grid"]))
+        taps = network.resnet50.forward_stages(image)
+        field = network.displacement_field(taps)
+        displacements, radius = network.pair_geometry(tuple(given["grid"]))
         affinity = path_affinity(network.edge_logits(taps)[:, 0].sigmoid(), displacements, radius)
     _check(case, "affinity", affinity)
     _check(case, "pos_aff", -torch.log(affinity + 1e-5))
@@ -187,7 +187,7 @@ def check_irn_aff_displacement_loss(case: Any) -> None:
     wanted = torch.tensor(displacements).T[:, :, None]
     _check(case, "dp_fg", (difference - wanted).abs())
     _check(case, "dp_bg", difference.abs())
-    labels = network.pair_labels(target)
+    labels = network.label_pairs(target)
     sums = _PairDistances.apply(field, labels, displacements, radius)
     for kind, (name, distances) in enumerate((("fg", (difference - wanted).abs()), ("bg", difference.abs()))):
         torch.testing.assert_close(sums[kind], (distances.sum(1) * labels[name]).sum(), rtol=1e-4, atol=1e-3)
@@ -268,7 +268,7 @@ def check_irn_path_index(case: Any) -> None:
 
 def check_irn_aff_label(case: Any) -> None:
     """Label of every cell and of every pair."""
-    label = EdgeNetwork.target(case.arrays["label_full"][None])
+    label = EdgeNetwork.make_target(case.arrays["label_full"][None])
     np.testing.assert_array_equal(label, case.arrays["label_reduced"])
     radius = case.meta["input"]["radius"]
     pairs = pair_labels(torch.from_numpy(label.copy())[None], radius, by_path_length(half_circle(radius)))
@@ -333,7 +333,7 @@ def check_irn_propagate(case: Any) -> None:
     """Walked scores of every setting; affinities and one step of the first."""
     boundary, scores = torch.from_numpy(case.arrays["edge"])[0], torch.from_numpy(case.arrays["cams"])
     for number, given in enumerate(case.meta["input"]["settings"]):
-        walked = propagate(scores, boundary, given["radius"], given["beta"], 2 ** given["exp_times"])
+        walked = propagate_scores(scores, boundary, given["radius"], given["beta"], 2 ** given["exp_times"])
         _check(case, f"rw{number}", walked[:, None])
         if number == 0:
             displacements = half_circle(given["radius"])
@@ -358,27 +358,27 @@ def check_irn_sem_seg(case: Any) -> None:
     """Walked scores and the label."""
     cam, boundary, size, walk = _settings(case)
     options = override(IRN.recipes["published"].walk, {**walk, "threshold": case.meta["input"]["sem_seg_bg_thres"]})
-    walked = propagate(torch.from_numpy(cam.coarse), boundary, options.radius, options.beta, 2**options.logt)
+    walked = propagate_scores(torch.from_numpy(cam.coarse), boundary, options.radius, options.beta, 2**options.logt)
     np.testing.assert_allclose(walked[:, None], case.arrays["rw"], rtol=0, atol=case.meta["tolerance"]["rw"])
     network = IRNOptions().build(20, {})
-    scores = network.walked(torch.zeros(3, *size), cam, boundary, options)
+    scores = network.walk_scores(torch.zeros(3, *size), cam, boundary, options)
     _mostly(np.array([0, *(cam.keys + 1)])[scores.argmax(0)], case.arrays["label"], case.meta["tolerance"]["label"])
-    assert enlarge(walked, size).shape == (len(cam.keys), *size)
+    assert enlarge_cells(walked, size).shape == (len(cam.keys), *size)
 
 
 def check_irn_ins_seg(case: Any) -> None:
     """Centroids, objects of all classes, detections."""
     cam, boundary, size, walk = _settings(case)
     field = torch.from_numpy(case.arrays["displacement"])
-    ends = centroids(field)
+    ends = find_centroids(field)
     share = float(re.search(r"up to ([\d.]+) %", case.meta["tolerance"]["centroids"])[1]) / 100
     assert (ends.numpy() != case.arrays["centroids"]).any(0).mean() <= share
-    numbers = clusters(field.numpy(), ends.numpy())
+    numbers = find_clusters(field.numpy(), ends.numpy())
     expected = case.arrays["instance_map"]
     assert numbers.max() + 1 == len(expected)
     assert (expected != (numbers == np.arange(len(expected))[:, None, None])).any(0).mean() <= share
     options = override(IRNWalk(), {**walk, "instance_threshold": case.meta["input"]["ins_seg_bg_thres"]})
-    found = IRN.objects(field, boundary, cam, size, options)
+    found = IRN.find_objects(field, boundary, cam, size, options)
     np.testing.assert_array_equal(found.classes, case.arrays["class"])
     np.testing.assert_allclose(found.scores, case.arrays["score"], rtol=0, atol=case.meta["tolerance"]["score"])
     least = float(re.search(r"IoU > ([\d.]+)", case.meta["tolerance"]["mask"])[1])

@@ -95,8 +95,8 @@ def _check_forward(case: Case, version: str) -> None:
         sums(layer, attention)
         seen[layer] = attention.mean_weights()[:, network.tokens :, network.tokens :]
 
-    x, grid = network.features(shown, visit)
-    scores = network.scores(x, grid)
+    x, grid = network.forward_features(shown, visit)
+    scores = network.logits_by_loss(x, grid)
     attention = sums.to_patches / (network.map_layers if version == "plus" else 1)
     maps = attention.unflatten(2, grid)
     cam = network.cam(shown, torch.ones(len(shown), network.tokens))
@@ -107,7 +107,7 @@ def _check_forward(case: Case, version: str) -> None:
         "mean_logits": sum(scores.values()) / len(scores),
         "class_to_patch": attention,
         "cams_attention": maps,
-        "cams_fused": network.fuse(maps, x, grid),
+        "cams_fused": network.fuse_maps(maps, x, grid),
         "patch_affinity_sum": sums.affinity,
         **{f"patch_affinity_layer{layer}": value for layer, value in seen.items()},
     }
@@ -224,8 +224,8 @@ def check_mctformer_cam_merge(case: Case) -> None:
         with torch.inference_mode():
             for scale, pair in enumerate(cams.scaled_inputs(image, infer, network.normalisation)):
                 sums = AttentionSums(network.tokens, weights, [1.0] * depth)
-                x, grid = network.features(pair, sums)
-                fused = network.fuse(sums.to_patches.unflatten(2, grid), x, grid)
+                x, grid = network.forward_features(pair, sums)
+                fused = network.fuse_maps(sums.to_patches.unflatten(2, grid), x, grid)
                 for flipped in range(len(pair)):
                     name = f"{number}_{2 * scale + flipped}"
                     _close(case, f"in_cams{name}", fused[flipped, keys], map_tolerance)

@@ -20,13 +20,13 @@ from net.contract import SoftCam
 from net.refine.psa import (
     PSA,
     PSAOptions,
-    WalkOptions,
+    PSAWalk,
     affinity_losses,
     pad_to_stride,
     pair_affinity,
     pair_labels,
-    pool,
-    with_background,
+    pool_to_cells,
+    stack_background,
 )
 
 _NUMBER = r"(\d+(?:\.\d+)?)"
@@ -56,7 +56,7 @@ def _affinities(case: Any, backbone: str, *, early: bool = False) -> None:
     radius rule."""
     network = _network(case, backbone)
     with torch.inference_mode():
-        features = network.features(case.evaluate(case.meta["input"]["x"]))
+        features = network.forward_features(case.evaluate(case.meta["input"]["x"]))
     height, width = features.shape[-2:]
     radius = fitting_radius(network.radius, height, width, early=early)
     affinity = pair_affinity(features, radius)
@@ -84,7 +84,7 @@ def check_seam_aff_small(case: Any) -> None:
 def check_psa_aff_labels_and_losses(case: Any) -> None:
     """Confident label, pair labels, loss terms and gradient."""
     planes = np.concatenate([case.arrays["la"], case.arrays["ha"]])
-    label = PSA.target(planes)
+    label = PSA.make_target(planes)
     np.testing.assert_array_equal(label, case.arrays["label"])
     radius = int(re.search(r"radius (\d+)", case.meta["constructor"])[1])
     pairs = pair_labels(torch.from_numpy(label)[None], radius)
@@ -105,14 +105,14 @@ def check_psa_aff_labels_and_losses(case: Any) -> None:
     case.check("grad_aff", affinity.grad)
 
 
-def _settings(text: str) -> WalkOptions:
+def _settings(text: str) -> PSAWalk:
     """Settings of a walk from words such as "background (1 - max)^16, beta 8, logt 8"."""
     power = re.search(rf"\(1 ?- ?max\)\^{_NUMBER}", text)
     constant = re.search(rf"constant background {_NUMBER}", text)
     assert (power is None) != (constant is None), text
     rule = {"alpha": float(power[1])} if power else {"background": "constant", "threshold": float(constant[1])}
     beta, logt = re.search(rf"beta {_NUMBER}", text), re.search(r"logt (\d+)", text)
-    return WalkOptions(**rule, beta=float(beta[1]), logt=int(logt[1]))
+    return PSAWalk(**rule, beta=float(beta[1]), logt=int(logt[1]))
 
 
 def _inputs(case: Any) -> tuple[Tensor, SoftCam]:
@@ -142,13 +142,13 @@ def check_psa_random_walk(case: Any) -> None:
     network = _network(case, "resnet38", classes)
     image, cam = _inputs(case)
     for number, (name, options) in enumerate(variants.items()):
-        step = network.transition(image, options)
+        step = network.make_transition(image, options)
         if number == 0:  # columns of A^beta divided by their sums; the diagonal of A is one
             columns = step.to_dense().t()
             case.check("aff_pow", columns / columns.diagonal())
         case.check(f"{name}_trans", walk(step, torch.eye(len(step)), 2**options.logt))
-        scores = with_background(cam.maps, options.background, options.alpha, options.threshold)
-        pooled = pool(torch.from_numpy(scores))
+        scores = stack_background(cam.maps, options.background, options.alpha, options.threshold)
+        pooled = pool_to_cells(torch.from_numpy(scores))
         case.check(f"{name}_cam_low", _all_classes(pooled, cam, classes))
         walked = walk(step, pooled.flatten(1), 2**options.logt).view_as(pooled)
         case.check(f"{name}_rw_low", _all_classes(walked, cam, classes))

@@ -42,12 +42,12 @@ def check_puzzlecam_losses(case: Any) -> None:
         {"tiles": side, "alpha": alpha, "alpha_rise": rise, "confidence": True},
     )
     network = options.build(classes, {})
-    network.maps = maps
+    network.forward_maps = maps
     terms = network({"image": images, "tags": tags}, step / steps)
     loss = terms["cl"] + terms["pcl"] + terms["re"]
     loss.backward()
-    tiles = puzzlecam.cut(images, side)
-    whole, joined = maps(images), puzzlecam.join(maps(tiles), side)
+    tiles = puzzlecam.split_tiles(images, side)
+    whole, joined = maps(images), puzzlecam.join_tiles(maps(tiles), side)
     sampled = case.meta["outputs"]["tiles"]["meaning"]
     assert "sampled [:, :, ::4, ::4]" in sampled
     case.check("tiles", tiles[:, :, ::4, ::4])
@@ -61,10 +61,10 @@ def check_puzzlecam_losses(case: Any) -> None:
         ("re_masking", "masking", False), ("re_none", "none", False), ("re_selection", "selection", False),
         ("re_l2_masking", "masking", True),
     ):  # fmt: skip
-        case.check(name, puzzlecam.reconstruction(whole, joined, tags, masking, squared))
-    case.check("alpha", terms["re"] / puzzlecam.reconstruction(whole, joined, tags, "masking", False))
+        case.check(name, puzzlecam.reconstruction_loss(whole, joined, tags, masking, squared))
+    case.check("alpha", terms["re"] / puzzlecam.reconstruction_loss(whole, joined, tags, "masking", False))
     case.check("loss", loss)
     case.check("grad_conv", weight.grad)
     every = {"every third class": 3}[case.meta["outputs"]["cam"]["meaning"].split(", ")[-1]]
-    case.check("cam", puzzlecam.by_maximum(whole)[:, ::every])
+    case.check("cam", puzzlecam.divide_by_maximum(whole)[:, ::every])
     assert torch.equal(multilabel_soft_margin(joined.mean((2, 3)), tags), terms["pcl"])

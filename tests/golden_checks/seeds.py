@@ -60,9 +60,9 @@ def check_seam_net(case: Any) -> None:
     network = _seam(case, _classes(case) - 1)
     x = case.evaluate(case.meta["input"]["x"])
     with torch.inference_mode():
-        for name, tap in network.taps(x).items():
+        for name, tap in network.forward_stages(x).items():
             case.check(name, tap)
-        plain, spread = network.maps(x)
+        plain, spread = network.forward_both_maps(x)
         case.check("cam_low", plain)
         case.check("cam", seam._resize(plain, x.shape[-2:]))
         spread = seam._resize(spread, x.shape[-2:])
@@ -79,8 +79,8 @@ def _check_terms(case: Any, maps: list[Tensor], tags: Tensor, losses: dict[str, 
         "loss_cls": losses["cls"] + losses["min"],  # the published log adds them up
         "loss_er": losses["er"],
         "loss_ecr": losses["ecr"],
-        "loss_cls1": seam.class_loss(maps[0], tags),
-        "loss_cls2": seam.class_loss(maps[2], tags),
+        "loss_cls1": seam.pooled_class_loss(maps[0], tags),
+        "loss_cls2": seam.pooled_class_loss(maps[2], tags),
         "loss_rvmin1": seam.min_pooling_loss(maps[1], tags),
         "loss_rvmin2": seam.min_pooling_loss(maps[3], tags),
         "loss_ecr1": ecr1,
@@ -113,7 +113,7 @@ def check_seam_train_step(case: Any) -> None:
     assert [(g.lr_scale, g.decay) for g in network.param_groups()] == [(1, True), (2, False), (10, True), (20, False)]
 
     seen = []
-    network.maps = lambda images: seen.append(type(network).maps(network, images)) or seen[-1]
+    network.forward_both_maps = lambda images: seen.append(type(network).forward_both_maps(network, images)) or seen[-1]
     image = case.evaluate(case.meta["input"]["image1"])
     tags = _tags(case.meta["input"]["labels"], classes)
     losses = network({"image": image, "tags": tags}, 0.0)
@@ -155,7 +155,7 @@ def _check_classifier(case: Any, backbone: str) -> None:
     x = case.evaluate(case.meta["input"]["x"])
     tags = _tags(case.meta["input"]["labels"], _classes(case))
     with torch.inference_mode():
-        case.check("logits", network.logits(x))
+        case.check("logits", network.class_logits(x))
         case.check("cam", network.cam(x, tags))
         case.check("loss", network({"image": x, "tags": tags}, 0.0)["cls"])
     assert not any(isinstance(m, nn.Dropout2d) and m.p == 0 for m in network.modules())

@@ -31,14 +31,14 @@ from net.contract import SoftCam
 from net.groups import Group
 from net.refine.edge import EdgeOnly, EdgeOnlyOptions
 from net.seed.semformer import (
-    Pairs,
+    ImageClassPairs,
     SemFormer,
     SemFormerOptions,
     complement_error,
     valid_mask,
 )
-from net.seed.semformer.autoencoder import CAAE, CAAEOptions, similarity_loss, with_background
-from net.shared.edge import enlarge, hard_label, propagate, two_threshold_label
+from net.seed.semformer.autoencoder import CAAE, CAAEOptions, similarity_loss, tags_with_background
+from net.shared.edge import enlarge_cells, hard_label, propagate_scores, two_threshold_label
 
 HERE = Path(__file__).parents[1] / "golden"
 
@@ -132,13 +132,13 @@ def check_caae_(case: Case) -> None:
     network = autoencoder(case, case.meta, case.meta["scaled"])
     images = case.evaluate(case.meta["input"]["image"])
     batch = {"image": images, "tags": tags(case.meta["input"]["labels_foreground"], network.classes - 1)}
-    labels = with_background(batch["tags"])
+    labels = tags_with_background(batch["tags"])
     with torch.no_grad():
         tokens, _ = network.encoder["vit_backbone"](images)
-        vectors = network.vectors(images)
+        vectors = network.patch_vectors(images)
         values = {
-            "labels": labels, "tokens": tokens, "cre": network.embed(images), "crs": network.semantics(),
-            "sim": network.similarities(network.reduce(vectors), labels),
+            "labels": labels, "tokens": tokens, "cre": network.embed_classes(images), "crs": network.class_semantics(),
+            "sim": network.class_similarities(network.pool_vectors(vectors), labels),
             "recon": network.reconstruct(vectors, images.shape[-2:]),
         }  # fmt: skip
     losses = network(batch, 0.0)
@@ -180,13 +180,13 @@ def check_semformer_activation_losses(case: Case) -> None:
     np.testing.assert_array_equal(valid.numpy(), case.arrays["grad_mask"])
     masks = torch.stack([raw.roll(i, 0) for i in range(len(rectangles))]) * valid
     labels = torch.from_numpy(case.arrays["labels"])
-    pairs = Pairs.of(labels)
+    pairs = ImageClassPairs.of(labels)
     for name, value in (("seen_indexes", pairs.image), ("seen_classes", pairs.number), ("seen_labels", pairs.own),
                         ("re_seen_labels", pairs.others)):  # fmt: skip
         np.testing.assert_array_equal(value.numpy(), case.arrays[name], err_msg=name)
 
     def complement(chosen: slice, inside: Tensor) -> Tensor:
-        some = Pairs.of(labels[chosen])
+        some = ImageClassPairs.of(labels[chosen])
         pixels = (inside[chosen].sum((1, 2, 3))[some.image] * some.others.any(1)).sum()
         return complement_error(masks[chosen], labels[chosen], inside[chosen]) / pixels.clamp(min=1e-5)
 
@@ -209,21 +209,21 @@ def check_semformer_forward_train(case: Case) -> None:
     box = boxes(regions)
     x = x * valid_mask(box, x.shape[-2:], x.shape[-2:])
     batch = {"image": x, "tags": tags(case.meta["input"]["labels_foreground"], guide.classes - 1), "box": box}
-    labels = with_background(batch["tags"])
+    labels = tags_with_background(batch["tags"])
     with torch.no_grad():
         embeddings, logits = network.segmentor(x)
         valid = valid_mask(box, x.shape[-2:], size)
-        masks = network.masks(logits, valid)
+        masks = network.make_masks(logits, valid)
         small = nn.functional.interpolate(x, size=size, mode="bilinear", align_corners=True)
-        pairs = Pairs.of(labels)
-        foreground, background = network.judge(small, masks, pairs)
+        pairs = ImageClassPairs.of(labels)
+        foreground, background = network.judge_masks(small, masks, pairs)
     batch |= {f"counts/{k}": v.float() for k, v in network.counts(batch).items()}
     losses = network(batch, 0.0)
     total = sum(losses.values())
     total.backward()
     values = {
         "labels": labels, "regions": regions, "grad_mask": valid, "cls_embed": embeddings, "seg_logits": logits,
-        "masks": masks, "seg_sim": nn.functional.cosine_similarity(embeddings, guide.semantics(), dim=-1),
+        "masks": masks, "seg_sim": nn.functional.cosine_similarity(embeddings, guide.class_semantics(), dim=-1),
         "fg_pull": foreground[pairs.own], "fg_push": foreground[pairs.others],
         "bg_pull": background[pairs.others], "bg_push": background[pairs.own],
     }  # fmt: skip
@@ -394,9 +394,9 @@ def check_semformer_affinitynet(case: Case) -> None:
         network = edge_network(case, case.meta, Path(folder)).train()
     images = case.evaluate(case.meta["input"]["image"])
     network.radius = int(re.search(r"path radius (\d+)", case.meta["constructor"])[1])
-    logits = network.edge_logits(network.resnet50.taps(images))
+    logits = network.edge_logits(network.resnet50.forward_stages(images))
     grid = logits.shape[-2:]
-    displacements, radius = network.geometry(grid)
+    displacements, radius = network.pair_geometry(grid)
     np.testing.assert_array_equal(displacements, case.arrays["offsets"])
     source, _ = pair_cells(displacements[:1], *grid, radius=radius)
     np.testing.assert_array_equal([source[0], source[-1]], case.arrays["src_first_last"])
@@ -427,7 +427,7 @@ def check_semformer_edge_inference(case: Case) -> None:
     (height, width), (high, wide) = image.shape[-2:], case.meta["input"]["canvas"]
     pair = nn.functional.pad(torch.stack([image, image.flip(-1)]), (0, wide - width, 0, high - height))
     with torch.inference_mode():
-        close(case, "edge", network.pair_boundary(network.resnet50.taps(pair), (height, width))[None])
+        close(case, "edge", network.pair_boundary(network.resnet50.forward_stages(pair), (height, width))[None])
 
 
 def check_semformer_random_walk(case: Case) -> None:
@@ -437,9 +437,9 @@ def check_semformer_random_walk(case: Case) -> None:
     options = EdgeOnly.recipes["published"].walk
     assert (options.radius, options.beta, options.logt) == (radius, beta, squarings)
     maps, boundary = torch.from_numpy(case.arrays["cam"]), torch.from_numpy(case.arrays["edge"])[0]
-    walked = propagate(maps, boundary, radius, beta, 2**squarings)
+    walked = propagate_scores(maps, boundary, radius, beta, 2**squarings)
     close(case, "rw", walked[:, None])
-    large = enlarge(walked, case.meta["input"]["image size"])
+    large = enlarge_cells(walked, case.meta["input"]["image size"])
     close(case, "rw_up", large / large.max())
 
 
@@ -473,5 +473,5 @@ def check_semformer_pseudo_label(case: Case) -> None:
     network = EdgeOnly.recipes["sample"].network.build(len(keys), {})
     x = to_tensor(normalise(image, network.normalisation))
     plain = replace(options, crf=replace(options.crf, iterations=0))
-    np.testing.assert_array_equal(network.sharpened(x, maps, plain).argmax(0), case.arrays["argmax"])
-    agreement(case, "label", keys[network.sharpened(x, maps, options).argmax(0)])
+    np.testing.assert_array_equal(network.sharpen_scores(x, maps, plain).argmax(0), case.arrays["argmax"])
+    agreement(case, "label", keys[network.sharpen_scores(x, maps, options).argmax(0)])

@@ -89,7 +89,7 @@ def check_conformer_forward(case: Any) -> None:
     for name, module in network.named_children():
         module.register_forward_hook(note(name))
     with torch.inference_mode():
-        features, token = network.features(image(case))
+        features, token = network.forward_features(image(case))
         values = {
             "conv_logits": network.conv_cls_head(features.mean((2, 3))),
             "trans_logits": network.trans_cls_head(token),
@@ -116,7 +116,7 @@ def check_transcam_forward(case: Any) -> None:
     present = torch.ones(len(x), network.conv_cls_head.out_channels - 1)
     methods: dict[str, Method] = {"raw": "convcam"}
     with torch.inference_mode():
-        for name, value in zip(("conv_logits", "trans_logits"), network.logits(x), strict=True):
+        for name, value in zip(("conv_logits", "trans_logits"), network.class_logits(x), strict=True):
             case.check(name, value)
         for name in case.meta["outputs"]:
             if name.startswith("cam_"):
@@ -173,7 +173,7 @@ def check_transcam_cam_merge(case: Any) -> None:
 
 def check_transcam_aff_label(case: Any) -> None:
     """Merged label of the two label images, and the pairs that are trained on."""
-    label = PSA.target(np.stack([case.arrays["in_la"], case.arrays["in_ha"]]))
+    label = PSA.make_target(np.stack([case.arrays["in_la"], case.arrays["in_ha"]]))
     np.testing.assert_array_equal(label, case.arrays["label"])
     radius = int(re.search(r"radius (\d+)", case.meta["description"])[1])
     pairs = pair_labels(torch.from_numpy(label)[None], radius)
@@ -191,7 +191,7 @@ def check_transcam_random_walk(case: Any) -> None:
     source, target = torch.triu(affinity, 1).nonzero().T
     step = transition(source, target, affinity[source, target], len(affinity), options.beta)
     network = PSA.recipes["sample"].network.build(20, {})
-    network.transition = lambda image, options: step
+    network.make_transition = lambda image, options: step
     keys = np.array(case.meta["input"]["present_classes"])
     x = to_tensor(normalise(case.arrays["in_image"], network.normalisation))
     for name, walk, share in zip(

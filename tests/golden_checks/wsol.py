@@ -70,12 +70,12 @@ def check_tscam_forward(case: Any) -> None:
         attention = sums.to_patches
         sampled(case, "attention", attention.unflatten(2, network.grid)[:, 0])
         sampled(case, "logits", network.classify(x, classes))
-        sampled(case, "logits", network.train().logits(x))
+        sampled(case, "logits", network.train().class_logits(x))
         sampled(case, "loss", network({"image": x, "tags": tags}, 0.0)["cls"][None])
         sampled(case, "cams", network.eval().cam(x, tags))
     torch.testing.assert_close(
-        class_loss(network.logits(x), tags, "cross_entropy"),
-        nn.functional.cross_entropy(network.logits(x), tags.argmax(1)),
+        class_loss(network.class_logits(x), tags, "cross_entropy"),
+        nn.functional.cross_entropy(network.class_logits(x), tags.argmax(1)),
     )
 
 

@@ -30,13 +30,13 @@ from net.segment.deeplabv1_largefov import LargeFOV
 from net.shared import aream
 from net.shared.aream import (
     Aream,
-    confident,
     map_entropy,
-    pair_labels,
-    pair_losses,
+    merge_score_labels,
     patch_logits,
+    patch_pair_labels,
+    patch_pair_losses,
     pseudo_labels,
-    relative,
+    scale_entropy,
 )
 from step.lib import entropy
 from step.lib.config import open_job
@@ -121,7 +121,7 @@ def test_outside_the_box_is_unknown() -> None:
 def test_merging_of_two_labels() -> None:
     low = torch.tensor([0, 2, 2, 3, 255], dtype=torch.uint8)
     high = torch.tensor([0, 0, 2, 1, 255], dtype=torch.uint8)
-    assert confident(low, high).tolist() == [0, 255, 2, 1, 255]
+    assert merge_score_labels(low, high).tolist() == [0, 255, 2, 1, 255]
 
 
 def test_pairs_of_patches() -> None:
@@ -130,7 +130,7 @@ def test_pairs_of_patches() -> None:
     label[0, ::4, ::4] = torch.tensor([[0, 2, 255], [0, 0, 2]], dtype=torch.uint8)
     flat = [0, 2, 255, 0, 0, 2]
     expected = [[255 if 255 in (a, b) else int(a == b) for b in flat] for a in flat]
-    assert pair_labels(label, (2, 3)).tolist() == [expected]
+    assert patch_pair_labels(label, (2, 3)).tolist() == [expected]
 
 
 def test_pair_losses_equal_the_plain_form_and_pull_the_right_way() -> None:
@@ -141,7 +141,7 @@ def test_pair_losses_equal_the_plain_form_and_pull_the_right_way() -> None:
     expected = torch.stack([
         0.5 * (1 - x[same]).sum() / (same.sum() + 1) + 0.5 * x[different].sum() / (different.sum() + 1) for x in g
     ])  # fmt: skip
-    found = pair_losses(list(logits), target)
+    found = patch_pair_losses(list(logits), target)
     torch.testing.assert_close(found, expected)
     (gradient,) = torch.autograd.grad(found.sum(), logits)
     assert (gradient[:, same] < 0).all() and (gradient[:, different] > 0).all() and not gradient[:, target == 255].any()
@@ -150,7 +150,7 @@ def test_pair_losses_equal_the_plain_form_and_pull_the_right_way() -> None:
 def test_patch_logits_are_the_mean_of_the_heads() -> None:
     torch.manual_seed(0)
     seen = QueryKey(*torch.randn(2, 2, 3, 9, 5))
-    torch.testing.assert_close(patch_logits(seen, 4), seen.logits().mean(1)[:, 4:, 4:], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(patch_logits(seen, 4), seen.products().mean(1)[:, 4:, 4:], rtol=1e-5, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ layers
@@ -162,7 +162,7 @@ def test_weights_of_layers() -> None:
     weighted = options("mctformer", entropy=(2.0, 3.0, 4.0, 6.0))
     assert weighted.shallow_weights() == pytest.approx([0.5, 0.375, 0, 0])  # over 2, not over their sum
     assert weighted.deep_weights() == pytest.approx([0.5, 1.0])
-    assert relative((3.0, 1.0, 2.0)) == [1.0, 0.0, 0.5]
+    assert scale_entropy((3.0, 1.0, 2.0)) == [1.0, 0.0, 0.5]
 
 
 def test_entropy_of_maps() -> None:
@@ -180,7 +180,7 @@ def test_entropy_of_layers(kind: str) -> None:
     seen: list[Tensor] = []
     with torch.no_grad():
         found = model.layer_entropy(sample["image"], sample["tags"])
-        _, maps = model.look(sample["image"], lambda _, attention: seen.append(attention.logits().softmax(-1).mean(1)))
+        _, maps = model.forward_maps(sample["image"], lambda _, a: seen.append(a.products().softmax(-1).mean(1)))
     depth, c = model.options.backbone.depth, model.tokens
     assert found.shape == (2, depth) and len(seen) == depth
     for number in range(2):
@@ -213,7 +213,7 @@ def test_no_pass_makes_a_matrix_of_all_heads(kind: str, monkeypatch: pytest.Monk
     def refuse(self: QueryKey) -> Tensor:
         raise AssertionError("all heads at once")
 
-    monkeypatch.setattr(QueryKey, "logits", refuse)
+    monkeypatch.setattr(QueryKey, "products", refuse)
     model, sample = network(kind), batch()
     model.train()(sample, 0.9)
     model.eval().cam(sample["image"], sample["tags"])
@@ -263,7 +263,7 @@ def test_labels_are_made_in_training_mode() -> None:
     """Published: drop path acts, statistics of the batch are used, and the running ones move once a scale."""
     model, sample = network("conformer").train(), batch()
     before = model.bn1.running_mean.clone()
-    model.labels(sample)
+    model.make_labels(sample)
     assert model.bn1.num_batches_tracked == 3 and not torch.equal(model.bn1.running_mean, before)
     assert model.training and all(p.grad is None for p in model.parameters())
     dropping = network("mctformer", **{"backbone.drop_path": 0.5})
@@ -273,10 +273,10 @@ def test_labels_are_made_in_training_mode() -> None:
 
 def test_box_is_heeded_in_training() -> None:
     model, sample = network("conformer").eval(), batch()
-    label = model.labels(sample)
+    label = model.make_labels(sample)
     assert (label[1, :4] == 255).all() and (label[1, :, 23:] == 255).all() and (label != 255).any()
     del sample["box"]
-    assert (model.labels(sample)[1, :4] != 255).any()
+    assert (model.make_labels(sample)[1, :4] != 255).any()
 
 
 def test_groups() -> None:

@@ -59,7 +59,7 @@ class Method(ResNet38):
         self.bn_head = nn.BatchNorm2d(5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn_head(self.fc8(self.taps(x)["conv6"]))
+        return self.bn_head(self.fc8(self.forward_stages(x)["conv6"]))
 
 
 def test_resnet38_serves_as_base_class_and_as_part() -> None:

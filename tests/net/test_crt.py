@@ -38,21 +38,21 @@ def batch(side: int = 48) -> dict[str, Tensor]:
 @pytest.mark.parametrize("size", [(32, 32), (48, 80), (64, 32)])
 def test_what_is_cut_and_merged_again_is_the_image(size: tuple[int, int]) -> None:
     x = images(3, *size)
-    tiles, grid = crt.cut(x, 32)
+    tiles, grid = crt.cut_tiles(x, 32)
     assert grid == tuple(side // 16 - 1 for side in size) and len(tiles) == 3 * grid[0] * grid[1]
-    torch.testing.assert_close(crt.merge(tiles, grid), x)
+    torch.testing.assert_close(crt.merge_tiles(tiles, grid), x)
 
 
 def test_tiles_are_tile_major_and_overlapping_ones_are_averaged() -> None:
-    tiles, grid = crt.cut(torch.arange(2.0).view(2, 1, 1, 1).expand(2, 3, 32, 48), 32)
+    tiles, grid = crt.cut_tiles(torch.arange(2.0).view(2, 1, 1, 1).expand(2, 3, 32, 48), 32)
     assert grid == (1, 2) and tiles[:, 0, 0, 0].tolist() == [0, 1, 0, 1]
     maps = torch.tensor([0.0, 6.0]).view(2, 1, 1, 1).expand(2, 1, 4, 4)
-    assert crt.merge(maps, (1, 2))[0, 0, 0].tolist() == [0, 0, 3, 3, 6, 6]
+    assert crt.merge_tiles(maps, (1, 2))[0, 0, 0].tolist() == [0, 0, 3, 3, 6, 6]
 
 
 def test_images_that_tiles_do_not_cover_are_refused() -> None:
     with pytest.raises(ValueError, match=r"multiples of 16 and at least 32, got 40 x 32.*cam\.augment\.crop"):
-        crt.cut(images(1, 40, 32), 32)
+        crt.cut_tiles(images(1, 40, 32), 32)
 
 
 # ------------------------------------------------------------------ the transformer
@@ -61,8 +61,8 @@ def test_images_that_tiles_do_not_cover_are_refused() -> None:
 def test_rounds_add_what_goes_in_and_one_round_is_the_plain_transformer() -> None:
     x = torch.randn(2, 17, 24)
     plain, twice = network(rounds=1).transformer, network(rounds=2).transformer
-    block = plain.run(x)
-    torch.testing.assert_close(twice.run(x), (x + block) + plain.run(x + block))
+    block = plain.forward_blocks(x)
+    torch.testing.assert_close(twice.forward_blocks(x), (x + block) + plain.forward_blocks(x + block))
 
 
 def test_a_tiled_image_is_looked_at_tile_by_tile() -> None:
@@ -79,7 +79,7 @@ def test_maps_are_rectified_after_the_tiles_are_merged() -> None:
     net = network()
     x = images(2, 40, 70)
     maps = net.cam(x, torch.ones(2, 3))
-    signed = net.transformer.localise(x, coupled=True)
+    signed = net.transformer.forward_any_size(x, coupled=True)
     assert maps.shape == (2, 3, 5, 9) and (signed < 0).any()
     torch.testing.assert_close(maps, signed.relu())
     alone = torch.cat([net.cam(image[None], torch.ones(1, 3)) for image in x])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from misc.config import REQUIRED_WEIGHTS, override
 from misc.image.pixels import resize_mask, resize_masks
 from net.registry import SEGMENTERS
-from net.segment.deeplabv2 import DeepLabV2, DeepLabV2Options, from_torchvision, grid
+from net.segment.deeplabv2 import DeepLabV2, DeepLabV2Options, from_torchvision, logits_size
 
 CLASSES = 3
 SMALL = {"width": 0.125, "depth": (1, 2, 1, 1), "rates": (1, 2)}
@@ -75,18 +75,19 @@ def test_published_network_and_recipe() -> None:
 def test_logits_have_the_size_that_the_grid_says(size: tuple[int, int], form: str) -> None:
     net = network(form=form, scales=()).eval()
     with torch.inference_mode():
-        assert net.logits(torch.randn(1, 3, *size)).shape == (1, CLASSES + 1, *grid(*size))
+        assert net.logits(torch.randn(1, 3, *size)).shape == (1, CLASSES + 1, *logits_size(*size))
 
 
 def test_published_grids() -> None:
-    assert grid(321, 513) == (41, 65)
+    assert logits_size(321, 513) == (41, 65)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 37), (20, 1)])
 def test_images_of_a_pixel_have_logits_and_labels(size: tuple[int, int]) -> None:
     net = network("sample").eval()
-    assert net.logits(torch.randn(1, 3, *size)).shape == (1, 4, *grid(*size))
-    labels, logits = net.labels(torch.zeros(1, *size, dtype=torch.int64)), net.sizes(torch.randn(1, 3, *size))
+    assert net.logits(torch.randn(1, 3, *size)).shape == (1, 4, *logits_size(*size))
+    labels = net.resize_labels(torch.zeros(1, *size, dtype=torch.int64))
+    logits = net.logits_by_size(torch.randn(1, 3, *size))
     assert [label.shape[1:] for label in labels.values()] == [x.shape[2:] for x in logits]
 
 
@@ -94,26 +95,26 @@ def test_counts_fit_the_outputs() -> None:
     """No two outputs differ in size from what the counts were made for, at any input size."""
     net = network(scales=(0.5, 0.75))
     for size in ((40, 51), (41, 64), (37, 98)):
-        outputs = net.sizes(torch.randn(1, 3, *size))
-        labels = net.labels(torch.zeros(1, *size, dtype=torch.long))
+        outputs = net.logits_by_size(torch.randn(1, 3, *size))
+        labels = net.resize_labels(torch.zeros(1, *size, dtype=torch.long))
         assert [tuple(x.shape[-2:]) for x in outputs] == [tuple(x.shape[-2:]) for x in labels.values()]
 
 
 def test_the_maximum_is_taken_over_all_sizes() -> None:
     net = network(scales=(0.5, 0.75)).eval()
     with torch.inference_mode():
-        first, *others = net.sizes(torch.randn(1, 3, 64, 64))
-        merged = net.merge([first, *others])
-        assert torch.equal(net.merge([first]), first)
+        first, *others = net.logits_by_size(torch.randn(1, 3, 64, 64))
+        merged = net.merge_sizes([first, *others])
+        assert torch.equal(net.merge_sizes([first]), first)
         assert (merged >= first).all() and (merged > first).any() and (merged == first).any()
-        raised = net.merge([first, others[0] + 1000, others[1]])
+        raised = net.merge_sizes([first, others[0] + 1000, others[1]])
     assert (raised > 900).all()
 
 
 def test_masks_shrink_as_pil_shrinks_them() -> None:
     mask = np.random.default_rng(0).integers(0, 256, (150, 149), dtype=np.uint8)
     for high in range(1, 150, 7):
-        for size in ((high, 19), (19, high), grid(high, high)):
+        for size in ((high, 19), (19, high), logits_size(high, high)):
             ours = resize_masks(torch.from_numpy(mask.astype(np.int64))[None], size)[0]
             np.testing.assert_array_equal(ours.numpy(), resize_mask(mask, size))
 

@@ -40,7 +40,7 @@ def test_the_upsampling_convention_is_a_field() -> None:
         network = tiny(aligned)
         convolution, norm, *_ = network.fc_edge3
         with torch.no_grad():
-            taps = network.resnet50.taps(image)
+            taps = network.resnet50.forward_stages(image)
             expected = F.relu(F.interpolate(norm(convolution(taps["layer2"])), scale_factor=2, mode="bilinear",
                                             align_corners=aligned))  # fmt: skip
             torch.testing.assert_close(network.fc_edge3(taps["layer2"]), expected)

@@ -22,17 +22,17 @@ import run_sample
 from misc.config import override
 from misc.crf.energy import DenseOptions, dense_energy
 from misc.files import store
-from net.backbone.dpt import _TIMM, Body, DPTOptions
+from net.backbone.dpt import _TIMM, DPTOptions, DPTViT
 from net.contract import Batch
 from net.seed.getam import (
     Getam,
+    GetamLabel,
     GetamOptions,
-    LabelOptions,
-    best,
+    argmax_labels,
     label_with_saliency,
     label_without_saliency,
-    normalised,
-    opened,
+    normalise_label_maps,
+    open_mask,
     saliency_target,
 )
 
@@ -47,7 +47,7 @@ def tiny(kind: str = "vitb", **changes: object) -> GetamOptions:
         backbone=kind, image_size=32, patch=8, width=32, depth=4, heads=2, mlp_ratio=2, stem=8, stem_depth=(1, 1, 1),
         features=8,
     )  # fmt: skip
-    return override(GetamOptions(dpt=dpt, start_layer=1, label=LabelOptions(epsilon=1e-9, opening=3)), changes)
+    return override(GetamOptions(dpt=dpt, start_layer=1, label=GetamLabel(epsilon=1e-9, opening=3)), changes)
 
 
 def built(kind: str = "vitb", **changes: object) -> Getam:
@@ -88,11 +88,11 @@ def test_what_a_classifier_gives_is_what_timm_gives(kind: str) -> None:
     if kind == "vitb_hybrid":
         pytest.skip("timm standardises the stem's weights with another epsilon (getam.md section 2.1)")
     theirs = timm.create_model(_TIMM[kind], **arguments).eval()
-    ours = Body(DPTOptions(backbone=kind, image_size=64, width=48, depth=4, heads=3)).eval()
+    ours = DPTViT(DPTOptions(backbone=kind, image_size=64, width=48, depth=4, heads=3)).eval()
     ours.load_state_dict(theirs.state_dict())
     with torch.inference_mode():
-        x, _, _ = ours.start(pictures(2, 64, 64))
-        torch.testing.assert_close(ours.norm(ours.run(x)), theirs.forward_features(pictures(2, 64, 64)))
+        x, _, _ = ours.embed_with_stem(pictures(2, 64, 64))
+        torch.testing.assert_close(ours.norm(ours.forward_blocks(x)), theirs.forward_features(pictures(2, 64, 64)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,7 +100,7 @@ def test_every_map_fits_at_any_size(kind: str) -> None:
     net = built(kind).eval()
     for size in ((32, 48), (33, 47), (9, 70)):
         with torch.inference_mode():
-            classes, logits = net.both(pictures(2, *size))
+            classes, logits = net.forward_both(pictures(2, *size))
         assert classes.shape == (2, CLASSES) and logits.shape == (2, CLASSES + 1, *size)
         maps = net.cam(pictures(2, *size), torch.ones(2, CLASSES))
         assert maps.shape == (2, CLASSES, -(-size[0] // 8), -(-size[1] // 8)) and maps.min() >= 0
@@ -174,11 +174,11 @@ def test_opening_is_that_of_opencv(side: int) -> None:
         masks[-1][:patch, :patch] = True
     for mask in masks:
         plain = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_OPEN, np.ones((side, side), np.uint8))
-        np.testing.assert_array_equal(opened(torch.from_numpy(mask), side).numpy(), plain > 0)
+        np.testing.assert_array_equal(open_mask(torch.from_numpy(mask), side).numpy(), plain > 0)
 
 
 def test_the_label_rule_goes_in_its_order() -> None:
-    options = LabelOptions(opening=0, cut=0.5)
+    options = GetamLabel(opening=0, cut=0.5)
     norm = torch.tensor([[[0.9, 0.0, 0.8, 0.01, 0.95]], [[0.2, 0.0, 0.9, 0.02, 0.1]]])  # (2, 1, 5)
     salient = torch.tensor([[True, True, True, False, False]])
     label, after = label_with_saliency(norm, torch.tensor([1, 4]), salient, options)
@@ -190,7 +190,7 @@ def test_the_label_rule_goes_in_its_order() -> None:
     twice = torch.tensor([[[0.1, 0.2, 0.95]], [[0.1, 0.2, 0.96]]])
     keys, nowhere = torch.tensor([0, 1]), torch.zeros(1, 3, dtype=torch.bool)
     assert label_with_saliency(twice, keys, nowhere, options)[0].tolist() == [[0, 0, 1]]
-    published = LabelOptions(opening=0)  # int(0.9 x 3) = 2: nothing is above the largest score
+    published = GetamLabel(opening=0)  # int(0.9 x 3) = 2: nothing is above the largest score
     assert label_with_saliency(twice, keys, nowhere, published)[0].tolist() == [[0, 0, 0]]
     label, after = label_with_saliency(norm[:0], torch.tensor([], dtype=torch.int64), salient, options)
     assert label.tolist() == [[255, 255, 255, 0, 0]] and after.tolist() == [[1, 1, 1, 0, 0]]
@@ -198,16 +198,16 @@ def test_the_label_rule_goes_in_its_order() -> None:
 
 def test_without_saliency_two_constant_scores_decide() -> None:
     norm = torch.tensor([[[0.1, 0.3, 0.5, 0.2]], [[0.0, 0.1, 0.6, 0.45]]])
-    label = label_without_saliency(norm, torch.tensor([0, 2]), LabelOptions(low=0.2, high=0.4))
+    label = label_without_saliency(norm, torch.tensor([0, 2]), GetamLabel(low=0.2, high=0.4))
     assert label.tolist() == [[0, 255, 3, 3]]
-    assert best(norm, torch.full((1, 4), 0.5), torch.tensor([0, 2])).tolist() == [[0, 0, 3, 0]]
+    assert argmax_labels(norm, torch.full((1, 4), 0.5), torch.tensor([0, 2])).tolist() == [[0, 0, 3, 0]]
 
 
 def test_the_epsilon_and_no_minimum_is_in_the_normalised_maps() -> None:
     maps = torch.tensor([[[1e-5, 3e-5], [1e-5, 1e-5]]])
-    norm = normalised(maps, torch.zeros(3, 2, 2), LabelOptions(iterations=0))
+    norm = normalise_label_maps(maps, torch.zeros(3, 2, 2), GetamLabel(iterations=0))
     torch.testing.assert_close(norm, maps / 4e-5)
-    assert normalised(maps[:0], torch.zeros(3, 5, 6), LabelOptions()).shape == (0, 5, 6)
+    assert normalise_label_maps(maps[:0], torch.zeros(3, 5, 6), GetamLabel()).shape == (0, 5, 6)
 
 
 # ---------------------------------------------------------------------------------------------- losses
@@ -355,7 +355,7 @@ def test_a_whole_checkpoint_loads_strictly(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_imagenet_classifier_fills_the_transformer(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(5)
-    larger = Body(override(tiny(kind).dpt, {"image_size": 48}))
+    larger = DPTViT(override(tiny(kind).dpt, {"image_size": 48}))
     nn.init.normal_(larger.pos_embed)
     torch.save({"model": larger.state_dict()}, tmp_path / "classifier.pth")
     net = built(kind)

@@ -18,10 +18,10 @@ from misc.files import store
 from misc.propagate.walk import by_path_length, half_circle, pair_cells, pair_labels, path, path_affinity
 from net.backbone.resnet import ResNetOptions
 from net.contract import SoftCam
-from net.refine.irn import IRN, IRNOptions, IRNWalk, centroids, clusters, detections, displacement_losses
+from net.refine.irn import IRN, IRNOptions, IRNWalk, displacement_losses, find_centroids, find_clusters, make_instances
 from net.seed.irn_cam import IRNCam, IRNCamOptions
 from net.shared import edge
-from net.shared.edge import EdgeLabel, enlarge, hard_label, propagate
+from net.shared.edge import EdgeLabel, enlarge_cells, hard_label, propagate_scores
 
 TINY = ResNetOptions(width=0.125, depth=(1, 1, 1, 1), frozen="layer4")
 
@@ -143,9 +143,9 @@ def test_foreground_wins_and_doubt_is_ignored() -> None:
 
 def test_a_cell_takes_the_pixel_right_below_its_centre() -> None:
     planes = np.arange(64, dtype=np.uint8).reshape(1, 8, 8)
-    assert IRN.target(planes).tolist() == [[18, 22], [50, 54]]
+    assert IRN.make_target(planes).tolist() == [[18, 22], [50, 54]]
     with pytest.raises(ValueError, match="set augment.crop to a multiple of 4"):
-        IRN.target(planes[:, :7])
+        IRN.make_target(planes[:, :7])
 
 
 # ------------------------------------------------------------------------------------------------ walk
@@ -163,7 +163,8 @@ def test_propagation_is_the_dense_one_on_any_grid(size: tuple[int, int]) -> None
         affinity = plain.path_affinity(boundary[None], displacements, None)[0]
         dense = plain.dense_affinity(source, target, affinity, cells)
     expected = (scores * (1 - boundary)).flatten(1) @ plain.dense_transition(dense, 10, 8)
-    torch.testing.assert_close(propagate(scores, boundary, 5, 10, 256), expected.view_as(scores), rtol=1e-4, atol=1e-5)
+    walked = propagate_scores(scores, boundary, 5, 10, 256)
+    torch.testing.assert_close(walked, expected.view_as(scores), rtol=1e-4, atol=1e-5)
 
 
 def test_scores_stop_at_a_boundary() -> None:
@@ -171,7 +172,7 @@ def test_scores_stop_at_a_boundary() -> None:
     boundary[:, 10] = 0.99
     scores = torch.zeros(1, 12, 20)
     scores[0, 5, 4] = 1
-    walked = propagate(scores, boundary, 5, 10, 256)[0]
+    walked = propagate_scores(scores, boundary, 5, 10, 256)[0]
     assert walked[:, :10].min() > 1e-3 and walked[:, 11:].max() < 1e-6
 
 
@@ -180,7 +181,7 @@ def test_no_size_of_image_is_too_large_or_odd(size: tuple[int, int]) -> None:
     """Published cuts what is longer than 512 pixels and then fails (irnet.md section 12)."""
     net, cam = network(), soft_cam(*size)
     options = IRNWalk(logt=2, canvas=64)
-    taps = net.pair_taps(pictures(1, *size)[0], options.canvas)
+    taps = net.forward_pair(pictures(1, *size)[0], options.canvas)
     canvas = [max(side, 64) for side in size]
     assert taps["stem"].shape[-2:] == tuple(-(-side // 4) for side in canvas)
     assert net.pair_boundary(taps, size).shape == tuple(-(-side // 4) for side in size)
@@ -231,15 +232,15 @@ def two_middles(height: int, width: int, left: int, right: int) -> Tensor:
 
 def test_objects_of_one_class_are_told_apart() -> None:
     field = two_middles(11, 30, 6, 22)
-    ends = centroids(field)
+    ends = find_centroids(field)
     assert ends[:, :, :14].unique(dim=1).shape[1] <= 3 and abs(int(ends[1, 5, 0]) - 6) <= 1
-    numbers = clusters(field.numpy(), ends.numpy())
+    numbers = find_clusters(field.numpy(), ends.numpy())
     assert len(np.unique(numbers)) == 2 and numbers[0, 2] != numbers[0, 27]
     maps = torch.zeros(1, 44, 120)
     maps[:, 8:36, 8:52] = maps[:, 8:36, 60:108] = 1  # one class, two objects
     cam = SoftCam(np.array([4]), maps.numpy())
     boundary = torch.full((11, 30), 0.5)
-    found = IRN.objects(field, boundary, cam, (44, 120), IRNWalk(logt=2))
+    found = IRN.find_objects(field, boundary, cam, (44, 120), IRNWalk(logt=2))
     assert found.classes.tolist() == [4, 4] and (found.scores > 0.5).all()
     assert not (found.masks[0] & found.masks[1]).any()
     assert {bool(mask[20, 30]) for mask in found.masks} == {True, False}
@@ -248,19 +249,19 @@ def test_objects_of_one_class_are_told_apart() -> None:
 
 def test_centroids_stay_inside_and_integer_places_are_exact() -> None:
     outwards = torch.full((2, 5, 7), 3.0)
-    assert centroids(outwards)[0].unique().tolist() == [4] and centroids(outwards)[1].unique().tolist() == [6]
+    assert find_centroids(outwards)[0].unique().tolist() == [4] and find_centroids(outwards)[1].unique().tolist() == [6]
     still = torch.zeros(2, 5, 7)
     y, x = torch.meshgrid(torch.arange(5), torch.arange(7), indexing="ij")
-    assert torch.equal(centroids(still), torch.stack([y, x]))
+    assert torch.equal(find_centroids(still), torch.stack([y, x]))
 
 
 def test_small_pieces_stay_with_score_zero() -> None:
     scores = torch.zeros(2, 20, 20)
     scores[0, :10, :10], scores[1, 15, 15] = 1, 0.9
-    found = detections(scores, np.array([3, 5]), (80, 80), 0.25)
+    found = make_instances(scores, np.array([3, 5]), (80, 80), 0.25)
     assert found.classes.tolist() == [3, 5]
     assert found.scores[0] == 1 and found.scores[1] == 0 and found.masks[1].sum() < 64
-    assert enlarge(scores, (77, 79)).shape == (2, 77, 79)
+    assert enlarge_cells(scores, (77, 79)).shape == (2, 77, 79)
 
 
 # ------------------------------------------------------------------------------------------------ traps
@@ -273,11 +274,11 @@ def test_the_mean_displacement_needs_no_whole_batch() -> None:
     images = pictures(3, 48, 48)
     with torch.no_grad():
         net.train()
-        wanted = net.displacement(net.resnet50.taps(images)).mean((0, 2, 3))
+        wanted = net.displacement_field(net.resnet50.forward_stages(images)).mean((0, 2, 3))
         net.eval()
     net.calibrate([images[:2], images[2:]])
     torch.testing.assert_close(net.mean_shift.running_mean, wanted)
-    shifted = net.displacement(net.resnet50.taps(images))
+    shifted = net.displacement_field(net.resnet50.forward_stages(images))
     torch.testing.assert_close(shifted.mean((0, 2, 3)), torch.zeros(2), rtol=0, atol=1e-5)
     net.calibrate([])
     assert net.mean_shift.running_mean.tolist() == [0, 0]
@@ -373,7 +374,7 @@ def test_a_refiner_starts_from_the_cam_networks_backbone(tmp_path: Path) -> None
 def test_the_convention_of_enlarging_is_an_option() -> None:
     nets = [edge.EdgeNetwork(IRNOptions(resnet=TINY, align_corners=aligned)).eval() for aligned in (False, True)]
     nets[1].load_state_dict(nets[0].state_dict())
-    taps = nets[0].resnet50.taps(pictures(1, 64, 64))
+    taps = nets[0].resnet50.forward_stages(pictures(1, 64, 64))
     with torch.no_grad():
         assert not torch.allclose(nets[0].edge_logits(taps), nets[1].edge_logits(taps))
 

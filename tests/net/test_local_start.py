@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from net.backbone.conformer import SAMPLE_CONFORMER, Conformer
-from net.backbone.dpt import Body, DPTOptions
+from net.backbone.dpt import DPTOptions, DPTViT
 from net.backbone.transformer import AttentionSums, QueryKey
 from net.backbone.vit import SAMPLE_VIT, PatchEmbed, ViT, ViTOptions
 
@@ -42,10 +42,10 @@ def test_patches_attend_to_those_that_look_alike_only_from_a_local_start(kind: s
         torch.manual_seed(0)
         if kind == "vit":
             net: nn.Module = ViT(replace(SAMPLE_VIT, image_size=64, drop_path=0.0, local_start=2.0 * local), 1)
-            depth, watch = SAMPLE_VIT.depth, net.features
+            depth, watch = SAMPLE_VIT.depth, net.forward_features
         else:
             net = Conformer(replace(SAMPLE_CONFORMER, local_start=2.0 * local))
-            depth, watch = SAMPLE_CONFORMER.depth, net.features
+            depth, watch = SAMPLE_CONFORMER.depth, net.forward_features
         shares[local] = attention_to_own_half(watch, depth)
     assert shares[True] > 0.8 and shares[False] < 0.6, shares
 
@@ -59,7 +59,7 @@ def test_a_patch_does_not_tell_what_is_elsewhere_from_a_local_start() -> None:
         # no stem: a patch sees its own pixels only
         net = ViT(ViTOptions(64, 8, 96, 4, 3, local_start=2.0 * local), 0).eval()
         with torch.no_grad():
-            before, after = (net.features(x)[0].unflatten(1, (8, 8))[:, :, :4] for x in (halves(), changed))
+            before, after = (net.forward_features(x)[0].unflatten(1, (8, 8))[:, :, :4] for x in (halves(), changed))
         moved[local] = (F.mse_loss(after, before) / before.var()).item()
     assert moved[True] < moved[False] / 100
 
@@ -69,13 +69,13 @@ def test_queries_are_keys_in_every_block(kind: str) -> None:
     seen: list[QueryKey] = []
     if kind == "vit":
         body: ViT = ViT(replace(SAMPLE_VIT, image_size=32), 1)
-        x = body.embed(torch.randn(1, 3, 32, 32))[0]
+        x = body.embed_patches(torch.randn(1, 3, 32, 32))[0]
     else:
         sizes = {"image_size": 32, "patch": 8, "width": 96, "depth": 4, "heads": 3, "patch_stem": 8}
-        body = Body(DPTOptions("vitb", local_start=1.0, **sizes))  # type: ignore[arg-type]
+        body = DPTViT(DPTOptions("vitb", local_start=1.0, **sizes))  # type: ignore[arg-type]
         assert body.patch_embed.stem is not None
-        x = body.start(torch.randn(1, 3, 32, 32))[0]
-    body.run(x, lambda layer, attention: seen.append(attention))
+        x = body.embed_with_stem(torch.randn(1, 3, 32, 32))[0]
+    body.forward_blocks(x, lambda layer, attention: seen.append(attention))
     assert len(seen) == 4 and all(torch.equal(a.query, a.key) for a in seen)
 
 

@@ -67,7 +67,7 @@ def test_attention_is_the_plain_one_and_shows_itself() -> None:
     expected, logits, probabilities = plain_attention(attention, x)
     torch.testing.assert_close(attention(x, seen.append), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(attention(x), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(seen[0].logits(), logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seen[0].products(), logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(seen[0].mean_logits(), logits.mean(1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(seen[0].mean_weights(), probabilities.mean(1), rtol=1e-5, atol=1e-6)
     (gradient,) = torch.autograd.grad(seen[0].mean_logits()[0, 1, 2], attention.qkv.weight)
@@ -79,8 +79,8 @@ def test_sums_weigh_layers_and_leave_some_out() -> None:
     layers: list[Tensor] = []
     sums = AttentionSums(CLASSES, (0.0, 2.0, 0.0, 0.5), (0.0, 0.0, 3.0, 1.0))
     with torch.no_grad():
-        model.features(images, lambda _, attention: layers.append(attention.logits().softmax(-1).mean(1)))
-        model.features(images, sums)
+        model.forward_features(images, lambda _, attention: layers.append(attention.products().softmax(-1).mean(1)))
+        model.forward_features(images, sums)
     c = CLASSES
     torch.testing.assert_close(sums.to_patches, 2 * layers[1][:, :c, c:] + 0.5 * layers[3][:, :c, c:])
     torch.testing.assert_close(sums.affinity, 3 * layers[2][:, c:, c:] + layers[3][:, c:, c:])
@@ -89,7 +89,7 @@ def test_sums_weigh_layers_and_leave_some_out() -> None:
 def plain_cam(model: MCTformer, version: str, images: Tensor, last: int, spread: bool) -> Tensor:
     """mctformer.md section 4, with all matrices at once."""
     seen: list[Tensor] = []
-    x, grid = model.features(images, lambda _, attention: seen.append(attention.logits().softmax(-1)))
+    x, grid = model.forward_features(images, lambda _, attention: seen.append(attention.products().softmax(-1)))
     attention = torch.stack(seen).mean(2)  # (L, B, T, T)
     c = model.tokens
     to_patches = attention[-last:, :, :c, c:].sum(0)
@@ -120,7 +120,7 @@ def test_neither_training_nor_cam_makes_a_matrix_of_all_heads(monkeypatch: pytes
     def refuse(self: QueryKey) -> Tensor:
         raise AssertionError("all heads at once")
 
-    monkeypatch.setattr(QueryKey, "logits", refuse)
+    monkeypatch.setattr(QueryKey, "products", refuse)
     sample = batch()
     for version in VERSIONS:
         model = network(version)
@@ -144,7 +144,7 @@ def test_cam_is_float32_in_mixed_precision() -> None:
 def test_without_attention_the_map_is_the_plain_cam_of_the_patches(version: str) -> None:
     model, sample = sharp(network(version, attention=False, affinity=False)), batch()
     with torch.no_grad():
-        x, grid = model.features(sample["image"])
+        x, grid = model.forward_features(sample["image"])
         assert torch.equal(model.cam(sample["image"], sample["tags"]), model.patch_maps(x, grid).relu())
         model.affinity = True
         assert not torch.equal(model.cam(sample["image"], sample["tags"]), model.patch_maps(x, grid).relu())
@@ -195,7 +195,7 @@ def test_an_image_of_the_training_grid_that_is_not_square_is_resized_all_the_sam
     image = batch((32, 39))["image"]
     for version, differs in (("v2", True), ("plus", False)):  # the factor of plus is exact
         model = network(version)
-        square, oblong = model.embed(image[..., :32])[0], model.embed(image)[0]
+        square, oblong = model.embed_patches(image[..., :32])[0], model.embed_patches(image)[0]
         assert square.shape == oblong.shape
         assert (not torch.allclose(square, oblong, atol=1e-6)) == differs
 
@@ -244,8 +244,8 @@ def test_drop_path_grows_with_depth_and_acts_in_training_only() -> None:
     model = network(backbone=override(TINY, {"drop_path": 0.3}))
     assert [block.drop_path.p for block in model.blocks] == pytest.approx([0.0, 0.1, 0.2, 0.3])
     image = batch()["image"]
-    assert torch.equal(model.eval().features(image)[0], model.features(image)[0])
-    assert not torch.equal(model.train().features(image)[0], model.features(image)[0])
+    assert torch.equal(model.eval().forward_features(image)[0], model.forward_features(image)[0])
+    assert not torch.equal(model.train().forward_features(image)[0], model.forward_features(image)[0])
 
 
 def test_groups() -> None:

@@ -35,9 +35,9 @@ def test_scores_are_means_of_the_maps(backbone: str) -> None:
     """Pooling before or after the linear classifier is the same; the maps are its positive part."""
     model = network(backbone).eval()
     with torch.inference_mode():
-        raw = model.fc8(model.taps(images())[{"resnet38": "conv6", "vgg16": "fc7"}[backbone]])  # (2, C, 5, 7)
+        raw = model.fc8(model.forward_stages(images())[{"resnet38": "conv6", "vgg16": "fc7"}[backbone]])  # (2, C, 5, 7)
         maps = model.cam(images(), torch.ones(2, CLASSES))
-        torch.testing.assert_close(model.logits(images()), raw.mean((2, 3)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.class_logits(images()), raw.mean((2, 3)), rtol=1e-4, atol=1e-5)
     assert maps.shape == (2, CLASSES, 5, 7)
     torch.testing.assert_close(maps.square() if backbone == "vgg16" else maps, raw.clamp(min=0), rtol=1e-4, atol=1e-5)
 

@@ -20,15 +20,15 @@ from net.backbone.vgg16 import VGG16Options
 from net.contract import SoftCam
 from net.refine.psa import (
     PSA,
-    LabelOptions,
+    PSALabel,
     PSAOptions,
-    WalkOptions,
+    PSAWalk,
     affinity_losses,
     pad_to_stride,
     pair_affinity,
     pair_labels,
-    pool,
-    with_background,
+    pool_to_cells,
+    stack_background,
 )
 from net.registry import REFINERS
 
@@ -76,28 +76,28 @@ def test_target_follows_the_rule_cell_by_cell() -> None:
     planes = np.zeros((6, 8, 8 * len(cells)), np.float16)
     for index, (strong, weak, _) in enumerate(cells):
         planes[:, :, 8 * index : 8 * index + 8] = np.array(low[strong] + low[weak])[:, None, None]
-    assert PSA.target(planes).tolist() == [[label for *_, label in cells]]
+    assert PSA.make_target(planes).tolist() == [[label for *_, label in cells]]
 
 
 def test_target_is_made_from_averaged_scores_not_labels() -> None:
     planes = np.zeros((4, 8, 8), np.float16)
     planes[0::2], planes[1::2] = 0.55, 0.45  # background narrowly, everywhere
     planes[1::2, :, :3], planes[0::2, :, :3] = 1.0, 0.0  # the class clearly, on a minority of the pixels
-    assert PSA.target(planes).tolist() == [[1]]
+    assert PSA.make_target(planes).tolist() == [[1]]
 
 
 def test_target_takes_any_multiple_of_8_and_no_other_crop() -> None:
     planes = np.ones((2, 40, 40), np.float16)
-    assert PSA.target(planes).shape == (5, 5) and not PSA.target(planes).any()
+    assert PSA.make_target(planes).shape == (5, 5) and not PSA.make_target(planes).any()
     with pytest.raises(ValueError, match="multiple of 8"):
-        PSA.target(np.ones((2, 40, 44), np.float16))
+        PSA.make_target(np.ones((2, 40, 44), np.float16))
 
 
 def test_target_of_label_maps_is_transcams() -> None:
     low = np.array([0, 1, 0, 2, 0], np.uint8)
     high = np.array([0, 1, 2, 0, 0], np.uint8)
     planes = np.stack([low, high]).repeat(8, axis=1)[:, None].repeat(8, axis=1)  # (2, 8, 40)
-    assert PSA.target(planes).tolist() == [[0, 1, 255, 2, 0]]
+    assert PSA.make_target(planes).tolist() == [[0, 1, 255, 2, 0]]
 
 
 def test_label_of_two_squares() -> None:
@@ -106,24 +106,24 @@ def test_label_of_two_squares() -> None:
     maps = np.zeros((2, 48, 56), np.float32)
     image[8:20, 8:20], maps[0, 8:20, 8:20] = 250, 0.9
     image[28:40, 30:44], maps[1, 28:40, 30:44] = (0, 250, 0), 0.9
-    picture, planes = PSA.make_label(image, SoftCam(np.array([4, 17]), maps), LabelOptions(crf=QUICK))
+    picture, planes = PSA.make_label(image, SoftCam(np.array([4, 17]), maps), PSALabel(crf=QUICK))
     assert picture.dtype == np.uint8 and picture.shape == (48, 56)
     assert picture[14, 14] == 5 and picture[34, 37] == 18 and picture[2, 50] == 0
     assert planes.shape == (6, 48, 56) and planes.dtype == np.float16
     np.testing.assert_allclose(planes.astype(np.float32).reshape(2, 3, 48, 56).sum(axis=1), 1, atol=2e-3)
-    assert set(np.unique(PSA.target(planes))) <= {0, 1, 2, 255}
+    assert set(np.unique(PSA.make_target(planes))) <= {0, 1, 2, 255}
 
 
 def test_low_alpha_gives_less_foreground_than_high() -> None:
     image = np.random.default_rng(0).integers(0, 255, (24, 32, 3)).astype(np.uint8)
-    _, planes = PSA.make_label(image, soft_cam([2], 24, 32), LabelOptions(alpha_low=1.0, alpha_high=16.0, crf=QUICK))
+    _, planes = PSA.make_label(image, soft_cam([2], 24, 32), PSALabel(alpha_low=1.0, alpha_high=16.0, crf=QUICK))
     assert planes[0].mean() > planes[2].mean() + 0.1
 
 
 def test_constant_backgrounds_and_label_maps() -> None:
     image = np.zeros((16, 24, 3), np.uint8)
     maps = np.tile(np.repeat(np.float32([0.1, 0.4, 0.9]), 8), (1, 16, 1))
-    options = LabelOptions(background="constant", crf_unary="labels", crf=CRFSettings(iterations=0), crf_labels=21)
+    options = PSALabel(background="constant", crf_unary="labels", crf=CRFSettings(iterations=0), crf_labels=21)
     picture, planes = PSA.make_label(image, SoftCam(np.array([6]), maps), options)
     assert planes.dtype == np.uint8 and planes[:, 0, ::8].tolist() == [[0, 0, 1], [0, 1, 1]]
     assert picture[0, ::8].tolist() == [0, 255, 7]
@@ -132,8 +132,8 @@ def test_constant_backgrounds_and_label_maps() -> None:
 @pytest.mark.parametrize("unary", ["scores", "labels"])
 def test_image_without_a_tag_is_background(unary: str) -> None:
     image = np.zeros((16, 24, 3), np.uint8)
-    picture, planes = PSA.make_label(image, soft_cam([], 16, 24), LabelOptions(crf_unary=unary))
-    assert not picture.any() and not PSA.target(planes).any() and planes.shape == (2, 16, 24)
+    picture, planes = PSA.make_label(image, soft_cam([], 16, 24), PSALabel(crf_unary=unary))
+    assert not picture.any() and not PSA.make_target(planes).any() and planes.shape == (2, 16, 24)
 
 
 # ------------------------------------------------------------------------------------------------ pairs and losses
@@ -228,22 +228,22 @@ def test_affinities_are_float32_under_autocast() -> None:
 # ------------------------------------------------------------------------------------------------ walk
 
 
-def dense_refine(network: PSA, image: Tensor, cam: SoftCam, options: WalkOptions) -> Tensor:
+def dense_refine(network: PSA, image: Tensor, cam: SoftCam, options: PSAWalk) -> Tensor:
     """Section 6 with dense matrices."""
-    features = network.features(pad_to_stride(image)[None])
+    features = network.forward_features(pad_to_stride(image)[None])
     height, width = features.shape[-2:]
     source, target = pair_cells(half_circle(5), height, width, radius=5)
     affinity = plain.pair_affinity(features, source, target)[0]
     dense = plain.dense_affinity(source, target, affinity, height * width)
-    scores = torch.from_numpy(with_background(cam.maps, options.background, options.alpha, options.threshold))
-    walked = pool(scores).flatten(1) @ plain.dense_transition(dense, options.beta, options.logt)
+    scores = torch.from_numpy(stack_background(cam.maps, options.background, options.alpha, options.threshold))
+    walked = pool_to_cells(scores).flatten(1) @ plain.dense_transition(dense, options.beta, options.logt)
     walked = walked.view(1, -1, height, width)
     return nn.functional.interpolate(walked, scale_factor=8, mode="bilinear")[0, :, : image.shape[1], : image.shape[2]]
 
 
-@pytest.mark.parametrize("options", [WalkOptions(), WalkOptions(background="constant", logt=6)])
+@pytest.mark.parametrize("options", [PSAWalk(), PSAWalk(background="constant", logt=6)])
 @torch.no_grad()
-def test_refine_is_the_dense_walk_at_sizes_that_are_no_multiple_of_8(options: WalkOptions) -> None:
+def test_refine_is_the_dense_walk_at_sizes_that_are_no_multiple_of_8(options: PSAWalk) -> None:
     network = tiny().eval()
     image, cam = torch.randn(3, 75, 90), soft_cam([0, 2], 75, 90)
     scores = network.refine(image, cam, options)
@@ -255,29 +255,29 @@ def test_refine_is_the_dense_walk_at_sizes_that_are_no_multiple_of_8(options: Wa
 @pytest.mark.parametrize("backbone", ["resnet38", "vgg16"])
 def test_refine_of_small_images(size: tuple[int, int], backbone: str) -> None:
     network = tiny(backbone).eval()
-    scores = network.refine(torch.randn(3, *size), soft_cam([1], *size), WalkOptions())
+    scores = network.refine(torch.randn(3, *size), soft_cam([1], *size), PSAWalk())
     assert scores.shape == (2, *size) and np.isfinite(scores).all() and scores.max() <= 1
 
 
 def test_refine_without_a_tag_and_with_a_wrong_size() -> None:
     network = tiny().eval()
-    alone = network.refine(torch.randn(3, 16, 20), soft_cam([], 16, 20), WalkOptions(crf=QUICK))
+    alone = network.refine(torch.randn(3, 16, 20), soft_cam([], 16, 20), PSAWalk(crf=QUICK))
     assert alone.shape == (1, 16, 20) and not alone.argmax(axis=0).any()
     with pytest.raises(ValueError, match="make the CAM again"):
-        network.refine(torch.randn(3, 16, 20), soft_cam([0], 20, 16), WalkOptions())
+        network.refine(torch.randn(3, 16, 20), soft_cam([0], 20, 16), PSAWalk())
 
 
 def test_crf_after_the_walk() -> None:
     """Sharpens the scores; hard labels are held the harder the more classes the network knows (absent ones count)."""
     network = tiny().eval()
     image, cam = torch.randn(3, 40, 44), soft_cam([1], 40, 44)
-    plainly = network.refine(image, cam, WalkOptions(alpha=1.0))
-    sharpened = network.refine(image, cam, WalkOptions(alpha=1.0, crf=QUICK))
+    plainly = network.refine(image, cam, PSAWalk(alpha=1.0))
+    sharpened = network.refine(image, cam, PSAWalk(alpha=1.0, crf=QUICK))
     assert sharpened.shape == (2, 40, 44) and np.abs(sharpened - plainly).max() > 0.05
     np.testing.assert_allclose(sharpened.sum(axis=0), 1, atol=1e-3)
 
     weak = CRFSettings(iterations=1, gauss_weight=0.01, bilateral_weight=0.01)
-    hard = WalkOptions(alpha=1.0, crf=weak, crf_unary="labels")
+    hard = PSAWalk(alpha=1.0, crf=weak, crf_unary="labels")
     few = network.refine(image, cam, hard)
     network.num_classes = 20
     many = network.refine(image, cam, hard)
@@ -358,6 +358,6 @@ def test_published_numbers() -> None:
 
 def test_impossible_settings_are_refused() -> None:
     for make in (lambda: PSAOptions(widths=(8, 12, 8)), lambda: PSAOptions(radius=1),
-                 lambda: WalkOptions(logt=40), lambda: WalkOptions(beta=0)):  # fmt: skip
+                 lambda: PSAWalk(logt=40), lambda: PSAWalk(beta=0)):  # fmt: skip
         with pytest.raises(ValueError, match="not possible"):
             make()

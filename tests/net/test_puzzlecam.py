@@ -13,7 +13,14 @@ from misc.config import PRETRAINED_WEIGHTS, override
 from net.backbone.resnest import ResNeSt, ResNeStOptions
 from net.backbone.resnet import STAGES, ResNetOptions
 from net.registry import SEEDS
-from net.seed.puzzlecam import PuzzleCam, PuzzleCamOptions, by_maximum, cut, join, reconstruction
+from net.seed.puzzlecam import (
+    PuzzleCam,
+    PuzzleCamOptions,
+    divide_by_maximum,
+    join_tiles,
+    reconstruction_loss,
+    split_tiles,
+)
 from net.segment.deeplabv2 import DeepLabV2
 
 CLASSES = 3
@@ -38,21 +45,21 @@ def test_name_on_the_command_line() -> None:
 @pytest.mark.parametrize("side", [1, 2, 3])
 def test_tiles_joined_are_the_image(side: int) -> None:
     images = torch.randn(2, 5, 12, 18)
-    tiles = cut(images, side)
+    tiles = split_tiles(images, side)
     assert tiles.shape == (2 * side * side, 5, 12 // side, 18 // side)
-    assert torch.equal(join(tiles, side), images)
+    assert torch.equal(join_tiles(tiles, side), images)
 
 
 def test_tiles_come_one_after_the_other_row_by_row() -> None:
     images = torch.arange(2 * 4 * 6.0).view(2, 1, 4, 6)
-    tiles = cut(images, 2)
+    tiles = split_tiles(images, 2)
     corners = [images[b, 0, y, x].item() for y, x in ((0, 0), (0, 3), (2, 0), (2, 3)) for b in (0, 1)]
     assert tiles[:, 0, 0, 0].tolist() == corners
 
 
 def test_images_that_make_no_equal_tiles_are_refused_with_the_remedy() -> None:
     with pytest.raises(ValueError, match="15 x 20 .*2 x 2 equal tiles.*augment.crop a multiple of 2"):
-        cut(torch.zeros(1, 3, 15, 20), 2)
+        split_tiles(torch.zeros(1, 3, 15, 20), 2)
     with pytest.raises(ValueError, match=r"\(4, 4\) cells.*\(3, 3\).*augment.crop a multiple of 2 cells"):
         network()(batch((48, 48)), 0.5)
 
@@ -62,14 +69,15 @@ def test_only_present_classes_are_compared() -> None:
     tags = batch()["tags"]
     other = torch.where(tags[:, :, None, None] > 0, joined, joined + 7)
     for masking in ("masking", "selection"):
-        assert reconstruction(whole, joined, tags, masking, False) == reconstruction(whole, other, tags, masking, False)
+        losses = [reconstruction_loss(whole, maps, tags, masking, False) for maps in (joined, other)]
+        assert losses[0] == losses[1]
     # masking divides by all classes, selection by the present ones of each image: 2 of 3 and 1 of 3
     far = torch.full_like(whole, 3.0)
     near = torch.zeros_like(whole)
-    assert reconstruction(near, far, tags, "masking", False).item() == pytest.approx(3 * (2 / 3 + 1 / 3) / 2)
-    assert reconstruction(near, far, tags, "selection", False).item() == pytest.approx(3)
-    assert reconstruction(near, far, tags, "none", True).item() == pytest.approx(9)
-    assert reconstruction(near, far, 0 * tags, "selection", False).item() == 0
+    assert reconstruction_loss(near, far, tags, "masking", False).item() == pytest.approx(3 * (2 / 3 + 1 / 3) / 2)
+    assert reconstruction_loss(near, far, tags, "selection", False).item() == pytest.approx(3)
+    assert reconstruction_loss(near, far, tags, "none", True).item() == pytest.approx(9)
+    assert reconstruction_loss(near, far, 0 * tags, "selection", False).item() == 0
 
 
 def test_the_reconstruction_rises_and_stays() -> None:
@@ -84,7 +92,7 @@ def test_no_side_of_the_comparison_is_detached() -> None:
     """Gradients of the reconstruction reach both maps."""
     whole = torch.randn(1, CLASSES, 4, 4, requires_grad=True)
     joined = torch.randn(1, CLASSES, 4, 4, requires_grad=True)
-    reconstruction(whole, joined, torch.ones(1, CLASSES), "masking", False).backward()
+    reconstruction_loss(whole, joined, torch.ones(1, CLASSES), "masking", False).backward()
     assert whole.grad is not None and whole.grad.abs().min() > 0
     assert joined.grad is not None and joined.grad.abs().min() > 0
 
@@ -93,9 +101,9 @@ def test_the_level_cam_compares_maps_of_one_scale() -> None:
     plain, scaled = network(alpha=1.0).eval(), network(alpha=1.0, level="cam").eval()
     made = batch()
     with torch.no_grad():
-        whole = by_maximum(plain.maps(made["image"]))
-        joined = by_maximum(join(plain.maps(cut(made["image"], 2)), 2))
-        expected = reconstruction(whole, joined, made["tags"], "masking", False)
+        whole = divide_by_maximum(plain.forward_maps(made["image"]))
+        joined = divide_by_maximum(join_tiles(plain.forward_maps(split_tiles(made["image"], 2)), 2))
+        expected = reconstruction_loss(whole, joined, made["tags"], "masking", False)
         terms = scaled(made, 1.0)
         torch.testing.assert_close(terms["re"], expected)
         assert terms["cl"] == plain(made, 1.0)["cl"] and terms["pcl"] != plain(made, 1.0)["pcl"]
@@ -107,7 +115,7 @@ def test_the_map_is_the_rectified_classifier() -> None:
     images = torch.randn(1, 3, 37, 50)
     with torch.inference_mode():
         maps = model.cam(images, torch.ones(1, CLASSES))
-        assert torch.equal(maps, model.maps(images).clamp(min=0)) and (maps == 0).any()
+        assert torch.equal(maps, model.forward_maps(images).clamp(min=0)) and (maps == 0).any()
     assert maps.shape == (1, CLASSES, 3, 4)
 
 
@@ -182,7 +190,7 @@ def test_resnest_has_timms_names_and_stages_at_stride_16() -> None:
     theirs = timm.create_model("resnest14d", num_classes=0).state_dict()
     assert {k: v.shape for k, v in net.state_dict().items()} == {k: v.shape for k, v in theirs.items()}
     with torch.inference_mode():
-        taps = net.taps(torch.randn(1, 3, 70, 97))
+        taps = net.forward_stages(torch.randn(1, 3, 70, 97))
     assert list(taps) == list(STAGES)
     for stage, value in taps.items():
         cells = [-(-side // net.strides[stage]) for side in (70, 97)]
@@ -197,7 +205,7 @@ def test_resnest_up_to_the_last_stage_is_timms() -> None:
     theirs.load_state_dict(net.state_dict(), strict=False)
     images = torch.randn(1, 3, 64, 96)
     with torch.inference_mode():
-        assert torch.equal(net.taps(images)["layer3"], theirs(images)[3])
+        assert torch.equal(net.forward_stages(images)["layer3"], theirs(images)[3])
         before = net(images)
         net.layer4[0].avd_last = nn.Identity()
         assert not torch.equal(net(images), before)  # the average that timm leaves out at stride 1 is there

@@ -51,7 +51,7 @@ def test_with_imagenet_strides_the_function_is_torchvisions() -> None:
 def test_taps_have_the_promised_channels_and_sizes(size: tuple[int, int], strides: tuple[int, int, int, int]) -> None:
     net = ResNet(ResNetOptions(width=0.125, depth=(1, 1, 1, 1), strides=strides)).eval()
     x = torch.randn(1, 3, *size)
-    taps = net.taps(x)
+    taps = net.forward_stages(x)
     assert list(taps) == list(STAGES)
     for stage, value in taps.items():
         cells = [-(-side // net.strides[stage]) for side in size]

@@ -20,13 +20,13 @@ from misc.infer.cams import infer_cams
 from misc.loop import fit as loop
 from net.backbone.vit import GridViT, ViTOptions, fit_positions
 from net.seed.semformer import (
-    Pairs,
+    ImageClassPairs,
     SemFormer,
     SemFormerOptions,
     complement_error,
     valid_mask,
 )
-from net.seed.semformer.autoencoder import CAAE, CAAEOptions, similarity, with_background
+from net.seed.semformer.autoencoder import CAAE, CAAEOptions, similarity, tags_with_background
 from step.lib.config import Config, Job, open_job
 from step.train_cam import scored_masks, train_miou
 
@@ -76,7 +76,7 @@ def test_a_class_is_learnt_only_from_images_that_show_it() -> None:
 
 def test_a_reconstruction_is_put_together_patch_by_patch() -> None:
     model = autoencoder().eval()
-    vectors = model.vectors(batch([[1, 0, 0]], 32)["image"])[:, :6]  # 2 x 3 patches
+    vectors = model.patch_vectors(batch([[1, 0, 0]], 32)["image"])[:, :6]  # 2 x 3 patches
     with torch.no_grad():
         values = model.decoder(model.mlp(model.re_convert(vectors)))[0]  # (6, 3 * 8 * 8)
         image = model.reconstruct(vectors, (16, 24))[0]
@@ -90,13 +90,13 @@ def test_a_reconstruction_is_put_together_patch_by_patch() -> None:
 def test_class_vectors_are_reduced_over_the_patches(name: str, reduce: object) -> None:
     model = autoencoder(options=replace(CAAE_TINY, reduction=name))
     images = batch([[1, 0, 0]], 32)["image"]
-    expected = reduce(model.vectors(images), 1).view(1, CLASSES + 1, 8)  # type: ignore[operator]
-    torch.testing.assert_close(model.embed(images), expected)
+    expected = reduce(model.patch_vectors(images), 1).view(1, CLASSES + 1, 8)  # type: ignore[operator]
+    torch.testing.assert_close(model.embed_classes(images), expected)
 
 
 def test_sides_that_are_no_multiple_of_the_patch_are_refused() -> None:
     with pytest.raises(ValueError, match="multiples of 8, got 32 x 30"):
-        autoencoder().embed(torch.zeros(1, 3, 32, 30))
+        autoencoder().embed_classes(torch.zeros(1, 3, 32, 30))
 
 
 def test_similarities_are_clamped_and_then_have_no_gradient() -> None:
@@ -129,7 +129,7 @@ def test_every_kind_of_batch_has_finite_losses_and_gradients(kind: str) -> None:
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
     if kind in ("no foreground", "one image without"):
         assert terms["complement"] == 0  # nothing to complement, and nothing to push away from
-        pairs = Pairs.of(with_background(data["tags"]))
+        pairs = ImageClassPairs.of(tags_with_background(data["tags"]))
         assert len(pairs.image) == len(data["tags"]) and not pairs.others.any()
 
 
@@ -214,7 +214,7 @@ def test_the_map_is_mask_logits_times_attention(attention: bool) -> None:
     images = batch([[1, 0, 1]])["image"][..., :41]  # padded to 48 columns
     seen: list[Tensor] = []
     with torch.no_grad():
-        _, logits = model.segmentor(images, lambda _, attention: seen.append(attention.logits().softmax(-1)))
+        _, logits = model.segmentor(images, lambda _, attention: seen.append(attention.products().softmax(-1)))
         got = model.cam(images, torch.ones(1, CLASSES))
     summed = sum(layer.mean(1)[:, : CLASSES + 1, CLASSES + 1 :] for layer in seen[-2:])  # (1, K, N)
     low, high = summed.amin(2, keepdim=True), summed.amax(2, keepdim=True)

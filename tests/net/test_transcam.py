@@ -67,10 +67,10 @@ def test_map_and_tokens_share_a_grid(patch: int, depth: int) -> None:
 
     def visit(layer: int, attention: QueryKey) -> None:
         layers.append(layer)
-        seen.append(tuple(attention.logits().shape))
+        seen.append(tuple(attention.products().shape))
 
     with torch.inference_mode():
-        features, token = model.features(batch((64, 48))["image"], visit)
+        features, token = model.forward_features(batch((64, 48))["image"], visit)
     assert features.shape == (2, model.channels, 64 // patch, 48 // patch) and token.shape == (2, 24)
     tokens = 1 + 64 * 48 // patch**2
     assert layers == list(range(depth)) and set(seen) == {(2, 2, tokens, tokens)}
@@ -82,9 +82,9 @@ def test_stride_of_the_last_fusion() -> None:
     model = Conformer(TINY).eval()
     model.load_state_dict(stock.state_dict())
     with torch.inference_mode():
-        features, token = stock.features(batch((48, 80))["image"])
+        features, token = stock.forward_features(batch((48, 80))["image"])
         assert features.shape[-2:] == (2, 3)  # of 3 x 5, rounded up
-        larger, same = model.features(batch((48, 80))["image"])
+        larger, same = model.forward_features(batch((48, 80))["image"])
     assert torch.equal(token, same)
     # the shortcut samples every other cell, and the 3 x 3 convolution is centred on the same ones
     torch.testing.assert_close(larger[:, :, ::2, ::2], features, rtol=1e-4, atol=1e-5)
@@ -92,9 +92,9 @@ def test_stride_of_the_last_fusion() -> None:
 
 def test_looking_changes_nothing() -> None:
     model = randomise(Conformer(TINY)).eval()
-    plain = model.features(batch()["image"])
+    plain = model.forward_features(batch()["image"])
     seen: list[Tensor] = []
-    looked = model.features(batch()["image"], lambda layer, attention: seen.append(attention.mean_weights()))
+    looked = model.forward_features(batch()["image"], lambda layer, attention: seen.append(attention.mean_weights()))
     assert len(seen) == 3 and all(torch.equal(a, b) for a, b in zip(plain, looked, strict=True))
     for weights in seen:
         torch.testing.assert_close(weights.sum(2), torch.ones(2, 7))
@@ -107,7 +107,7 @@ def test_means_over_heads_have_gradients() -> None:
         picked = torch.linspace(0, 1, 49).view(7, 7)
         (getattr(attention, kind)() * picked).sum().backward()
         got, attention.query.grad = attention.query.grad, None
-        plain = attention.logits() if kind == "mean_logits" else attention.logits().softmax(-1)
+        plain = attention.products() if kind == "mean_logits" else attention.products().softmax(-1)
         (plain.mean(1) * picked).sum().backward()
         torch.testing.assert_close(got, attention.query.grad, rtol=1e-4, atol=1e-6)
 
@@ -146,9 +146,9 @@ def test_drop_path_only_in_training() -> None:
     assert chances == [0.0, 0.25, 0.5]
     image = batch()["image"]
     model.eval()
-    assert torch.equal(model.features(image)[1], model.features(image)[1])
+    assert torch.equal(model.forward_features(image)[1], model.forward_features(image)[1])
     model.train()
-    assert not torch.equal(model.features(image)[1], model.features(image)[1])
+    assert not torch.equal(model.forward_features(image)[1], model.forward_features(image)[1])
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_impossible_backbones(changes: dict[str, object], message: str) -> None:
 
 def test_other_sizes_are_named() -> None:
     with pytest.raises(ValueError, match="multiples of 16, got 48 x 40"):
-        Conformer(TINY).features(torch.zeros(1, 3, 48, 40))
+        Conformer(TINY).forward_features(torch.zeros(1, 3, 48, 40))
 
 
 # ------------------------------------------------------------------------------------------------ TransCAM
@@ -211,7 +211,8 @@ def test_map_adds_up_the_layers() -> None:
     model, sample = randomise(network()).eval(), batch()
     with torch.inference_mode():
         seen: list[Tensor] = []
-        features, _ = model.features(sample["image"], lambda i, a: seen.append(a.logits().softmax(-1).mean(1)))
+        visit = lambda _, a: seen.append(a.products().softmax(-1).mean(1))  # noqa: E731
+        features, _ = model.forward_features(sample["image"], visit)
         maps = model.conv_cls_head(features)[:, 1:]
         expected = torch.einsum("bij,bcj->bci", sum(seen)[:, 1:, 1:], maps.flatten(2)).view_as(maps)
         torch.testing.assert_close(model.cam(sample["image"], sample["tags"]), expected, rtol=1e-4, atol=1e-5)

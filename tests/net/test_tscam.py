@@ -30,7 +30,7 @@ def images(*size: int) -> torch.Tensor:
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_the_map_is_the_semantic_one_times_what_the_class_token_attends_to(backbone: str) -> None:
     net, x = network(backbone), images(32, 32)
-    semantic = net.semantic_maps(x) if backbone == "deit" else net.look(x)[0]
+    semantic = net.semantic_maps(x) if backbone == "deit" else net.forward_heads(x)[0]
     factor = net.cam(x, torch.ones(2, 4)) / semantic  # (2, 4, 4, 4): the same for all classes
     torch.testing.assert_close(factor, factor[:, :1].expand_as(factor), rtol=1e-3, atol=1e-4)
     depth = len(net.blocks) if backbone == "deit" else net.depth

@@ -264,7 +264,7 @@ def test_refiners_label_train_and_refine(name: str) -> None:
         assert set(np.unique(picture)) <= {0, 255, *(k + 1 for k in keys)}
         assert planes.ndim == 3 and planes.shape[1:] == (size, size) and planes.dtype in (np.float16, np.uint8)
         if keys:
-            targets.append(torch.from_numpy(np.ascontiguousarray(method.target(planes))))
+            targets.append(torch.from_numpy(np.ascontiguousarray(method.make_target(planes))))
     network = built(recipe, {})
     assert isinstance(network, contract.AffinityNetwork)
     check_training(network, {"image": pictures(2, size, size), "target": torch.stack(targets)})

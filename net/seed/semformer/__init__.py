@@ -32,7 +32,7 @@ from net.seed.semformer.autoencoder import (
     CAAEOptions,
     similarity,
     similarity_loss,
-    with_background,
+    tags_with_background,
 )
 
 _EPS = 1e-5
@@ -141,7 +141,7 @@ def complement_error(masks: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Pairs:
+class ImageClassPairs:
     """All n pairs of an image and a class that it shows, in row-major order; background included."""
 
     image: Tensor
@@ -154,7 +154,7 @@ class Pairs:
     """(n, K) bool: the other classes of its image."""
 
     @classmethod
-    def of(cls, labels: Tensor) -> Pairs:
+    def of(cls, labels: Tensor) -> ImageClassPairs:
         """From labels (B, K)."""
         image, number = labels.nonzero(as_tuple=True)
         own = F.one_hot(number, labels.shape[1]).bool()
@@ -270,37 +270,37 @@ class SemFormer(SeedNetwork):
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Number of pairs, of other classes of pairs, and of valid pixels of the pairs that have other classes."""
-        labels = with_background(batch["tags"])
-        pairs = Pairs.of(labels)
+        labels = tags_with_background(batch["tags"])
+        pairs = ImageClassPairs.of(labels)
         valid = valid_mask(batch["box"], batch["image"].shape[-2:], self.judged_size).sum((1, 2, 3))  # (B,)
         pixels = valid[pairs.image] * pairs.others.any(1)
         return {"pairs": pairs.own.sum(), "others": pairs.others.sum(), "pixels": pixels.sum()}
 
-    def masks(self, logits: Tensor, valid: Tensor) -> Tensor:
+    def make_masks(self, logits: Tensor, valid: Tensor) -> Tensor:
         """Mask logits (B, K, gh, gw), valid (B, 1, h, w) -> masks (B, K, h, w) in [0, 1], 0 outside the photograph."""
         resized = F.interpolate(logits, size=valid.shape[-2:], mode="bilinear", align_corners=True)
         return resized.sigmoid() * valid
 
-    def judge(self, images: Tensor, masks: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    def judge_masks(self, images: Tensor, masks: Tensor, pairs: ImageClassPairs) -> tuple[Tensor, Tensor]:
         """Similarities (n, K) of what each pair's mask shows of its image, and of what it hides, with all classes.
 
         images (B, 3, h, w) and masks (B, K, h, w) are at the CAAE's size.
         """
         image, mask = images[pairs.image], masks[pairs.image, pairs.number][:, None]  # (n, 3, h, w), (n, 1, h, w)
         shown = torch.cat([image * mask, image * (1 - mask)])  # (2 n, 3, h, w)
-        similarities = similarity(self.guide.embed(shown), self.guide.semantics())  # (2 n, K)
+        similarities = similarity(self.guide.embed_classes(shown), self.guide.class_semantics())  # (2 n, K)
         foreground, background = similarities.chunk(2)
         return foreground, background
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """``batch``: image (B, 3, S, S), tags (B, C), box (B, 4) -> the five weighted terms (semformer.md 5.2)."""
-        images, labels, options = batch["image"], with_background(batch["tags"]), self.options
+        images, labels, options = batch["image"], tags_with_background(batch["tags"]), self.options
         embeddings, logits = self.segmentor(images)
         valid = valid_mask(batch["box"], images.shape[-2:], self.judged_size)
-        masks = self.masks(logits, valid)
-        pairs = Pairs.of(labels)
+        masks = self.make_masks(logits, valid)
+        pairs = ImageClassPairs.of(labels)
         small = F.interpolate(images.float(), size=self.judged_size, mode="bilinear", align_corners=True)
-        foreground, background = self.judge(small, masks, pairs)
+        foreground, background = self.judge_masks(small, masks, pairs)
 
         def mean(values: Tensor, count: str) -> Tensor:
             return values.sum() / batch[f"counts/{count}"].clamp(min=_EPS)  # over nothing it is 0, as published
@@ -309,7 +309,7 @@ class SemFormer(SeedNetwork):
         left = 1 - mean(background[pairs.others], "others") + 1 + mean(background[pairs.own], "pairs")
         return {
             "similarity": options.similarity_weight
-            * similarity_loss(similarity(embeddings, self.guide.semantics()), labels),
+            * similarity_loss(similarity(embeddings, self.guide.class_semantics()), labels),
             "foreground": options.foreground_weight * seen / 2,
             "background": options.background_weight * left / 2,
             # published: the canvas counts as a part of the masks that is 0
@@ -335,7 +335,7 @@ class SemFormer(SeedNetwork):
 
     def classify(self, images: Tensor, num_classes: int) -> Tensor:
         """Similarities of the class embeddings with what they are trained towards; see the contract."""
-        return similarity(self.segmentor(images)[0], self.guide.semantics())[:, 1:]
+        return similarity(self.segmentor(images)[0], self.guide.class_semantics())[:, 1:]
 
     def param_groups(self) -> list[Group]:
         """The backbone at the base rate, the rest at 10 times it; what is no weight at twice that, without decay."""

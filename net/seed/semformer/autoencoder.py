@@ -35,7 +35,7 @@ _NEW = ("mlp", "decoder", "convert", "re_convert", "crs")
 """Layers that an ImageNet classifier does not have."""
 
 
-def with_background(tags: Tensor) -> Tensor:
+def tags_with_background(tags: Tensor) -> Tensor:
     """Tags (B, C) -> labels (B, K) float32 of the classes with the background in front, which is in every image."""
     return F.pad(tags.float(), (1, 0), value=1.0)
 
@@ -95,7 +95,7 @@ class CAAEOptions(Options):
         return CAAE(self, num_classes)
 
 
-class Decoder(nn.Module):
+class CAAEDecoder(nn.Module):
     """Tokens (B, N, width) -> values of the patches (B, N, 3 * patch * patch): blocks without positions."""
 
     def __init__(self, options: CAAEOptions) -> None:
@@ -132,12 +132,12 @@ class CAAE(Network):
         vectors, width = self.classes * options.class_dim, options.encoder.width
         self.encoder = nn.ModuleDict({"vit_backbone": GridViT(options.encoder)})
         self.mlp = nn.Linear(width, options.decoder_width)
-        self.decoder = Decoder(options)
+        self.decoder = CAAEDecoder(options)
         self.convert = nn.Sequential(nn.Linear(width, vectors, bias=False), nn.ReLU())
         self.re_convert = nn.Sequential(nn.Linear(vectors, width, bias=False), nn.LayerNorm(width, eps=_EPS))
         self.crs = nn.Sequential(nn.Embedding(self.classes, options.class_dim), nn.ReLU())
 
-    def vectors(self, images: Tensor) -> Tensor:
+    def patch_vectors(self, images: Tensor) -> Tensor:
         """Class vectors of every patch, class-major: (B, 3, H, W) -> (B, N, K * E), 0 or above.
 
         Raises ValueError where a side is no multiple of the patch: the reconstruction would have another size.
@@ -148,7 +148,7 @@ class CAAE(Network):
             raise ValueError(f"The CAAE takes images with sides in multiples of {patch}, got {height} x {width}.")
         return self.convert(self.encoder["vit_backbone"](images)[0])
 
-    def reduce(self, vectors: Tensor) -> Tensor:
+    def pool_vectors(self, vectors: Tensor) -> Tensor:
         """Class vectors of the image: (B, N, K * E) -> (B, K, E) float32."""
         vectors = vectors.float()
         match self.options.reduction:
@@ -160,11 +160,11 @@ class CAAE(Network):
                 reduced = vectors.amax(1)
         return reduced.unflatten(1, (self.classes, -1))
 
-    def embed(self, images: Tensor) -> Tensor:
+    def embed_classes(self, images: Tensor) -> Tensor:
         """The class embeddings ("CRE") of images: (B, 3, H, W) -> (B, K, E) float32."""
-        return self.reduce(self.vectors(images))
+        return self.pool_vectors(self.patch_vectors(images))
 
-    def semantics(self) -> Tensor:
+    def class_semantics(self) -> Tensor:
         """What the vector of each class should look like ("CRS"): (K, E), 0 or above."""
         return self.crs(torch.arange(self.classes, device=self.crs[0].weight.device))
 
@@ -174,18 +174,18 @@ class CAAE(Network):
         values = self.decoder(self.mlp(self.re_convert(vectors)))  # (B, N, 3 * patch * patch): channel, row, column
         return F.fold(values.transpose(1, 2).float(), size, kernel_size=patch, stride=patch)
 
-    def similarities(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+    def class_similarities(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Embeddings (B, K, E), labels (B, K) -> similarities (B, K) that train a class's semantics only by images that
         show it."""
-        semantics = self.semantics()
+        semantics = self.class_semantics()
         shown = labels[..., None] > 0  # (B, K, 1)
         return similarity(embeddings, torch.where(shown, semantics, semantics.detach()))
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """``batch``: image (B, 3, S, S), tags (B, C) -> {"similarity", "reconstruction"} (semformer.md section 3.3)."""
-        images, labels = batch["image"], with_background(batch["tags"])
-        vectors = self.vectors(images)
-        similarities = self.similarities(self.reduce(vectors), labels)
+        images, labels = batch["image"], tags_with_background(batch["tags"])
+        vectors = self.patch_vectors(images)
+        similarities = self.class_similarities(self.pool_vectors(vectors), labels)
         error = F.mse_loss(self.reconstruct(vectors, images.shape[-2:]), images.float())
         return {
             "similarity": self.options.similarity_weight * similarity_loss(similarities, labels),
