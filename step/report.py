@@ -66,7 +66,9 @@ def run(job: Job, device: torch.device) -> None:
     # boxes are small rows: two of them make a line
     rows = train[:4] or [a + b for a, b in zip(boxes[::2], boxes[1::2], strict=False)]
     if rows:
-        sheet = draw.tile([[p.pixels for p in row] for row in rows], height=150)
+        captions = {tuple(p.caption for p in row[1:]) for row in rows}
+        headings = ("image", *captions.pop()) if train and len(captions) == 1 else ()
+        sheet = draw.tile([[p.pixels for p in row] for row in rows], height=150, headings=headings)
         store.write_bytes(job.run.root / "pictures.png", store.png_bytes(sheet))
     show(job)
 
@@ -137,7 +139,7 @@ def _train_row(job: Job, image_id: str) -> list[_Picture]:
     names = ", ".join(job.catalog.classes[k] for k in cam.keys)
     row = [_Picture(f"{image_id}: {names or 'no tag'}", image), _Picture("CAM", draw.heat(image, score))]
     row += _mask_picture("affinity label", image, job.run.aff_label(image_id))
-    row += _mask_picture("after the walk", image, job.run.label(image_id))
+    row += _mask_picture("pseudo mask", image, job.run.label(image_id))
     row += _mask_picture("objects", image, job.run.instance_picture(image_id))
     row += _mask_picture("prediction", image, job.run.seg(image_id))
     return row + _mask_picture("truth", image, job.catalog.mask_path(image_id))

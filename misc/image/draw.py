@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from misc.image.pixels import resize_image
@@ -85,17 +86,27 @@ def draw_box(image: np.ndarray, box: Sequence[float], colour: tuple[int, int, in
     return canvas
 
 
-def tile(rows: Sequence[Sequence[np.ndarray]], height: int = 160, gap: int = 4) -> np.ndarray:
-    """A contact sheet: rows of (H, W, 3) uint8 pictures, each scaled to ``height``, on white."""
-    lines = []
-    for row in rows:
-        cells = [resize_image(p, (height, max(1, round(p.shape[1] * height / p.shape[0])))) for p in row]
-        width = sum(c.shape[1] + gap for c in cells)
-        line = np.full((height + gap, width, 3), 255, np.uint8)
+def tile(
+    rows: Sequence[Sequence[np.ndarray]], height: int = 160, gap: int = 4, headings: Sequence[str] = ()
+) -> np.ndarray:
+    """A contact sheet: rows of (H, W, 3) uint8 pictures, each scaled to ``height``, on white.
+
+    With ``headings``, one per column, they stand above the columns, and the pictures of a column are centred below its
+    heading; without, the pictures of a row follow one another.
+    """
+    cells = [[resize_image(p, (height, max(1, round(p.shape[1] * height / p.shape[0])))) for p in row] for row in rows]
+    columns = [0] * max(map(len, cells))
+    if headings:
+        columns = [max(row[i].shape[1] for row in cells if i < len(row)) for i in range(len(columns))]
+    lines = [_heading_line(headings, columns, gap)] if headings else []
+    for row in cells:
+        widths = [max(cell.shape[1], column) for cell, column in zip(row, columns, strict=False)]
+        line = np.full((height + gap, sum(widths) + gap * len(widths), 3), 255, np.uint8)
         x = 0
-        for cell in cells:
-            line[:height, x : x + cell.shape[1]] = cell
-            x += cell.shape[1] + gap
+        for cell, width in zip(row, widths, strict=True):
+            left = x + (width - cell.shape[1]) // 2
+            line[:height, left : left + cell.shape[1]] = cell
+            x += width + gap
         lines.append(line)
     sheet = np.full((sum(x.shape[0] for x in lines), max(x.shape[1] for x in lines), 3), 255, np.uint8)
     y = 0
@@ -103,3 +114,23 @@ def tile(rows: Sequence[Sequence[np.ndarray]], height: int = 160, gap: int = 4) 
         sheet[y : y + line.shape[0], : line.shape[1]] = line
         y += line.shape[0]
     return sheet
+
+
+def _heading_line(headings: Sequence[str], columns: Sequence[int], gap: int) -> np.ndarray:
+    """The headings, each in the middle of its column, broken between words where they are wider than it."""
+    font = ImageFont.load_default(13)
+    line = Image.new("RGB", (sum(columns) + gap * len(columns), 38), "white")
+    pen = ImageDraw.Draw(line)
+    x = 0
+    for heading, width in zip(headings, columns, strict=False):
+        broken = [""]
+        for word in heading.split():
+            longer = f"{broken[-1]} {word}".strip()
+            if font.getlength(longer) <= width or not broken[-1]:
+                broken[-1] = longer
+            else:
+                broken.append(word)
+        text = "\n".join(broken[:2])
+        pen.multiline_text((x + width / 2, 35), text, "black", font, anchor="md", align="center", spacing=2)
+        x += width + gap
+    return np.asarray(line)
