@@ -267,11 +267,13 @@ class SegInference:
     """Scales are not factors but sides in pixels of a square that the image is stretched to."""
     flip: bool = False
     """Test the mirrored image too."""
-    resize: Literal["cubic", "linear"] = "cubic"
-    """Filter that scales the normalised image. cubic: OpenCV, sizes rounded. linear: bilinear with aligned corners,
-    sizes truncated; of squares OpenCV's."""
-    merge: Literal["mean_logits", "max_softmax"] = "mean_logits"
-    """How the results of all scales and mirrors become one: softmax of the mean logit, or maximum of the softmax."""
+    resize: Literal["cubic", "linear", "bicubic"] = "cubic"
+    """Filter that scales the image. cubic: OpenCV on the normalised image, sizes rounded. linear: bilinear with aligned
+    corners on the normalised image, sizes truncated; of squares OpenCV's. bicubic: PIL on the 8-bit image, sizes
+    rounded."""
+    merge: Literal["mean_logits", "sum_logits", "max_softmax"] = "mean_logits"
+    """How the results of all scales and mirrors become one: softmax of the mean logit, softmax of their sum (the labels
+    are the same, the CRF sees sharper scores), or maximum of the softmax."""
     align_corners: bool = True
     """Bilinear convention when logits are resized to the image."""
     crf_truncates_image: bool = False

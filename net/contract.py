@@ -316,5 +316,6 @@ class Segmenter(Network):
         size = batch["mask"].shape[-2:]
         if logits.shape[-2:] != size:
             logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=self.loss_align_corners)
-        total = F.cross_entropy(logits.float(), batch["mask"], ignore_index=255, reduction="sum")
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # half precision is not enough here
+        total = F.cross_entropy(logits, batch["mask"], ignore_index=255, reduction="sum")
         return {"ce": total / batch["counts/pixels"].clamp(min=1e-5)}

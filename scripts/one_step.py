@@ -25,7 +25,7 @@ METHODS = {
     "irn_cam": "",
     "seam": "",
     "puzzlecam": "",
-    "puzzlecam_resnest": "--cam.network.backbone resnest",
+    "puzzlecam_resnet50": "--cam.network.backbone resnet",
     "tscam": "",
     "mctformer": "",
     "mctformer_v1": "--cam.network.version v1",
@@ -44,7 +44,7 @@ METHODS = {
 }
 """What a method, or a variant of it (METHOD_VARIANT), needs besides the flags of all."""
 
-SEGMENTERS = ("deeplabv1", "deeplabv1_largefov", "deeplabv2")
+SEGMENTERS = ("deeplabv1", "deeplabv1_largefov", "deeplabv2", "deeplabv3plus")
 """Trained on the true masks, as there are no others."""
 
 

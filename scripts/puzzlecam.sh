@@ -5,10 +5,11 @@
 #   command    scripts/puzzlecam.sh VOC_ROOT BACKBONE [flags of run_sample.py]
 #              VOC_ROOT         VOCdevkit/VOC2012 with JPEGImages, Annotations, SegmentationClass(Aug) and
 #                               ImageSets/Segmentation/{train,train_aug,val}.txt
-#              BACKBONE         resnest101e, resnest269e (or another ResNeSt of timm) or resnet50
-#              ImageNet weights are fetched from the internet by timm, those of the refiner (ResNet-50) and of the
-#              segmentation network (ResNet-101) too; without internet add --cam.weights FILE
-#              --aff.weights resnet50-19c8e357.pth --seg.weights resnet101-5d3b4d8f.pth
+#              BACKBONE         resnest101e, resnest269e (or another ResNeSt of timm) or resnet50, of all three networks.
+#              ImageNet weights are fetched from the internet by timm; without internet add --cam.weights FILE
+#              --aff.weights FILE --seg.weights FILE, one file for all three: resnest101-22405ba7.pth,
+#              resnest269-0cc87c48.pth (resnest50-528c19ca.pth, resnest200-75117900.pth) of the authors of ResNeSt,
+#              resnet50-19c8e357.pth of torchvision
 #   hardware   the authors' is not stated; batch 32 of 512 x 512, each image twice (whole and in tiles). With N GPUs put
 #              "torchrun --nproc-per-node N" before run_sample.py; --cam.fit.micro-batch limits what one holds at a time.
 #              Published in float32, hence amp off.
@@ -18,13 +19,15 @@
 #   7 infer_seg    val         66.9, ResNeSt-101; 71.9, ResNeSt-269                          from memory, not checked
 #                  test        67.7, ResNeSt-101; 72.2, ResNeSt-269                          README of the repository
 #
-# Differences from the published pipeline: its segmentation network is a DeepLab v3+ on ResNeSt, here it is DeepLab v2 on
-# ResNet-101, and its refiner can be a ResNeSt too; it keeps the epoch that scores best against the PIXEL LABELS of
-# train, here the last one is kept unless --cam.selection train_miou is said.
+# Difference from the published pipeline: that keeps the epoch that scores best against the PIXEL LABELS of train (CAM
+# network) and val (segmentation network); here the last one is kept unless --cam.selection train_miou is said.
 set -euo pipefail
 . "$(dirname "$0")/system.sh" root backbone= -- "$@"
-case $backbone in
-    resnet50) network=(--cam.network.backbone resnet) ;;
-    *) network=(--cam.network.backbone resnest --cam.network.resnest.name "$backbone") ;;
-esac
+network=()
+for phase in cam aff seg; do
+    case $backbone in
+        resnet50) network+=("--$phase.network.backbone" resnet) ;;
+        *) network+=("--$phase.network.backbone" resnest "--$phase.network.resnest.name" "$backbone") ;;
+    esac
+done
 launch puzzlecam --data voc12 --root "$root" "${network[@]}" --machine.amp off

@@ -10,7 +10,8 @@
 #                               affinity and the segmentation network
 #   hardware   the authors' is not stated; batch 8 of 512 x 512 in float32, hence amp off. Measured here on a CPU:
 #              about 1 GiB an image and 1.2 GiB besides. With N GPUs put "torchrun --nproc-per-node N" before
-#              run_sample.py; the batch stays the recipe's.
+#              run_sample.py; the batch stays the recipe's. Published on one GPU: the segmentation network's batch
+#              normalisation sees the images of one process, so step 6 is as published (all 10) in one process only.
 #
 #   step           list        expected                                            source
 #   2 make_cam     train       64.85 mIoU (best background score; a user's: 63.46)  released checkpoint

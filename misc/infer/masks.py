@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from misc.config import SegInference
@@ -31,9 +32,10 @@ def segment(
 ) -> np.ndarray:
     """Merged scores of one image, before the CRF.
 
-    The image is normalised first and resized then, once for each of ``infer.scales``; an image and its mirror go
-    through the network together. Logits are resized to the image and merged as ``infer.merge`` says: the softmax of
-    their mean (deeplab.md A.3), or the maximum of their softmaxes, which does not sum to one (deeplab.md B.3).
+    The image is resized once for each of ``infer.scales`` (after it was normalised, but for ``bicubic``); an image and
+    its mirror go through the network together. Logits are resized to the image and merged as ``infer.merge`` says: the
+    softmax of their mean (deeplab.md A.3) or of their sum over scales and mirrors (deeplab.md D.3), or the maximum of
+    their softmaxes, which does not sum to one (deeplab.md B.3).
 
     Args:
         logits: the network, on ``device`` and in evaluation mode; called with 1 image, or 2 with ``infer.flip``.
@@ -50,30 +52,30 @@ def segment(
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"Testing needs a (H, W, 3) uint8 RGB image, got {image.shape} {image.dtype}: convert it.")
-    values = normalise(image, normalisation)
     size = image.shape[:2]
-    mean = infer.merge == "mean_logits"
+    linear = infer.merge in ("mean_logits", "sum_logits")
     merged: Tensor | None = None
     with torch.inference_mode():
         for factor in infer.scales:
-            images = _scaled(values, factor, infer)  # (1, 3, h, w)
+            images = _scaled(image, factor, infer, normalisation)  # (1, 3, h, w)
             if infer.flip:
                 images = torch.cat([images, images.flip(-1)])  # (2, 3, h, w): the image and its mirror
             maps = logits(images.to(device)).float()  # (1 or 2, n, h', w')
             if infer.flip:
                 maps = torch.cat([maps[:1], maps[1:].flip(-1)])
-            if mean:
+            if linear:
                 # the mean may be taken before the resize, which is linear: half the work at full size
                 maps = maps.mean(dim=0, keepdim=True)
             maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=infer.align_corners)
-            if mean:
+            if linear:
                 merged = maps[0] if merged is None else merged.add_(maps[0])
             else:
                 peak = maps.softmax(dim=1).amax(dim=0)  # (n, H, W)
                 merged = peak if merged is None else torch.maximum(merged, peak, out=merged)
         assert merged is not None  # SegInference has at least one scale
-        if mean:
-            merged = merged.div_(len(infer.scales)).softmax(dim=0)
+        if linear:  # the sum over scales of the mean of image and mirror
+            factor = 1 / len(infer.scales) if infer.merge == "mean_logits" else 1 + infer.flip
+            merged = merged.mul_(factor).softmax(dim=0)
     return merged.cpu().numpy()
 
 
@@ -106,13 +108,17 @@ def with_crf(
     return DenseCRF(image, infer.crf, device)(scores)
 
 
-def _scaled(values: np.ndarray, factor: float, infer: SegInference) -> Tensor:
-    """Normalised (H, W, 3) values resized by ``factor``: (1, 3, h, w). The size is rounded for cubic, truncated for
-    linear (deeplab.md A.3, B.3); of a square it is the factor itself (getam.md section 7)."""
-    height, width = values.shape[:2]
-    if infer.square or infer.resize == "cubic":
+def _scaled(image: np.ndarray, factor: float, infer: SegInference, normalisation: str) -> Tensor:
+    """The (H, W, 3) uint8 image resized by ``factor`` and normalised: (1, 3, h, w). The size is rounded, for linear
+    truncated (deeplab.md A.3, B.3, D.3); of a square it is the factor itself (getam.md section 7)."""
+    height, width = image.shape[:2]
+    if infer.square or infer.resize != "linear":
         h, w = scaled_size((1, 1) if infer.square else (height, width), factor)
+        if infer.resize == "bicubic":
+            small = Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC)
+            return to_tensor(normalise(np.asarray(small), normalisation))[None]
         kind = {"cubic": cv2.INTER_CUBIC, "linear": cv2.INTER_LINEAR}[infer.resize]
-        return to_tensor(cv2.resize(values, (w, h), interpolation=kind))[None]
+        return to_tensor(cv2.resize(normalise(image, normalisation), (w, h), interpolation=kind))[None]
     truncated = max(1, int(height * factor)), max(1, int(width * factor))
-    return F.interpolate(to_tensor(values)[None], size=truncated, mode="bilinear", align_corners=True)
+    values = to_tensor(normalise(image, normalisation))[None]
+    return F.interpolate(values, size=truncated, mode="bilinear", align_corners=True)

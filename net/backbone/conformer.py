@@ -52,6 +52,9 @@ class ConformerOptions:
     local_start: float = 0.0
     """Random start weights. 0: as published. Else the gain of ``transformer.start_local``; and what the tokens add to
     the map starts small too."""
+    head_std: float | None = None
+    """Standard deviation that the weights of convolutions in new heads start with, their biases at 0. None: Kaiming
+    normal by fan-out like the body's, as published (logits then start at about 10)."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for values that make no network."""
@@ -68,12 +71,14 @@ class ConformerOptions:
             raise ValueError(f"mlp_ratio must be above 0, got {self.mlp_ratio}.")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}.")
+        if self.head_std is not None and self.head_std <= 0:
+            raise ValueError(f"head_std must be above 0, got {self.head_std}.")
         if self.local_start < 0:
             raise ValueError(f"local_start must be 0 or more, got {self.local_start}.")
 
 
 SAMPLE_CONFORMER = ConformerOptions(
-    patch=8, base=16, ratio=4, width=48, depth=6, heads=3, mlp_ratio=2, drop_path=0.0, local_start=2.0
+    patch=8, base=16, ratio=4, width=48, depth=6, heads=3, mlp_ratio=2, drop_path=0.0, local_start=2.0, head_std=0.02
 )
 """The backbone of the sample recipes: learns small pictures from random weights within minutes on two CPU cores."""
 
@@ -172,6 +177,16 @@ class ConvTransBlock(nn.Module):
         return x, tokens
 
 
+def initialise_layer(layer: nn.Module) -> None:
+    """Published start of a layer, of the heads too (transcam.md section 2.6): linear ones truncated normal 0.02, bias
+    0; convolutions Kaiming normal by fan-out, bias left as PyTorch starts it."""
+    if isinstance(layer, nn.Linear):
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+        nn.init.zeros_(layer.bias)
+    elif isinstance(layer, nn.Conv2d):
+        nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+
+
 class Conformer(nn.Module):
     """The body of a Conformer, without heads.
 
@@ -184,6 +199,7 @@ class Conformer(nn.Module):
         super().__init__()
         options = options or ConformerOptions()
         self.patch, self.width, self.depth = options.patch, options.width, options.depth
+        self.head_std = options.head_std
         self.cls_token = nn.Parameter(torch.zeros(1, 1, options.width))
         self.trans_norm = nn.LayerNorm(options.width)
         self.conv1 = nn.Conv2d(3, options.base, 7, 2, padding=3, bias=False)
@@ -215,15 +231,19 @@ class Conformer(nn.Module):
                     nn.init.constant_(module.bn.weight, 0.05)
 
     def _initialise(self) -> None:
-        """Published: linear layers and class token truncated normal 0.02, convolutions Kaiming normal by fan-out
-        (transcam.md section 2.6)."""
+        """Published starts of the body (transcam.md section 2.6): those of ``initialise_layer``, and the class token
+        truncated normal 0.02."""
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            initialise_layer(module)
+
+    def initialise_heads(self, *heads: nn.Module) -> None:
+        """Start new heads as the body starts, or with the small convolutions that the options ask for."""
+        for head in heads:
+            initialise_layer(head)
+            if isinstance(head, nn.Conv2d) and self.head_std is not None:
+                nn.init.trunc_normal_(head.weight, std=self.head_std)
+                nn.init.zeros_(head.bias)
 
     def whole_patches(self, images: Tensor) -> Tensor:
         """Images stretched to the next sides that are multiples of the patch; those that fit are left alone.

@@ -56,8 +56,10 @@ class ResNeSt(Stages):
         made = timm.create_model(options.name, output_stride=16, num_classes=0)
         for name in ("conv1", "bn1", "maxpool", "layer1", "layer2", "layer3", "layer4"):
             self.add_module(name, getattr(made, name))
-        # the official code averages here at stride 1 too, which timm leaves out
+        # timm's first block of layer4 differs at stride 1 (puzzlecam.md section 2.1): the official code still averages
+        # after the split attention, which timm leaves out, and averages nothing in the shortcut, where timm does
         self.layer4[0].avd_last = nn.AvgPool2d(3, 1, padding=1)
+        self.layer4[0].downsample[0] = nn.Identity()
         widths = [self.bn1.num_features, *(getattr(self, name)[-1].bn3.num_features for name in STAGES[1:])]
         self.channels = dict(zip(STAGES, widths, strict=True))
         self.strides = dict(zip(STAGES, (4, 4, 8, 16, 16), strict=True))

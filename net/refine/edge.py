@@ -1,20 +1,22 @@
 """The edge-only affinity network of SemFormer and Puzzle-CAM (semformer.md sections 8 and 9, puzzlecam.md section 5).
 
-IRNet's boundary branch without its displacements; what it computes is told in net/shared/edge.py, its numbers here.
-The published recipe is SemFormer's. Puzzle-CAM's differs from it in these fields: ``network.align_corners`` off,
-``label.threshold_fg`` and ``label.threshold_bg`` 0.40 and 0.10 (its script's defaults: 0.30 and 0.05), no ``jitter`` in
-``augment.order``, ``walk.threshold`` 0.35 and one iteration of ``walk.crf`` (defaults: 0.25 and ten).
+IRNet's boundary branch without its displacements; what it computes is told in net/shared/edge.py, its numbers here. The
+published recipe is SemFormer's. Puzzle-CAM's differs from it in these fields: ``network.backbone`` resnest,
+``network.align_corners`` off, ``label.threshold_fg`` and ``label.threshold_bg`` 0.40 and 0.10 (its script's defaults:
+0.30 and 0.05), no ``jitter`` in ``augment.order``, ``walk.threshold`` 0.35 and one iteration of ``walk.crf`` (defaults:
+0.25 and ten).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from misc.config import PRETRAINED_WEIGHTS, Augment, Fit
 from misc.crf.dense import CRFSettings
-from net.backbone.resnet import SAMPLE_RESNET
+from net.backbone.resnest import ResNeSt, ResNeStOptions
+from net.backbone.resnet import SAMPLE_RESNET, Stages
 from net.contract import Network, RefineRecipe
 from net.registry import refiner
 from net.shared.edge import EdgeLabel, EdgeNetwork, EdgeOptions, EdgeWalk
@@ -26,6 +28,21 @@ class EdgeOnlyOptions(EdgeOptions):
 
     align_corners: bool = True
     """Bilinear convention of the enlargements inside the network. Puzzle-CAM: no."""
+
+    backbone: Literal["resnet", "resnest"] = "resnet"
+    """Network below the boundary head; the section of this name applies, the other is not used. Puzzle-CAM: resnest."""
+    resnest: ResNeStOptions = field(default_factory=lambda: ResNeStOptions(norm="fixed", frozen="layer4"))
+    """ResNeSt. Published is completely frozen; only the layers on its stages are trained."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that make no network."""
+        super().__post_init__()
+        if self.backbone not in ("resnet", "resnest"):
+            raise ValueError(f"backbone must be resnet or resnest, got {self.backbone!r}.")
+
+    def make_backbone(self) -> Stages:
+        """The backbone, with random weights."""
+        return ResNeSt(self.resnest) if self.backbone == "resnest" else super().make_backbone()
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> EdgeOnly:
         """The affinity network; neither the classes nor earlier networks matter to it."""

@@ -107,9 +107,7 @@ class AreamConformer(Conformer, Aream):
         self.options = options
         self.cnn_head = nn.Conv2d(self.channels, num_classes, 1)
         self.att_head = nn.Linear(self.width, num_classes)
-        for head in (self.cnn_head, self.att_head):  # aream.md does not say how they start
-            nn.init.trunc_normal_(head.weight, std=0.02)
-            nn.init.zeros_(head.bias)
+        self.initialise_heads(self.cnn_head, self.att_head)
 
     def forward_maps(self, images: Tensor, visit: Visit | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """The convolution branch and the class token classify; the map is signed."""

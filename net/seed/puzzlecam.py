@@ -131,7 +131,7 @@ def score_entropy(scores: Tensor) -> Tensor:
 
 _PUBLISHED = Recipe(
     cam=SeedRecipe(
-        network=PuzzleCamOptions(),
+        network=PuzzleCamOptions(backbone="resnest"),
         # momentum: the published optimiser takes the weight decay for it (semformer.md section 7). Published: after
         # each epoch the network is kept that scores best against the pixel labels of train; here the last one is.
         fit=Fit(epochs=15, batch_size=32, lr=0.1, momentum=1e-4, nesterov=True, weight_decay=1e-4, power=0.9),
@@ -142,6 +142,7 @@ _PUBLISHED = Recipe(
     ),
     refiner="edge",
     refine={
+        "network.backbone": "resnest",
         "network.align_corners": False,
         "label.threshold_fg": 0.40,
         "label.threshold_bg": 0.10,
@@ -149,9 +150,7 @@ _PUBLISHED = Recipe(
         "walk.threshold": 0.35,
         "walk.crf.iterations": 1,
     },
-    # the published DeepLab v3+ on ResNeSt is not here; started from ImageNet, as that is
-    segmenter="deeplabv2",
-    segment={"network.form": "torchvision", "weights": PRETRAINED_WEIGHTS, "init": "imagenet"},
+    segmenter="deeplabv3plus",
 )
 
 # trained from random weights

@@ -110,7 +110,7 @@ _PUBLISHED = Recipe(
         "fit.epochs": 8,
     },
     segmenter="deeplabv1",
-    segment={"network.backbone.freeze_bn": True},
+    segment={"fit.micro_batch": None},  # one GPU: batch statistics of all 10 images
 )
 
 # trained from random weights; smaller patches, because the images are, and narrow tokens, so that the map is learnt by
@@ -146,10 +146,7 @@ class TransCam(SeedNetwork, Conformer):
         self.method: Method = options.method
         self.trans_cls_head = nn.Linear(self.width, num_classes + 1)
         self.conv_cls_head = nn.Conv2d(self.channels, num_classes + 1, 3, padding=1)
-        # transcam.md does not say how the heads start; Kaiming by their few outputs would start with logits of about 10
-        for head in (self.trans_cls_head, self.conv_cls_head):
-            nn.init.trunc_normal_(head.weight, std=0.02)
-            nn.init.zeros_(head.bias)
+        self.initialise_heads(self.trans_cls_head, self.conv_cls_head)
 
     def class_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of the convolution branch and of the class token: (B, 3, H, W) -> two (B, C + 1), background first."""

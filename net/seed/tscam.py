@@ -141,8 +141,7 @@ class TsCamConformer(Conformer, TsCam):
         self.loss = options.loss
         self.trans_cls_head = nn.Conv2d(self.width, num_classes, 3, padding=1)
         self.conv_cls_head = nn.Linear(self.channels, num_classes)
-        nn.init.trunc_normal_(self.conv_cls_head.weight, std=0.02)
-        nn.init.zeros_(self.conv_cls_head.bias)
+        self.initialise_heads(self.trans_cls_head, self.conv_cls_head)
 
     def forward_heads(self, images: Tensor, visit: Visit | None = None) -> tuple[Tensor, Tensor]:
         """Semantic maps (B, C, h, w) and the convolution branch's logits (B, C), both float32."""

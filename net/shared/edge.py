@@ -31,7 +31,7 @@ from misc.propagate.walk import (
     transition,
     walk,
 )
-from net.backbone.resnet import STAGES, ResNet, ResNetOptions, Stage, load_resnet
+from net.backbone.resnet import STAGES, ResNet, ResNetOptions, Stage, Stages, load_resnet
 from net.contract import AffinityNetwork, Batch, Options, SoftCam
 from net.groups import Group
 
@@ -63,6 +63,10 @@ class EdgeOptions(Options):
             raise ValueError(f"resnet.strides = {self.resnet.strides} is not possible: the stem's must be 2.")
         if self.radius < 2:
             raise ValueError(f"radius = {self.radius} is not possible: a circle with pairs has radius 2 or more.")
+
+    def make_backbone(self) -> Stages:
+        """The backbone, with random weights."""
+        return ResNet(self.resnet)
 
 
 @dataclass(frozen=True)
@@ -177,9 +181,9 @@ def crop_like(maps: Tensor, like: Tensor) -> Tensor:
 
 
 class EdgeNetwork(AffinityNetwork):
-    """ResNet with a boundary head on its five stages: labels, losses and the walk.
+    """Backbone with a boundary head on its five stages: labels, losses and the walk.
 
-    State-dict names are the official ones: ``resnet50`` (whatever its depth), ``fc_edge1`` to ``fc_edge6``.
+    State-dict names are the official ones: ``resnet50`` (whatever the backbone), ``fc_edge1`` to ``fc_edge6``.
     """
 
     normalisation = ResNet.normalisation
@@ -190,7 +194,7 @@ class EdgeNetwork(AffinityNetwork):
     def __init__(self, options: EdgeOptions) -> None:
         super().__init__()
         self.radius = options.radius
-        self.resnet50 = ResNet(options.resnet)
+        self.resnet50 = options.make_backbone()
         channels, strides = self.resnet50.channels, self.resnet50.strides
         for number, stage in enumerate(STAGES, 1):
             head = make_projection(channels[stage], _WIDTH, _GROUPS, strides[stage] // CELL, options.align_corners)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from misc.config import SegInference, override
@@ -17,6 +18,7 @@ from misc.infer.masks import segment, with_crf
 SCALES = (0.5, 1.0, 1.3)
 MEAN = SegInference(scales=SCALES, flip=True, resize="cubic", merge="mean_logits", align_corners=True)
 MAX = SegInference(scales=SCALES, resize="linear", merge="max_softmax", align_corners=False)
+SUM = SegInference(scales=SCALES, flip=True, resize="bicubic", merge="sum_logits", align_corners=False)
 
 
 def picture(height: int = 21, width: int = 34) -> np.ndarray:
@@ -35,7 +37,11 @@ def plain(image: np.ndarray, infer: SegInference) -> np.ndarray:
     height, width = image.shape[:2]
     results = []
     for factor in infer.scales:
-        if infer.resize == "cubic":
+        if infer.resize == "bicubic":
+            size = round(width * factor), round(height * factor)
+            small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+            scaled = to_tensor(normalise(small, "imagenet"))[None]
+        elif infer.resize == "cubic":
             size = round(width * factor), round(height * factor)
             scaled = to_tensor(cv2.resize(values, size, interpolation=cv2.INTER_CUBIC))[None]
         else:
@@ -48,11 +54,15 @@ def plain(image: np.ndarray, infer: SegInference) -> np.ndarray:
     stacked = torch.cat(results)
     if infer.merge == "mean_logits":
         return stacked.mean(0).softmax(0).numpy()
+    if infer.merge == "sum_logits":
+        return stacked.sum(0).softmax(0).numpy()
     return stacked.softmax(1).amax(0).numpy()
 
 
 @pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("infer", [MEAN, MAX, override(MEAN, {"resize": "linear"}), override(MAX, {"resize": "cubic"})])
+@pytest.mark.parametrize(
+    "infer", [MEAN, MAX, SUM, override(MEAN, {"resize": "linear"}), override(MAX, {"resize": "cubic"})]
+)
 def test_running_merge_equals_keeping_everything(infer: SegInference, flip: bool) -> None:
     infer = override(infer, {"flip": flip})
     scores = segment(network, picture(), infer, "imagenet")

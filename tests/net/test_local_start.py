@@ -14,6 +14,7 @@ from net.backbone.conformer import SAMPLE_CONFORMER, Conformer
 from net.backbone.dpt import DPTOptions, DPTViT
 from net.backbone.transformer import AttentionSums, QueryKey
 from net.backbone.vit import SAMPLE_VIT, PatchEmbed, ViT, ViTOptions
+from net.registry import SEEDS, load_methods
 
 
 def halves() -> Tensor:
@@ -97,3 +98,39 @@ def test_what_is_cut_off_does_not_count_with_a_stem() -> None:
 def test_impossible_starts_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="stem|local_start must"):
         ViTOptions(**wrong)
+
+
+# ------------------------------------------------------------------------------ new heads on Conformer
+
+
+@pytest.mark.parametrize(
+    ("method", "convolution", "linear", "outputs", "taps"),
+    [
+        ("transcam", "conv_cls_head", "trans_cls_head", 21, 9),
+        ("aream_conformer", "cnn_head", "att_head", 20, 1),
+        ("tscam", "trans_cls_head", "conv_cls_head", 20, 9),
+    ],
+)
+def test_published_heads_start_as_the_body_does(
+    method: str, convolution: str, linear: str, outputs: int, taps: int
+) -> None:
+    """Convolutions Kaiming normal by fan-out (0.103, 0.316, 0.105), linear ones truncated normal 0.02 and 0."""
+    load_methods()
+    torch.manual_seed(0)
+    options = SEEDS[method].recipes["published"].cam.network
+    if method == "tscam":
+        options = replace(options, backbone="conformer")
+    network = options.build(20, {})
+    head = getattr(network, convolution)
+    assert head.weight.shape[0] == outputs and head.weight[0, 0].numel() == taps
+    assert head.weight.std().item() == pytest.approx((2 / (taps * outputs)) ** 0.5, rel=0.02)
+    assert head.bias.any()  # PyTorch's
+    head = getattr(network, linear)
+    assert head.weight.std().item() == pytest.approx(0.02, rel=0.05) and not head.bias.any()
+
+
+def test_sample_heads_start_small() -> None:
+    network = Conformer(SAMPLE_CONFORMER)
+    head = nn.Conv2d(16, 20, 3)
+    network.initialise_heads(head)
+    assert head.weight.std().item() == pytest.approx(0.02, rel=0.1) and not head.bias.any()

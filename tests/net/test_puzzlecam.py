@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.config import PRETRAINED_WEIGHTS, override
 from net.backbone.resnest import ResNeSt, ResNeStOptions
 from net.backbone.resnet import STAGES, ResNetOptions
-from net.registry import SEEDS
+from net.registry import REFINERS, SEEDS, SEGMENTERS, load_methods
 from net.seed.puzzlecam import (
     PuzzleCam,
     PuzzleCamOptions,
@@ -23,6 +24,7 @@ from net.seed.puzzlecam import (
 )
 from net.segment.deeplabv2 import DeepLabV2
 
+load_methods()
 CLASSES = 3
 SMALL = ResNetOptions(width=0.125, depth=(1, 1, 1, 1), norm="trained")
 SPLIT = ResNeStOptions(name="resnest14d")
@@ -133,7 +135,8 @@ def test_groups() -> None:
 def test_published_recipe() -> None:
     recipe = PuzzleCam.recipes["published"]
     phase = recipe.cam
-    assert phase.network == PuzzleCamOptions() and (phase.weights, phase.init) == (PRETRAINED_WEIGHTS, "imagenet")
+    assert phase.network == PuzzleCamOptions(backbone="resnest")
+    assert (phase.weights, phase.init) == (PRETRAINED_WEIGHTS, "imagenet")
     assert (phase.network.tiles, phase.network.alpha, phase.network.alpha_rise) == (2, 4, 0.5)
     assert (phase.network.level, phase.network.masking, phase.network.squared) == ("feature", "masking", False)
     assert phase.network.resnet.strides == (2, 2, 2, 1) and phase.network.resnet.norm == "trained"
@@ -197,18 +200,67 @@ def test_resnest_has_timms_names_and_stages_at_stride_16() -> None:
         assert list(value.shape) == [1, net.channels[stage], *cells]
 
 
-def test_resnest_up_to_the_last_stage_is_timms() -> None:
-    torch.manual_seed(0)
-    net = ResNeSt(SPLIT).eval()
-    nn.init.ones_(net.layer4[0].bn3.weight)  # timm starts it at 0, the block at its shortcut
-    theirs = timm.create_model("resnest14d", features_only=True).eval()
-    theirs.load_state_dict(net.state_dict(), strict=False)
-    images = torch.randn(1, 3, 64, 96)
+def plain_split_attention(x: Tensor, w: dict[str, Tensor], dilation: int) -> Tensor:
+    """Split attention of radix 2 (puzzlecam.md section 2.1), in evaluation mode."""
+    x = F.relu(plain_norm(F.conv2d(x, w["conv.weight"], padding=dilation, dilation=dilation, groups=2), w, "bn0"))
+    first, second = x.chunk(2, dim=1)
+    gap = (first + second).mean((2, 3), keepdim=True)
+    gap = F.relu(plain_norm(F.conv2d(gap, w["fc1.weight"], w["fc1.bias"]), w, "bn1"))
+    weights = F.conv2d(gap, w["fc2.weight"], w["fc2.bias"])
+    weights = torch.stack(weights.chunk(2, dim=1)).softmax(0)
+    return weights[0] * first + weights[1] * second
+
+
+def plain_norm(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
+    mean, variance, weight, bias = (w[f"{name}.{n}"] for n in ("running_mean", "running_var", "weight", "bias"))
+    return F.batch_norm(x, mean, variance, weight, bias)
+
+
+def inside(w: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in w.items() if name.startswith(prefix)}
+
+
+def plain_resnest(images: Tensor, w: dict[str, Tensor]) -> list[Tensor]:
+    """The stem and the four stages at stride 16, written from the specification."""
+    x = images
+    for index, stride in ((0, 2), (3, 1)):
+        x = F.conv2d(x, w[f"conv1.{index}.weight"], stride=stride, padding=1)
+        x = F.relu(plain_norm(x, w, f"conv1.{index + 1}"))
+    x = F.relu(plain_norm(F.conv2d(x, w["conv1.6.weight"], padding=1), w, "bn1"))
+    maps = [x := F.max_pool2d(x, 3, 2, 1)]
+    for stage in (1, 2, 3, 4):
+        for block in range(1 + max(int(name.split(".")[1]) for name in w if name.startswith(f"layer{stage}."))):
+            b = inside(w, f"layer{stage}.{block}.")
+            stride = 2 if block == 0 and stage in (2, 3) else 1
+            y = F.relu(plain_norm(F.conv2d(x, b["conv1.weight"]), b, "bn1"))
+            y = plain_split_attention(y, inside(b, "conv2."), 2 if stage == 4 and block > 0 else 1)
+            if block == 0 and stage > 1:
+                y = F.avg_pool2d(y, 3, stride, 1, count_include_pad=True)
+            y = plain_norm(F.conv2d(y, b["conv3.weight"]), b, "bn3")
+            if block == 0:
+                x = F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False) if stride == 2 else x
+                x = plain_norm(F.conv2d(x, b["downsample.1.weight"]), b, "downsample.2")
+            x = F.relu(x + y)
+        maps.append(x)
+    return maps
+
+
+def test_every_stage_of_resnest_is_the_plain_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    net = ResNeSt(ResNeStOptions(name="resnest26d")).eval()  # two blocks a stage: the second of layer4 is dilated
+    with torch.no_grad():
+        for name, value in net.state_dict().items():
+            if value.ndim == 4:
+                value.normal_(std=1.4 * value[0].numel() ** -0.5, generator=generator)
+            elif value.is_floating_point():
+                spread = torch.randn(value.shape, generator=generator) * 0.1
+                value.copy_(spread if name.endswith(("bias", "running_mean")) else 1 + spread.abs())
+    images = torch.randn(2, 3, 70, 97, generator=generator)  # odd maps: incomplete windows at the borders
     with torch.inference_mode():
-        assert torch.equal(net.forward_stages(images)["layer3"], theirs(images)[3])
-        before = net(images)
-        net.layer4[0].avd_last = nn.Identity()
-        assert not torch.equal(net(images), before)  # the average that timm leaves out at stride 1 is there
+        taps = net.forward_stages(images)
+        for (stage, value), expected in zip(taps.items(), plain_resnest(images, net.state_dict()), strict=True):
+            error = (value - expected).abs().max() / expected.abs().max()
+            assert error < 1e-5, f"{stage}: off by {error:.1e} of the largest value"
 
 
 @pytest.mark.parametrize(("norm", "affine"), [("trained", True), ("fixed", True), ("frozen", False)])
@@ -242,3 +294,19 @@ def test_no_such_resnest(wrong: str) -> None:
 def test_options_refuse_impossible_values(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         PuzzleCamOptions(**wrong)  # type: ignore[arg-type]
+
+
+def test_published_networks_share_the_backbone() -> None:
+    """Refiner and segmenter are on the ResNeSt of the CAM network, on the same stage channels (128 in the stem)."""
+    recipe = SEEDS["puzzlecam"].recipes["published"]
+    assert recipe.cam.network.backbone == "resnest" and recipe.segmenter == "deeplabv3plus"
+    refine = override(REFINERS[recipe.refiner].recipes["published"], recipe.refine)
+    segment = override(SEGMENTERS[recipe.segmenter].recipes["published"], recipe.segment)
+    with torch.device("meta"):
+        refiner, segmenter = refine.network.build(20, {}), segment.network.build(20, {})
+    assert refiner.fc_edge1[0].weight.shape == (32, 128, 1, 1)
+    for backbone in (refiner.resnet50, segmenter.model):
+        assert backbone.options.name == recipe.cam.network.resnest.name
+        assert backbone.options.norm == "fixed" and not backbone.train().bn1.training
+    assert not any(p.requires_grad for p in refiner.resnet50.parameters())
+    assert all(p.requires_grad for p in segmenter.parameters())

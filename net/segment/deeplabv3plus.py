@@ -1,0 +1,257 @@
+"""DeepLab v3+ of Puzzle-CAM: atrous spatial pyramid pooling at stride 16 and a decoder at stride 4, on a ResNeSt or a
+ResNet (deeplab.md part D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from misc.config import PRETRAINED_WEIGHTS, Augment, Fit, SegInference
+from misc.crf.dense import CRFSettings
+from net.backbone.resnest import ResNeSt, ResNeStOptions
+from net.backbone.resnet import SAMPLE_RESNET, ResNet, ResNetOptions, load_resnet
+from net.contract import Network, Options, Preset, Segmenter, SegmentRecipe
+from net.groups import Group, name_groups
+from net.registry import segmenter
+
+
+@dataclass(frozen=True)
+class DeepLabV3PlusOptions(Options):
+    """Network of ``deeplabv3plus``; the defaults are the published ones (deeplab.md D.1)."""
+
+    backbone: Literal["resnest", "resnet"] = "resnest"
+    """Network below the head; the section of this name applies, the other is not used. The published scores are those
+    of resnest."""
+    resnest: ResNeStOptions = field(default_factory=lambda: ResNeStOptions(norm="fixed"))
+    """ResNeSt."""
+    resnet: ResNetOptions = field(default_factory=ResNetOptions)
+    """ResNet."""
+    rates: tuple[int, ...] = (6, 12, 18)
+    """Dilations of the parallel 3x3 convolutions, in cells of 16 pixels; a 1x1 convolution and the mean of the whole
+    map stand beside them."""
+    channels: int = 256
+    """Channels of the pyramid and of the decoder."""
+    low_channels: int = 48
+    """Channels that the map of the first stage is brought to."""
+    norm: Literal["group", "batch"] = "group"
+    """Normalisation of pyramid and decoder. group: over 4 groups of channels, as published. batch: batch normalisation
+    that is trained or fixed as the backbone's."""
+    dropout: tuple[float, float, float] = (0.5, 0.5, 0.1)
+    """Dropout probabilities: after the pyramid, and after each of the decoder's 3x3 convolutions."""
+    head_lr: float = 10.0
+    """Learning rate of pyramid and decoder relative to the backbone's; biases learn twice as fast as weights."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that make no network."""
+        for name, choices in (("backbone", ("resnest", "resnet")), ("norm", ("group", "batch"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be {' or '.join(choices)}, got {getattr(self, name)!r}.")
+        if min(self.rates, default=0) < 1:
+            raise ValueError(f"rates needs dilations of at least 1, got {self.rates}.")
+        for name in ("channels", "low_channels"):
+            number = getattr(self, name)
+            if number < _GROUPS or number % _GROUPS:
+                raise ValueError(f"{name} must be a multiple of {_GROUPS}, got {number}.")
+        if not all(0 <= p < 1 for p in self.dropout):
+            raise ValueError(f"dropout needs probabilities in [0, 1), got {self.dropout}.")
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> DeepLabV3Plus:
+        """The network for ``num_classes`` foreground classes."""
+        return DeepLabV3Plus(num_classes, self)
+
+
+# ---------------------------------------------------------------------------------------------- layers (deeplab.md D.1)
+
+_GROUPS = 4
+
+
+def _norm(options: DeepLabV3PlusOptions, channels: int) -> nn.Module:
+    """The normalisation that the options ask for."""
+    return nn.GroupNorm(_GROUPS, channels) if options.norm == "group" else nn.BatchNorm2d(channels)
+
+
+class PyramidBranch(nn.Module):
+    """Convolution ``atrous_conv`` without bias, ``bn``, ReLU: (B, cin, h, w) -> (B, channels, h, w).
+
+    ``rate`` 1 is a 1x1 convolution, other rates are dilations of a 3x3 one.
+    """
+
+    def __init__(self, options: DeepLabV3PlusOptions, cin: int, rate: int) -> None:
+        super().__init__()
+        kernel, padding = (1, 0) if rate == 1 else (3, rate)
+        self.atrous_conv = nn.Conv2d(cin, options.channels, kernel, padding=padding, dilation=rate, bias=False)
+        self.bn = _norm(options, options.channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return F.relu(self.bn(self.atrous_conv(x)))
+
+
+class AtrousPyramid(nn.Module):
+    """The pyramid of a map: (B, cin, h, w) -> (B, channels, h, w).
+
+    ``aspp1`` on, one branch each for rate 1 and the options' rates, then the mean of the map.
+    """
+
+    def __init__(self, options: DeepLabV3PlusOptions, cin: int) -> None:
+        super().__init__()
+        rates = (1, *options.rates)
+        self.branch_names = [f"aspp{number}" for number in range(1, len(rates) + 1)]
+        for name, rate in zip(self.branch_names, rates, strict=True):
+            self.add_module(name, PyramidBranch(options, cin, rate))
+        width = options.channels
+        self.global_avg_pool = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(cin, width, 1, bias=False), _norm(options, width), nn.ReLU()
+        )
+        self.conv1 = nn.Conv2d(width * (len(rates) + 1), width, 1, bias=False)
+        self.bn1 = _norm(options, width)
+        self.dropout = nn.Dropout(options.dropout[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        branches = [getattr(self, name)(x) for name in self.branch_names]
+        mean = self.global_avg_pool(x).expand(-1, -1, *x.shape[-2:])  # (B, channels, 1, 1) -> (B, channels, h, w)
+        return self.dropout(F.relu(self.bn1(self.conv1(torch.cat([*branches, mean], dim=1)))))
+
+
+class Decoder(nn.Module):
+    """Class scores at the size of the first stage: (B, channels, h, w) and (B, low, h', w') -> (B, cout, h', w')."""
+
+    def __init__(self, options: DeepLabV3PlusOptions, low: int, cout: int) -> None:
+        super().__init__()
+        width, narrow = options.channels, options.low_channels
+        self.conv1 = nn.Conv2d(low, narrow, 1, bias=False)
+        self.bn1 = _norm(options, narrow)
+        self.classifier = nn.Sequential(
+            nn.Conv2d(width + narrow, width, 3, padding=1, bias=False),
+            _norm(options, width),
+            nn.ReLU(),
+            nn.Dropout(options.dropout[1]),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            _norm(options, width),
+            nn.ReLU(),
+            nn.Dropout(options.dropout[2]),
+            nn.Conv2d(width, cout, 1),
+        )
+
+    def forward(self, x: Tensor, low: Tensor) -> Tensor:
+        """See the class."""
+        low = F.relu(self.bn1(self.conv1(low)))
+        x = F.interpolate(x, size=low.shape[-2:], mode="bilinear", align_corners=True)
+        return self.classifier(torch.cat([x, low], dim=1))
+
+
+# ---------------------------------------------------------------------------------------------- the network
+
+_CRF = CRFSettings(iterations=10, gauss_sxy=3, gauss_weight=3, bilateral_sxy=80, bilateral_srgb=13, bilateral_weight=10)
+
+
+@segmenter("deeplabv3plus")
+class DeepLabV3Plus(Segmenter):
+    """A backbone ``model``, a pyramid ``aspp`` and a ``decoder``.
+
+    State-dict names are those of the official checkpoints, which hold the backbone twice (``model.*``, ``stage1.*`` to
+    ``stage5.*``); here it is once. deeplab.md D.1.
+
+    Args:
+        num_classes: foreground classes.
+        options: size and training behaviour.
+    """
+
+    recipes: ClassVar[Mapping[Preset, SegmentRecipe]] = {
+        # Published: after each epoch the network is kept that scores best against val's true masks; here the last one
+        # is. Momentum: the published optimiser takes the weight decay for it (deeplab.md D.2, semformer.md section 7).
+        "published": SegmentRecipe(
+            network=DeepLabV3PlusOptions(),
+            fit=Fit(epochs=50, batch_size=32, lr=0.007, momentum=4e-5, nesterov=True, weight_decay=4e-5, power=0.9),
+            augment=Augment(
+                order=("long_side", "flip", "normalize", "crop"),
+                long_side=(256, 1024),
+                flip=0.5,
+                crop=512,
+                crop_place="random",
+                mask_fill=255,
+            ),
+            weights=PRETRAINED_WEIGHTS,
+            init="imagenet",
+            infer=SegInference(
+                scales=(0.5, 1.0, 1.5, 2.0),
+                flip=True,
+                resize="bicubic",
+                merge="sum_logits",
+                align_corners=False,
+                crf=_CRF,
+            ),
+        ),
+        "sample": SegmentRecipe(
+            network=DeepLabV3PlusOptions(
+                backbone="resnet",
+                resnet=SAMPLE_RESNET,
+                rates=(1, 2, 3),
+                channels=64,
+                low_channels=16,
+                dropout=(0.1, 0.1, 0.1),
+                head_lr=1.0,
+            ),
+            fit=Fit(epochs=18, batch_size=16, optimiser="adamw", lr=0.002, weight_decay=0.01),
+            augment=Augment(
+                order=("hsv", "flip", "scale", "normalize", "crop"), scale=(0.75, 1.25), scale_filter="cubic", crop=112
+            ),
+            infer=SegInference(
+                scales=(0.75, 1.0, 1.25),
+                flip=True,
+                align_corners=False,
+                crf=CRFSettings(iterations=1, bilateral_sxy=32),
+            ),
+        ),
+    }
+    normalisation = ResNet.normalisation
+
+    def __init__(self, num_classes: int, options: DeepLabV3PlusOptions | None = None) -> None:
+        super().__init__()
+        self.options = options = options or DeepLabV3PlusOptions()
+        self.model = ResNet(options.resnet) if options.backbone == "resnet" else ResNeSt(options.resnest)
+        channels = self.model.channels
+        self.aspp = AtrousPyramid(options, channels["layer4"])
+        self.decoder = Decoder(options, channels["layer1"], num_classes + 1)
+        for part in (self.aspp, self.decoder):
+            for module in part.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight)
+        self._freeze()
+
+    def _freeze(self) -> None:
+        """Batch normalisation of the head, where it has any, is trained or fixed as the backbone's."""
+        if self.model.options.norm != "trained":
+            for part in (self.aspp, self.decoder):
+                for module in part.modules():
+                    if isinstance(module, nn.BatchNorm2d):
+                        module.eval()
+                        module.requires_grad_(self.model.options.norm == "fixed")
+
+    def train(self, mode: bool = True) -> DeepLabV3Plus:
+        """Set training or evaluation mode, keep fixed what is fixed, return self."""
+        super().train(mode)
+        self._freeze()
+        return self
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, C + 1, H, W): upsampled inside the network, with aligned corners."""
+        taps = self.model.forward_stages(images)
+        scores = self.decoder(self.aspp(taps["layer4"]), taps["layer1"])  # (B, C + 1, h, w), h = ceil(H / 4)
+        return F.interpolate(scores, size=images.shape[-2:], mode="bilinear", align_corners=True)
+
+    def param_groups(self) -> list[Group]:
+        """Weights and others of the backbone, the same of pyramid and decoder (deeplab.md D.2)."""
+        return name_groups(self, ("model",), self.options.head_lr)
+
+    def load_weights(self, weights: str) -> str:
+        """Start from an ImageNet file of torchvision, timm or ResNeSt, a Puzzle-CAM on the same backbone, or a whole
+        ``deeplabv3plus``; 'pretrained': timm's file."""
+        return load_resnet(self, weights, heads=("aspp", "decoder"), owner="model")
