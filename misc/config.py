@@ -10,10 +10,11 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 
+from misc.checked import Checked, Range, When, check
 from misc.crf.dense import CRFSettings
 
 T = TypeVar("T")
@@ -24,30 +25,33 @@ START_WORDS = ("none", "cam", PRETRAINED_WEIGHTS, REQUIRED_WEIGHTS)
 """What a ``weights`` option says besides the path of a file (net.contract.Phase)."""
 
 
+COSINE = When("schedule", "cosine", "timm_cosine")
+
+
 @dataclass(frozen=True)
-class Fit:
+class Fit(Checked):
     """How one network is trained (read by misc/loop/fit.py)."""
 
-    epochs: int = 8
+    epochs: Annotated[int, Range(least=1)] = 8
     """Passes over the training list; ignored where ``steps`` is given."""
-    steps: int | None = None
+    steps: Annotated[int | None, Range(least=1)] = None
     """Number of updates. None: epochs x floor(images / batch_size)."""
-    batch_size: int = 8
+    batch_size: Annotated[int, Range(least=1)] = 8
     """Images in one update over ALL processes and accumulation steps together (the global batch)."""
-    micro_batch: int | None = None
+    micro_batch: Annotated[int | None, Range(least=1)] = None
     """Most images that one process holds at a time; the rest of its share is accumulated. None: its whole share."""
     sample_order: Literal["epochs", "stream"] = "epochs"
     """epochs: shuffled anew each pass, the incomplete last batch dropped. stream: shuffled passes joined end to end,
     batches cross their borders."""
     optimiser: Literal["sgd", "adamw"] = "sgd"
     """Update rule."""
-    lr: float = 0.01
+    lr: Annotated[float, Range(above=0)] = 0.01
     """Base learning rate; parameter groups multiply it."""
-    momentum: float = 0.0
+    momentum: Annotated[float, Range(least=0, below=1), When("optimiser", "sgd")] = 0.0
     """SGD momentum. The published poly-SGD passes its weight decay here, so published recipes have tiny values."""
-    nesterov: bool = False
+    nesterov: Annotated[bool, When("optimiser", "sgd")] = False
     """Nesterov form of the SGD momentum."""
-    weight_decay: float = 5e-4
+    weight_decay: Annotated[float, Range(least=0)] = 5e-4
     """Decay of the groups that are decayed at all."""
     # wsol.md 5, aream.md 8, mctformer.md 6
     schedule: Literal["poly", "constant", "step", "cosine", "timm_cosine"] = "poly"
@@ -58,43 +62,31 @@ class Fit:
     timm_cosine: set once an epoch, one epoch late: epoch e has f(e - 1), the first f(0); f(t) rises linearly from
     warmup_lr at 0 to lr at warmup_epochs, from there on it is the cosine from lr at 0 to final_lr at the last
     epoch."""
-    power: float = 0.9
+    power: Annotated[float, Range(above=0), When("schedule", "poly")] = 0.9
     """Exponent of the poly schedule."""
-    schedule_extra: int = 0
+    schedule_extra: Annotated[int, When("schedule", "poly")] = 0
     """Steps added to the length in the poly schedule's denominator."""
     # deeplab.md C.3
-    schedule_every: int = 1
+    schedule_every: Annotated[int, Range(least=1), When("schedule", "poly")] = 1
     """Updates between two settings of the poly schedule's rate."""
-    step_epochs: tuple[int, ...] = (30,)
+    step_epochs: Annotated[tuple[int, ...], Range(least=1), When("schedule", "step")] = (30,)
     """step: the rate falls at the start of the epochs that one of these divides: (30,) is 30, 60, 90 ..."""
-    step_factor: float = 0.1
+    step_factor: Annotated[float, Range(above=0, most=1), When("schedule", "step")] = 0.1
     """step: what the rate is multiplied by there."""
-    warmup_epochs: int = 5
+    warmup_epochs: Annotated[int, Range(least=0), COSINE] = 5
     """Length of the warm-up of the cosine schedules. An epoch is 1 / epochs of the training, with steps too."""
-    warmup_lr: float = 1e-6
+    warmup_lr: Annotated[float, Range(least=0), COSINE] = 1e-6
     """Rate at the beginning of the cosine schedules."""
-    final_lr: float = 1e-5
+    final_lr: Annotated[float, Range(least=0), COSINE] = 1e-5
     """Rate that the cosine schedules end at."""
-    clip_norm: float = 0.0
+    clip_norm: Annotated[float, Range(least=0)] = 0.0
     """Largest gradient norm; larger gradients are scaled down to it. 0: no clipping."""
 
-    def __post_init__(self) -> None:
-        check(self.epochs > 0, "epochs", self.epochs, "at least 1")
-        check(self.steps is None or self.steps > 0, "steps", self.steps, "at least 1, or None")
-        check(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
-        check(self.micro_batch is None or self.micro_batch > 0, "micro_batch", self.micro_batch, "at least 1, or None")
-        check(self.lr > 0, "lr", self.lr, "positive")
-        check(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+    def cross_check(self) -> None:
+        """Raises ValueError for a momentum form without momentum and a warm-up longer than the training."""
         check(not self.nesterov or self.momentum > 0, "nesterov", self.nesterov, "False where momentum is 0")
-        check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
-        check(self.power > 0, "power", self.power, "positive")
-        check(self.schedule_every > 0, "schedule_every", self.schedule_every, "at least 1")
-        check(all(epoch > 0 for epoch in self.step_epochs), "step_epochs", self.step_epochs, "epochs from 1 on")
-        check(0 < self.step_factor <= 1, "step_factor", self.step_factor, "in (0, 1]")
-        check(0 <= self.warmup_epochs <= self.epochs or "cosine" not in self.schedule, "warmup_epochs",
-               self.warmup_epochs, "in 0 .. epochs")
-        check(self.warmup_lr >= 0, "warmup_lr", self.warmup_lr, "0 or more")
-        check(self.final_lr >= 0, "final_lr", self.final_lr, "0 or more")
+        check(self.warmup_epochs <= self.epochs or "cosine" not in self.schedule, "warmup_epochs",
+              self.warmup_epochs, "in 0 .. epochs")
 
 
 AugmentOp = Literal[
@@ -112,87 +104,77 @@ _AUGMENT_ORDER = (
 
 
 @dataclass(frozen=True)
-class Augment:
+class Augment(Checked):
     """How a training image is made from a file (read by voc12/transforms.py)."""
 
     order: tuple[AugmentOp, ...] = ("long_side", "flip", "jitter", "normalize", "crop")
     """The operations that are applied, in this order; operations not named are not applied."""
-    long_side: tuple[int, int] = (448, 768)
+    long_side: Annotated[tuple[int, int], Range(above=0, rising=True), When("order", "long_side")] = (448, 768)
     """long_side: the longer side is resized to a random integer in [low, high]. Pixels."""
-    long_side_filter: Literal["bicubic", "linear"] = "bicubic"
+    long_side_filter: Annotated[Literal["bicubic", "linear"], When("order", "long_side")] = "bicubic"
     """long_side: filter of the image. bicubic: PIL's, antialiased when shrinking. linear: OpenCV's."""
-    scale: tuple[float, float] = (0.5, 1.5)
+    scale: Annotated[tuple[float, float], Range(above=0, rising=True), When("order", "scale")] = (0.5, 1.5)
     """scale: both sides are multiplied by a random factor in [low, high]; mask nearest."""
-    scale_filter: Literal["cubic", "linear", "bicubic", "bilinear"] = "cubic"
+    scale_filter: Annotated[Literal["cubic", "linear", "bicubic", "bilinear"], When("order", "scale")] = "cubic"
     """Filter of the image in ``scale``. cubic, linear: OpenCV's. bicubic, bilinear: PIL's, antialiased when
     shrinking."""
     # deeplab.md C.3
-    scale_set: tuple[float, ...] = ()
+    scale_set: Annotated[tuple[float, ...], Range(above=0), When("order", "scale")] = ()
     """scale: the factors to draw from, instead of any one in the range."""
     # deeplab.md C.3
-    scale_mask: Literal["opencv", "pil"] = "opencv"
+    scale_mask: Annotated[Literal["opencv", "pil"], When("order", "scale")] = "opencv"
     """Nearest-neighbour filter of the mask in ``scale``; the two differ by up to one pixel."""
-    scale_per_batch: bool = False
+    scale_per_batch: Annotated[bool, When("order", "scale")] = False
     """scale: one factor for all images of a batch instead of one for each."""
-    square: int = 256
+    square: Annotated[int, Range(above=0), When("order", "square")] = 256
     """square: side of the square that the image is stretched to, PIL bilinear. Pixels."""
-    flip: float = 0.5
+    flip: Annotated[float, Range(least=0, most=1), When("order", "flip")] = 0.5
     """flip: probability of a horizontal mirror."""
-    jitter: tuple[float, float, float, float] = (0.3, 0.3, 0.3, 0.1)
+    jitter: Annotated[tuple[float, float, float, float], Range(least=0), When("order", "jitter")] = (0.3, 0.3, 0.3, 0.1)
     """jitter: strengths of the colour jitter in brightness, contrast, saturation, hue."""
-    jitter_probability: float = 1.0
+    jitter_probability: Annotated[float, Range(least=0, most=1), When("order", "jitter")] = 1.0
     """jitter: probability that it is applied to an image."""
-    hsv: int = 10
+    hsv: Annotated[int, Range(least=0, below=90), When("order", "hsv")] = 10
     """hsv: largest integer shift of hue, saturation, value (OpenCV 8-bit HSV)."""
-    area: tuple[float, float] = (0.08, 1.0)
+    area: Annotated[
+        tuple[float, float], Range(above=0, most=1, rising=True), When("order", "resized_crop")
+    ] = (0.08, 1.0)
     """resized_crop: a random part of the image, this share of its area and of aspect 3/4 to 4/3, is resized to the
     square of side ``crop``."""
-    area_filter: Literal["bicubic", "bilinear"] = "bicubic"
+    area_filter: Annotated[Literal["bicubic", "bilinear"], When("order", "resized_crop")] = "bicubic"
     """resized_crop: PIL's filter of the image."""
-    policy: str = "rand-m9-mstd0.5-inc1"
+    policy: Annotated[str, When("order", "rand_augment")] = "rand-m9-mstd0.5-inc1"
     """rand_augment: timm's RandAugment by the name that timm gives its settings. It moves no mask."""
-    erase: float = 0.25
+    erase: Annotated[float, Range(least=0, most=1), When("order", "erase")] = 0.25
     """erase: probability that a box of 2 to 33 % of the area is replaced by normal noise (timm's random erasing)."""
-    crop: int = 448
+    crop: Annotated[int, Range(above=0)] = 448
     """crop, resized_crop: side of the square that becomes the training image. crop cuts it from the image (or, where
     the image is smaller, lays it on a canvas). Pixels."""
     # deeplab.md B.2
-    crop_place: Literal["random", "corner", "top_left"] = "random"
+    crop_place: Annotated[Literal["random", "corner", "top_left"], When("order", "crop")] = "random"
     """Where an image smaller than the crop lands on its canvas: a random place, or (corner, top_left) the top left
     corner. corner also takes the published offset of a larger image, int(u x (side - crop)), never the very last
     one."""
-    mask_fill: int = 255
+    mask_fill: Annotated[int, Range(least=0, most=255), When("order", "crop")] = 255
     """Label of the canvas where there is no image: 255 ignore, 0 background."""
 
-    def __post_init__(self) -> None:
-        check(self.crop > 0, "crop", self.crop, "positive")
+    def cross_check(self) -> None:
+        """Raises ValueError for operations in an order that makes no sense."""
         check("normalize" in self.order, "order", self.order, "a list that contains normalize")
         check(len(set(self.order)) == len(self.order), "order", self.order, "a list without repetition")
-        unknown = set(self.order) - set(get_args(AugmentOp))
-        check(not unknown, "order", self.order, f"made of {', '.join(get_args(AugmentOp))}")
         place = {operation: number for number, operation in enumerate(self.order)}
         for first, second in _AUGMENT_ORDER:
             good = place.get(first, -1) < place.get(second, len(place))
             check(good, "order", self.order, f"a list with {first} before {second}")
-        check(0 < self.long_side[0] <= self.long_side[1], "long_side", self.long_side, "two increasing sizes")
-        check(0 < self.scale[0] <= self.scale[1], "scale", self.scale, "two increasing factors")
-        check(min(self.scale_set, default=1) > 0, "scale_set", self.scale_set, "positive factors")
-        check(self.square > 0, "square", self.square, "positive")
-        check(0 <= self.flip <= 1, "flip", self.flip, "a probability")
-        check(min(self.jitter) >= 0 and self.jitter[3] <= 0.5, "jitter", self.jitter, "0 or more, hue at most 0.5")
-        check(0 <= self.jitter_probability <= 1, "jitter_probability", self.jitter_probability, "a probability")
-        check(0 <= self.hsv < 90, "hsv", self.hsv, "in [0, 90)")
-        check(0 < self.area[0] <= self.area[1] <= 1, "area", self.area, "two increasing shares")
+        check(self.jitter[3] <= 0.5, "jitter", self.jitter, "4 values of 0 or more, the last (hue) at most 0.5")
         check(self.policy.startswith("rand-"), "policy", self.policy, "a name such as rand-m9-mstd0.5-inc1")
-        check(0 <= self.erase <= 1, "erase", self.erase, "a probability")
-        check(0 <= self.mask_fill <= 255, "mask_fill", self.mask_fill, "in 0 .. 255")
 
 
 @dataclass(frozen=True)
-class CamInference:
+class CamInference(Checked):
     """How CAMs are inferred and merged over scales (read by step/make_cam.py)."""
 
-    scales: tuple[float, ...] = (1.0, 0.5, 1.5, 2.0)
+    scales: Annotated[tuple[float, ...], Range(above=0, filled=True)] = (1.0, 0.5, 1.5, 2.0)
     """Factors of the image size; PIL bicubic, sizes rounded half to even."""
     truncate: bool = False
     """Cut the fraction of the sizes off instead of rounding them."""
@@ -204,9 +186,9 @@ class CamInference:
     flip: bool = True
     """Add the maps of the mirrored image."""
     # semformer.md 6
-    stretch: int = 1
+    stretch: Annotated[int, Range(least=1)] = 1
     """Sides of the network's inputs are rounded up to multiples of this: images are stretched, not padded."""
-    multiple: int = 1
+    multiple: Annotated[int, Range(least=1)] = 1
     """Scaled images are padded with the mean colour at the bottom and the right to sides that are multiples of this;
     maps are brought to the padded size and cut to the image again. 1: no padding."""
     pad_first: bool = False
@@ -218,49 +200,40 @@ class CamInference:
     minmax: (S - min) / (max - min + 1e-8).
     rectified: clipped at 0, then D / (max D + 1e-6) with D = S - min."""
     # irnet.md 6
-    round_up: int = 1
+    round_up: Annotated[int, Range(least=1)] = 1
     """Maps, whatever the inputs' sizes, are added up at sides that are multiples of this, then cut to the image:
     misaligned by up to as many pixels, which published thresholds were tuned with (IRNet's high_res: 16). 1: at image
     size."""
     # irnet.md 6
-    coarse: int = 0
+    coarse: Annotated[int, Range(least=0)] = 0
     """Also keep the maps added up on a grid with this many pixels a cell, for refiners that work on it (IRNet's
     cam: 4). 0: they get the maps at image size."""
 
-    def __post_init__(self) -> None:
-        check(bool(self.scales) and min(self.scales) > 0, "scales", self.scales, "positive factors")
+    def cross_check(self) -> None:
+        """Raises ValueError for squares that are too small to be sizes."""
         check(not self.square or min(self.scales) >= 8, "scales", self.scales, "sides of 8 pixels or more for square")
-        check(self.stretch > 0, "stretch", self.stretch, "at least 1")
-        check(self.multiple > 0, "multiple", self.multiple, "at least 1")
-        check(self.round_up > 0, "round_up", self.round_up, "at least 1")
-        check(self.coarse >= 0, "coarse", self.coarse, "0 or more")
 
 
 @dataclass(frozen=True)
-class BoxInference:
+class BoxInference(Checked):
     """How boxes are drawn from class maps and scored (read by step/localise.py)."""
     # wsol.md sections 6 to 8
 
-    side: int = 224
+    side: Annotated[int, Range(least=2)] = 224
     """Side of the square grid that maps and true boxes are brought to. Pixels."""
     # wsol.md 6
-    threshold: float = 0.1
+    threshold: Annotated[float, Range(least=0, below=1)] = 0.1
     """Share of a map's maximum above which a pixel is foreground, for Top-1, Top-5 and GT-Known. Other maps than
     TS-CAM's need another one: GT-Known may double."""
-    interval: float = 0.01
+    interval: Annotated[float, Range(above=0, most=0.5)] = 0.01
     """Distance of the thresholds that MaxBoxAcc searches, and of PxAP's. The published evaluation takes 0.001."""
-
-    def __post_init__(self) -> None:
-        check(self.side > 1, "side", self.side, "at least 2")
-        check(0 <= self.threshold < 1, "threshold", self.threshold, "in [0, 1)")
-        check(0 < self.interval <= 0.5, "interval", self.interval, "in (0, 0.5]")
 
 
 @dataclass(frozen=True)
-class SegInference:
+class SegInference(Checked):
     """How a segmentation network is tested (read by step/infer_seg.py)."""
 
-    scales: tuple[float, ...] = (1.0,)
+    scales: Annotated[tuple[float, ...], Range(above=0, filled=True)] = (1.0,)
     """Factors of the image size."""
     # getam.md 7
     square: bool = False
@@ -281,45 +254,34 @@ class SegInference:
     crf: CRFSettings = dataclasses.field(default_factory=CRFSettings)
     """Dense CRF on the merged scores; ``iterations`` 0 switches it off."""
 
-    def __post_init__(self) -> None:
-        check(bool(self.scales) and min(self.scales) > 0, "scales", self.scales, "positive factors")
+    def cross_check(self) -> None:
+        """Raises ValueError for squares that are too small to be sizes."""
         check(not self.square or min(self.scales) >= 8, "scales", self.scales, "sides of 8 pixels or more for square")
 
 
 @dataclass(frozen=True)
-class Machine:
+class Machine(Checked):
     """What concerns the machine and not the result; may change between two calls on one run folder."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where networks run; auto: a GPU where there is one."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Mixed precision. auto: bf16 on GPUs that have it, off elsewhere."""
-    workers: int = dataclasses.field(default_factory=lambda: min(8, os.cpu_count() or 1))
+    workers: Annotated[int, Range(least=0)] = dataclasses.field(default_factory=lambda: min(8, os.cpu_count() or 1))
     """Worker processes for reading training images and for per-image work on the CPU. 0: none."""
     compile: bool = False
     """Compile networks with torch.compile for training."""
     channels_last: bool = False
     """Store images and convolutions channels-last on GPUs (often quicker there; on the CPU it is left out, where the
     backward pass of some PyTorch builds crashes with it)."""
-    checkpoint_every: int | None = None
+    checkpoint_every: Annotated[int | None, Range(least=1)] = None
     """Updates between two resume points. None: twenty times a training."""
-
-    def __post_init__(self) -> None:
-        check(self.workers >= 0, "workers", self.workers, "0 or more")
-        check(self.checkpoint_every is None or self.checkpoint_every > 0, "checkpoint_every", self.checkpoint_every,
-               "at least 1, or None")
 
     def amp_dtype(self, device: torch.device) -> torch.dtype | None:
         """The reduced precision that is used on a device, or None."""
         if self.amp == "auto":
             return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
         return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.amp]
-
-
-def check(good: bool, name: str, value: object, wanted: str) -> None:
-    """Refuse the value of a setting that is not ``good``: ValueError says what it must be."""
-    if not good:
-        raise ValueError(f"{name} = {value!r} is not possible: it must be {wanted}.")
 
 
 def override(instance: T, changes: Mapping[str, Any]) -> T:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from misc.checked import Checked
 from misc.config import Augment, BoxInference, CamInference, Fit, SegInference
 from misc.loop.fit import Batch
 from misc.score.objects import Instances
@@ -81,7 +82,7 @@ class Network(nn.Module, ABC):
 
 
 @dataclass(frozen=True)
-class Options(ABC):
+class Options(Checked, ABC):
     """Base of a network's own settings (a section of the command line), which also build the network."""
 
     @abstractmethod
@@ -96,7 +97,7 @@ class Options(ABC):
 
 
 @dataclass(frozen=True)
-class Phase:
+class Phase(Checked):
     """One training: a network and how it is trained."""
 
     network: Options
@@ -145,7 +146,7 @@ class RefineRecipe(Phase):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentTest:
+class SegmentTest(Checked):
     """How masks are predicted: all there is to set where the CAM network itself predicts them."""
 
     infer: SegInference = field(default_factory=SegInference)

@@ -6,42 +6,37 @@ Same numbers as pydensecrf (psa.md section 3), on the lattice of misc/crf/lattic
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from misc.checked import Checked, Positive, Range, Weight, When
 from misc.crf.lattice import Lattice
 
 _LOWEST_SCORE = 1e-5
+CRF = When("iterations")
 
 
 @dataclass(frozen=True)
-class CRFSettings:
+class CRFSettings(Checked):
     """Kernels and length of the mean-field inference. The defaults make PSA's affinity labels."""
     # psa.md section 3
 
-    iterations: int = 10
+    iterations: Annotated[int, Range(least=0)] = 10
     """Mean-field updates; 0 gives the clipped scores, normalised."""
-    gauss_sxy: float = 3.0
+    gauss_sxy: Annotated[Positive, CRF] = 3.0
     """Standard deviation of the smoothness kernel, in pixels."""
-    gauss_weight: float = 3.0
+    gauss_weight: Annotated[Weight, CRF] = 3.0
     """Weight of the smoothness kernel; 0 leaves it out."""
-    bilateral_sxy: float = 80.0
+    bilateral_sxy: Annotated[Positive, CRF] = 80.0
     """Standard deviation of the appearance kernel in the image plane, in pixels."""
-    bilateral_srgb: float = 13.0
+    bilateral_srgb: Annotated[Positive, CRF] = 13.0
     """Standard deviation of the appearance kernel in each colour channel, in 8-bit grey levels."""
-    bilateral_weight: float = 10.0
+    bilateral_weight: Annotated[Weight, CRF] = 10.0
     """Weight of the appearance kernel; 0 leaves it out."""
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"CRF {field.name} = {value} must be 0 or more and finite")
-            if value == 0 and field.name.endswith(("sxy", "srgb")):
-                raise ValueError(f"CRF {field.name} = {value} must be positive; a weight of 0 leaves a kernel out")
 
 
 class DenseCRF:

@@ -6,33 +6,30 @@ Nothing is compiled, memory is linear in the number of pixels: all pairs are fil
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from misc.checked import Checked, Positive, Range, Weight
 from misc.crf.lattice import Lattice
 
 
 @dataclass(frozen=True)
-class DenseOptions:
+class DenseOptions(Checked):
     """Strength and kernel of the dense energy loss."""
     # getam.md section 5
 
-    weight: float = 1e-7
+    weight: Weight = 1e-7
     """Weight. It belongs to the lattice's filter, whose values are about 0.62 of those of exact Gaussian sums. 0: no
     such loss."""
-    scale: float = 0.5
+    scale: Annotated[float, Range(above=0, most=1)] = 0.5
     """Factor of the sides at which it is computed."""
-    sigma_rgb: float = 15.0
+    sigma_rgb: Positive = 15.0
     """Standard deviation in colour. Grey levels."""
-    sigma_xy: float = 100.0
+    sigma_xy: Positive = 100.0
     """Standard deviation in place, multiplied by ``scale``. Pixels."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for impossible values."""
-        if self.weight < 0 or not 0 < self.scale <= 1 or min(self.sigma_rgb, self.sigma_xy) <= 0:
-            raise ValueError("weight must be 0 or more, scale in (0, 1], sigma_rgb and sigma_xy positive.")
 
 
 def dense_energy(

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from misc.checked import Checked, Positive, Range, Weight
 
 _EPSILON = 1e-8
 # rows and columns of the 8 neighbours, row by row
@@ -19,27 +22,20 @@ _AROUND = tuple((row, column) for row in (-1, 0, 1) for column in (-1, 0, 1) if 
 
 
 @dataclass(frozen=True)
-class Kernel:
+class Kernel(Checked):
     """How much a neighbour weighs; the defaults are PAR's."""
 
-    dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
+    dilations: Annotated[tuple[int, ...], Range(least=1, filled=True)] = (1, 2, 4, 8, 12, 24)
     """Distances of the neighbours, 8 each. Pixels."""
-    width: float = 0.3
+    width: Positive = 0.3
     """Difference of colour, in standard deviations of the neighbourhood, at which the exponent is -1."""
-    power: int = 2
+    power: Literal[1, 2] = 2
     """Power of the difference in the exponent. 2: Gaussian. 1: Laplacian."""
-    place: float = 0.01
+    place: Weight = 0.01
     """Weight of a second kernel, of the distance instead of the colour: the weights then sum to 1 + this, so that
     every iteration makes the maps a little larger. 0: none."""
     deviation_of_centre: bool = False
     """Count the pixel itself, once for every dilation, among the values that the standard deviation is of."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for what is no kernel."""
-        if not self.dilations or min(self.dilations) < 1:
-            raise ValueError(f"dilations = {self.dilations} is not possible: they must be 1 or more.")
-        if self.width <= 0 or self.power not in (1, 2) or self.place < 0:
-            raise ValueError("width must be positive, power 1 or 2, place 0 or more.")
 
 
 PAR = Kernel()

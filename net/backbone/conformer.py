@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from misc.checked import Checked, Count, DropProbability, Positive, Range, Weight, check
 from net.backbone.transformer import See, TransformerBlock, Visit, start_local
 
 # of all but the stem's batch norm and the final layer norm, which have PyTorch's 1e-5 (transcam.md section 8, trap 3)
@@ -22,26 +23,26 @@ _LN_EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
-class ConformerOptions:
+class ConformerOptions(Checked):
     """Size and wiring of a Conformer; the defaults are Conformer-S as TransCAM has it."""
 
     patch: Literal[4, 8, 16] = 16
     """Pixels a side of a token and of a cell of the last map. The stages' maps have 4, 8 and 16 pixels a cell, but none
     is coarser than this. 16 is the published network."""
-    base: int = 64
+    base: Count = 64
     """Channels of the stem."""
-    ratio: int = 4
+    ratio: Count = 4
     """Channels of the first stage over those of the stem; the second and third stage double them. Published: 1 tiny,
     4 small, 6 base."""
-    width: int = 384
+    width: Count = 384
     """Width of a token."""
-    depth: int = 12
+    depth: Annotated[int, Range(least=3, multiple=3)] = 12
     """Number of blocks, a third of them in each stage."""
-    heads: int = 6
+    heads: Count = 6
     """Attention heads of a transformer block."""
-    mlp_ratio: float = 4.0
+    mlp_ratio: Positive = 4.0
     """Width inside a transformer block's MLP over that of a token."""
-    drop_path: float = 0.1
+    drop_path: DropProbability = 0.1
     """Stochastic depth of the last transformer block; it grows from 0 at the first."""
     last_stride: Literal[1, 2] = 1
     """Stride of the last fusion: 1 in CAM networks, 2 in the ImageNet classifier. The weights are the same, the last
@@ -49,32 +50,18 @@ class ConformerOptions:
     double_class_token: bool = True
     """Double the class token on entering each block but the first, as the ImageNet classifier and TransCAM do. Without
     (AReAM) the same weights are another function."""
-    local_start: float = 0.0
+    local_start: Weight = 0.0
     """Random start weights. 0: as published. Else the gain of ``transformer.start_local``; and what the tokens add to
     the map starts small too."""
-    head_std: float | None = None
+    head_std: Annotated[float | None, Range(above=0)] = None
     """Standard deviation that the weights of convolutions in new heads start with, their biases at 0. None: Kaiming
     normal by fan-out like the body's, as published (logits then start at about 10)."""
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for values that make no network."""
-        for name, possible in (("patch", (4, 8, 16)), ("last_stride", (1, 2))):
-            if getattr(self, name) not in possible:
-                raise ValueError(f"{name} must be one of {possible}, got {getattr(self, name)}.")
-        if self.depth < 3 or self.depth % 3:
-            raise ValueError(f"depth must be a multiple of 3, got {self.depth}: the three stages share the blocks.")
-        if min(self.base, self.ratio) < 1 or self.base * self.ratio % 4:
+    def cross_check(self) -> None:
+        """Raises ValueError for values that make no network together."""
+        if self.base * self.ratio % 4:
             raise ValueError(f"base x ratio must be a multiple of 4, got {self.base} x {self.ratio}.")
-        if self.heads < 1 or self.width < 1 or self.width % self.heads:
-            raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}.")
-        if self.mlp_ratio <= 0:
-            raise ValueError(f"mlp_ratio must be above 0, got {self.mlp_ratio}.")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}.")
-        if self.head_std is not None and self.head_std <= 0:
-            raise ValueError(f"head_std must be above 0, got {self.head_std}.")
-        if self.local_start < 0:
-            raise ValueError(f"local_start must be 0 or more, got {self.local_start}.")
+        check(self.width % self.heads == 0, "width", self.width, f"a multiple of heads = {self.heads}")
 
 
 SAMPLE_CONFORMER = ConformerOptions(

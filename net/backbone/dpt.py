@@ -7,12 +7,13 @@ Names are those of the official GETAM checkpoints, hence timm's below ``pretrain
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from misc.checked import Checked, Count, DropProbability, Positive, Range, Weight, When, check
 from misc.config import PRETRAINED_WEIGHTS
 from net.backbone.resnetv2 import ResNetV2
 from net.backbone.vit import Grid, ViT, ViTOptions, resize_positions
@@ -32,51 +33,42 @@ _TIMM = {
 
 
 @dataclass(frozen=True)
-class DPTOptions:
+class DPTOptions(Checked):
     """Kind and size; the defaults are the published ones of ``vitb_hybrid``, and but for the kind of all others."""
 
     backbone: DPTBackbone = "vitb_hybrid"
     """vitb_hybrid: ViT on the features of a ResNet, whose own first stages are two of the four maps. vitb, deitb: plain
     ViT (the same network, other ImageNet weights). deitb_distilled: with a distillation token."""
-    image_size: int = 384
+    image_size: Count = 384
     """Side of the square images that the position embedding is made for; others resize it. Pixels."""
-    patch: int = 16
+    patch: Annotated[int, Range(least=8, multiple=4)] = 16
     """Side of a patch. Pixels. 8 leaves the pooling out of the hybrid's stem."""
-    width: int = 768
+    width: Count = 768
     """Channels of a token."""
-    depth: int = 12
+    depth: Annotated[int, Range(least=4, multiple=4)] = 12
     """Number of blocks, a multiple of 4: tokens are taken after each quarter (of the hybrid after the last two)."""
-    heads: int = 12
+    heads: Count = 12
     """Attention heads; they divide the width."""
-    mlp_ratio: float = 4.0
+    mlp_ratio: Positive = 4.0
     """Width inside a block's MLP over that of a token."""
-    stem: int = 64
+    stem: Annotated[int, Range(least=8, multiple=8), When("backbone", "vitb_hybrid")] = 64
     """vitb_hybrid: channels of the ResNet's stem."""
-    stem_depth: tuple[int, int, int] = (3, 4, 9)
+    stem_depth: Annotated[tuple[int, int, int], Range(least=1), When("backbone", "vitb_hybrid")] = (3, 4, 9)
     """vitb_hybrid: bottlenecks of the ResNet's stages."""
-    patch_stem: int = 0
+    patch_stem: Annotated[int, Range(least=0)] = 0
     """The plain ones: 0, published, or convolutions before the patches (``ViTOptions.stem``)."""
-    features: int = 256
+    features: Count = 256
     """Channels of the decoder."""
-    dropout: float = 0.1
+    dropout: DropProbability = 0.1
     """Dropout before the decoder's last layer."""
-    local_start: float = 0.0
+    local_start: Weight = 0.0
     """Random start weights. 0: as published. Else the gain of ``transformer.start_local``."""
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for values that make no network (see also ``ViTOptions``)."""
-        if self.backbone not in _TIMM:
-            raise ValueError(f"backbone must be one of {', '.join(_TIMM)}, got {self.backbone!r}.")
-        if self.depth % 4 or self.depth < 4:
-            raise ValueError(f"depth must be a multiple of 4, got {self.depth}.")
-        if self.patch < 8 or self.patch % 4 or (self.hybrid and self.patch not in (8, 16)):
-            raise ValueError(f"patch must be a multiple of 4 from 8 on (8 or 16 for the hybrid), got {self.patch}.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}.")
+    def cross_check(self) -> None:
+        """Raises ValueError for values that make no network together (see also ``ViTOptions``)."""
+        check(not self.hybrid or self.patch in (8, 16), "patch", self.patch, "8 or 16 for vitb_hybrid")
         if self.hybrid and self.patch_stem:
             raise ValueError("patch_stem is of the plain ones; vitb_hybrid has a stem of its own, a ResNet.")
-        if self.features < 1 or self.stem < 8 or self.stem % 8 or min(self.stem_depth) < 1:
-            raise ValueError("features and stem_depth must be positive, stem a multiple of 8.")
         self.vit()
 
     @property

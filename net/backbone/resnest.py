@@ -10,11 +10,12 @@ from typing import Literal
 
 from torch import nn
 
+from misc.checked import Checked, check
 from net.backbone.resnet import STAGES, Stages
 
 
 @dataclass(frozen=True)
-class ResNeStOptions:
+class ResNeStOptions(Checked):
     """Which ResNeSt, and its training behaviour; the defaults are Puzzle-CAM's best."""
 
     name: str = "resnest101e"
@@ -25,14 +26,9 @@ class ResNeStOptions:
     frozen: Literal["none", "stem", "layer1", "layer2", "layer3", "layer4"] = "none"
     """The stages up to and including this one get no gradient and keep their batch normalisation."""
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for values that make no network."""
-        if not self.name.startswith("resnest"):
-            raise ValueError(f"name must be that of a ResNeSt in timm, such as resnest101e, got {self.name!r}.")
-        if self.norm not in ("trained", "fixed", "frozen"):
-            raise ValueError(f"norm must be trained, fixed or frozen, got {self.norm!r}.")
-        if self.frozen not in ("none", *STAGES):
-            raise ValueError(f"frozen must be none or one of {', '.join(STAGES)}, got {self.frozen!r}.")
+    def cross_check(self) -> None:
+        """Raises ValueError for a network that is no ResNeSt."""
+        check(self.name.startswith("resnest"), "name", self.name, "timm's name of a ResNeSt, such as resnest101e")
 
     @property
     def pretrained(self) -> str:

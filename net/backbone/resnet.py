@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from misc.checked import Checked, Positive, Range
 from misc.config import PRETRAINED_WEIGHTS
 from net.backbone import scaled_channels
 from net.foreign.loading import load_tensors
@@ -27,17 +28,17 @@ _TELLTALE = "layer1.0.conv1.weight"
 
 
 @dataclass(frozen=True)
-class ResNetOptions:
+class ResNetOptions(Checked):
     """Size and training behaviour of a ResNet; the defaults are IRNet's ResNet-50."""
 
-    depth: tuple[int, int, int, int] = (3, 4, 6, 3)
+    depth: Annotated[tuple[int, int, int, int], Range(least=1)] = (3, 4, 6, 3)
     """Bottlenecks in layer1 to layer4. ResNet-50: 3 4 6 3, -101: 3 4 23 3, -152: 3 8 36 3."""
-    width: float = 1.0
+    width: Positive = 1.0
     """Channel multiplier; channels are rounded to multiples of 8. 1 is the published network."""
-    strides: tuple[int, int, int, int] = (2, 2, 2, 1)
+    strides: Annotated[tuple[int, int, int, int], Range(least=1)] = (2, 2, 2, 1)
     """Strides of the stem's convolution, layer2, layer3 and layer4; the stem's pooling has 2 besides. ImageNet's are
     2 2 2 2; with the last one 1, a cell of the last map has 16 pixels."""
-    dilations: tuple[int, int, int, int] = (1, 1, 1, 1)
+    dilations: Annotated[tuple[int, int, int, int], Range(least=1)] = (1, 1, 1, 1)
     """Dilations of the 3x3 convolutions of layer1 to layer4; the first bottleneck of each keeps 1."""
     norm: Literal["trained", "fixed", "frozen"] = "fixed"
     """Batch normalisation. trained: as usual. fixed: by the running statistics, which stay as loaded; weight and bias
@@ -48,19 +49,6 @@ class ResNetOptions:
     pretrained: str = "resnet50.tv_in1k"
     """timm's name of the classifier that the weights 'pretrained' come from; those of the name *.tv_in1k are
     torchvision's first ones, the published start (resnet101.tv_in1k, resnet152.tv_in1k)."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for values that make no network."""
-        if self.width <= 0:
-            raise ValueError(f"width must be above 0, got {self.width}.")
-        for name in ("depth", "strides", "dilations"):
-            numbers = getattr(self, name)
-            if len(numbers) != 4 or min(numbers) < 1:
-                raise ValueError(f"{name} needs four numbers of at least 1, got {numbers}.")
-        if self.norm not in ("trained", "fixed", "frozen"):
-            raise ValueError(f"norm must be trained, fixed or frozen, got {self.norm!r}.")
-        if self.frozen not in ("none", *STAGES):
-            raise ValueError(f"frozen must be none or one of {', '.join(STAGES)}, got {self.frozen!r}.")
 
 
 SAMPLE_RESNET = ResNetOptions(width=0.25, depth=(1, 1, 1, 1), strides=(2, 2, 1, 1), norm="trained")

@@ -7,52 +7,37 @@ without a prefix subclasses ``ResNet38``; one that holds it under ``backbone.`` 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from misc.checked import Checked, Count, Positive, Range, When
 from net.backbone import scaled_channels
 
 
 @dataclass(frozen=True)
-class ResNet38Options:
+class ResNet38Options(Checked):
     """Size and training behaviour of ResNet38; the defaults are the published plain backbone."""
 
-    width: float = 1.0
+    width: Positive = 1.0
     """Channel multiplier; channels are rounded to multiples of 8. 1 is the published network."""
-    late_width: float | None = None
+    late_width: Annotated[float | None, Range(above=0)] = None
     """Channel multiplier inside and after b6 and b7, where most of the cost of a narrow network is. None: ``width``."""
-    depth: tuple[int, int, int, int] = (3, 3, 6, 3)
+    depth: Annotated[tuple[int, int, int, int], Range(least=1)] = (3, 3, 6, 3)
     """Number of residual blocks in the stages b2, b3, b4 and b5."""
-    dilation: int = 4
+    dilation: Count = 4
     """Dilation of the 3x3 convolutions of b6 and b7, in cells of 8 pixels; b5 has half of it. Published is 4, for crops
     of 448 pixels."""
-    dropout: tuple[float, float] = (0.3, 0.5)
+    dropout: Annotated[tuple[float, float], Range(least=0, below=1)] = (0.3, 0.5)
     """Channel dropout probability inside b6 and b7."""
     freeze_bn: bool = True
     """Keep all batch normalisation (statistics and affine) as loaded. Turn off to train from random weights."""
     frozen: Literal["none", "conv1a", "b2"] = "conv1a"
     """Freeze the layers up to and including this one. SEAM and PSA freeze to b2, LargeFOV to conv1a."""
-    bn_momentum: float = 0.1
+    bn_momentum: Annotated[float, Range(above=0, most=1), When("freeze_bn", False)] = 0.1
     """Momentum of the running statistics (SEAM's DeepLab v1 uses 0.0003)."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for values that make no network."""
-        for name, width in (("width", self.width), ("late_width", self.late_width)):
-            if width is not None and width <= 0:
-                raise ValueError(f"{name} must be above 0, got {width}.")
-        if self.dilation < 1:
-            raise ValueError(f"dilation must be at least 1, got {self.dilation}.")
-        if len(self.depth) != 4 or min(self.depth) < 1:
-            raise ValueError(f"depth needs four numbers of at least 1 (stages b2 to b5), got {self.depth}.")
-        if len(self.dropout) != 2 or not all(0 <= p < 1 for p in self.dropout):
-            raise ValueError(f"dropout needs two probabilities in [0, 1), got {self.dropout}.")
-        if self.frozen not in ("none", "conv1a", "b2"):
-            raise ValueError(f"frozen must be none, conv1a or b2, got {self.frozen!r}.")
-        if not 0 < self.bn_momentum <= 1:
-            raise ValueError(f"bn_momentum must be in (0, 1], got {self.bn_momentum}.")
 
 
 SAMPLE_RESNET38 = ResNet38Options(

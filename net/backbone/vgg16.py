@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from misc.checked import Checked, DropProbability, Positive
 from net.backbone import scaled_channels
 
 # stage -> its number of 3x3 convolutions
@@ -22,28 +23,17 @@ _PIXEL_SCALE = 64.0
 
 
 @dataclass(frozen=True)
-class VGG16Options:
+class VGG16Options(Checked):
     """Size and training behaviour of VGG16; the defaults are the published classification backbone."""
 
-    width: float = 1.0
+    width: Positive = 1.0
     """Channel multiplier; channels are rounded to multiples of 8. 1 is the published network."""
     fc6_dilation: Literal[1, 4] = 1
     """Dilation of the 3x3 convolution fc6: 1 in PSA's classifier, 4 in its affinity network."""
-    dropout: float = 0.5
+    dropout: DropProbability = 0.5
     """Channel dropout probability between fc6 and fc7."""
     frozen: Literal["none", "conv2"] = "conv2"
     """Freeze the layers up to and including this stage."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for values that make no network."""
-        if self.width <= 0:
-            raise ValueError(f"width must be above 0, got {self.width}.")
-        if self.fc6_dilation not in (1, 4):
-            raise ValueError(f"fc6_dilation must be 1 or 4, got {self.fc6_dilation}.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}.")
-        if self.frozen not in ("none", "conv2"):
-            raise ValueError(f"frozen must be none or conv2, got {self.frozen!r}.")
 
 
 class VGG16(nn.Module):

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from misc.checked import Checked, Count, DropProbability, Positive, Range, Weight, check
 from misc.config import PRETRAINED_WEIGHTS
 from net.backbone.transformer import AttentionSums, TransformerBlock, Visit, start_local
 from net.foreign.loading import load_tensors
@@ -26,47 +27,39 @@ Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class ViTOptions:
+class ViTOptions(Checked):
     """Size of a vision transformer; the defaults are DeiT-S for images of 224 pixels."""
 
     image_size: int = 224
     """Side of the square training images, for which the position embedding is made. Pixels."""
-    patch: int = 16
+    patch: Count = 16
     """Side of a patch. Pixels."""
-    width: int = 384
+    width: Count = 384
     """Channels of a token."""
-    depth: int = 12
+    depth: Count = 12
     """Number of blocks."""
-    heads: int = 6
+    heads: Count = 6
     """Attention heads; they divide the width."""
-    mlp_ratio: float = 4.0
+    mlp_ratio: Positive = 4.0
     """Width inside a block's MLP over that of a token."""
-    drop_path: float = 0.1
+    drop_path: DropProbability = 0.1
     """Stochastic depth of the last block; it grows from 0 at the first."""
     pretrained: str = "deit_small_patch16_224"
     """timm's name of the classifier that the weights 'pretrained' come from."""
-    stem: int = 0
+    stem: Annotated[int, Range(least=0)] = 0
     """0: a patch becomes a token by one linear layer, published. Else pairs of 3x3 convolutions stand before it, the
     first of each pair with stride 2, of this many channels and twice as many in each following pair, until a cell is a
     patch: ours, for random start weights and few images (after Xiao et al., Early convolutions help transformers see
     better, 2021)."""
-    local_start: float = 0.0
+    local_start: Weight = 0.0
     """Random start weights. 0: as published. Else the gain of ``transformer.start_local``."""
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for values that make no network."""
-        if min(self.patch, self.width, self.depth, self.heads) < 1 or self.mlp_ratio <= 0:
-            raise ValueError("patch, width, depth, heads and mlp_ratio must be positive.")
-        if self.width % self.heads:
-            raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}.")
-        if self.image_size < self.patch:
-            raise ValueError(f"image_size must hold a patch of {self.patch} pixels, got {self.image_size}.")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}.")
-        if self.local_start < 0:
-            raise ValueError(f"local_start must be 0 or more, got {self.local_start}.")
-        if self.stem < 0 or (self.stem and self.patch & (self.patch - 1)):
-            raise ValueError(f"stem must be 0 or more, and 0 unless the patch is a power of 2, got {self.stem}.")
+    def cross_check(self) -> None:
+        """Raises ValueError for values that make no network together."""
+        check(self.width % self.heads == 0, "width", self.width, f"a multiple of heads = {self.heads}")
+        check(self.image_size >= self.patch, "image_size", self.image_size, f"at least a patch of {self.patch} pixels")
+        whole = not self.stem or not self.patch & (self.patch - 1)
+        check(whole, "stem", self.stem, f"0 where the patch, {self.patch}, is no power of 2")
 
     @property
     def grid(self) -> Grid:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
+from misc.checked import When
 from misc.config import PRETRAINED_WEIGHTS, Augment, Fit
 from misc.crf.dense import CRFSettings
 from net.backbone.resnest import ResNeSt, ResNeStOptions
@@ -31,14 +32,10 @@ class EdgeOnlyOptions(EdgeOptions):
 
     backbone: Literal["resnet", "resnest"] = "resnet"
     """Network below the boundary head; the section of this name applies, the other is not used. Puzzle-CAM: resnest."""
-    resnest: ResNeStOptions = field(default_factory=lambda: ResNeStOptions(norm="fixed", frozen="layer4"))
+    resnest: Annotated[ResNeStOptions, When("backbone", "resnest")] = field(
+        default_factory=lambda: ResNeStOptions(norm="fixed", frozen="layer4")
+    )
     """ResNeSt. Published is completely frozen; only the layers on its stages are trained."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for values that make no network."""
-        super().__post_init__()
-        if self.backbone not in ("resnet", "resnest"):
-            raise ValueError(f"backbone must be resnet or resnest, got {self.backbone!r}.")
 
     def make_backbone(self) -> Stages:
         """The backbone, with random weights."""

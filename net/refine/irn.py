@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import cv2
 import numpy as np
@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from misc.config import PRETRAINED_WEIGHTS, Augment, Fit, check
+from misc.checked import Probability, When
+from misc.config import PRETRAINED_WEIGHTS, Augment, Fit
 from misc.crf.dense import CRFSettings
 from misc.propagate.walk import Displacement, pair_views
 from misc.score.objects import Instances
@@ -69,13 +70,8 @@ class IRNWalk(EdgeWalk):
 
     instances: bool = True
     """Tell single objects apart too (instance/ID.npz, instance/ID.png)."""
-    instance_threshold: float = 0.25
+    instance_threshold: Annotated[Probability, When("instances")] = 0.25
     """Background score of the objects' walk."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for values that make no walk."""
-        super().__post_init__()
-        check(0 <= self.instance_threshold <= 1, "instance_threshold", self.instance_threshold, "in [0, 1]")
 
 
 @dataclass(frozen=True)

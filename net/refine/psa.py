@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from misc.config import REQUIRED_WEIGHTS, Augment, Fit, check
+from misc.checked import Checked, Positive, Probability, Range, When
+from misc.config import REQUIRED_WEIGHTS, Augment, Fit
 from misc.crf.dense import CRFSettings, DenseCRF
 from misc.image.pixels import denormalise, truncated
 from misc.propagate.walk import (
@@ -53,21 +54,18 @@ class PSAOptions(Options):
 
     backbone: Literal["resnet38", "vgg16"] = "resnet38"
     """Network that the affinity layers stand on."""
-    resnet38: ResNet38Options = field(default_factory=lambda: ResNet38Options(frozen="b2"))
+    resnet38: Annotated[ResNet38Options, When("backbone", "resnet38")] = field(
+        default_factory=lambda: ResNet38Options(frozen="b2")
+    )
     """Size and freezing of ResNet38, where that is the backbone."""
-    vgg16: VGG16Options = field(default_factory=lambda: VGG16Options(fc6_dilation=4))
+    vgg16: Annotated[VGG16Options, When("backbone", "vgg16")] = field(
+        default_factory=lambda: VGG16Options(fc6_dilation=4)
+    )
     """Size and freezing of VGG16, where that is the backbone."""
-    widths: tuple[int, int, int] = (64, 128, 256)
+    widths: Annotated[tuple[int, int, int], Range(least=8, multiple=8)] = (64, 128, 256)
     """Channels of f8_3, f8_4 and f8_5; f9 has their sum. Multiples of 8."""
-    radius: int = 5
+    radius: Annotated[int, Range(least=2)] = 5
     """Pairs nearer than this are trained on. Cells of 8 pixels."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for values that make no network."""
-        if min(self.widths) < 8 or any(width % 8 for width in self.widths):
-            raise ValueError(f"widths = {self.widths} is not possible: they must be multiples of 8.")
-        if self.radius < 2:
-            raise ValueError(f"radius = {self.radius} is not possible: a circle with pairs has radius 2 or more.")
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> PSA:
         """The affinity network; ``num_classes`` only matters to a CRF after the walk, ``earlier`` to nothing."""
@@ -78,19 +76,19 @@ BackgroundRule = Literal["power", "constant"]
 
 
 @dataclass(frozen=True)
-class PSALabel:
+class PSALabel(Checked):
     """Low/high-alpha labels."""
     # psa.md section 4; TransCAM's: transcam.md sections 5 and 6
 
     background: BackgroundRule = "power"
     """Background score. power: (1 - largest CAM)^alpha. constant: a threshold."""
-    alpha_low: float = 4.0
+    alpha_low: Annotated[Positive, When("background", "power")] = 4.0
     """power: the strong background; what remains foreground is reliable foreground."""
-    alpha_high: float = 32.0
+    alpha_high: Annotated[Positive, When("background", "power")] = 32.0
     """power: the weak background; what remains background is reliable background."""
-    threshold_low: float = 0.6
+    threshold_low: Annotated[Probability, When("background", "constant")] = 0.6
     """constant: the strong background."""
-    threshold_high: float = 0.25
+    threshold_high: Annotated[Probability, When("background", "constant")] = 0.25
     """constant: the weak background."""
     crf: CRFSettings = field(default_factory=CRFSettings)
     """Dense CRF on the scores of background and present classes."""
@@ -101,49 +99,34 @@ class PSALabel:
     crf_truncates_image: bool = False
     """Give the CRF the image recovered from the normalised one by truncation, which loses a grey level here and there
     (as MCTformer does)."""
-    crf_labels: int = 0
+    crf_labels: Annotated[int, Range(least=0), When("crf_unary", "labels")] = 0
     """crf_unary labels: number of labels that the confidence is shared among, background included (TransCAM: all 21
     of VOC). 0: those of the image."""
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for scores that make no background."""
-        if min(self.alpha_low, self.alpha_high) <= 0:
-            raise ValueError(f"alpha_low, alpha_high = {self.alpha_low}, {self.alpha_high}: both must be positive.")
-        if not 0 <= min(self.threshold_low, self.threshold_high) <= max(self.threshold_low, self.threshold_high) <= 1:
-            raise ValueError(f"thresholds {self.threshold_low}, {self.threshold_high}: both must be in [0, 1].")
-
 
 @dataclass(frozen=True)
-class PSAWalk:
+class PSAWalk(Checked):
     """Random walk."""
     # psa.md section 6
 
-    beta: float = 8.0
+    beta: Positive = 8.0
     """Exponent of the affinities."""
-    logt: int = 8
+    logt: Annotated[int, Range(least=0, most=16)] = 8
     """The walk has 2^logt steps."""
-    radius: int = 5
+    radius: Annotated[int, Range(least=2)] = 5
     """Pairs nearer than this are joined. Cells of 8 pixels."""
     shrink_early: bool = False
     """Shrink the radius on grids 9 and 10 cells wide too, as SEAM and TransCAM do; PSA only below 9."""
     background: BackgroundRule = "power"
     """Background score. power: (1 - largest CAM)^alpha. constant: the threshold."""
-    alpha: float = 16.0
+    alpha: Annotated[Positive, When("background", "power")] = 16.0
     """power: exponent of the background score."""
-    threshold: float = 0.39
+    threshold: Annotated[Probability, When("background", "constant")] = 0.39
     """constant: the background score."""
     crf: CRFSettings = field(default_factory=lambda: CRFSettings(iterations=0))
     """Dense CRF after the walk; iterations 0 switches it off (SEAM: 1)."""
     crf_unary: Literal["scores", "labels"] = "scores"
     """What the CRF starts from. labels: the arg-max, held with confidence 0.7 (TransCAM)."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for values that make no walk."""
-        check(0 <= self.logt <= 16, "logt", self.logt, "0 to 16, the walk has 2^logt steps")
-        check(self.beta > 0, "beta", self.beta, "positive")
-        check(self.alpha > 0, "alpha", self.alpha, "positive")
-        check(0 <= self.threshold <= 1, "threshold", self.threshold, "in [0, 1]")
-        check(self.radius >= 2, "radius", self.radius, "at least 2")
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ class AreamConformerOptions(AreamOptions):
     backbone: ConformerOptions = field(default_factory=lambda: ConformerOptions(double_class_token=False))
     """Conformer; without doubling, though the ImageNet weights were trained with it."""
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for values that make no network."""
-        super().__post_init__()
+    def cross_check(self) -> None:
+        """Raises ValueError for a backbone whose map and tokens have different grids."""
+        super().cross_check()
         if self.backbone.last_stride != 1:
             raise ValueError("backbone.last_stride must be 1: the map and the tokens share a grid.")
 

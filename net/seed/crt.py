@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from misc.checked import Count, Positive, Weight, When
 from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit
 from net.backbone.resnet import SAMPLE_RESNET, ResNet, ResNetOptions, load_resnet
 from net.backbone.transformer import Visit
@@ -43,35 +44,32 @@ class CrtOptions(Options):
     """Transformer branch. CUB: drop_path 0.1."""
     tiles: bool = True
     """Cut images into tiles of the transformer's image_size that overlap by half. CUB: no."""
-    rounds: int = 3
+    rounds: Count = 3
     """Times that the tokens run through the blocks; what comes out of a round is added to what went in. 1 (CUB): the
     plain transformer, nothing is added."""
     loss: ClassLoss = "soft_margin"
     """Classification loss of either branch. CUB: cross_entropy."""
-    agreement: float = 0.1
+    agreement: Weight = 0.1
     """Weight of the mean difference of the two branches' maps. CUB: 1."""
-    agreement_size: Literal["image", "grid"] = "image"
+    agreement_size: Annotated[Literal["image", "grid"], When("agreement")] = "image"
     """Where the maps are compared: resized to the image, or (CUB) as they are."""
-    agreement_epochs: Literal["later", "alternating"] = "later"
+    agreement_epochs: Annotated[Literal["later", "alternating"], When("agreement")] = "later"
     """When: from the second epoch on, or (CUB) in the epochs e, from 1 on, with an odd e // 5."""
-    epochs: int = 10
+    epochs: Count = 10
     """Epochs of the training that agreement_epochs counts: the same as of fit.epochs. CUB: 60."""
     optimisers: Literal["one", "two"] = "one"
     """one: everything by fit's rule, all of it decayed. two (CUB): the transformer by fit's, without decay on vectors
     and positions; the CNN by plain SGD at a constant rate."""
-    cnn_lr: float = 0.005
+    cnn_lr: Annotated[Positive, When("optimisers", "two")] = 0.005
     """two: rate of the CNN; its classifier has ten times that."""
-    cnn_weight_decay: float = 1e-4
+    cnn_weight_decay: Annotated[Weight, When("optimisers", "two")] = 1e-4
     """two: weight decay of the CNN."""
-    head_lr: float = 10.0
+    head_lr: Annotated[Positive, When("optimisers", "one")] = 10.0
     """one: learning rate of both classifiers relative to the rest."""
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for values that make no network."""
-        if self.rounds < 1 or self.epochs < 1:
-            raise ValueError(f"rounds and epochs must be at least 1, got {self.rounds} and {self.epochs}.")
-        if self.loss not in get_args(ClassLoss):
-            raise ValueError(f"loss must be one of {', '.join(get_args(ClassLoss))}, got {self.loss!r}.")
+    def cross_check(self) -> None:
+        """Raises ValueError for tiles that do not overlap in whole patches."""
+        super().cross_check()
         if self.tiles and self.transformer.image_size % (2 * self.transformer.patch):
             raise ValueError(
                 "transformer.image_size must be a multiple of two patches: tiles overlap by half, in whole patches."

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from misc.checked import Checked, Positive, Probability, Range, When, check
 from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit, SegInference
 from misc.crf.dense import CRFSettings
 from misc.crf.energy import DenseOptions, dense_energy
@@ -33,40 +34,35 @@ IGNORE = 255
 
 
 @dataclass(frozen=True)
-class GetamLabel:
+class GetamLabel(Checked):
     """Labels that the network makes for itself."""
     # getam.md section 4
 
     saliency: bool = True
     """Take the background from saliency maps (--saliency DIR), as published. Without them the maps alone decide by two
     constant background scores; that is this project's rule, nothing was published."""
-    salient_above: int = 0
+    salient_above: Annotated[int, Range(least=0, most=254), When("saliency")] = 0
     """Largest saliency that counts as none. Published: 0, any trace is salient."""
-    epsilon: float = 1e-5
+    epsilon: Positive = 1e-5
     """Added to a map's maximum before it is divided by it. Published oddity: maps have its order of magnitude, so that
     the background score depends on the size of the gradients (section 4.3)."""
-    power: float = 32.0
+    power: Annotated[Positive, When("saliency")] = 32.0
     """With saliency: the background's score is (1 - largest map) to this power."""
-    cut: float = 0.9
+    cut: Annotated[float, Range(above=0, below=1), When("saliency")] = 0.9
     """With saliency: share of a class's positive scores above which a pixel that is not salient gets the class. COCO:
     0.95."""
-    opening: int = 10
+    opening: Annotated[int, Range(least=0), When("saliency")] = 10
     """With saliency: side of the square that opens the foreground. Pixels. 0: none."""
-    low: float = 0.2
+    low: Annotated[Probability, When("saliency", False)] = 0.2
     """Without saliency: pixels whose scores are all below are background."""
-    high: float = 0.4
+    high: Annotated[Probability, When("saliency", False)] = 0.4
     """Without saliency: pixels with a score above have that class; what lies between is unknown."""
-    iterations: int = 10
+    iterations: Annotated[int, Range(least=0)] = 10
     """Iterations of PAMR on the maps. 0: none."""
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for impossible values."""
-        if not 0 <= self.salient_above < 255:
-            raise ValueError(f"salient_above must be in 0 .. 254, got {self.salient_above}.")
-        if self.epsilon <= 0 or self.power <= 0 or min(self.opening, self.iterations) < 0:
-            raise ValueError("epsilon and power must be positive, opening and iterations 0 or more.")
-        if not (0 < self.cut < 1 and 0 <= self.low <= self.high <= 1):
-            raise ValueError("cut must be in (0, 1), and 0 <= low <= high <= 1.")
+    def cross_check(self) -> None:
+        """Raises ValueError for background scores the wrong way round."""
+        check(self.low <= self.high, "low", self.low, f"at most high = {self.high}")
 
 
 @dataclass(frozen=True)
@@ -75,11 +71,11 @@ class GetamOptions(Options):
 
     dpt: DPTOptions = field(default_factory=DPTOptions)
     """Transformer and decoder."""
-    start_layer: int = 6
+    start_layer: Annotated[int, Range(least=0)] = 6
     """First block (from 0) whose attention is in the map."""
-    cls_share: float = 0.5
+    cls_share: Probability = 0.5
     """Share of the training in which only the classifier is trained."""
-    seg_lr: float = 0.1
+    seg_lr: Positive = 0.1
     """Factor of the learning rate after that."""
     label: GetamLabel = field(default_factory=GetamLabel)
     """Labels made while it trains."""
@@ -89,14 +85,11 @@ class GetamOptions(Options):
     dense: DenseOptions = field(default_factory=DenseOptions)
     """Dense energy loss."""
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for impossible values."""
-        if not 0 <= self.start_layer < self.dpt.depth:
-            raise ValueError(f"start_layer must be in 0 .. {self.dpt.depth - 1}, got {self.start_layer}.")
-        if not 0 <= self.cls_share <= 1 or self.seg_lr <= 0:
-            raise ValueError("cls_share must be in [0, 1], seg_lr positive.")
-        if self.saliency_loss not in ("published", "intended", "none"):
-            raise ValueError(f"saliency_loss must be published, intended or none, got {self.saliency_loss!r}.")
+    def cross_check(self) -> None:
+        """Raises ValueError for a layer that is not there."""
+        super().cross_check()
+        depth = self.dpt.depth
+        check(self.start_layer < depth, "start_layer", self.start_layer, f"in 0 .. {depth - 1} (below the depth)")
 
     @property
     def wants_saliency(self) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from misc.checked import Positive
 from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit
 from net.backbone.resnet import SAMPLE_RESNET, ResNet, ResNetOptions, load_resnet
 from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
@@ -22,7 +23,7 @@ class IRNCamOptions(Options):
 
     resnet: ResNetOptions = field(default_factory=lambda: ResNetOptions(frozen="layer2"))
     """Backbone. Published gets no gradient up to layer2, whose map is detached."""
-    head_lr: float = 10.0
+    head_lr: Positive = 10.0
     """Learning rate of the classifier relative to the backbone's."""
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> IRNCam:

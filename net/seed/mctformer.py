@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from misc.checked import Range, When, check
 from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit
 from net.backbone.transformer import AttentionSums, spread_maps
 from net.backbone.vit import SAMPLE_VIT, Grid, MultiClassViT, ViTOptions, fit_positions, resize_positions
@@ -35,24 +36,23 @@ class MCTformerOptions(Options):
     batch 32, 45 epochs, lr 3.125e-5 and scales 1.0 0.75 1.25 (scripts/mctformer.sh sets them)."""
     backbone: ViTOptions = field(default_factory=ViTOptions)
     """Transformer."""
-    map_layers: int = 0
+    map_layers: Annotated[int, Range(least=0)] = 0
     """Last layers whose class-to-patch attention makes the map. 0: as published, 3, of plus all."""
     attention: bool = True
     """Multiply the patch map by the class tokens' attention to the patches (v1: that attention alone is the map). Off,
     the map is the plain CAM of the same network."""
     affinity: bool = True
     """Spread the maps along the patches' attention (V1 on VOC train: 47.2 without, 55.2 with)."""
-    rank_decay: float = 0.996
+    rank_decay: Annotated[float, Range(above=0, most=1), When("version", "plus")] = 0.996
     """plus: weight of a patch relative to the next higher one in the pooling of the patch map."""
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for values that make no network."""
-        if not 0 <= self.map_layers <= self.backbone.depth:
-            raise ValueError(f"map_layers must be in 0 .. {self.backbone.depth} (the depth), got {self.map_layers}.")
+    def cross_check(self) -> None:
+        """Raises ValueError for more layers than there are, and for V1 without attention."""
+        super().cross_check()
+        depth = self.backbone.depth
+        check(self.map_layers <= depth, "map_layers", self.map_layers, f"in 0 .. {depth} (the depth)")
         if not self.attention and self.version == "v1":
             raise ValueError("version v1 has no patch map: attention cannot be switched off.")
-        if not 0 < self.rank_decay <= 1:
-            raise ValueError(f"rank_decay must be in (0, 1], got {self.rank_decay}.")
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> MCTformer:
         """The version's network for ``num_classes`` foreground classes."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from misc.checked import DropProbability, Positive, When
 from misc.config import REQUIRED_WEIGHTS, Augment, CamInference, Fit
 from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
 from net.backbone.vgg16 import VGG16, VGG16Options
@@ -27,21 +28,16 @@ class CamOptions(Options):
     backbone: Literal["resnet38", "vgg16"] = "resnet38"
     """Network below the classifier; the section of this name applies, the other is not used. With vgg16 the published
     learning rate is 0.1."""
-    resnet38: ResNet38Options = field(default_factory=lambda: ResNet38Options(frozen="b2"))
+    resnet38: Annotated[ResNet38Options, When("backbone", "resnet38")] = field(
+        default_factory=lambda: ResNet38Options(frozen="b2")
+    )
     """ResNet38."""
-    vgg16: VGG16Options = field(default_factory=VGG16Options)
+    vgg16: Annotated[VGG16Options, When("backbone", "vgg16")] = field(default_factory=VGG16Options)
     """VGG16."""
-    dropout: float = 0.5
+    dropout: DropProbability = 0.5
     """Channel dropout probability before the classifier."""
-    head_lr: float = 10.0
+    head_lr: Positive = 10.0
     """Learning rate of the new layers relative to the pre-trained ones."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for values that make no network."""
-        if self.backbone not in ("resnet38", "vgg16"):
-            raise ValueError(f"backbone must be resnet38 or vgg16, got {self.backbone!r}.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}.")
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> PlainCam:
         """The classifier for ``num_classes`` foreground classes."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from misc.checked import Count, Positive, Range, Weight, When
 from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit
 from net.backbone.resnest import ResNeSt, ResNeStOptions
 from net.backbone.resnet import SAMPLE_RESNET, ResNet, ResNetOptions, load_resnet
@@ -35,11 +36,13 @@ class PuzzleCamOptions(Options):
     backbone: Literal["resnet", "resnest"] = "resnet"
     """Network below the classifier; the section of this name applies, the other is not used. The published scores are
     those of resnest."""
-    resnet: ResNetOptions = field(default_factory=lambda: ResNetOptions(norm="trained"))
+    resnet: Annotated[ResNetOptions, When("backbone", "resnet")] = field(
+        default_factory=lambda: ResNetOptions(norm="trained")
+    )
     """ResNet."""
-    resnest: ResNeStOptions = field(default_factory=ResNeStOptions)
+    resnest: Annotated[ResNeStOptions, When("backbone", "resnest")] = field(default_factory=ResNeStOptions)
     """ResNeSt."""
-    tiles: int = 2
+    tiles: Count = 2
     """Tiles a side: 2 cuts an image into its quarters. Divides the side of the training images."""
     level: Literal["feature", "cam"] = "feature"
     """What is compared. feature: the class maps as they are. cam: divided by their maxima first."""
@@ -49,30 +52,14 @@ class PuzzleCamOptions(Options):
     (so that its weight depends on that number). none: all. selection: those of present classes, mean over these."""
     squared: bool = False
     """Compare by squares instead of absolute differences."""
-    alpha: float = 4.0
+    alpha: Weight = 4.0
     """Largest weight of the reconstruction (the published code's default is 1, its best run has 4)."""
-    alpha_rise: float = 0.5
+    alpha_rise: Annotated[float, Range(above=0, most=1)] = 0.5
     """Share of the training in which the weight rises from 0 to ``alpha``."""
     confidence: bool = False
     """Add the entropy-like loss on the tiles' scores that the published code has and the paper has not."""
-    head_lr: float = 10.0
+    head_lr: Positive = 10.0
     """Learning rate of the classifier relative to the backbone's."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for values that make no network."""
-        for name, choices in (
-            ("backbone", ("resnet", "resnest")),
-            ("level", ("feature", "cam")),
-            ("masking", ("masking", "none", "selection")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
-        if self.tiles < 1:
-            raise ValueError(f"tiles must be at least 1, got {self.tiles}.")
-        if self.alpha < 0:
-            raise ValueError(f"alpha must be 0 or more, got {self.alpha}.")
-        if not 0 < self.alpha_rise <= 1:
-            raise ValueError(f"alpha_rise must be in (0, 1], got {self.alpha_rise}.")
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> PuzzleCam:
         """Puzzle-CAM for ``num_classes`` foreground classes."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from misc.checked import DropProbability, Positive, Probability, Range
 from misc.config import REQUIRED_WEIGHTS, Augment, CamInference, Fit
 from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
 from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
@@ -33,24 +35,17 @@ class SeamOptions(Options):
 
     backbone: ResNet38Options = field(default_factory=lambda: ResNet38Options(frozen="b2"))
     """Backbone."""
-    dropout: float = 0.5
+    dropout: DropProbability = 0.5
     """Channel dropout probability before the classifier."""
-    head_lr: float = 10.0
+    head_lr: Positive = 10.0
     """Learning rate of the new layers relative to the pre-trained ones."""
-    second_scale: float = 0.3
+    second_scale: Annotated[float, Range(above=0, most=1)] = 0.3
     """Size of the second branch's image relative to the first's."""
-    hardest: float = 0.2
+    hardest: Annotated[float, Range(above=0, most=1)] = 0.2
     """Share of the entries of a map, the hardest, that ECR keeps."""
-    plain_share: float = 0.0
+    plain_share: Probability = 0.0
     """Share of the training, its first part, that trains the classifier alone by one scale. Published: 0, from ImageNet
     weights. From random ones there is nothing yet that the scales could agree on, and a plain step costs half."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for shares outside their range."""
-        for name, low, high in (("dropout", 0, 0.999), ("second_scale", 0.01, 1), ("hardest", 0.001, 1),
-                                ("plain_share", 0, 1)):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} must be in [{low}, {high}], got {getattr(self, name)}.")
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> Seam:
         """SEAM for ``num_classes`` foreground classes."""

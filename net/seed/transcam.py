@@ -36,10 +36,9 @@ class TransCamOptions(Options):
     """The map. transcam: the convolution branch's, spread by the patch-to-patch attention. convcam: left as it is.
     clsattn: times the class token's attention to the patches. attnagg: as transcam with the attention transposed."""
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for an unknown map and for a backbone whose map and tokens have different grids."""
-        if self.method not in ("transcam", "convcam", "clsattn", "attnagg"):
-            raise ValueError(f"method must be transcam, convcam, clsattn or attnagg, got {self.method!r}.")
+    def cross_check(self) -> None:
+        """Raises ValueError for a backbone whose map and tokens have different grids."""
+        super().cross_check()
         if self.backbone.last_stride != 1:
             raise ValueError("backbone.last_stride must be 1: the map and the tokens share a grid.")
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 from torch import Tensor, nn
 
+from misc.checked import When
 from misc.config import PRETRAINED_WEIGHTS, Augment, BoxInference, CamInference, Fit
 from net.backbone.conformer import SAMPLE_CONFORMER, Conformer, ConformerOptions
 from net.backbone.transformer import AttentionSums, Visit
@@ -31,19 +32,14 @@ class TsCamOptions(Options):
 
     backbone: Literal["deit", "conformer"] = "deit"
     """The transformer; the section of this name applies, the other is not used."""
-    deit: ViTOptions = field(default_factory=ViTOptions)
+    deit: Annotated[ViTOptions, When("backbone", "deit")] = field(default_factory=ViTOptions)
     """DeiT. Tiny: width 192, 3 heads; base: width 768, 12 heads."""
-    conformer: ConformerOptions = field(default_factory=lambda: ConformerOptions(last_stride=2))
+    conformer: Annotated[ConformerOptions, When("backbone", "conformer")] = field(
+        default_factory=lambda: ConformerOptions(last_stride=2)
+    )
     """Conformer."""
     loss: ClassLoss = "cross_entropy"
     """cross_entropy: one class an image, as published. soft_margin: images of several classes."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for an unknown backbone or loss."""
-        if self.backbone not in ("deit", "conformer"):
-            raise ValueError(f"backbone must be deit or conformer, got {self.backbone!r}.")
-        if self.loss not in get_args(ClassLoss):
-            raise ValueError(f"loss must be one of {', '.join(get_args(ClassLoss))}, got {self.loss!r}.")
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> TsCam:
         """TS-CAM for ``num_classes`` classes."""

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from misc.checked import Count, DropProbability, Positive
 from misc.config import REQUIRED_WEIGHTS, Augment, Fit, SegInference
 from misc.crf.dense import CRFSettings
 from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
@@ -31,15 +32,15 @@ class DeepLabV1Options(Options):
         default_factory=lambda: ResNet38Options(freeze_bn=False, frozen="none", bn_momentum=0.0003)
     )
     """ResNet38; its bn_momentum is that of the head too."""
-    fov_channels: int = 512
+    fov_channels: Count = 512
     """Channels of the head."""
-    fov_dilation: int = 12
+    fov_dilation: Count = 12
     """Dilation of the head's 3x3 convolution, in cells of 8 pixels."""
-    dropout: float = 0.5
+    dropout: DropProbability = 0.5
     """Dropout before the classifier."""
     train_affine: bool = False
     """Train the weights and biases of batch normalisation. The published optimiser has none of them."""
-    head_lr: float = 10.0
+    head_lr: Positive = 10.0
     """Learning rate of the head's weights relative to the backbone's; the classifier's bias learns twice as fast."""
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> DeepLabV1:

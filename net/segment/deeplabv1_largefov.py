@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from misc.checked import Count, Positive
 from misc.config import REQUIRED_WEIGHTS, Augment, Fit, SegInference
 from misc.crf.dense import CRFSettings
 from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
@@ -28,11 +29,11 @@ class LargeFOVOptions(Options):
 
     backbone: ResNet38Options = field(default_factory=lambda: ResNet38Options(freeze_bn=True, frozen="conv1a"))
     """ResNet38."""
-    fov_channels: int = 512
+    fov_channels: Count = 512
     """Channels between the two convolutions of the head."""
-    fov_dilation: int = 12
+    fov_dilation: Count = 12
     """Dilation of both convolutions of the head, in cells of 8 pixels."""
-    head_lr: float = 10.0
+    head_lr: Positive = 10.0
     """Learning rate of the head relative to the backbone's."""
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> LargeFOV:

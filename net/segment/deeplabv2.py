@@ -8,12 +8,13 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from misc.checked import Positive, Range, When
 from misc.config import PRETRAINED_WEIGHTS, REQUIRED_WEIGHTS, Augment, Fit, SegInference
 from misc.crf.dense import CRFSettings
 from misc.image.pixels import resize_masks
@@ -38,40 +39,24 @@ class DeepLabV2Options(Options):
     sits in the first 1x1 convolution. torchvision: images are normalised RGB, the stride sits in the 3x3 convolution
     (also for the CAM networks on a ResNet of this project). Weights of one form do not fit the other: such starts end
     at about 20 mIoU."""
-    width: float = 1.0
+    width: Positive = 1.0
     """Channel multiplier; 1 is the published network."""
-    depth: tuple[int, int, int, int] = (3, 4, 23, 3)
+    depth: Annotated[tuple[int, int, int, int], Range(least=1)] = (3, 4, 23, 3)
     """Blocks in layer2 to layer5."""
-    dilations: tuple[int, int] = (2, 4)
+    dilations: Annotated[tuple[int, int], Range(least=1)] = (2, 4)
     """Dilations of the 3x3 convolutions of layer4 and layer5, in cells of 8 pixels."""
-    rates: tuple[int, ...] = (6, 12, 18, 24)
+    rates: Annotated[tuple[int, ...], Range(least=1, filled=True)] = (6, 12, 18, 24)
     """Dilations of the parallel convolutions of the classifier, in cells of 8 pixels."""
-    scales: tuple[float, ...] = (0.5, 0.75)
+    scales: Annotated[tuple[float, ...], Range(above=0, below=1)] = (0.5, 0.75)
     """Sizes of the input besides 1, in training and testing."""
     freeze_bn: bool = True
     """Keep all batch normalisation (statistics and affine) as loaded. Turn off to train from random weights."""
-    bn_momentum: float = 0.001
+    bn_momentum: Annotated[float, Range(above=0, most=1), When("freeze_bn", False)] = 0.001
     """Momentum of the running statistics, where they are not frozen."""
-    head_lr: float = 10.0
+    head_lr: Positive = 10.0
     """Learning rate of the classifier's weights relative to the backbone's; its biases learn twice as fast."""
-    pretrained: str = "resnet101.tv_in1k"
+    pretrained: Annotated[str, When("form", "torchvision")] = "resnet101.tv_in1k"
     """timm's name of the ImageNet classifier that the weights 'pretrained' come from (form torchvision)."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for values that make no network."""
-        if self.form not in ("caffe", "torchvision"):
-            raise ValueError(f"form must be caffe or torchvision, got {self.form!r}.")
-        if self.width <= 0:
-            raise ValueError(f"width must be above 0, got {self.width}.")
-        if not 0 < self.bn_momentum <= 1:
-            raise ValueError(f"bn_momentum must be in (0, 1], got {self.bn_momentum}.")
-        if len(self.depth) != 4 or min(self.depth) < 1:
-            raise ValueError(f"depth needs four numbers of at least 1 (layer2 to layer5), got {self.depth}.")
-        for name in ("dilations", "rates"):
-            if min(getattr(self, name), default=0) < 1:
-                raise ValueError(f"{name} needs dilations of at least 1, got {getattr(self, name)}.")
-        if not all(0 < scale < 1 for scale in self.scales):
-            raise ValueError(f"scales must lie between 0 and 1 (1 itself is always there), got {self.scales}.")
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> DeepLabV2:
         """The network for ``num_classes`` foreground classes."""

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from misc.checked import Positive, Range, When
 from misc.config import PRETRAINED_WEIGHTS, Augment, Fit, SegInference
 from misc.crf.dense import CRFSettings
 from net.backbone.resnest import ResNeSt, ResNeStOptions
@@ -28,38 +29,26 @@ class DeepLabV3PlusOptions(Options):
     backbone: Literal["resnest", "resnet"] = "resnest"
     """Network below the head; the section of this name applies, the other is not used. The published scores are those
     of resnest."""
-    resnest: ResNeStOptions = field(default_factory=lambda: ResNeStOptions(norm="fixed"))
+    resnest: Annotated[ResNeStOptions, When("backbone", "resnest")] = field(
+        default_factory=lambda: ResNeStOptions(norm="fixed")
+    )
     """ResNeSt."""
-    resnet: ResNetOptions = field(default_factory=ResNetOptions)
+    resnet: Annotated[ResNetOptions, When("backbone", "resnet")] = field(default_factory=ResNetOptions)
     """ResNet."""
-    rates: tuple[int, ...] = (6, 12, 18)
+    rates: Annotated[tuple[int, ...], Range(least=1, filled=True)] = (6, 12, 18)
     """Dilations of the parallel 3x3 convolutions, in cells of 16 pixels; a 1x1 convolution and the mean of the whole
     map stand beside them."""
-    channels: int = 256
+    channels: Annotated[int, Range(least=_GROUPS, multiple=_GROUPS)] = 256
     """Channels of the pyramid and of the decoder."""
-    low_channels: int = 48
+    low_channels: Annotated[int, Range(least=_GROUPS, multiple=_GROUPS)] = 48
     """Channels that the map of the first stage is brought to."""
     norm: Literal["group", "batch"] = "group"
     """Normalisation of pyramid and decoder. group: over 4 groups of channels, as published. batch: batch normalisation
     that is trained or fixed as the backbone's."""
-    dropout: tuple[float, float, float] = (0.5, 0.5, 0.1)
+    dropout: Annotated[tuple[float, float, float], Range(least=0, below=1)] = (0.5, 0.5, 0.1)
     """Dropout probabilities: after the pyramid, and after each of the decoder's 3x3 convolutions."""
-    head_lr: float = 10.0
+    head_lr: Positive = 10.0
     """Learning rate of pyramid and decoder relative to the backbone's; biases learn twice as fast as weights."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for values that make no network."""
-        for name, choices in (("backbone", ("resnest", "resnet")), ("norm", ("group", "batch"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be {' or '.join(choices)}, got {getattr(self, name)!r}.")
-        if min(self.rates, default=0) < 1:
-            raise ValueError(f"rates needs dilations of at least 1, got {self.rates}.")
-        for name in ("channels", "low_channels"):
-            number = getattr(self, name)
-            if number < _GROUPS or number % _GROUPS:
-                raise ValueError(f"{name} must be a multiple of {_GROUPS}, got {number}.")
-        if not all(0 <= p < 1 for p in self.dropout):
-            raise ValueError(f"dropout needs probabilities in [0, 1), got {self.dropout}.")
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> DeepLabV3Plus:
         """The network for ``num_classes`` foreground classes."""

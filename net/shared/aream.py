@@ -11,11 +11,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from misc.checked import Probability, Range, Weight, When, check
 from misc.image.pixels import NORMALISATIONS, box_mask, truncated_size
 from misc.infer.cams import rectified
 from misc.propagate.par import PixelAdaptive
@@ -34,17 +36,17 @@ IGNORE = 255
 class AreamOptions(Options):
     """Loss and map of both networks; the defaults are the published ones of MCTformer."""
 
-    split: int = 7
+    split: Annotated[int, Range(least=1)] = 7
     """Layers before this one (from 0) make the maps that labels come from; the others are trained on these."""
-    scales: tuple[float, ...] = (1.0,)
+    scales: Annotated[tuple[float, ...], Range(above=0, filled=True)] = (1.0,)
     """Scales of the training image, each mirrored too, of the maps that labels come from."""
     low: float = 0.35
     """Background score; where even this one wins, the label is background."""
     high: float = 0.55
     """Background score; a class that wins even over this one is the label. In between there is none."""
-    pair_weight: float = 0.1
+    pair_weight: Weight = 0.1
     """Weight of the loss of the pairs. 0: classification only."""
-    warmup: float = 1 / 6
+    warmup: Annotated[Probability, When("pair_weight")] = 1 / 6
     """Share of the training before the pairs' loss begins (10 of 60 epochs, 2 of 12)."""
     entropy: tuple[float, ...] = ()
     """Entropy of the map after each layer, as scripts.layer_entropy measures it on a trained network: layers of
@@ -53,17 +55,12 @@ class AreamOptions(Options):
     backbone: ViTOptions | ConformerOptions = field(default_factory=ViTOptions)
     """Backbone."""
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for values that make no network."""
+    def cross_check(self) -> None:
+        """Raises ValueError for layers that are not there or have no weight, and scores in the wrong order."""
+        super().cross_check()
         depth = self.backbone.depth
-        if not 0 < self.split < depth:
-            raise ValueError(f"split must be in 1 .. {depth - 1} (below the depth), got {self.split}.")
-        if not self.scales or min(self.scales) <= 0:
-            raise ValueError(f"scales must be positive factors, got {self.scales}.")
-        if not self.low <= self.high:
-            raise ValueError(f"low must not be above high, got {self.low} and {self.high}.")
-        if self.pair_weight < 0 or not 0 <= self.warmup <= 1:
-            raise ValueError("pair_weight must be 0 or more, warmup a share in [0, 1].")
+        check(self.split < depth, "split", self.split, f"in 1 .. {depth - 1} (below the depth)")
+        check(self.low <= self.high, "low", self.low, f"at most high = {self.high}")
         if self.entropy and (len(self.entropy) != depth or len(set(self.entropy)) == 1):
             raise ValueError(f"entropy must be {depth} numbers, one a layer, and not all the same: {self.entropy}.")
         if not any(self.shallow_weights()):

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from misc.config import check
+from misc.checked import Checked, Positive, Probability, Range
 from misc.crf.dense import CRFSettings, DenseCRF
 from misc.image.pixels import denormalise
 from misc.propagate.walk import (
@@ -52,17 +52,16 @@ class EdgeOptions(Options):
 
     resnet: ResNetOptions = field(default_factory=lambda: ResNetOptions(frozen="layer4"))
     """Backbone. Published is completely frozen; only the layers on its stages are trained."""
-    radius: int = 10
+    radius: Annotated[int, Range(least=2)] = 10
     """Pairs nearer than this are trained on. Cells of 4 pixels."""
     align_corners: bool = False
     """Bilinear convention of the enlargements inside the network: IRNet and Puzzle-CAM no, SemFormer yes."""
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for values that make no network."""
+    def cross_check(self) -> None:
+        """Raises ValueError for a ResNet that begins at another stride."""
+        super().cross_check()
         if self.resnet.strides[0] != 2:
             raise ValueError(f"resnet.strides = {self.resnet.strides} is not possible: the stem's must be 2.")
-        if self.radius < 2:
-            raise ValueError(f"radius = {self.radius} is not possible: a circle with pairs has radius 2 or more.")
 
     def make_backbone(self) -> Stages:
         """The backbone, with random weights."""
@@ -70,50 +69,37 @@ class EdgeOptions(Options):
 
 
 @dataclass(frozen=True)
-class EdgeLabel:
+class EdgeLabel(Checked):
     """Labels from two thresholds."""
     # irnet.md section 7
 
-    threshold_fg: float = 0.30
+    threshold_fg: Probability = 0.30
     """Background score against which a class must win to be reliable foreground."""
-    threshold_bg: float = 0.05
+    threshold_bg: Probability = 0.05
     """Background score that must win to be reliable background."""
     crf: CRFSettings = field(default_factory=lambda: CRFSettings(bilateral_sxy=50.0, bilateral_srgb=5.0))
     """Dense CRF on both arg-maxes, each held with confidence 0.7 among the image's own labels."""
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for what is no score."""
-        if not 0 <= min(self.threshold_fg, self.threshold_bg) <= max(self.threshold_fg, self.threshold_bg) <= 1:
-            raise ValueError(f"thresholds {self.threshold_fg}, {self.threshold_bg}: both must be in [0, 1].")
-
 
 @dataclass(frozen=True)
-class EdgeWalk:
+class EdgeWalk(Checked):
     """Random walk across a boundary map."""
     # irnet.md section 10
 
-    beta: float = 10.0
+    beta: Positive = 10.0
     """Exponent of the affinities."""
-    logt: int = 8
+    logt: Annotated[int, Range(least=0, most=16)] = 8
     """The walk has 2^logt steps."""
-    radius: int = 5
+    radius: Annotated[int, Range(least=2)] = 5
     """Pairs nearer than this are joined. Cells of 4 pixels."""
-    threshold: float = 0.25
+    threshold: Probability = 0.25
     """Background score; the walked scores are divided by the largest of them first."""
-    canvas: int = 512
+    canvas: Annotated[int, Range(least=0)] = 512
     """The image is laid on a mean-colour square of at least this side, which takes part in the group normalisation:
     published is the side of the training crops. Longer sides stay as they are. Pixels."""
     crf: CRFSettings = field(default_factory=lambda: CRFSettings(0, bilateral_sxy=50.0, bilateral_srgb=5.0))
     """Dense CRF after the walk, on the arg-max held with confidence 0.7; iterations 0 switches it off (IRNet: 0,
     SemFormer and Puzzle-CAM: 1)."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for values that make no walk."""
-        check(0 <= self.logt <= 16, "logt", self.logt, "0 to 16, the walk has 2^logt steps")
-        check(self.beta > 0, "beta", self.beta, "positive")
-        check(0 <= self.threshold <= 1, "threshold", self.threshold, "in [0, 1]")
-        check(self.radius >= 2, "radius", self.radius, "at least 2")
-        check(self.canvas >= 0, "canvas", self.canvas, "0 or more")
 
 
 # ------------------------------------------------------------------------------------------------ pieces

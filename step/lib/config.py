@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from misc import config as settings
+from misc.checked import Checked, Count, Range
 from misc.config import Machine
 from misc.files import store
 from misc.files.runfolder import RunFolder
@@ -28,21 +29,21 @@ SHOWN = 12
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(Checked):
     """The generated sample set (voc12/generated/sets.py)."""
 
-    images: int = 240
+    images: Count = 240
     """Training images."""
-    val: int = 80
+    val: Count = 80
     """Validation images."""
-    classes: int = 5
+    classes: Count = 5
     """Foreground classes."""
-    seed: int = 0
+    seed: Annotated[int, Range(least=0)] = 0
     """Seed of the generator."""
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Everything a run is made of."""
 
     method: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="METHOD")] = "seam"

@@ -173,7 +173,7 @@ def test_weights_and_iterations_of_zero_leave_out() -> None:
 
 def test_refuses_impossible_settings() -> None:
     for field in ("gauss_sxy", "bilateral_sxy", "bilateral_srgb"):
-        with pytest.raises(ValueError, match=f"{field} = 0 must be positive"):
+        with pytest.raises(ValueError, match=f"{field} = 0 is not possible: it must be above 0"):
             CRFSettings(**{field: 0})
     for field in ("iterations", "gauss_weight", "bilateral_weight", "gauss_sxy"):
         for value in (-1, float("nan"), float("inf")):

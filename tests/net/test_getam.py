@@ -114,8 +114,9 @@ def test_what_is_never_used_is_never_trained() -> None:
 
 
 @pytest.mark.parametrize("wrong, told", [
-    ({"depth": 6}, "depth must be a multiple of 4"), ({"backbone": "vitl"}, "backbone must be one of"),
-    ({"patch": 12}, "8 or 16 for the hybrid"), ({"heads": 5}, "multiple of heads"), ({"stem": 12}, "stem a multiple"),
+    ({"depth": 6}, "depth = 6 .* a multiple of 4"), ({"backbone": "vitl"}, "must be one of vitb_hybrid"),
+    ({"patch": 12}, "8 or 16 for vitb_hybrid"), ({"heads": 5}, "multiple of heads"),
+    ({"stem": 12}, "stem = 12 .* a multiple of 8"),
     ({"patch_stem": 8}, "patch_stem is of the plain ones"),
 ])  # fmt: skip
 def test_impossible_networks_are_refused(wrong: dict[str, object], told: str) -> None:

@@ -393,5 +393,5 @@ def test_walk_options_refuse_impossible_values(wrong: dict[str, float]) -> None:
 
 
 def test_label_options_refuse_what_is_no_score() -> None:
-    with pytest.raises(ValueError, match="thresholds"):
+    with pytest.raises(ValueError, match="threshold_bg = 1.5"):
         EdgeLabel(threshold_bg=1.5)

@@ -85,7 +85,7 @@ def test_weights_of_other_classes_keep_the_backbone(tmp_path: Path, backbone: st
 
 
 def test_impossible_backbone() -> None:
-    with pytest.raises(ValueError, match="resnet38 or vgg16"):
+    with pytest.raises(ValueError, match="one of resnet38, vgg16"):
         CamOptions(backbone="resnet50")  # type: ignore[arg-type]
 
 

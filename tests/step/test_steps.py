@@ -115,7 +115,7 @@ def test_overrides_reach_nested_fields_and_name_what_is_none() -> None:
     assert changed.aff.walk.beta == 3 and changed.seed == 7 and cfg.aff.walk.beta != 3
     with pytest.raises(ValueError, match="Fit has no field 'rate'; its fields are epochs, steps"):
         settings.override(cfg, {"cam.fit.rate": 1})
-    with pytest.raises(ValueError, match="lr = -1 is not possible: it must be positive"):
+    with pytest.raises(ValueError, match="lr = -1 is not possible: it must be above 0"):
         settings.override(cfg, {"cam.fit.lr": -1})
 
 

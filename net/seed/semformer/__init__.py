@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from misc.checked import Count, DropProbability, Weight, When, check
 from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit
 from misc.image.pixels import box_mask
 from net.backbone.transformer import AttentionSums, Visit
@@ -44,29 +46,28 @@ class SemFormerOptions(Options):
 
     backbone: ViTOptions = field(default_factory=lambda: ViTOptions(image_size=448, drop_path=0.0))
     """Transformer."""
-    dropout: float = 0.5
+    dropout: DropProbability = 0.5
     """Probability that the mask head sees nothing of a patch, in training."""
-    similarity_weight: float = 1.0
+    similarity_weight: Weight = 1.0
     """Weight of the class tokens' similarities."""
-    foreground_weight: float = 1.0
+    foreground_weight: Weight = 1.0
     """Weight of what is seen through the masks."""
-    background_weight: float = 1.0
+    background_weight: Weight = 1.0
     """Weight of what is seen beside the masks."""
-    suppression_weight: float = 0.075
+    suppression_weight: Weight = 0.075
     """Weight of the masks' size."""
-    complement_weight: float = 1.0
+    complement_weight: Weight = 1.0
     """Weight of the masks' adding up to one."""
     attention: bool = True
     """Multiply the maps by the class tokens' attention to the patches ("class-relation attention")."""
-    map_layers: int = 4
+    map_layers: Annotated[Count, When("attention")] = 4
     """Last layers whose attention is taken."""
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for values that make no network."""
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}.")
-        if not 1 <= self.map_layers <= self.backbone.depth:
-            raise ValueError(f"map_layers must be in 1 .. {self.backbone.depth} (the depth), got {self.map_layers}.")
+    def cross_check(self) -> None:
+        """Raises ValueError for more layers than there are."""
+        super().cross_check()
+        depth = self.backbone.depth
+        check(self.map_layers <= depth, "map_layers", self.map_layers, f"in 1 .. {depth} (the depth)")
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> SemFormer:
         """SemFormer for ``num_classes`` foreground classes, judged by the network of the phase caae."""

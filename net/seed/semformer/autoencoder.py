@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from misc.checked import Count, Weight, check
 from misc.config import PRETRAINED_WEIGHTS
 from net.backbone.transformer import TransformerBlock
 from net.backbone.vit import GridViT, ViTOptions
@@ -66,29 +67,28 @@ class CAAEOptions(Options):
         )
     )
     """Encoder. SemFormer's masks are judged at its image_size."""
-    class_dim: int = 256
+    class_dim: Count = 256
     """Length of a class vector."""
     reduction: Literal["sum", "mean", "max"] = "sum"
     """How the class vectors of all patches become that of the image."""
-    decoder_width: int = 768
+    decoder_width: Count = 768
     """Channels of a token in the decoder."""
-    decoder_depth: int = 8
+    decoder_depth: Count = 8
     """Blocks of the decoder."""
-    decoder_heads: int = 12
+    decoder_heads: Count = 12
     """Attention heads of the decoder; they divide its width."""
-    similarity_weight: float = 1.0
+    similarity_weight: Weight = 1.0
     """Weight of the similarities' cross entropy."""
-    reconstruction_weight: float = 1.0
+    reconstruction_weight: Weight = 1.0
     """Weight of the reconstruction's squared error."""
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for values that make no network."""
-        if min(self.class_dim, self.decoder_width, self.decoder_depth, self.decoder_heads) < 1:
-            raise ValueError("class_dim, decoder_width, decoder_depth and decoder_heads must be positive.")
-        if self.decoder_width % self.decoder_heads:
-            raise ValueError(f"decoder_heads = {self.decoder_heads} must divide decoder_width = {self.decoder_width}.")
-        if self.encoder.image_size % self.encoder.patch:
-            raise ValueError(f"encoder.image_size must be a multiple of the patch, got {self.encoder.image_size}.")
+    def cross_check(self) -> None:
+        """Raises ValueError for heads that do not divide the width, and patches that do not divide the image."""
+        super().cross_check()
+        check(self.decoder_width % self.decoder_heads == 0, "decoder_heads", self.decoder_heads,
+              f"a divisor of decoder_width = {self.decoder_width}")
+        side, patch = self.encoder.image_size, self.encoder.patch
+        check(side % patch == 0, "encoder.image_size", side, f"a multiple of the patch, {patch}")
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> CAAE:
         """The autoencoder for ``num_classes`` foreground classes."""
