@@ -22,16 +22,17 @@ from voc12.prepare.folder import prepare_folder
 from voc12.prepare.shrink import shrink_folder
 from voc12.prepare.voc12 import prepare_voc12
 
+COMMANDS = {"voc12": prepare_voc12, "coco14": prepare_coco14, "folder": prepare_folder, "shrink": shrink_folder}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    commands = {"voc12": prepare_voc12, "coco14": prepare_coco14, "folder": prepare_folder, "shrink": shrink_folder}
     ended: list[int] = []
 
     def work() -> None:
         ended.append(
             tyro.extras.subcommand_cli_from_dict(
-                commands, args=argv, prog="python -m voc12.prepare", description=__doc__
+                COMMANDS, args=argv, prog="python -m voc12.prepare", description=__doc__
             )
         )
 
