@@ -20,7 +20,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from misc.files.store import read_cam, read_list, read_mask, write_json
+from misc.files.camfiles import read_cam
+from misc.files.ids import read_ids
+from misc.files.images import read_mask
+from misc.files.store import write_json
 from misc.score.evaluate import EvaluationError, Scores, evaluate_cams, evaluate_masks
 from misc.score.metrics import Convention, Maps
 
@@ -90,7 +93,7 @@ def _maps(options: Options, image_id: str) -> Maps | None:
     if options.missing_as_background and not path.is_file():
         return None
     cam = read_cam(path)
-    return (cam.keys, cam.full()) if len(cam.keys) else None
+    return (cam.keys, cam.full_maps()) if len(cam.keys) else None
 
 
 def _thresholds(options: Options) -> list[float]:
@@ -167,7 +170,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     if not 2 <= options.num_classes <= 255:
         raise ValueError(f"--num-classes {options.num_classes} is not in 2..255 (it counts the background)")
     _thresholds(options)
-    names, ids = _names(options), read_list(options.list_file)
+    names, ids = _names(options), read_ids(options.list_file)
     missing = _check_present(options, ids)
     result = _score(options, ids).to_dict(names, options.split or options.list_file.stem, options.convention)
     return {

@@ -1,4 +1,4 @@
-"""Ranks and devices: the one place that knows how many processes there are (docs/design.md section 7).
+"""Ranks, devices, threads: the one place that knows how many processes there are (docs/design.md section 7).
 
 Plain ``python`` is the one-process case of what ``torchrun`` starts; gloo on the CPU, nccl on GPUs.
 """
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
+import cv2
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -140,3 +141,9 @@ def say(*parts: object) -> None:
     """Print from the main process only."""
     if is_main():
         print(*parts, flush=True)
+
+
+def quiet_threads() -> None:
+    """One thread for this process: worker processes share the cores among themselves."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from misc.checked import Checked
 from misc.config import Augment, BoxInference, CamInference, Fit, SegInference
+from misc.image.cam import Cam
 from misc.loop.fit import Batch
 from misc.score.objects import Instances
 from net.groups import Group
@@ -215,32 +216,6 @@ class SingleStage(SeedNetwork):
         """As ``Segmenter.logits``: (B, 3, H, W) normalised -> (B, C + 1, h, w), channel 0 background."""
 
 
-@dataclass(frozen=True)
-class SoftCam:
-    """The CAMs of one image as a refiner gets them.
-
-    keys (K,) int64, present classes, 0-based, ascending; maps (K, H, W) float32 in [0, 1] at image size; coarse
-    (K, h, w) float32, the same merged on a grid of cells, where the CAM method's recipe asks for it
-    (``infer.coarse``). K is 0 for an image without a tag.
-    """
-
-    keys: np.ndarray
-    maps: np.ndarray
-    coarse: np.ndarray | None = None
-
-    def on_grid(self, size: tuple[int, int]) -> np.ndarray:
-        """The maps on a grid of (h, w) cells: ``coarse`` where that is its size, else the maps resized to it.
-
-        Returns (K, h, w) float32.
-        """
-        if self.coarse is not None and self.coarse.shape[1:] == tuple(size):
-            return self.coarse
-        if len(self.keys) == 0:
-            return np.zeros((0, *size), np.float32)
-        maps = torch.from_numpy(np.asarray(self.maps, np.float32))[None]
-        return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)[0].numpy()
-
-
 class AffinityNetwork(Network):
     """A refiner: makes training labels from CAMs, learns affinities, refines the CAMs by a random walk."""
 
@@ -251,7 +226,7 @@ class AffinityNetwork(Network):
 
     @classmethod
     @abstractmethod
-    def make_label(cls, image: np.ndarray, cam: SoftCam, options: Any) -> tuple[np.ndarray, np.ndarray]:
+    def make_label(cls, image: np.ndarray, cam: Cam, options: Any) -> tuple[np.ndarray, np.ndarray]:
         """Affinity label of one image.
 
         Args:
@@ -271,7 +246,7 @@ class AffinityNetwork(Network):
         image (it becomes ``batch["target"]`` with the batch in front)."""
 
     @abstractmethod
-    def refine(self, image: Tensor, cam: SoftCam, options: Any) -> np.ndarray:
+    def refine(self, image: Tensor, cam: Cam, options: Any) -> np.ndarray:
         """Scores after the random walk.
 
         Args:
@@ -290,7 +265,7 @@ class AffinityNetwork(Network):
         is called in place of ``refine``."""
         return False
 
-    def find_instances(self, image: Tensor, cam: SoftCam, options: Any) -> tuple[np.ndarray, Instances]:
+    def find_instances(self, image: Tensor, cam: Cam, options: Any) -> tuple[np.ndarray, Instances]:
         """``refine``, and besides the single objects: arguments and first result as there."""
         raise NotImplementedError(f"{type(self).__name__} tells no objects apart.")
 

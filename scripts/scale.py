@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from misc.files import store
+from misc.files.images import jpeg_bytes, png_bytes
 from misc.files.runfolder import RunFolder
 from step import STEPS
 from step.lib.config import Job, default_config
@@ -30,8 +30,8 @@ def make(root: Path, run: RunFolder, images: int, classes: int = 80) -> None:
     rng = np.random.default_rng(0)
     names = [f"class {n}" for n in range(classes)]
     ids = [f"COCO_train2014_{n:012d}" for n in range(images)]
-    jpeg = store.jpeg_bytes(np.zeros((12, 16, 3), np.uint8))
-    png = store.png_bytes(np.zeros((12, 16, 3), np.uint8))
+    jpeg = jpeg_bytes(np.zeros((12, 16, 3), np.uint8))
+    png = png_bytes(np.zeros((12, 16, 3), np.uint8))
     masks = root / "SegmentationClass" / "train2014"
     for folder in (root / "train2014", masks, root / "splits", run.root / "cam"):
         folder.mkdir(parents=True)

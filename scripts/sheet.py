@@ -27,15 +27,18 @@ import run_sample
 from misc import distributed
 from misc.config import override
 from misc.files import store
+from misc.files.camfiles import read_cam
+from misc.files.images import png_bytes, read_image, read_mask
 from misc.image import draw, pixels
+from misc.image.cam import Cam
 from misc.loop.fit import autocast
 from misc.score.metrics import Confusion, mask_at
-from net.contract import AffinityNetwork, SoftCam
+from net.contract import AffinityNetwork
 from step.lib.config import Job, open_job
 from step.lib.networks import load_network
 from voc12.lists import pick_evenly
 
-MakeMask = Callable[[np.ndarray, SoftCam, float], np.ndarray]
+MakeMask = Callable[[np.ndarray, Cam, float], np.ndarray]
 """image (H, W, 3) uint8, its CAMs at its size, value of the field -> mask (H, W) uint8, 255 unknown."""
 
 LEAST = 0.005
@@ -86,7 +89,7 @@ def maker(job: Job, name: str, device: torch.device) -> MakeMask:
     network = load_network(job, "aff", job.cfg.aff, device)
     assert isinstance(network, AffinityNetwork)
 
-    def walk(image: np.ndarray, cam: SoftCam, value: float) -> np.ndarray:
+    def walk(image: np.ndarray, cam: Cam, value: float) -> np.ndarray:
         if not len(cam.keys):
             return np.zeros(image.shape[:2], np.uint8)
         values = pixels.to_tensor(pixels.normalise(image, network.normalisation)).to(device)
@@ -158,9 +161,8 @@ def main(argv: Sequence[str]) -> int:
         tallies = {v: Tally(confusion=Confusion(classes) if scored else None) for v in values}
         pictures: dict[str, list[np.ndarray]] = {}
         for image_id in dict.fromkeys([*shown, *counted]):
-            image, stored = store.read_image(job.catalog.image_path(image_id)), store.read_cam(job.run.cam(image_id))
-            cam = SoftCam(stored.keys, stored.full())
-            truth = store.read_mask(job.catalog.mask_path(image_id)) if scored and image_id in counted else None
+            image, cam = read_image(job.catalog.image_path(image_id)), read_cam(job.run.cam(image_id)).at_image_size()
+            truth = read_mask(job.catalog.mask_path(image_id)) if scored and image_id in counted else None
             strongest = cam.maps.max(0) if len(cam.keys) else np.zeros(image.shape[:2], np.float32)
             row = [titled(image, image_id, height), titled(draw.heat(image, strongest), "CAM", height)]
             for value in values:
@@ -171,7 +173,7 @@ def main(argv: Sequence[str]) -> int:
             if image_id in shown:
                 pictures[image_id] = row
         drawn = draw.tile([pictures[i] for i in shown], height + 20)
-        store.write_bytes(sheet, store.png_bytes(drawn))
+        store.write_bytes(sheet, png_bytes(drawn))
     except run_sample.PROBLEMS as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1

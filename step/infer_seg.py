@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from misc.files.store import read_image, write_mask
+from misc.files.images import read_image, write_mask
 from misc.loop.each import each
 from step.lib import overlays
 from step.lib.config import Job

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from misc.files.store import read_image, write_arrays
+from misc.files.images import read_image
+from misc.files.store import write_arrays
 from misc.infer.cams import class_maps, infer_logits, merge, normalise
 from misc.loop.each import each
 from misc.loop.fit import autocast

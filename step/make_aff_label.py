@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from misc.files.store import read_image, write_arrays, write_mask
+from misc.files.images import read_image, write_mask
+from misc.files.store import write_arrays
 from misc.loop.each import each
 from step.lib.config import Job
-from step.lib.inference import read_soft_cam
+from step.lib.inference import read_full_cam
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class _MakeLabel:
     def __call__(self, image_id: str) -> None:
         job = self.job
         image = read_image(job.catalog.image_path(image_id))
-        cam = read_soft_cam(job, image_id, image.shape[:2])
+        cam = read_full_cam(job, image_id, image.shape[:2])
         picture, planes = job.refine_method().make_label(image, cam, job.cfg.aff.label)
         write_arrays(job.run.aff_planes(image_id), planes=planes)
         write_mask(job.run.aff_label(image_id), picture)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from misc.files.store import read_image, write_cam
+from misc.files.camfiles import write_cam
+from misc.files.images import read_image
 from misc.loop.each import each
 from step.lib.config import Job
-from step.lib.inference import infer_class_maps
+from step.lib.inference import infer_cam
 from step.lib.networks import load_cam_network
 from step.lib.scoring import score_cams
 
@@ -26,8 +27,7 @@ def run(job: Job, device: torch.device) -> None:
 
     def work(image_id: str, prepared: tuple[np.ndarray, np.ndarray]) -> None:
         image, tags = prepared
-        maps, coarse = infer_class_maps(network, image, tags, infer, job.cfg.machine, device)
-        write_cam(job.run.cam(image_id), np.flatnonzero(tags), maps, image.shape[:2], coarse)
+        write_cam(job.run.cam(image_id), infer_cam(network, image, tags, infer, job.cfg.machine, device))
 
     each(
         "make_cam", job.cam_ids(), work, prepare=prepare, done=lambda i: job.run.cam(i).exists(),

@@ -9,14 +9,15 @@ import numpy as np
 import torch
 
 from misc.config import flatten
-from misc.files.store import read_image, write_mask
+from misc.files.images import read_image, write_mask
+from misc.image.cam import Cam
 from misc.image.pixels import normalise, to_tensor
 from misc.loop.each import each
 from misc.score.objects import Instances, write_instances
-from net.contract import AffinityNetwork, SoftCam
+from net.contract import AffinityNetwork
 from step.lib import overlays
 from step.lib.config import Job
-from step.lib.inference import read_soft_cam, walk_cam
+from step.lib.inference import read_full_cam, walk_cam
 from step.lib.networks import load_network
 from step.lib.scoring import score_instances, score_masks, start_weights
 
@@ -28,11 +29,11 @@ def run(job: Job, device: torch.device) -> None:
     walk = job.cfg.aff.walk
     finds_instances = network.finds_instances(walk)
 
-    def prepare(image_id: str) -> tuple[torch.Tensor, SoftCam]:
+    def prepare(image_id: str) -> tuple[torch.Tensor, Cam]:
         image = read_image(job.catalog.image_path(image_id))
-        return to_tensor(normalise(image, network.normalisation)), read_soft_cam(job, image_id, image.shape[:2])
+        return to_tensor(normalise(image, network.normalisation)), read_full_cam(job, image_id, image.shape[:2])
 
-    def work(image_id: str, prepared: tuple[torch.Tensor, SoftCam]) -> None:
+    def work(image_id: str, prepared: tuple[torch.Tensor, Cam]) -> None:
         image, cam = prepared
         mask = np.zeros(image.shape[1:], np.uint8)
         instances = Instances.none(mask.shape)

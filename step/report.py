@@ -16,8 +16,10 @@ import torch
 
 from misc import distributed
 from misc.files import store
+from misc.files.camfiles import read_cam
+from misc.files.images import jpeg_bytes, png_bytes, read_image, read_mask
 from misc.image import draw, pixels
-from step.lib.config import SHOWN, Job
+from step.lib.config import REPORT_IMAGES, Job
 from step.lib.scoring import why_unscored
 from voc12.lists import pick_evenly
 
@@ -69,7 +71,7 @@ def run(job: Job, device: torch.device) -> None:
         captions = {tuple(p.caption for p in row[1:]) for row in rows}
         headings = ("image", *captions.pop()) if train and len(captions) == 1 else ()
         sheet = draw.tile([[p.pixels for p in row] for row in rows], height=150, headings=headings)
-        store.write_bytes(job.run.root / "pictures.png", store.png_bytes(sheet))
+        store.write_bytes(job.run.root / "pictures.png", png_bytes(sheet))
     show(job)
 
 
@@ -129,13 +131,13 @@ def _done(job: Job, made: Callable[[str], Path]) -> list[str]:
     """Images of the validation list to show, of those that have a file."""
     if not job.catalog.has_list(job.cfg.val_list):
         return []
-    return pick_evenly([i for i in job.catalog.ids(job.cfg.val_list) if made(i).exists()], SHOWN)
+    return pick_evenly([i for i in job.catalog.ids(job.cfg.val_list) if made(i).exists()], REPORT_IMAGES)
 
 
 def _train_row(job: Job, image_id: str) -> list[_Picture]:
-    image = store.read_image(job.catalog.image_path(image_id))
-    cam = store.read_cam(job.run.cam(image_id))
-    score = cam.full().max(0) if len(cam.keys) else np.zeros(image.shape[:2], np.float32)
+    image = read_image(job.catalog.image_path(image_id))
+    cam = read_cam(job.run.cam(image_id))
+    score = cam.full_maps().max(0) if len(cam.keys) else np.zeros(image.shape[:2], np.float32)
     names = ", ".join(job.catalog.classes[k] for k in cam.keys)
     row = [_Picture(f"{image_id}: {names or 'no tag'}", image), _Picture("CAM", draw.heat(image, score))]
     row += _mask_picture("affinity label", image, job.run.aff_label(image_id))
@@ -146,7 +148,7 @@ def _train_row(job: Job, image_id: str) -> list[_Picture]:
 
 
 def _val_row(job: Job, image_id: str) -> list[_Picture]:
-    image = store.read_image(job.catalog.image_path(image_id))
+    image = read_image(job.catalog.image_path(image_id))
     row = [_Picture(image_id, image), *_mask_picture("prediction", image, job.run.seg(image_id))]
     return row + _mask_picture("truth", image, job.catalog.mask_path(image_id))
 
@@ -154,7 +156,7 @@ def _val_row(job: Job, image_id: str) -> list[_Picture]:
 def _box_row(job: Job, image_id: str) -> list[_Picture]:
     """The map of the best class, and its box (red) beside the true ones (green), in the proportions of the image."""
     found, classes = store.read_arrays(job.run.box(image_id)), job.catalog.classes
-    image = store.read_image(job.catalog.image_path(image_id))
+    image = read_image(job.catalog.image_path(image_id))
     (height, width), side = image.shape[:2], len(found["score"])
     scale = np.array([width, height] * 2) / side
     boxed = image
@@ -174,7 +176,7 @@ def _box_row(job: Job, image_id: str) -> list[_Picture]:
 def _mask_picture(caption: str, image: np.ndarray, path: Path | None) -> list[_Picture]:
     if path is None or not path.exists():
         return []
-    return [_Picture(caption, draw.overlay(image, store.read_mask(path)))]
+    return [_Picture(caption, draw.overlay(image, read_mask(path)))]
 
 
 def _page(
@@ -320,7 +322,7 @@ def _figure(picture: _Picture) -> str:
     height, width = picture.pixels.shape[:2]
     scale = min(1.0, LARGEST / max(height, width))
     shown = pixels.resize_image(picture.pixels, pixels.scaled_size((height, width), scale))
-    data = base64.b64encode(store.jpeg_bytes(shown)).decode()
+    data = base64.b64encode(jpeg_bytes(shown)).decode()
     return (
         f'<figure><img src="data:image/jpeg;base64,{data}" alt="{_text(picture.caption)}">'
         f"<figcaption>{_text(picture.caption)}</figcaption></figure>"

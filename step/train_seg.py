@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from misc import distributed
-from misc.files.store import read_mask
+from misc.files.images import read_mask
 from misc.loop.progress import Progress
 from net.contract import SegmentRecipe
 from step.lib.config import Job

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as rle
 
-from misc.files import store
+from misc.files.images import read_mask
 from voc12.catalog import open_catalog
 
 
@@ -32,7 +32,7 @@ def as_coco(voc_root: Path, out: Path) -> None:
         images, objects = [], []
         for image_id in data.ids(split):
             shutil.copy(data.image_path(image_id), out / f"{split}2014")
-            mask, number = store.read_mask(data.mask_path(image_id)), int(image_id.replace("_", ""))
+            mask, number = read_mask(data.mask_path(image_id)), int(image_id.replace("_", ""))
             images.append({"id": number, "file_name": f"{image_id}.jpg", "height": mask.shape[0],
                            "width": mask.shape[1]})  # fmt: skip
             for value in np.unique(mask[(mask > 0) & (mask < 255)]):

@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from evaluation import main
-from misc.files.store import Cam, write_arrays, write_mask
+from misc.files.images import write_mask
+from misc.files.store import write_arrays
+from misc.image.cam import Cam
 from misc.score.erosion import erode
 from misc.score.metrics import BoundaryConfusion, Confusion, mask_at
 
@@ -41,7 +43,7 @@ class Data:
             write_mask(root / "png" / f"{name}.png", mask)
             write_arrays(root / "npz" / f"{name}.npz", keys=np.array([0, 2]), maps=half, size=np.array(size))
             (root / "npy").mkdir(exist_ok=True)
-            full = {key: values for key, values in zip((0, 2), self.cam[name].full(), strict=True)}
+            full = {key: values for key, values in zip((0, 2), self.cam[name].full_maps(), strict=True)}
             np.save(root / "npy" / f"{name}.npy", full)
 
     def arguments(self, kind: str, *more: str) -> list[str]:
@@ -55,7 +57,7 @@ class Data:
         return result
 
     def cut(self, threshold: float) -> dict[str, np.ndarray]:
-        return {name: mask_at((cam.keys, cam.full()), threshold) for name, cam in self.cam.items()}
+        return {name: mask_at((cam.keys, cam.full_maps()), threshold) for name, cam in self.cam.items()}
 
     def run(self, *arguments: str) -> dict:
         """The JSON of a run that must succeed."""

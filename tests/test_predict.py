@@ -17,6 +17,8 @@ from test_getam import command
 import predict
 import run_sample
 from misc.files import store
+from misc.files.camfiles import read_cam
+from misc.files.images import read_mask
 from misc.image import draw, pixels
 
 CPU = ("--machine.device", "cpu", "--machine.workers", "2")
@@ -75,7 +77,7 @@ def test_probabilities_sum_to_one_and_agree_with_the_mask(seg: Path, data: Path,
     image = data / "JPEGImages" / "2026_000001.jpg"
     assert call(tmp_path / "out", image, "--weights", seg, "--probabilities", "--fast") == 0
     stored = store.read_arrays(tmp_path / "out" / "probabilities" / "2026_000001.npz")
-    mask = store.read_mask(tmp_path / "out" / "masks" / "2026_000001.png")
+    mask = read_mask(tmp_path / "out" / "masks" / "2026_000001.png")
     assert stored["probabilities"].shape == (3, *mask.shape) and tuple(stored["size"]) == mask.shape
     np.testing.assert_allclose(stored["probabilities"].astype(np.float32).sum(0), 1, atol=2e-3)
     assert (stored["probabilities"].argmax(0) == mask).mean() > 0.99  # float16 makes a few ties
@@ -120,7 +122,7 @@ def test_odd_images_work_or_are_reported_and_the_others_go_on(
     for line in ("cut: ValueError: Image", "text.png cannot be read", "empty.webp cannot be read",
                  "Image gone.jpg does not exist"):  # fmt: skip
         assert line in error
-    masks = {p.stem: store.read_mask(p).shape for p in (tmp_path / "out" / "masks").iterdir()}
+    masks = {p.stem: read_mask(p).shape for p in (tmp_path / "out" / "masks").iterdir()}
     assert masks == sizes
 
 
@@ -145,7 +147,7 @@ def test_large_images_are_shrunk_for_the_network_only(
     assert call(tmp_path / "a", *words) == 0
     assert "1 images were shrunk to 0.014 megapixels" in capsys.readouterr().out  # 6 crops of 48 x 48
     seen = store.read_arrays(tmp_path / "a" / "probabilities" / "large.npz")["probabilities"]
-    assert seen.shape[1] * seen.shape[2] <= 6 * 48 * 48 and store.read_mask(tmp_path / "a/masks/large.png").shape == (
+    assert seen.shape[1] * seen.shape[2] <= 6 * 48 * 48 and read_mask(tmp_path / "a/masks/large.png").shape == (
         large.height, large.width
     )  # fmt: skip
     assert call(tmp_path / "b", *words, "--max-megapixels", "0") == 0
@@ -218,8 +220,8 @@ def names(data: Path) -> list[str]:
 def test_tags_give_the_runs_own_maps_and_masks(
     trained: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cam = next(p for p in sorted((trained / "cam").iterdir()) if len(store.read_cam(p).keys) == 1)
-    tag = names(data)[int(store.read_cam(cam).keys[0])]
+    cam = next(p for p in sorted((trained / "cam").iterdir()) if len(read_cam(p).keys) == 1)
+    tag = names(data)[int(read_cam(cam).keys[0])]
     assert call(tmp_path / "out", data / "JPEGImages" / f"{cam.stem}.jpg", "--run", trained, "--tags", tag) == 0
     assert "masks made by the random walk of the run's refiner psa" in capsys.readouterr().out
     assert digests(tmp_path / "out" / "maps", "*.npz") == {cam.name: digests(trained, f"cam/{cam.name}").popitem()[1]}
@@ -239,10 +241,10 @@ def test_without_a_refiner_a_crf_or_a_threshold_serves_and_is_said(
     assert "masks made by a dense CRF from the background score 0.3 (no refiner was used)" in capsys.readouterr().out
     words = ("--run", trained, "--tags", f" {tags} ,", "--refine", "threshold", "--threshold", "0.5")
     assert call(tmp_path / "b", image, *words) == 0
-    cam = store.read_cam(tmp_path / "b" / "maps" / "2025_000001.npz")
+    cam = read_cam(tmp_path / "b" / "maps" / "2025_000001.npz")
     assert list(cam.keys) == [0, 1]
     wanted = np.where(cam.maps.max(0) > 0.5, cam.maps.argmax(0) + 1, 0)
-    assert (store.read_mask(tmp_path / "b" / "masks" / "2025_000001.png") == wanted).all()
+    assert (read_mask(tmp_path / "b" / "masks" / "2025_000001.png") == wanted).all()
     found = json.loads((trained / "scores.json").read_text())["CAM"]["threshold"]
     assert call(tmp_path / "c", image, "--run", trained, "--tags", tags, "--refine", "crf") == 0
     assert f"background score {found:g} (no refiner" in capsys.readouterr().out
@@ -253,8 +255,8 @@ def test_odd_images_with_tags(trained: Path, data: Path, tmp_path: Path, capsys:
     sizes = odd_images(tmp_path / "odd", data)
     error = told(capsys, tmp_path / "out", tmp_path / "odd", "--run", trained, "--tags", names(data)[0], "--fast")
     assert "3 of 13 images failed" in error
-    assert {p.stem: store.read_mask(p).shape for p in (tmp_path / "out" / "masks").iterdir()} == sizes
-    assert store.read_cam(tmp_path / "out" / "maps" / "large.npz").size == sizes["large"]
+    assert {p.stem: read_mask(p).shape for p in (tmp_path / "out" / "masks").iterdir()} == sizes
+    assert read_cam(tmp_path / "out" / "maps" / "large.npz").size == sizes["large"]
 
 
 # ------------------------------------------------------------------------------------------- command line

@@ -19,7 +19,8 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from misc.files import store
+from misc.files.ids import id_of_line
+from misc.files.images import read_mask
 from voc12 import tags as tags_of
 from voc12.lists import NoSuchList, is_list_file, read_list, shorten
 from voc12.tags import DataError
@@ -152,7 +153,7 @@ class Catalog(ABC):
 
     def id_of_line(self, line: str) -> str:
         """Id of an image from a line of a list file; ValueError for one that leaves the folder."""
-        return store.id_of_line(line)
+        return id_of_line(line)
 
     def has_list(self, split: str) -> bool:
         """Whether there is such a list; DataError for one that is there and damaged."""
@@ -185,7 +186,7 @@ class Catalog(ABC):
         if path is None:
             raise DataError("no mask tells its classes, nor anything else.")
         try:
-            return tags_of.tags_from_mask(store.read_mask(path), self.num_classes)
+            return tags_of.tags_from_mask(read_mask(path), self.num_classes)
         except DataError as error:
             raise DataError(f"Mask {path} {error} List them in classes.txt, or replace the mask.") from None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from misc.files import store
+from misc.files.ids import read_ids
 from voc12.tags import DataError
 
 SHOWN = 10
@@ -30,7 +30,7 @@ def read_list(path: Path, id_of_line: Callable[[str], str]) -> list[str]:
     Raises NoSuchList where the file does not exist, DataError for a damaged or empty one, or an id that comes twice.
     """
     try:
-        return store.read_list(path, id_of_line)
+        return read_ids(path, id_of_line)
     except FileNotFoundError as error:
         raise NoSuchList(str(error)) from None
     except (OSError, ValueError) as error:

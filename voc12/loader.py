@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from misc.config import Augment
-from misc.files import store
+from misc.distributed import quiet_threads
+from misc.files.images import read_image
 from misc.image.pixels import to_tensor
 from misc.loop.each import WorkerDied
 from voc12.catalog import Catalog
@@ -148,7 +149,7 @@ class TrainSet(Dataset[dict[str, Tensor]]):
         image_id = self.ids[index]
         path = self.catalog.image_path(image_id)
         try:
-            return self._make(image_id, store.read_image(path), position, batch)
+            return self._make(image_id, read_image(path), position, batch)
         except Exception as error:
             kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
             file = "" if str(path) in str(error) else f" ({path})"
@@ -217,7 +218,7 @@ class _Loader(DataLoader[dict[str, Tensor]]):
 
 
 def _start_worker(_: int) -> None:
-    store.quiet_threads()
+    quiet_threads()
 
 
 def make_loader(

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from misc.files.store import IMAGE_SUFFIXES
+from misc.files.ids import IMAGE_SUFFIXES
 
 
 def find_images(words: Sequence[str], leave_out: Path | None = None) -> dict[str, Path]:
@@ -53,7 +53,7 @@ def find_images(words: Sequence[str], leave_out: Path | None = None) -> dict[str
 
 
 def safe_name(name: str) -> str:
-    """A relative path without what may not stand in an id (``store.checked_id``): drives, backslashes, ``..``."""
+    """A relative path without what may not stand in an id (``ids.checked_id``): drives, backslashes, ``..``."""
     parts = name.replace("\\", "_").replace(":", "_").split("/")
     return "/".join("_" if part in ("", ".", "..") else part for part in parts)
 

@@ -18,6 +18,7 @@ import torch
 
 from misc import distributed
 from misc.files import atomic, store
+from misc.files.ids import checked_id
 
 
 class OtherConfiguration(ValueError):
@@ -40,7 +41,7 @@ class RunFolder:
         return self.root / "weights" / f"{name}.pt"
 
     def cam(self, image_id: str) -> Path:
-        """CAMs of an image (store.write_cam)."""
+        """CAMs of an image (write_cam)."""
         return self._file("cam", image_id, ".npz")
 
     def aff_label(self, image_id: str) -> Path:
@@ -87,7 +88,7 @@ class RunFolder:
         return self.root / "report.html"
 
     def _file(self, folder: str, image_id: str, suffix: str) -> Path:
-        return self.root / folder / (store.checked_id(image_id) + suffix)
+        return self.root / folder / (checked_id(image_id) + suffix)
 
     # --- run.json -------------------------------------------------------------------------------------------------
 

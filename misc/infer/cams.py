@@ -16,6 +16,7 @@ from torch import Tensor
 
 from misc.config import CamInference
 from misc.image import pixels
+from misc.image.cam import Cam
 
 _EPSILON = 1e-5
 
@@ -159,7 +160,7 @@ def class_maps(
     device: torch.device | str = "cpu",
 ) -> Iterator[Tensor]:
     """Raw maps of the present classes, one batch a scale: (1, K, h, w), or (2, K, h, w) with that of the mirrored
-    image, as ``merge`` takes them. Arguments as for ``infer_cams``; there must be a tag."""
+    image, as ``merge`` takes them. Arguments as for ``infer_cam``; there must be a tag."""
     size = image.shape[:2]
     keys = torch.from_numpy(np.flatnonzero(tags)).to(device)  # (K,)
     row = torch.tensor(tags, dtype=torch.float32, device=device)  # (C,)
@@ -182,7 +183,7 @@ def infer_logits(
     Args:
         classify: images (B, 3, h, w), C -> logits (B, C): a network's ``classify``.
         num_classes: C.
-        image, infer, normalisation, device: as for ``infer_cams``.
+        image, infer, normalisation, device: as for ``infer_cam``.
 
     Returns:
         (C,) float32.
@@ -192,15 +193,15 @@ def infer_logits(
     return torch.cat(passes).mean(0).cpu().numpy()
 
 
-def infer_cams(
+def infer_cam(
     cam: Callable[[Tensor, Tensor], Tensor],
     image: np.ndarray,
     tags: np.ndarray,
     infer: CamInference,
     normalisation: str,
     device: torch.device | str = "cpu",
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Merged, normalised class maps of one image, at its size and on the recipe's coarse grid.
+) -> Cam:
+    """The CAMs of one image: merged, normalised maps at its size, and on the recipe's coarse grid.
 
     Only maps of present classes are merged, so the merging's cost does not grow with the number of classes. The
     caller decides on gradients (``inference_mode`` unless the map needs a backward pass) and on mixed precision.
@@ -214,17 +215,20 @@ def infer_cams(
         device: where the network is.
 
     Returns:
-        maps: (K, H, W) float32, present classes in ascending order; the rule ``shifted`` gives values below 0 too. For
-            an image without a tag K is 0 and the network does not run.
-        coarse: (K, ceil(H / infer.coarse), ceil(W / infer.coarse)) float32, None where the recipe has no such grid.
+        ``maps`` (K, H, W), present classes in ascending order; the rule ``shifted`` gives values below 0 too.
+        ``coarse`` (K, ceil(H / infer.coarse), ceil(W / infer.coarse)), None where the recipe has no such grid.
+        For an image without a tag K is 0 and the network does not run.
     """
-    size = image.shape[:2]
+    keys, size = np.flatnonzero(tags), image.shape[:2]
     grid = (-(-size[0] // infer.coarse), -(-size[1] // infer.coarse)) if infer.coarse else None
     if not tags.any():
-        return np.zeros((0, *size), np.float32), None if grid is None else np.zeros((0, *grid), np.float32)
+        nothing = np.zeros((0, *size), np.float32)
+        return Cam(keys, nothing, size, None if grid is None else np.zeros((0, *grid), np.float32))
     maps = class_maps(cam, image, tags, infer, normalisation, device)
     if grid is None:
-        return normalise(merge(maps, size, infer.round_up), infer.normalise).cpu().numpy(), None
+        full = normalise(merge(maps, size, infer.round_up), infer.normalise)
+        return Cam(keys, full.cpu().numpy(), size)
     passes = list(maps)
     full, coarse = merge(passes, size, infer.round_up), merge(passes, grid)
-    return normalise(full, infer.normalise).cpu().numpy(), normalise(coarse, infer.normalise).cpu().numpy()
+    full, coarse = normalise(full, infer.normalise), normalise(coarse, infer.normalise)
+    return Cam(keys, full.cpu().numpy(), size, coarse.cpu().numpy())

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from misc import distributed
-from misc.files import atomic, store
+from misc.distributed import quiet_threads
+from misc.files import atomic
 from misc.loop.progress import Progress
 
 
@@ -170,7 +171,7 @@ def _start_worker(work: Callable[[str], None]) -> None:
     """The function reaches a worker process once, not with every image."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which lets begun images finish
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    store.quiet_threads()
+    quiet_threads()
     _in_worker.work = work  # type: ignore[attr-defined]
 
 

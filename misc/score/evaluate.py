@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from misc.files.store import quiet_threads
+from misc.distributed import quiet_threads
 from misc.loop.progress import Progress
 from misc.score.erosion import ErodedCurve, erode
 from misc.score.metrics import (

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from misc.checked import Probability, When
 from misc.config import PRETRAINED_WEIGHTS, Augment, Fit
 from misc.crf.dense import CRFSettings
+from misc.image.cam import Cam
 from misc.propagate.walk import Displacement, pair_views
 from misc.score.objects import Instances
 from net.backbone.resnet import SAMPLE_RESNET, STAGES
-from net.contract import Batch, Network, RefineRecipe, SoftCam
+from net.contract import Batch, Network, RefineRecipe
 from net.groups import Group
 from net.registry import refiner
 from net.shared.edge import (
@@ -306,7 +307,7 @@ class IRN(EdgeNetwork):
         return options.instances
 
     @torch.no_grad()
-    def find_instances(self, image: Tensor, cam: SoftCam, options: IRNWalk) -> tuple[np.ndarray, Instances]:
+    def find_instances(self, image: Tensor, cam: Cam, options: IRNWalk) -> tuple[np.ndarray, Instances]:
         """Random walk, and the objects by a second walk of every class over each object of the displacement field
         (irnet.md section 10.3). Raises ValueError where image and CAM differ in size."""
         size = check_sizes(image, cam)
@@ -320,7 +321,7 @@ class IRN(EdgeNetwork):
 
     @staticmethod
     def find_objects(
-        field: Tensor, boundary: Tensor, cam: SoftCam, size: tuple[int, int], options: IRNWalk
+        field: Tensor, boundary: Tensor, cam: Cam, size: tuple[int, int], options: IRNWalk
     ) -> Instances:
         """Objects of an image of (H, W) from its displacement field (2, h, w), boundary (h, w) and CAMs."""
         numbers = torch.from_numpy(find_clusters(field.cpu().numpy(), find_centroids(field).cpu().numpy()))  # (h, w)

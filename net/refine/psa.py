@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from misc.checked import Checked, Positive, Probability, Range, When
 from misc.config import REQUIRED_WEIGHTS, Augment, Fit
 from misc.crf.dense import CRFSettings, DenseCRF
+from misc.image.cam import Cam
 from misc.image.pixels import denormalise, truncated
 from misc.propagate.walk import (
     affinity_losses,
@@ -32,7 +33,7 @@ from misc.propagate.walk import (
 )
 from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
 from net.backbone.vgg16 import VGG16, VGG16Options
-from net.contract import AffinityNetwork, Batch, Network, Options, RefineRecipe, SoftCam
+from net.contract import AffinityNetwork, Batch, Network, Options, RefineRecipe
 from net.foreign.loading import load_tensors
 from net.foreign.reading import read_tensors
 from net.groups import Group, conv_groups
@@ -287,7 +288,7 @@ class PSA(AffinityNetwork):
         return F.elu(self.f9(torch.cat(parts, dim=1)))
 
     @classmethod
-    def make_label(cls, image: np.ndarray, cam: SoftCam, options: PSALabel) -> tuple[np.ndarray, np.ndarray]:
+    def make_label(cls, image: np.ndarray, cam: Cam, options: PSALabel) -> tuple[np.ndarray, np.ndarray]:
         """Low/high-alpha label (psa.md section 4): CRF posteriors of the present classes under two backgrounds.
 
         The planes are the low and then the high posteriors, (2 (K + 1), H, W) float16; with ``crf_unary`` labels the
@@ -367,7 +368,7 @@ class PSA(AffinityNetwork):
         return transition(source, target, pair_affinity(features, radius).flatten(), height * width, options.beta)
 
     @torch.no_grad()
-    def refine(self, image: Tensor, cam: SoftCam, options: PSAWalk) -> np.ndarray:
+    def refine(self, image: Tensor, cam: Cam, options: PSAWalk) -> np.ndarray:
         """Random walk, and the CRF where there is one, cut to the image; see ``spread_cam``. An image without a tag is
         all background. Raises ValueError where image and CAM differ in size."""
         height, width = image.shape[-2:]
@@ -378,7 +379,7 @@ class PSA(AffinityNetwork):
         return np.ascontiguousarray(self.spread_cam(image, cam, options)[:, :height, :width])
 
     @torch.no_grad()
-    def spread_cam(self, image: Tensor, cam: SoftCam, options: PSAWalk) -> np.ndarray:
+    def spread_cam(self, image: Tensor, cam: Cam, options: PSAWalk) -> np.ndarray:
         """``refine`` before the cut: (K + 1, 8 ceil(H/8), 8 ceil(W/8)) float32 (psa.md section 6, transcam.md section
         6). Absent classes are left out of the walk: theirs would stay zero."""
         scores = stack_background(cam.maps, options.background, options.alpha, options.threshold)

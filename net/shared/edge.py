@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from misc.checked import Checked, Positive, Probability, Range
 from misc.crf.dense import CRFSettings, DenseCRF
+from misc.image.cam import Cam
 from misc.image.pixels import denormalise
 from misc.propagate.walk import (
     Displacement,
@@ -32,7 +33,7 @@ from misc.propagate.walk import (
     walk,
 )
 from net.backbone.resnet import STAGES, ResNet, ResNetOptions, Stage, Stages, load_resnet
-from net.contract import AffinityNetwork, Batch, Options, SoftCam
+from net.contract import AffinityNetwork, Batch, Options
 from net.groups import Group
 
 CELL = 4
@@ -105,7 +106,7 @@ class EdgeWalk(Checked):
 # ------------------------------------------------------------------------------------------------ pieces
 
 
-def two_threshold_label(image: np.ndarray, cam: SoftCam, options: EdgeLabel) -> tuple[np.ndarray, np.ndarray]:
+def two_threshold_label(image: np.ndarray, cam: Cam, options: EdgeLabel) -> tuple[np.ndarray, np.ndarray]:
     """The image's own labels, 0 background and k + 1 the k-th present class, sharpened at both background scores.
 
     (H, W, 3) uint8 and its CAMs (K >= 1) -> two (H, W) integers: those at ``threshold_fg`` and at ``threshold_bg``. A
@@ -190,7 +191,7 @@ class EdgeNetwork(AffinityNetwork):
     # --- labels
 
     @classmethod
-    def make_label(cls, image: np.ndarray, cam: SoftCam, options: EdgeLabel) -> tuple[np.ndarray, np.ndarray]:
+    def make_label(cls, image: np.ndarray, cam: Cam, options: EdgeLabel) -> tuple[np.ndarray, np.ndarray]:
         """Classes where they are reliable, background where it is, 255 elsewhere (irnet.md section 7).
 
         Foreground wins where both speak. Training reads the picture itself: planes (1, H, W) uint8. An image without a
@@ -270,7 +271,7 @@ class EdgeNetwork(AffinityNetwork):
         return ((logits[0] + logits[1].flip(-1)) / 2).sigmoid()
 
     @torch.no_grad()
-    def refine(self, image: Tensor, cam: SoftCam, options: EdgeWalk) -> np.ndarray:
+    def refine(self, image: Tensor, cam: Cam, options: EdgeWalk) -> np.ndarray:
         """Random walk, and the CRF where there is one (irnet.md section 10.2). An image without a tag is all
         background. Raises ValueError where image and CAM differ in size."""
         size = check_sizes(image, cam)
@@ -278,7 +279,7 @@ class EdgeNetwork(AffinityNetwork):
             return np.ones((1, *size), np.float32)
         return self.walk_scores(image, cam, self.pair_boundary(self.forward_pair(image, options.canvas), size), options)
 
-    def walk_scores(self, image: Tensor, cam: SoftCam, boundary: Tensor, options: EdgeWalk) -> np.ndarray:
+    def walk_scores(self, image: Tensor, cam: Cam, boundary: Tensor, options: EdgeWalk) -> np.ndarray:
         """``refine`` from a boundary map (h, w) on: (K + 1, H, W) float32."""
         maps = torch.from_numpy(cam.on_grid(tuple(boundary.shape))).to(boundary.device)  # (K, h, w)
         scores = propagate_scores(maps, boundary, options.radius, options.beta, 2**options.logt)
@@ -303,7 +304,7 @@ class EdgeNetwork(AffinityNetwork):
         return load_resnet(self, weights, heads=self.heads)
 
 
-def check_sizes(image: Tensor, cam: SoftCam) -> tuple[int, int]:
+def check_sizes(image: Tensor, cam: Cam) -> tuple[int, int]:
     """(H, W) of an image (3, H, W); ValueError where its CAM has another size."""
     size = tuple(image.shape[-2:])
     if len(cam.keys) and cam.maps.shape[1:] != size:

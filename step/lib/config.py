@@ -24,7 +24,7 @@ from voc12.lists import pick_evenly
 
 SAMPLE_ROOT = Path("data/sample")
 
-SHOWN = 12
+REPORT_IMAGES = 12
 """Images of each list that the report shows."""
 
 
@@ -206,7 +206,7 @@ class Job:
     def shown_ids(self) -> list[str]:
         """Training images that the report shows: of the scored list, where there is one."""
         scored = self.catalog.has_list(self.cfg.score_list)
-        return pick_evenly(self.catalog.ids(self.cfg.score_list if scored else self.train_list), SHOWN)
+        return pick_evenly(self.catalog.ids(self.cfg.score_list if scored else self.train_list), REPORT_IMAGES)
 
     def predicted_ids(self) -> list[str]:
         """Ids that the segmentation network predicts: the validation list, then what the report shows besides."""

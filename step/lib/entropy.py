@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from misc import distributed
-from misc.files.store import read_image, write_json
+from misc.files.images import read_image
+from misc.files.store import write_json
 from misc.image.pixels import normalise, resize_image, to_tensor
 from misc.loop.each import each
 from step.lib.config import Job

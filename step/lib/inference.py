@@ -9,23 +9,24 @@ import numpy as np
 import torch
 
 from misc.config import CamInference, Machine, SegInference
-from misc.files.store import read_cam
-from misc.infer.cams import infer_cams
+from misc.files.camfiles import read_cam
+from misc.image.cam import Cam
+from misc.infer import cams
 from misc.infer.masks import segment, with_crf
 from misc.loop.fit import autocast
 from misc.score.objects import Instances
-from net.contract import AffinityNetwork, SeedNetwork, Segmenter, SingleStage, SoftCam
+from net.contract import AffinityNetwork, SeedNetwork, Segmenter, SingleStage
 from step.lib.config import Job
 
 
-def infer_class_maps(
+def infer_cam(
     network: SeedNetwork, image: np.ndarray, tags: np.ndarray, infer: CamInference, machine: Machine,
     device: torch.device,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """``misc.infer.cams.infer_cams`` at the machine's precision, with gradients where the network's map needs them."""
+) -> Cam:
+    """``misc.infer.cams.infer_cam`` at the machine's precision, with gradients where the network's map needs them."""
     grad = contextlib.nullcontext() if network.map_needs_gradient else torch.inference_mode()
     with grad, autocast(machine, device):
-        return infer_cams(network.cam, image, tags, infer, network.normalisation, device)
+        return cams.infer_cam(network.cam, image, tags, infer, network.normalisation, device)
 
 
 def infer_class_scores(
@@ -38,7 +39,7 @@ def infer_class_scores(
 
 
 def walk_cam(
-    network: AffinityNetwork, image: torch.Tensor, cam: SoftCam, options: Any, machine: Machine, device: torch.device
+    network: AffinityNetwork, image: torch.Tensor, cam: Cam, options: Any, machine: Machine, device: torch.device
 ) -> tuple[np.ndarray, Instances]:
     """Scores (K + 1, H, W) float32 of background and the CAM's K classes, and the single objects, none where these are
     not told apart: (3, H, W) normalised image, the recipe's ``walk``."""
@@ -48,10 +49,10 @@ def walk_cam(
         return network.refine(image.to(device), cam, options), Instances.none(image.shape[1:])
 
 
-def read_soft_cam(job: Job, image_id: str, size: tuple[int, int]) -> SoftCam:
-    """The CAMs of an image at image size; ValueError where the file belongs to an image of another size."""
+def read_full_cam(job: Job, image_id: str, size: tuple[int, int]) -> Cam:
+    """The CAMs that the run has of an image, at image size; ValueError where the file is of another size."""
     path = job.run.cam(image_id)
     cam = read_cam(path)
     if cam.size != tuple(size):
         raise ValueError(f"{path} was made from an image of {cam.size}, the image is {tuple(size)} now. Delete it.")
-    return SoftCam(cam.keys, cam.full(), cam.coarse)
+    return cam.at_image_size()

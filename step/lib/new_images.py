@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +19,15 @@ from misc import distributed
 from misc.config import CamInference, Machine, SegInference, override
 from misc.crf.dense import CRFSettings, DenseCRF
 from misc.files import atomic, store
+from misc.files.camfiles import read_cam, write_cam
+from misc.files.ids import checked_id
 from misc.files.imagefiles import safe_name
+from misc.files.images import jpeg_bytes, read_image, write_mask
 from misc.image import draw, pixels
 from misc.loop.each import EachFailed, each
-from net.contract import AffinityNetwork, Phase, SeedNetwork, Segmenter, SingleStage, SoftCam
+from net.contract import AffinityNetwork, Phase, SeedNetwork, Segmenter, SingleStage
 from net.model import Model
-from step.lib.inference import infer_class_maps, infer_class_scores, walk_cam
+from step.lib.inference import infer_cam, infer_class_scores, walk_cam
 
 Refinement = Literal["auto", "walk", "crf", "threshold"]
 
@@ -49,7 +52,7 @@ class Folder:
 
     def file(self, kind: str, image_id: str, suffix: str) -> Path:
         """File KIND/ID.SUFFIX; ValueError for an id that would leave the folder."""
-        return self.out / kind / f"{store.checked_id(image_id)}.{suffix}"
+        return self.out / kind / f"{checked_id(image_id)}.{suffix}"
 
 
 def segment_images(
@@ -135,20 +138,19 @@ def map_images(
     present[keys] = 1
 
     def scores(image_id: str, image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        maps, coarse = infer_class_maps(network, image, present, infer, folder.machine, device)
         path = folder.file("maps", image_id, "npz")
-        store.write_cam(path, keys, maps, size, coarse)
-        stored = store.read_cam(path)  # as a run's files hold it, so that a training image gets the same mask again
+        write_cam(path, replace(infer_cam(network, image, present, infer, folder.machine, device), size=size))
+        stored = read_cam(path)  # as a run's files hold it, so that a training image gets the same mask again
         maps = stored.maps
         for key, score in zip(keys, maps, strict=True):
             path = folder.file("maps", f"{image_id}_{safe_name(cam.classes[key])}", "jpg")
-            store.write_bytes(path, store.jpeg_bytes(draw.heat(image, score)))
+            store.write_bytes(path, jpeg_bytes(draw.heat(image, score)))
         values = np.array([0, *(keys + 1)], np.uint8)
         if refine == "walk":
             assert refiner is not None and isinstance(walker, AffinityNetwork)
             values_in = pixels.to_tensor(pixels.normalise(image, walker.normalisation))
-            soft = SoftCam(keys, maps, stored.coarse)
-            return walk_cam(walker, values_in, soft, refiner.recipe.walk, folder.machine, device)[0], values
+            seen = replace(stored, size=image.shape[:2])  # the walk is over the image that the network saw
+            return walk_cam(walker, values_in, seen, refiner.recipe.walk, folder.machine, device)[0], values
         found = np.concatenate([np.full_like(maps[:1], threshold), maps])  # (K + 1, h, w)
         return (DenseCRF(image, CRFSettings(), device)(found) if refine == "crf" else found), values
 
@@ -194,7 +196,7 @@ def _each_image(
         return not folder.redo and mask.exists() and image.exists() and mask.stat().st_mtime >= image.stat().st_mtime
 
     def prepare(image_id: str) -> tuple[np.ndarray, np.ndarray]:
-        image = store.read_image(images[image_id])
+        image = read_image(images[image_id])
         return image, shrunk(image, megapixels)
 
     def work(image_id: str, prepared: tuple[np.ndarray, np.ndarray]) -> None:
@@ -203,9 +205,9 @@ def _each_image(
             shrunken.append(image_id)
         found, values = scores(image_id, small, image.shape[:2])
         mask = values[draw.resized_argmax(found, image.shape[:2])]
-        picture = store.jpeg_bytes(draw.overlay(image, mask))
+        picture = jpeg_bytes(draw.overlay(image, mask))
         store.write_bytes(folder.file("overlays", image_id, "jpg"), picture)
-        store.write_mask(folder.file("masks", image_id, "png"), mask)  # last: it stands for all
+        write_mask(folder.file("masks", image_id, "png"), mask)  # last: it stands for all
 
     failed: EachFailed | None = None
     try:

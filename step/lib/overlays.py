@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from misc.files.store import jpeg_bytes, read_image, read_mask, write_bytes
+from misc.files.images import jpeg_bytes, read_image, read_mask
+from misc.files.store import write_bytes
 from misc.image.draw import overlay
 from misc.loop.each import each
 from step.lib.config import Job

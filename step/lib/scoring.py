@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from misc import distributed
-from misc.files.store import read_arrays, read_cam, read_mask
+from misc.files.camfiles import read_cam
+from misc.files.images import read_mask
+from misc.files.store import read_arrays
 from misc.score import wsol
 from misc.score.evaluate import InstanceScores, Scores, evaluate_cams, evaluate_instances, evaluate_masks
 from misc.score.objects import Instances, read_instances, true_instances
@@ -49,7 +51,7 @@ class _Files:
 
 def _read_maps(path: Path) -> tuple[np.ndarray, np.ndarray]:
     cam = read_cam(path)
-    return cam.keys, cam.full()
+    return cam.keys, cam.full_maps()
 
 
 def score_cams(job: Job) -> None:

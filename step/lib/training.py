@@ -11,7 +11,8 @@ import torch
 
 from misc import distributed
 from misc.config import flatten
-from misc.files.store import checked_id, read_image, read_mask
+from misc.files.ids import checked_id
+from misc.files.images import read_image, read_mask
 from misc.image.pixels import normalise, to_tensor
 from misc.loop.fit import Batch, divide, fit
 from net.contract import Network, Phase

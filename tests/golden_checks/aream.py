@@ -242,7 +242,7 @@ def check_aream_infer(case: Case) -> None:
         present = tags([keys], classes)[0].numpy()
         with torch.inference_mode():
             image = case.arrays[described["image"]]
-            maps, _ = cams.infer_cams(network.cam, image, present, infer, network.normalisation)
+            maps = cams.infer_cam(network.cam, image, present, infer, network.normalisation).maps
         np.testing.assert_array_equal(np.flatnonzero(present), case.arrays[f"key{number}"])
         _close(case, f"cam{number}", maps)
 

@@ -166,9 +166,9 @@ def check_crt_cam_merge(case: Any) -> None:
 
     tags = np.zeros(max(stored) + 1, np.float32)
     tags[keys] = 1
-    merged, coarse = cams.infer_cams(cam, np.zeros((height, width, 3), np.uint8), tags, infer, Crt.normalisation)
-    sampled(case, "high_res", merged)
-    sampled(case, "cam", coarse)
+    found = cams.infer_cam(cam, np.zeros((height, width, 3), np.uint8), tags, infer, Crt.normalisation)
+    sampled(case, "high_res", found.maps)
+    sampled(case, "cam", found.coarse)
 
 
 def check_crt_wsol_forward(case: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from misc.files import store
+from misc.files.ids import read_ids
 from misc.image.draw import palette
 from voc12.data_sets.voc12 import VOC_CLASSES
 from voc12.tags import encode_tags, names_from_xml
@@ -21,7 +21,7 @@ def check_voc_labels(case: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "list.txt"
         path.write_text(given["list_file"], encoding="utf-8")
-        assert store.read_list(path) == case.meta["expected_names"]
+        assert read_ids(path) == case.meta["expected_names"]
 
 
 def check_voc_palette(case: Any) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from misc.config import Fit, override
 from misc.crf.dense import DenseCRF
 from misc.image import pixels
+from misc.image.cam import Cam
 from misc.infer import cams
 from misc.loop.fit import make_optimiser, set_lr
 from misc.propagate.walk import (
@@ -34,7 +35,7 @@ from misc.propagate.walk import (
 )
 from misc.score.metrics import Confusion, InstancePrecision, mask_at
 from misc.score.objects import Instances
-from net.contract import Network, SoftCam
+from net.contract import Network
 from net.groups import Group
 from net.refine.irn import IRN, IRNOptions, IRNWalk, _PairDistances, displacement_losses, find_centroids, find_clusters
 from net.seed.irn_cam import IRNCam, IRNCamOptions
@@ -118,10 +119,10 @@ def check_irn_make_cam(case: Any) -> None:
         return torch.stack([total, torch.zeros_like(total)])
 
     image = np.zeros((height, width, 3), np.uint8)
-    maps, coarse = cams.infer_cams(network, image, tags.astype(np.float32), infer, "imagenet")
-    case.check("high_res", maps)
-    case.check("cam", coarse)
-    assert maps.shape[1:] == size
+    cam = cams.infer_cam(network, image, tags.astype(np.float32), infer, "imagenet")
+    case.check("high_res", cam.maps)
+    case.check("cam", cam.coarse)
+    assert cam.maps.shape[1:] == size
 
 
 def _geometry(case: Any) -> tuple[dict[str, list[int]], dict[str, str]]:
@@ -289,7 +290,7 @@ def check_irn_ir_label(case: Any) -> None:
         IRN.recipes["published"].label,
         {"threshold_fg": given["conf_fg_thres"], "threshold_bg": given["conf_bg_thres"]},
     )
-    cam = SoftCam(np.array(given["keys (0-based foreground classes)"]), case.arrays["high_res"])
+    cam = Cam.of_maps(np.array(given["keys (0-based foreground classes)"]), case.arrays["high_res"])
     image = case.arrays["image"]
     for kind, threshold, label in zip(
         ("fg", "bg"), (options.threshold_fg, options.threshold_bg), two_threshold_label(image, cam, options),
@@ -344,12 +345,12 @@ def check_irn_propagate(case: Any) -> None:
             _check(case, "transition", step.to_dense().t())
 
 
-def _settings(case: Any) -> tuple[SoftCam, Tensor, tuple[int, int], dict[str, Any]]:
+def _settings(case: Any) -> tuple[Cam, Tensor, tuple[int, int], dict[str, Any]]:
     """CAM (its coarse part is what counts), boundary, size of the image and walk settings of a case."""
     given = case.meta["input"]
     keys = next(value for name, value in given.items() if name.startswith("keys"))
     size = tuple(given["image_size"])
-    cam = SoftCam(np.array(keys), np.zeros((len(keys), *size), np.float32), case.arrays["cams"])
+    cam = Cam.of_maps(np.array(keys), np.zeros((len(keys), *size), np.float32), case.arrays["cams"])
     walk = {"radius": given["radius"], "beta": float(given["beta"]), "logt": given["exp_times"]}
     return cam, torch.from_numpy(case.arrays["edge"])[0], size, walk
 

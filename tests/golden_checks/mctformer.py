@@ -16,10 +16,10 @@ from golden_case import Case
 from torch import Tensor
 
 from misc.config import override
+from misc.image.cam import Cam
 from misc.infer import cams
 from net.backbone.transformer import AttentionSums
 from net.backbone.vit import ViTOptions
-from net.contract import SoftCam
 from net.losses import multilabel_soft_margin
 from net.refine.psa import PSA
 from net.seed import mctformer
@@ -230,14 +230,14 @@ def check_mctformer_cam_merge(case: Case) -> None:
                     name = f"{number}_{2 * scale + flipped}"
                     _close(case, f"in_cams{name}", fused[flipped, keys], map_tolerance)
                     _close(case, f"in_aff{name}", sums.affinity[flipped], map_tolerance)
-            maps = cams.infer_cams(network.cam, image, tags, infer, network.normalisation)[0]
+            maps = cams.infer_cam(network.cam, image, tags, infer, network.normalisation).maps
         _close(case, f"cam{number}", maps, map_tolerance)
         names = [name for name in case.arrays if name.startswith(f"crf{number}_alpha")]
         assert names
         for name in names:
             alpha = name.partition("alpha")[2]
             chosen = override(label, {"alpha_low": float(alpha), "alpha_high": float(alpha)})
-            _, planes = PSA.make_label(image, SoftCam(np.array(keys), maps), chosen)
+            _, planes = PSA.make_label(image, Cam.of_maps(np.array(keys), maps), chosen)
             posterior = planes[: len(keys) + 1].astype(np.float32)
             apart = np.abs(case.sample(name, posterior) - case.arrays[name]).max(0)
             assert (apart <= crf_tolerance).mean() >= 0.995, f"{name}: {apart.max()}"

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from misc.config import override
+from misc.image.cam import Cam
 from misc.image.pixels import denormalise, normalise, to_tensor
 from misc.propagate.walk import fitting_radius, half_circle, pair_cells, walk
-from net.contract import SoftCam
 from net.refine.psa import (
     PSA,
     PSAOptions,
@@ -115,20 +115,20 @@ def _settings(text: str) -> PSAWalk:
     return PSAWalk(**rule, beta=float(beta[1]), logt=int(logt[1]))
 
 
-def _inputs(case: Any) -> tuple[Tensor, SoftCam]:
+def _inputs(case: Any) -> tuple[Tensor, Cam]:
     """Normalised image (3, H, W) and CAMs of the case."""
-    cam = SoftCam(np.array(case.meta["input"]["classes"]), case.arrays["cams"])
+    cam = Cam.of_maps(np.array(case.meta["input"]["classes"]), case.arrays["cams"])
     return to_tensor(normalise(case.arrays["image"], "imagenet")), cam
 
 
-def _assert_same_label(case: Any, name: str, scores: np.ndarray, cam: SoftCam) -> None:
+def _assert_same_label(case: Any, name: str, scores: np.ndarray, cam: Cam) -> None:
     """Label maps agree but for 0.2 % of the pixels (ties)."""
     label = np.array([0, *(cam.keys + 1)])[scores.argmax(axis=0)]
     assert label.shape == case.arrays[name].shape
     assert (label != case.arrays[name]).mean() <= 0.002, name
 
 
-def _all_classes(values: Tensor, cam: SoftCam, classes: int) -> Tensor:
+def _all_classes(values: Tensor, cam: Cam, classes: int) -> Tensor:
     """(K + 1, ...) -> (C + 1, ...), zero for absent classes."""
     full = values.new_zeros((classes + 1, *values.shape[1:]))
     full[torch.tensor([0, *(cam.keys + 1)])] = values

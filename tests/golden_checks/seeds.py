@@ -145,7 +145,7 @@ def check_seam_infer(case: Any) -> None:
     classes = case.meta["input"]["classes"]
     tags = _tags([classes], CLASSES)[0].numpy()
     with torch.inference_mode():
-        maps = cams.infer_cams(network.cam, image, tags, infer, network.normalisation)[0]
+        maps = cams.infer_cam(network.cam, image, tags, infer, network.normalisation).maps
     case.check("cam", maps[np.argsort(np.argsort(classes))])
 
 

@@ -18,6 +18,7 @@ from golden_case import Case, _index
 from torch import Tensor, nn
 
 from misc.config import CamInference, Fit
+from misc.image.cam import Cam
 from misc.image.pixels import normalise, to_tensor
 from misc.infer import cams
 from misc.loop.fit import make_optimiser, set_lr
@@ -27,7 +28,6 @@ from misc.score.evaluate import evaluate_cams
 from misc.score.metrics import mask_at
 from net.backbone.transformer import AttentionSums
 from net.backbone.vit import ViTOptions
-from net.contract import SoftCam
 from net.groups import Group
 from net.refine.edge import EdgeOnly, EdgeOnlyOptions
 from net.seed.semformer import (
@@ -289,9 +289,9 @@ def check_semformer_cam_merge(case: Case) -> None:
     given = iter(maps)
     row = np.zeros(guide.classes - 1)
     row[present] = 1
-    full, coarse = cams.infer_cams(lambda x, tags: next(given), picture, row, infer, network.normalisation)
-    close(case, "cam", coarse)
-    close(case, "hr_cam", full)
+    cam = cams.infer_cam(lambda x, tags: next(given), picture, row, infer, network.normalisation)
+    close(case, "cam", cam.coarse)
+    close(case, "hr_cam", cam.maps)
 
 
 def check_attention(case: Case, network: SemFormer, x: Tensor) -> None:
@@ -454,7 +454,7 @@ def check_semformer_affinity_labels(case: Case) -> None:
     fg, bg = (float(v) for v in stated.groups())
     options = replace(EdgeOnly.recipes["published"].label, threshold_fg=fg, threshold_bg=bg)
     image, maps, keys = (case.arrays[name] for name in ("image", "hr_cam", "keys"))
-    cam = SoftCam(keys[1:] - 1, maps)
+    cam = Cam.of_maps(keys[1:] - 1, maps)
     labels = two_threshold_label(image, cam, options)
     for side, threshold, label in (("fg", fg, labels[0]), ("bg", bg, labels[1])):
         np.testing.assert_array_equal(hard_label(maps, threshold), case.arrays[f"{side}_argmax"])

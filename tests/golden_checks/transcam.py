@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from misc.config import override
+from misc.image.cam import Cam
 from misc.image.pixels import normalise, to_tensor
 from misc.infer import cams
 from misc.propagate.walk import transition
 from net.backbone.conformer import Conformer, ConformerOptions
-from net.contract import SoftCam
 from net.refine.psa import PSA, PSARecipe, pair_labels
 from net.seed.transcam import Method, TransCam, TransCamOptions
 
@@ -166,7 +166,7 @@ def check_transcam_cam_merge(case: Any) -> None:
         names = [name for name in case.meta["outputs"] if name.startswith(f"crf{number}_")]
         low, high = sorted((float(name.partition("_")[2]) for name in names), reverse=True)
         label = override(_psa(), {"label.threshold_low": low, "label.threshold_high": high}).label
-        _, planes = PSA.make_label(picture, SoftCam(keys, merged), label)
+        _, planes = PSA.make_label(picture, Cam.of_maps(keys, merged), label)
         for name, plane in zip((f"crf{number}_{low:.2f}", f"crf{number}_{high:.2f}"), planes, strict=True):
             assert (np.array([0, *(keys + 1)])[plane] == case.arrays[name]).mean() >= shares(case)[0], name
 
@@ -197,6 +197,6 @@ def check_transcam_random_walk(case: Any) -> None:
     for name, walk, share in zip(
         ("label", "label_crf"), (override(options, {"crf.iterations": 0}), options), shares(case), strict=True
     ):
-        scores = network.refine(x, SoftCam(keys, case.arrays["in_cam"]), walk)
+        scores = network.refine(x, Cam.of_maps(keys, case.arrays["in_cam"]), walk)
         label = np.array([0, *(keys + 1)])[scores.argmax(axis=0)]
         assert (label == case.arrays[name]).mean() >= share, name

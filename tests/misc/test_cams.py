@@ -55,7 +55,7 @@ def test_equals_the_plain_form() -> None:
     network, image, scales = Toy(80), picture(), (0.5, 1.0, 1.5)
     tags = np.zeros(80, np.float32)
     tags[[3, 79, 40]] = 1
-    got = cams.infer_cams(network, image, tags, CamInference(scales=scales), "imagenet")[0]
+    got = cams.infer_cam(network, image, tags, CamInference(scales=scales), "imagenet").maps
     assert got.dtype == np.float32 and got.shape == (3, 41, 58)
     assert network.calls == [(2, 3, 20, 29), (2, 3, 41, 58), (2, 3, 62, 87)]  # 20.5 and 61.5: half to even
     np.testing.assert_allclose(got, plain_form(network, image, tags, scales), atol=2e-6)
@@ -63,21 +63,21 @@ def test_equals_the_plain_form() -> None:
 
 def test_without_flip_the_image_is_alone() -> None:
     network, tags = Toy(2), np.float32([0, 1])
-    got = cams.infer_cams(network, picture(), tags, CamInference(scales=(1.0,), flip=False), "imagenet")[0]
+    got = cams.infer_cam(network, picture(), tags, CamInference(scales=(1.0,), flip=False), "imagenet").maps
     assert network.calls == [(1, 3, 41, 58)]
-    assert not np.allclose(got, cams.infer_cams(network, picture(), tags, CamInference(scales=(1.0,)), "imagenet")[0])
+    assert not np.allclose(got, cams.infer_cam(network, picture(), tags, CamInference(scales=(1.0,)), "imagenet").maps)
 
 
 def test_mirrored_image_gives_mirrored_maps() -> None:
     network, tags, infer = Toy(2), np.float32([1, 1]), CamInference(scales=(1.0,))
-    maps = cams.infer_cams(network, picture(), tags, infer, "imagenet")[0]
-    mirrored = cams.infer_cams(network, np.ascontiguousarray(picture()[:, ::-1]), tags, infer, "imagenet")[0]
+    maps = cams.infer_cam(network, picture(), tags, infer, "imagenet").maps
+    mirrored = cams.infer_cam(network, np.ascontiguousarray(picture()[:, ::-1]), tags, infer, "imagenet").maps
     np.testing.assert_allclose(mirrored, maps[:, :, ::-1], atol=1e-6)
 
 
 def test_no_tag_no_run() -> None:
     network = Toy(4)
-    maps = cams.infer_cams(network, picture(), np.zeros(4, np.float32), CamInference(), "imagenet")[0]
+    maps = cams.infer_cam(network, picture(), np.zeros(4, np.float32), CamInference(), "imagenet").maps
     assert maps.shape == (0, 41, 58) and not network.calls
 
 
@@ -89,7 +89,7 @@ def test_gradients_are_the_callers_choice() -> None:
         score = F.conv2d(images, weight)
         return score * torch.autograd.grad(score.sum(), weight)[0].abs().sum()
 
-    maps = cams.infer_cams(network, picture(), np.float32([1, 0]), CamInference(scales=(1.0,)), "imagenet")[0]
+    maps = cams.infer_cam(network, picture(), np.float32([1, 0]), CamInference(scales=(1.0,)), "imagenet").maps
     assert maps.shape == (1, 41, 58)
 
 
@@ -161,9 +161,9 @@ def test_padding(pad_first: bool) -> None:
     def network(images: Tensor, tags: Tensor) -> Tensor:
         return images[:, :2] - images.amin()
 
-    got = cams.infer_cams(network, picture(), np.float32([1, 1]), infer, "imagenet")[0]
-    expected = cams.infer_cams(network, picture(), np.float32([1, 1]), CamInference(
-        scales=(1.0,), normalise="minmax"), "imagenet")[0]  # fmt: skip
+    got = cams.infer_cam(network, picture(), np.float32([1, 1]), infer, "imagenet").maps
+    expected = cams.infer_cam(network, picture(), np.float32([1, 1]), CamInference(
+        scales=(1.0,), normalise="minmax"), "imagenet").maps  # fmt: skip
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 

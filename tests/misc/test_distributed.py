@@ -12,7 +12,8 @@ from test_fit import RECIPE, Toy, curve, train
 
 from misc import distributed
 from misc.config import Fit
-from misc.files.store import read_cam, read_model
+from misc.files.camfiles import read_cam
+from misc.files.store import read_model
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 

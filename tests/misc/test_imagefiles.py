@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from misc.files.ids import checked_id
 from misc.files.imagefiles import find_images, safe_name
-from misc.files.store import checked_id
 
 
 def touch(root: Path, *names: str) -> None:

@@ -14,6 +14,8 @@ from running import make_set
 import run_sample
 from misc.config import CamInference
 from misc.files import store
+from misc.files.camfiles import read_cam
+from misc.files.images import read_mask
 from misc.infer import cams
 from misc.score.evaluate import EvaluationError, evaluate_instances
 from misc.score.metrics import InstancePrecision
@@ -180,14 +182,14 @@ def test_coarse_maps_are_added_up_on_their_own_grid() -> None:
 
     infer = CamInference(scales=(1.0, 0.5), round_up=16, coarse=4)
     tags = np.array([1, 0, 1], np.float32)
-    maps, coarse = cams.infer_cams(network, image, tags, infer, "imagenet")
-    assert maps.shape == (2, 37, 50) and coarse is not None and coarse.shape == (2, 10, 13)
+    cam = cams.infer_cam(network, image, tags, infer, "imagenet")
+    assert cam.maps.shape == (2, 37, 50) and cam.coarse is not None and cam.coarse.shape == (2, 10, 13)
     low = [m[:, [0, 2]] for m in kept]
-    np.testing.assert_array_equal(coarse, cams.by_maximum(cams.merge(low, (10, 13))).numpy())
+    np.testing.assert_array_equal(cam.coarse, cams.by_maximum(cams.merge(low, (10, 13))).numpy())
     full = cams.merge(low, (48, 64))[:, :37, :50]  # at sides that are multiples of 16, then cut
-    np.testing.assert_allclose(maps, cams.by_maximum(full).numpy(), rtol=1e-6)
-    nothing = cams.infer_cams(network, image, 0 * tags, infer, "imagenet")
-    assert nothing[0].shape == (0, 37, 50) and nothing[1] is not None and nothing[1].shape == (0, 10, 13)
+    np.testing.assert_allclose(cam.maps, cams.by_maximum(full).numpy(), rtol=1e-6)
+    nothing = cams.infer_cam(network, image, 0 * tags, infer, "imagenet")
+    assert nothing.maps.shape == (0, 37, 50) and nothing.coarse is not None and nothing.coarse.shape == (0, 10, 13)
 
 
 # ------------------------------------------------------------------------------------------------ a whole run
@@ -222,7 +224,7 @@ def test_a_catalog_knows_its_objects(data: Path) -> None:
     for image_id in catalog.ids("train"):
         path = catalog.object_path(image_id)
         assert path is not None
-        truth = true_instances(store.read_mask(path), store.read_mask(data / "SegmentationClass" / path.name))
+        truth = true_instances(read_mask(path), read_mask(data / "SegmentationClass" / path.name))
         assert len(truth.masks) >= 1 and set(truth.classes) == set(np.flatnonzero(catalog.tags(image_id)))
     assert catalog.object_path("nothing") is None
 
@@ -231,12 +233,12 @@ def test_a_run_writes_and_scores_its_objects(finished: Path, data: Path) -> None
     ids = open_catalog("voc12", data).ids("train")
     for image_id in ids:
         found = read_instances(finished / "instance" / f"{image_id}.npz")
-        picture = store.read_mask(finished / "instance" / f"{image_id}.png")
-        mask = store.read_mask(finished / "label" / f"{image_id}.png")
+        picture = read_mask(finished / "instance" / f"{image_id}.png")
+        mask = read_mask(finished / "label" / f"{image_id}.png")
         assert found.masks.shape[1:] == picture.shape == mask.shape
         assert np.array_equal(picture, found.picture())
         assert not found.masks.any(0)[picture > 0].size or found.masks.any(0)[picture > 0].all()
-        assert store.read_cam(finished / "cam" / f"{image_id}.npz").coarse is not None
+        assert read_cam(finished / "cam" / f"{image_id}.npz").coarse is not None
     score = store.read_json(finished / "scores.json")["pseudo objects after the walk"]
     assert (score["step"], score["split"], score["images"]) == ("random_walk", "train", 5)
     assert 0 <= score["ap50"] <= 100 and score["objects"] >= 5 and score["walk"]["instances"] is True

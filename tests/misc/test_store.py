@@ -17,6 +17,10 @@ import torch
 from PIL import Image
 
 from misc.files import atomic, store
+from misc.files.camfiles import read_cam, write_cam
+from misc.files.ids import checked_id, read_ids
+from misc.files.images import read_image, read_mask, write_mask
+from misc.image.cam import Cam
 
 
 class Hostile:
@@ -65,7 +69,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "bytes": lambda path: store.write_bytes(path, big().tobytes()),
     "arrays": lambda path: store.write_arrays(path, a=big()),
     "weights": lambda path: store.write_weights(path, {"a": torch.from_numpy(big())}),
-    "mask": lambda path: store.write_mask(path, (big() * 255).astype(np.uint8)),
+    "mask": lambda path: write_mask(path, (big() * 255).astype(np.uint8)),
 }
 
 
@@ -118,14 +122,14 @@ def test_equal_values_give_equal_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "", ".", "a\\b", "C:x", "a\0b"])
 def test_an_id_cannot_leave_its_folder(name: str) -> None:
     with pytest.raises(ValueError, match="not allowed"):
-        store.checked_id(name)
+        checked_id(name)
 
 
 def test_lists_hold_bare_ids_or_paths(tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     text = "2007_000032\n\n/JPEGImages/2007_000039.jpg /SegmentationClass/2007_000039.png\na.b\n"
     path.write_text(text, encoding="utf-8-sig")
-    assert store.read_list(path) == ["2007_000032", "2007_000039", "a.b"]
+    assert read_ids(path) == ["2007_000032", "2007_000039", "a.b"]
 
 
 BAD_LISTS = {
@@ -140,7 +144,7 @@ BAD_LISTS = {
 def test_a_bad_list_is_named(content: bytes, told: str, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_bytes(content)
     with pytest.raises(ValueError, match=rf"list\.txt.*{told}"):
-        store.read_list(tmp_path / "list.txt")
+        read_ids(tmp_path / "list.txt")
 
 
 # ---------------------------------------------------------------------------------------------- images and masks
@@ -151,7 +155,7 @@ def test_cmyk_grey_palette_and_alpha_images_become_rgb(tmp_path: Path) -> None:
     for mode, suffix in (("CMYK", "jpg"), ("L", "jpg"), ("P", "png"), ("RGBA", "png"), ("LA", "png")):
         path = tmp_path / f"{mode}.{suffix}"
         rgb.convert(mode).save(path)
-        read = store.read_image(path)
+        read = read_image(path)
         assert read.shape == (20, 30, 3) and read.dtype == np.uint8
         wanted = picture() if mode in ("CMYK", "P", "RGBA") else np.array(rgb.convert("L").convert("RGB"))
         assert np.abs(read.astype(int) - wanted).mean() < 20, mode  # inverted or mixed channels are far more off
@@ -161,21 +165,21 @@ def test_cmyk_grey_palette_and_alpha_images_become_rgb(tmp_path: Path) -> None:
 def test_sixteen_bits_keep_the_upper_eight(suffix: str, tmp_path: Path) -> None:
     values = (np.arange(600).reshape(20, 30) * 109).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / f"a.{suffix}")
-    read = store.read_image(tmp_path / f"a.{suffix}")
+    read = read_image(tmp_path / f"a.{suffix}")
     assert np.array_equal(read, np.repeat((values >> 8)[..., None], 3, axis=2))
 
 
 def test_floating_point_pixels_are_refused_not_taken_for_black(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 5), 0.5, np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(ValueError, match=r"a\.tif cannot be read \(its pixels are floating-point numbers, save"):
-        store.read_image(tmp_path / "a.tif")
+        read_image(tmp_path / "a.tif")
 
 
 def test_an_image_is_turned_as_its_exif_says(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     Image.fromarray(picture()).save(tmp_path / "a.png", exif=exif)
-    assert np.array_equal(store.read_image(tmp_path / "a.png"), np.rot90(picture(), -1))
+    assert np.array_equal(read_image(tmp_path / "a.png"), np.rot90(picture(), -1))
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
@@ -184,30 +188,30 @@ def test_a_truncated_image_is_named_with_a_remedy(suffix: str, tmp_path: Path) -
     Image.fromarray(picture(200, 300)).save(path)
     path.write_bytes(path.read_bytes()[:-900])
     with pytest.raises(ValueError, match=rf"cut\.{suffix} cannot be read .*replace it, or take it off the list"):
-        store.read_image(path)
+        read_image(path)
     with pytest.raises(FileNotFoundError, match="nowhere.jpg does not exist"):
-        store.read_image(tmp_path / "nowhere.jpg")
+        read_image(tmp_path / "nowhere.jpg")
 
 
 def test_masks_keep_their_indices(tmp_path: Path) -> None:
     mask = np.array([[0, 1, 20], [255, 3, 0]], np.uint8)
-    store.write_mask(tmp_path / "mask.png", mask)
-    assert np.array_equal(store.read_mask(tmp_path / "mask.png"), mask)
+    write_mask(tmp_path / "mask.png", mask)
+    assert np.array_equal(read_mask(tmp_path / "mask.png"), mask)
     assert Image.open(tmp_path / "mask.png").mode == "P"
     Image.fromarray(mask).save(tmp_path / "grey.png")
-    assert np.array_equal(store.read_mask(tmp_path / "grey.png"), mask)
+    assert np.array_equal(read_mask(tmp_path / "grey.png"), mask)
     Image.fromarray(mask == 1).save(tmp_path / "bits.png")
-    assert np.array_equal(store.read_mask(tmp_path / "bits.png"), mask == 1)
+    assert np.array_equal(read_mask(tmp_path / "bits.png"), mask == 1)
 
 
 def test_a_colour_mask_is_refused_and_a_cut_one_named(tmp_path: Path) -> None:
     Image.fromarray(picture()).save(tmp_path / "colour.png")
     with pytest.raises(ValueError, match=r"colour\.png is a RGB image.*Convert it"):
-        store.read_mask(tmp_path / "colour.png")
-    store.write_mask(tmp_path / "cut.png", picture()[..., 0])
+        read_mask(tmp_path / "colour.png")
+    write_mask(tmp_path / "cut.png", picture()[..., 0])
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-40])
     with pytest.raises(ValueError, match=r"cut\.png cannot be read .*replace it"):
-        store.read_mask(tmp_path / "cut.png")
+        read_mask(tmp_path / "cut.png")
 
 
 # ---------------------------------------------------------------------------------------------- CAMs, weights, JSON
@@ -215,15 +219,15 @@ def test_a_colour_mask_is_refused_and_a_cut_one_named(tmp_path: Path) -> None:
 
 def test_cams_come_back_clipped_and_at_image_size(tmp_path: Path) -> None:
     maps = np.linspace(-0.5, 1.5, 2 * 3 * 4).reshape(2, 3, 4)
-    store.write_cam(tmp_path / "a.npz", np.array([1, 4]), maps, (6, 8))
-    cam = store.read_cam(tmp_path / "a.npz")
+    write_cam(tmp_path / "a.npz", Cam(np.array([1, 4]), maps, (6, 8)))
+    cam = read_cam(tmp_path / "a.npz")
     assert cam.keys.tolist() == [1, 4] and cam.size == (6, 8)
-    assert np.allclose(cam.maps, maps.clip(0, 1), atol=1e-3) and cam.full().shape == (2, 6, 8)
-    store.write_cam(tmp_path / "none.npz", np.zeros(0, int), np.zeros((0, 6, 8)), (6, 8))
-    assert store.read_cam(tmp_path / "none.npz").full().shape == (0, 6, 8)
+    assert np.allclose(cam.maps, maps.clip(0, 1), atol=1e-3) and cam.full_maps().shape == (2, 6, 8)
+    write_cam(tmp_path / "none.npz", Cam(np.zeros(0, int), np.zeros((0, 6, 8)), (6, 8)))
+    assert read_cam(tmp_path / "none.npz").full_maps().shape == (0, 6, 8)
     maps[0, 0, 0] = np.nan
     with pytest.raises(ValueError, match=r"nan\.npz is not written.*not finite"):
-        store.write_cam(tmp_path / "nan.npz", np.array([1, 4]), maps, (6, 8))
+        write_cam(tmp_path / "nan.npz", Cam(np.array([1, 4]), maps, (6, 8)))
     assert not (tmp_path / "nan.npz").exists()
 
 
@@ -240,7 +244,7 @@ FOREIGN = {
 @pytest.mark.parametrize("stored", FOREIGN.values(), ids=FOREIGN)
 def test_cams_of_the_field_are_read(stored: dict[Any, Any], tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", stored)  # type: ignore[arg-type]
-    cam = store.read_cam(tmp_path / "a.npy")
+    cam = read_cam(tmp_path / "a.npy")
     assert cam.keys.tolist() == [1, 3] and cam.size == (4, 5)
     assert cam.maps.dtype == np.float32 and cam.maps[:, 0, 0].tolist() == [0.25, 0.5]
 
@@ -251,7 +255,7 @@ def test_no_reader_runs_code(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", keys=np.array([Hostile(mark)]))
     torch.save({"w": Hostile(mark)}, tmp_path / "a.pt")
     (tmp_path / "bare.npz").write_bytes(pickle.dumps(Hostile(mark)))
-    readers = (("a.npy", store.read_cam), ("a.npz", store.read_cam), ("bare.npz", store.read_cam),
+    readers = (("a.npy", read_cam), ("a.npz", read_cam), ("bare.npz", read_cam),
                ("a.pt", store.read_weights))  # fmt: skip
     for name, read in readers:
         with pytest.raises(ValueError, match=re.escape(name)) as told:
@@ -264,12 +268,12 @@ def test_no_reader_runs_code(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["npz", "npy", "pt", "json"])
 def test_a_file_cut_short_is_named_with_a_remedy(suffix: str, share: float, tmp_path: Path) -> None:
     path = tmp_path / f"cut.{suffix}"
-    store.write_cam(tmp_path / "cut.npz", np.array([0]), np.random.default_rng(0).random((1, 30, 40)), (30, 40))
+    write_cam(tmp_path / "cut.npz", Cam(np.array([0]), np.random.default_rng(0).random((1, 30, 40)), (30, 40)))
     np.save(tmp_path / "cut.npy", {0: np.zeros((4, 4))})  # type: ignore[arg-type]
     store.write_weights(tmp_path / "cut.pt", {"w": torch.zeros(50)})
     store.write_json(tmp_path / "cut.json", {"a": [1, 2]})
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    read: Callable[[Path], Any] = {"pt": store.read_weights, "json": store.read_json}.get(suffix, store.read_cam)
+    read: Callable[[Path], Any] = {"pt": store.read_weights, "json": store.read_json}.get(suffix, read_cam)
     with pytest.raises(ValueError, match=rf"cut\.{suffix} cannot be read .*: .*(delete|replace) it"):
         read(path)
     path.unlink()
@@ -280,12 +284,12 @@ def test_a_file_cut_short_is_named_with_a_remedy(suffix: str, share: float, tmp_
 @pytest.mark.filterwarnings("ignore")
 def test_changed_bytes_never_give_another_error_than_one_that_names_the_file(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    store.write_cam(tmp_path / "a.npz", np.array([0, 2]), rng.random((2, 9, 9)), (9, 9))
+    write_cam(tmp_path / "a.npz", Cam(np.array([0, 2]), rng.random((2, 9, 9)), (9, 9)))
     np.save(tmp_path / "a.npy", {0: rng.random((4, 4)), 2: rng.random((4, 4)).astype("f4")})  # type: ignore[arg-type]
     store.write_weights(tmp_path / "a.pt", {"w": torch.zeros(5)})
     Image.fromarray(picture()).save(tmp_path / "a.png")
     readers: dict[str, Callable[[Path], Any]] = {
-        "npz": store.read_cam, "npy": store.read_cam, "pt": store.read_weights, "png": store.read_image,
+        "npz": read_cam, "npy": read_cam, "pt": store.read_weights, "png": read_image,
     }  # fmt: skip
     for suffix, read in readers.items():
         path = tmp_path / f"a.{suffix}"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from misc.config import override
 from misc.crf.dense import CRFSettings
-from net.contract import SoftCam
+from misc.image.cam import Cam
 from net.refine.edge import EdgeOnly
 
 PUBLISHED, SAMPLE = (EdgeOnly.recipes[name] for name in ("published", "sample"))
@@ -23,14 +23,14 @@ def tiny(align_corners: bool = True) -> EdgeOnly:
     return replace(SAMPLE.network, resnet=resnet, align_corners=align_corners).build(3, {}).eval()
 
 
-def scene(keys: list[int]) -> tuple[np.ndarray, SoftCam]:
+def scene(keys: list[int]) -> tuple[np.ndarray, Cam]:
     """An image of 40 x 56 with a bright square, and CAMs that are high inside it."""
     rng = np.random.default_rng(0)
     image = rng.integers(0, 40, (40, 56, 3)).astype(np.uint8)
     image[10:30, 10:34] += 150
     maps = 0.3 * rng.random((len(keys), 40, 56), np.float32)
     maps[:1, 12:28, 12:32] += 0.6
-    return image, SoftCam(np.array(keys, np.int64), maps)
+    return image, Cam.of_maps(np.array(keys, np.int64), maps)
 
 
 def test_the_upsampling_convention_is_a_field() -> None:
@@ -81,7 +81,7 @@ def test_pseudo_masks_have_a_background_and_a_crf_if_asked(iterations: int) -> N
         np.testing.assert_allclose(scores.sum(0), 1, atol=1e-5)
     else:
         assert (scores[0] == 0.25).all() and scores[1:].max() == pytest.approx(1)
-    nothing = network.refine(x, SoftCam(np.zeros(0, np.int64), np.zeros((0, 40, 56), np.float32)), walk)
+    nothing = network.refine(x, Cam.of_maps(np.zeros(0, np.int64), np.zeros((0, 40, 56), np.float32)), walk)
     assert nothing.shape == (1, 40, 56)
 
 

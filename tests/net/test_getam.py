@@ -22,6 +22,7 @@ import run_sample
 from misc.config import override
 from misc.crf.energy import DenseOptions, dense_energy
 from misc.files import store
+from misc.files.images import write_mask
 from net.backbone.dpt import _TIMM, DPTOptions, DPTViT
 from net.contract import Batch
 from net.seed.getam import (
@@ -485,7 +486,7 @@ def test_missing_and_wrong_saliency_is_told_before_or_with_its_file(
     without = [*flags, "--steps", "1", "--cam.network.label.no-saliency"]
     assert run_sample.main(command(data, tmp_path / "without", *without)) == 0
     for name in ("2025_000001.png", "2025_000002.png"):
-        store.write_mask(tmp_path / "some" / name, np.zeros((7, 9), np.uint8))
+        write_mask(tmp_path / "some" / name, np.zeros((7, 9), np.uint8))
     assert run_sample.main(command(data, tmp_path / "again", *flags)) == 1
     assert re.search(r"saliency map is 7 x 9 pixels \(height x width\), the image", capsys.readouterr().err)
 

@@ -15,9 +15,10 @@ import run_sample
 from misc.config import override
 from misc.crf.dense import CRFSettings
 from misc.files import store
+from misc.files.camfiles import read_cam, write_cam
+from misc.image.cam import Cam
 from misc.propagate.walk import by_path_length, half_circle, pair_cells, pair_labels, path, path_affinity
 from net.backbone.resnet import ResNetOptions
-from net.contract import SoftCam
 from net.refine.irn import IRN, IRNOptions, IRNWalk, displacement_losses, find_centroids, find_clusters, make_instances
 from net.seed.irn_cam import IRNCam, IRNCamOptions
 from net.shared import edge
@@ -35,9 +36,9 @@ def pictures(count: int, height: int, width: int, seed: int = 0) -> Tensor:
     return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
-def soft_cam(height: int, width: int, keys: tuple[int, ...] = (0, 2)) -> SoftCam:
+def soft_cam(height: int, width: int, keys: tuple[int, ...] = (0, 2)) -> Cam:
     maps = np.random.default_rng(0).random((len(keys), height, width), np.float32)
-    return SoftCam(np.array(keys, np.int64), maps)
+    return Cam.of_maps(np.array(keys, np.int64), maps)
 
 
 # ------------------------------------------------------------------------------------------------ pairs
@@ -134,10 +135,10 @@ def test_foreground_wins_and_doubt_is_ignored() -> None:
     maps = np.zeros((2, 6, 8), np.float32)
     maps[0, :, :2], maps[1, :, 2:4], maps[0, :, 4:6] = 0.9, 0.4, 0.2
     options = EdgeLabel(crf=CRFSettings(0))
-    picture, planes = IRN.make_label(np.zeros((6, 8, 3), np.uint8), SoftCam(np.array([1, 4]), maps), options)
+    picture, planes = IRN.make_label(np.zeros((6, 8, 3), np.uint8), Cam.of_maps(np.array([1, 4]), maps), options)
     assert picture[0].tolist() == [2, 2, 5, 5, 255, 255, 0, 0] and np.array_equal(planes[0], picture)
     assert hard_label(np.full((1, 1, 1), 0.3, np.float32), 0.3).item() == 0  # a tie is background
-    nothing = SoftCam(np.zeros(0, np.int64), np.zeros((0, 6, 8), np.float32))
+    nothing = Cam.of_maps(np.zeros(0, np.int64), np.zeros((0, 6, 8), np.float32))
     assert not IRN.make_label(np.zeros((6, 8, 3), np.uint8), nothing, options)[0].any()
 
 
@@ -194,14 +195,14 @@ def test_no_size_of_image_is_too_large_or_odd(size: tuple[int, int]) -> None:
 def test_coarse_cams_go_before_those_at_image_size() -> None:
     maps = np.zeros((1, 8, 12), np.float32)
     coarse = np.random.default_rng(0).random((1, 2, 3), np.float32)
-    cam = SoftCam(np.array([0]), maps, coarse)
+    cam = Cam.of_maps(np.array([0]), maps, coarse)
     assert cam.on_grid((2, 3)) is coarse and not cam.on_grid((3, 3)).any()
-    assert SoftCam(np.zeros(0, np.int64), np.zeros((0, 8, 12), np.float32)).on_grid((2, 3)).shape == (0, 2, 3)
+    assert Cam.of_maps(np.zeros(0, np.int64), np.zeros((0, 8, 12), np.float32)).on_grid((2, 3)).shape == (0, 2, 3)
 
 
 def test_an_empty_cam_gives_finite_background() -> None:
     net = network()
-    cam = SoftCam(np.array([1]), np.zeros((1, 40, 40), np.float32))
+    cam = Cam.of_maps(np.array([1]), np.zeros((1, 40, 40), np.float32))
     scores, found = net.find_instances(pictures(1, 40, 40)[0], cam, IRNWalk(logt=2, canvas=0))
     assert np.isfinite(scores).all() and (scores.argmax(0) == 0).all()
     assert len(found.masks) == 0  # published fails without a detection
@@ -238,7 +239,7 @@ def test_objects_of_one_class_are_told_apart() -> None:
     assert len(np.unique(numbers)) == 2 and numbers[0, 2] != numbers[0, 27]
     maps = torch.zeros(1, 44, 120)
     maps[:, 8:36, 8:52] = maps[:, 8:36, 60:108] = 1  # one class, two objects
-    cam = SoftCam(np.array([4]), maps.numpy())
+    cam = Cam.of_maps(np.array([4]), maps.numpy())
     boundary = torch.full((11, 30), 0.5)
     found = IRN.find_objects(field, boundary, cam, (44, 120), IRNWalk(logt=2))
     assert found.classes.tolist() == [4, 4] and (found.scores > 0.5).all()
@@ -320,7 +321,7 @@ def test_published_cam_files_with_tensors_are_read(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # NumPy asks a tensor for its array
         np.save(tmp_path / "2007_000032.npy", {"keys": torch.tensor([2, 14]), "cam": coarse, "high_res": full})
-    cam = store.read_cam(tmp_path / "2007_000032.npy")
+    cam = read_cam(tmp_path / "2007_000032.npy")
     assert cam.keys.tolist() == [2, 14] and cam.size == (9, 12)
     np.testing.assert_array_equal(cam.maps, full)
     np.testing.assert_array_equal(cam.coarse, coarse.numpy())
@@ -328,13 +329,13 @@ def test_published_cam_files_with_tensors_are_read(tmp_path: Path) -> None:
 
 def test_coarse_cams_survive_their_file(tmp_path: Path) -> None:
     maps, coarse = np.random.default_rng(0).random((2, 1, 8, 12), np.float32)[:, :, :, :]
-    store.write_cam(tmp_path / "a.npz", np.array([3]), maps, (8, 12), coarse[:, :2, :3])
-    cam = store.read_cam(tmp_path / "a.npz")
+    write_cam(tmp_path / "a.npz", Cam(np.array([3]), maps, (8, 12), coarse[:, :2, :3]))
+    cam = read_cam(tmp_path / "a.npz")
     np.testing.assert_allclose(cam.coarse, coarse[:, :2, :3], atol=1e-3)
-    store.write_cam(tmp_path / "b.npz", np.array([3]), maps, (8, 12))
-    assert store.read_cam(tmp_path / "b.npz").coarse is None
+    write_cam(tmp_path / "b.npz", Cam(np.array([3]), maps, (8, 12)))
+    assert read_cam(tmp_path / "b.npz").coarse is None
     with pytest.raises(ValueError, match="not finite"):
-        store.write_cam(tmp_path / "c.npz", np.array([3]), maps, (8, 12), np.full((1, 2, 3), np.nan))
+        write_cam(tmp_path / "c.npz", Cam(np.array([3]), maps, (8, 12), np.full((1, 2, 3), np.nan)))
 
 
 # ------------------------------------------------------------------------------------------------ networks

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from misc.config import Fit, override
 from misc.image import pixels
+from misc.image.cam import Cam
 from misc.infer.cams import by_range
 from misc.loop.fit import lr_factor
 from net.backbone.transformer import Attention, AttentionSums, QueryKey
 from net.backbone.vit import ViTOptions, resize_positions
-from net.contract import SoftCam
 from net.foreign import reading
 from net.foreign.reading import read_tensors
 from net.refine.psa import PSA
@@ -409,7 +409,7 @@ def test_truncated_image_loses_a_level_here_and_there() -> None:
     # the labels of PSA see it: with a sharp enough CRF some posterior moves
     rng = np.random.default_rng(0)
     image = rng.integers(1, 5, (12, 14, 3), dtype=np.uint8)
-    cam = SoftCam(np.array([1]), 0.4 + 0.2 * rng.random((1, 12, 14), dtype=np.float32))
+    cam = Cam.of_maps(np.array([1]), 0.4 + 0.2 * rng.random((1, 12, 14), dtype=np.float32))
     label = override(PSA.recipes["published"].label, {"crf.bilateral_srgb": 2.0, "crf.iterations": 1})
     plain = PSA.make_label(image, cam, label)[1]
     moved = PSA.make_label(image, cam, override(label, {"crf_truncates_image": True}))[1]

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from misc.config import override
 from misc.crf.dense import CRFSettings
+from misc.image.cam import Cam
 from misc.propagate.walk import half_circle, pair_cells
 from net.backbone.resnet38 import ResNet38, ResNet38Options
 from net.backbone.vgg16 import VGG16Options
-from net.contract import SoftCam
 from net.refine.psa import (
     PSA,
     PSALabel,
@@ -45,9 +45,9 @@ def tiny(backbone: str = "resnet38") -> PSA:
     return replace(TINY, backbone=backbone).build(3, {})
 
 
-def soft_cam(keys: list[int], height: int, width: int, seed: int = 0) -> SoftCam:
+def soft_cam(keys: list[int], height: int, width: int, seed: int = 0) -> Cam:
     maps = np.random.default_rng(seed).random((len(keys), height, width)).astype(np.float32)
-    return SoftCam(np.array(keys, np.int64), maps)
+    return Cam.of_maps(np.array(keys, np.int64), maps)
 
 
 def with_counts(network: PSA, *batches: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -106,7 +106,7 @@ def test_label_of_two_squares() -> None:
     maps = np.zeros((2, 48, 56), np.float32)
     image[8:20, 8:20], maps[0, 8:20, 8:20] = 250, 0.9
     image[28:40, 30:44], maps[1, 28:40, 30:44] = (0, 250, 0), 0.9
-    picture, planes = PSA.make_label(image, SoftCam(np.array([4, 17]), maps), PSALabel(crf=QUICK))
+    picture, planes = PSA.make_label(image, Cam.of_maps(np.array([4, 17]), maps), PSALabel(crf=QUICK))
     assert picture.dtype == np.uint8 and picture.shape == (48, 56)
     assert picture[14, 14] == 5 and picture[34, 37] == 18 and picture[2, 50] == 0
     assert planes.shape == (6, 48, 56) and planes.dtype == np.float16
@@ -124,7 +124,7 @@ def test_constant_backgrounds_and_label_maps() -> None:
     image = np.zeros((16, 24, 3), np.uint8)
     maps = np.tile(np.repeat(np.float32([0.1, 0.4, 0.9]), 8), (1, 16, 1))
     options = PSALabel(background="constant", crf_unary="labels", crf=CRFSettings(iterations=0), crf_labels=21)
-    picture, planes = PSA.make_label(image, SoftCam(np.array([6]), maps), options)
+    picture, planes = PSA.make_label(image, Cam.of_maps(np.array([6]), maps), options)
     assert planes.dtype == np.uint8 and planes[:, 0, ::8].tolist() == [[0, 0, 1], [0, 1, 1]]
     assert picture[0, ::8].tolist() == [0, 255, 7]
 
@@ -228,7 +228,7 @@ def test_affinities_are_float32_under_autocast() -> None:
 # ------------------------------------------------------------------------------------------------ walk
 
 
-def dense_refine(network: PSA, image: Tensor, cam: SoftCam, options: PSAWalk) -> Tensor:
+def dense_refine(network: PSA, image: Tensor, cam: Cam, options: PSAWalk) -> Tensor:
     """Section 6 with dense matrices."""
     features = network.forward_features(pad_to_stride(image)[None])
     height, width = features.shape[-2:]

@@ -16,7 +16,7 @@ from running import digests, make_set
 from torch import Tensor
 
 import run_sample
-from misc.infer.cams import infer_cams
+from misc.infer.cams import infer_cam
 from misc.loop import fit as loop
 from net.backbone.vit import GridViT, ViTOptions, fit_positions
 from net.seed.semformer import (
@@ -232,9 +232,9 @@ def test_published_maps_come_at_both_resolutions() -> None:
         return F.avg_pool2d(images, 16)[:, :2].abs()
 
     picture = np.random.default_rng(0).integers(0, 255, (75, 102, 3), dtype=np.uint8)
-    maps, coarse = infer_cams(cam, picture, np.float32([1, 1]), infer, "imagenet")
+    found = infer_cam(cam, picture, np.float32([1, 1]), infer, "imagenet")
     assert [tuple(s) for s in sizes] == [(48, 64), (80, 112), (112, 160), (160, 208)]  # stretched to multiples of 16
-    assert maps.shape == (2, 75, 102) and coarse is not None and coarse.shape == (2, 19, 26)
+    assert found.maps.shape == (2, 75, 102) and found.coarse is not None and found.coarse.shape == (2, 19, 26)
 
 
 # ---------------------------------------------------------------------------------------------- weights

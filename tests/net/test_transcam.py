@@ -338,7 +338,7 @@ def test_square_inputs() -> None:
     infer = CamInference(scales=(24, 40.0), square=True)
     image = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
     assert [x.shape for x in cams.scaled_inputs(image, infer, "imagenet")] == [(2, 3, 24, 24), (2, 3, 40, 40)]
-    maps = cams.infer_cams(network().eval().cam, image, np.float32([0, 1, 1]), infer, "imagenet")[0]
+    maps = cams.infer_cam(network().eval().cam, image, np.float32([0, 1, 1]), infer, "imagenet").maps
     assert maps.shape == (2, 30, 50)
     with pytest.raises(ValueError, match="square"):
         CamInference(scales=(0.5, 1.0), square=True)

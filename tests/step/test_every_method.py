@@ -10,7 +10,8 @@ from layouts import as_coco, as_folder
 from running import make_set
 
 import run_sample
-from misc.files import store
+from misc.files.camfiles import read_cam
+from misc.files.images import read_image, read_mask
 from net import registry
 from step.lib.config import default_config
 from voc12.catalog import open_catalog
@@ -55,13 +56,13 @@ def test_every_step_of_every_method(method: str, data: str, roots: dict[str, Pat
     assert run_sample.main([method, *flags]) == 0
     catalog = open_catalog(data, roots[data])
     for image_id in catalog.ids("train"):
-        cam = store.read_cam(out / "cam" / f"{image_id}.npz")
+        cam = read_cam(out / "cam" / f"{image_id}.npz")
         assert cam.keys.tolist() == np.flatnonzero(catalog.tags(image_id)).tolist()
     folders = {"seg": catalog.ids("val")}
     if default_config(method, "sample").segmenter != registry.OWN:
         folders["label"] = catalog.ids("train")
     for folder, ids in folders.items():
         for image_id in ids:
-            mask = store.read_mask(out / folder / f"{image_id}.png")
-            assert mask.shape == store.read_image(catalog.image_path(image_id)).shape[:2] and mask.max() <= 2
+            mask = read_mask(out / folder / f"{image_id}.png")
+            assert mask.shape == read_image(catalog.image_path(image_id)).shape[:2] and mask.max() <= 2
     assert (out / "report.html").exists()

@@ -18,6 +18,8 @@ from running import TINY, arguments, digests, make_set, run, start
 
 import run_sample
 from misc.files import store
+from misc.files.camfiles import read_cam
+from misc.files.images import read_image, read_mask, write_mask
 from step import select
 
 MADE = ("weights/*.pt", "cam/*", "aff_label/*", "label/*", "seg/*")
@@ -94,11 +96,11 @@ def test_every_step_makes_its_files(finished: Path) -> None:
 def test_masks_have_the_size_of_their_images_and_only_known_classes(finished: Path, data: Path) -> None:
     for folder, ids in (("label", IDS), ("seg", VAL), ("aff_label", IDS)):
         for image_id in ids:
-            mask = store.read_mask(finished / folder / f"{image_id}.png")
-            assert mask.shape == store.read_image(data / "JPEGImages" / f"{image_id}.jpg").shape[:2]
+            mask = read_mask(finished / folder / f"{image_id}.png")
+            assert mask.shape == read_image(data / "JPEGImages" / f"{image_id}.jpg").shape[:2]
             assert set(np.unique(mask)) <= {0, 1, 2, 255}
-    cam = store.read_cam(finished / "cam" / f"{IDS[0]}.npz")
-    truth = store.read_mask(data / "SegmentationClass" / f"{IDS[0]}.png")
+    cam = read_cam(finished / "cam" / f"{IDS[0]}.npz")
+    truth = read_mask(data / "SegmentationClass" / f"{IDS[0]}.png")
     assert set(cam.keys + 1) == set(np.unique(truth)) - {0, 255} and cam.size == truth.shape
 
 
@@ -392,9 +394,9 @@ def test_a_wrong_true_mask_spares_what_is_finished(
     kind: str, own: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = own / "SegmentationClass" / f"{IDS[1]}.png"
-    whole, mask = path.read_bytes(), store.read_mask(path)
+    whole, mask = path.read_bytes(), read_mask(path)
     bad = mask[:-3] if kind == "size" else np.where(mask == 0, 9, mask)
-    store.write_mask(path, bad)
+    write_mask(path, bad)
     out = tmp_path / "out"
     told = refused(capsys, own, out)
     assert IDS[1] in told and ("9" in told if kind == "value" else str(mask.shape[0] - 3) in told)
@@ -467,10 +469,10 @@ def test_unusual_images_work_and_one_without_tags_is_background(
     out = tmp_path / "out"
     assert f"1 images have no tag ({IDS[3]}): taken as background only" in said(capsys, own, out)
     for image_id in IDS[:4]:
-        mask = store.read_mask(out / "label" / f"{image_id}.png")
-        assert mask.shape == store.read_mask(own / "SegmentationClass" / f"{image_id}.png").shape
-    assert not store.read_mask(out / "label" / f"{IDS[3]}.png").any()
-    assert len(store.read_cam(out / "cam" / f"{IDS[3]}.npz").keys) == 0
+        mask = read_mask(out / "label" / f"{image_id}.png")
+        assert mask.shape == read_mask(own / "SegmentationClass" / f"{image_id}.png").shape
+    assert not read_mask(out / "label" / f"{IDS[3]}.png").any()
+    assert len(read_cam(out / "cam" / f"{IDS[3]}.npz").keys) == 0
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_message(

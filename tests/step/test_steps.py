@@ -17,8 +17,9 @@ from torchvision.ops import StochasticDepth
 import run_sample
 from misc import config as settings
 from misc.config import Fit
+from misc.image.cam import Cam
 from net import contract, registry
-from net.contract import Batch, Network, Phase, SoftCam
+from net.contract import Batch, Network, Phase
 from step import STEPS, select
 from step.lib.config import Config, default_config
 
@@ -243,12 +244,12 @@ def test_seed_networks_classify_without_tags_as_they_were_trained(name: str) -> 
     assert scores[0, 0] > scores[1, 0] and scores[1, 2] > scores[0, 2]
 
 
-def soft_cam(keys: list[int], height: int, width: int) -> SoftCam:
+def soft_cam(keys: list[int], height: int, width: int) -> Cam:
     maps = np.random.default_rng(0).random((len(keys), height, width), np.float32)
     if keys:
         maps[:, : height // 2] *= 0.05
         maps[0, :, : width // 3] = 0.95
-    return SoftCam(np.array(keys, np.int64), maps)
+    return Cam.of_maps(np.array(keys, np.int64), maps)
 
 
 @pytest.mark.parametrize("name", sorted(registry.REFINERS))

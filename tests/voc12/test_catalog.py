@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from misc.files import store
+from misc.files.ids import id_of_file
 from voc12.catalog import open_catalog
 from voc12.data_sets.voc12 import VOC_CLASSES
 from voc12.lists import pick_evenly
@@ -224,7 +224,7 @@ def test_image_twice_on_a_list_and_empty_list(voc: Path) -> None:
 def test_damaged_table(tmp_path: Path, text: str, told: str) -> None:
     write(tmp_path / "labels.csv", text)
     with pytest.raises(DataError, match=told):
-        read_table(tmp_path / "labels.csv", ["cup", "box"], store.image_id)
+        read_table(tmp_path / "labels.csv", ["cup", "box"], id_of_file)
 
 
 def test_image_missing_in_table(tmp_path: Path) -> None:

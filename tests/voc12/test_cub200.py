@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from misc.files import store
+from misc.files.images import read_image
 from voc12.catalog import open_catalog
 from voc12.generated.sets import generate
 from voc12.tags import DataError
@@ -39,7 +39,7 @@ def test_the_generated_set_is_read_as_cub(made: Path) -> None:
         assert tags.sum() == 1
         assert catalog.image_path(image_id).parent.name == catalog.classes[int(tags.argmax())]
         region = catalog.region(image_id)
-        assert region is not None and region.shape == store.read_image(catalog.image_path(image_id)).shape[:2]
+        assert region is not None and region.shape == read_image(catalog.image_path(image_id)).shape[:2]
         x, y, width, height = cv2.boundingRect(region)
         assert box.tolist() == [x, y, x + width, y + height]
         assert set(np.unique(region)) == {0, 1}

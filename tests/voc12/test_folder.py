@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from misc.files import store
+from misc.files.images import read_image, write_mask
 from voc12.catalog import Catalog, open_catalog
 from voc12.lists import NoSuchList
 from voc12.tags import DataError
@@ -30,7 +30,7 @@ def write(path: Path, text: str) -> None:
 def mask(path: Path, *values: int) -> None:
     pixels = np.zeros((4, 6), np.uint8)
     pixels.flat[: len(values)] = values
-    store.write_mask(path, pixels)
+    write_mask(path, pixels)
 
 
 def opened(root: Path) -> Catalog:
@@ -113,7 +113,7 @@ def test_formats(suffix: str, tmp_path: Path) -> None:
     picture(tmp_path / "images" / f"a{suffix}", (30, 20))
     write(tmp_path / "labels.csv", f"file,cup\na{suffix},1\n")
     data = opened(tmp_path)
-    assert data.ids("train") == ["a"] and store.read_image(data.image_path("a")).shape == (20, 30, 3)
+    assert data.ids("train") == ["a"] and read_image(data.image_path("a")).shape == (20, 30, 3)
 
 
 @pytest.mark.parametrize("on_disk, in_table", [("NFD", "NFC"), ("NFC", "NFD")])

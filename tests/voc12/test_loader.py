@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from misc.config import Augment
-from misc.files import store
+from misc.files.images import read_mask
 from voc12.catalog import Catalog, open_catalog
 from voc12.loader import Draws, TrainSet, WorkerDied, make_loader
 from voc12.tags import DataError
@@ -46,7 +46,7 @@ class Masks:
     def __call__(self, image_id: str) -> np.ndarray:
         path = self.data.mask_path(image_id)
         assert path is not None
-        return store.read_mask(path)
+        return read_mask(path)
 
 
 def planes_of(image_id: str) -> np.ndarray:

@@ -13,7 +13,8 @@ from PIL import Image
 from running import TINY, digests, make_set
 
 import run_sample
-from misc.files import store
+from misc.files.camfiles import read_cam
+from misc.files.images import read_image, read_mask, write_mask
 from misc.image.draw import palette
 from scripts import scale, sheet
 from voc12.catalog import open_catalog
@@ -62,11 +63,11 @@ def test_images_and_tags_alone_give_masks_and_overlays(
 
     data = open_catalog("folder", own)
     assert data.num_classes == 2 and len(data.ids("train")) == 8 and len(data.ids("val")) == 3
-    made = {"label": data.ids("train"), "seg": data.ids("val")}
+    made = {"label": data.ids("train"), "seg": [*data.ids("val"), *data.ids("train")]}
     for folder, ids in made.items():
         for image_id in ids:
-            mask = store.read_mask(out / folder / f"{image_id}.png")
-            assert mask.shape == store.read_image(data.image_path(image_id)).shape[:2] and mask.max() <= 2
+            mask = read_mask(out / folder / f"{image_id}.png")
+            assert mask.shape == read_image(data.image_path(image_id)).shape[:2] and mask.max() <= 2
 
     before = digests(out, "label/*", "seg/*", "weights/*.pt")
     assert run("folder", own, out, "--overlays") == 0  # asked for afterwards
@@ -74,8 +75,8 @@ def test_images_and_tags_alone_give_masks_and_overlays(
     assert digests(out, "label/*", "seg/*", "weights/*.pt") == before
     for folder, ids in made.items():
         assert {p.name for p in (out / f"{folder}_overlay").iterdir()} == {f"{i}.jpg" for i in ids}
-        picture = store.read_image(out / f"{folder}_overlay" / f"{ids[0]}.jpg")
-        assert picture.shape == store.read_image(data.image_path(ids[0])).shape
+        picture = read_image(out / f"{folder}_overlay" / f"{ids[0]}.jpg")
+        assert picture.shape == read_image(data.image_path(ids[0])).shape
     assert run("folder", own, out, "--overlays", "--redo", "--steps", "random_walk") == 0
     assert not (out / "seg_overlay").exists() and (out / "label_overlay").exists()
 
@@ -98,8 +99,8 @@ def test_odd_images(own: Path, tmp_path: Path) -> None:
     assert run("folder", root, out, *flags) == 0
     for image_id, size in sizes.items():
         for folder in ("label", "seg", "aff_label"):
-            assert store.read_mask(out / folder / f"{image_id}.png").shape == size
-    assert not store.read_mask(out / "label" / "clear.png").any()
+            assert read_mask(out / folder / f"{image_id}.png").shape == size
+    assert not read_mask(out / "label" / "clear.png").any()
 
 
 def test_the_sheet_shows_a_field_at_several_values(
@@ -114,7 +115,7 @@ def test_the_sheet_shows_a_field_at_several_values(
         capsys.readouterr()
         assert sheet.main([*common, "--field", field, "--values", *values, "--sheet", str(picture)]) == 0
         said = capsys.readouterr().out
-        assert "3 images of train" in said and "mIoU" not in said and store.read_image(picture).shape[0] == 2 * 144
+        assert "3 images of train" in said and "mIoU" not in said and read_image(picture).shape[0] == 2 * 144
         if field == "background":
             kept = {line.split()[0]: line.split()[1:] for line in said.splitlines()[2:4]}
             assert kept["1"] == ["0.0", "0.0", "0.0"] and float(kept["0"][1]) > 0
@@ -148,15 +149,15 @@ def test_eighty_classes(generated: Path, tmp_path: Path) -> None:
     names[56], names[79] = used
     (root / "classes.txt").write_text("\n".join(names))
     for path in (root / "masks").iterdir():
-        mask = store.read_mask(path)
-        store.write_mask(path, np.where(mask == 1, 57, np.where(mask == 2, 80, mask)).astype(np.uint8))
+        mask = read_mask(path)
+        write_mask(path, np.where(mask == 1, 57, np.where(mask == 2, 80, mask)).astype(np.uint8))
     out = tmp_path / "out"
     assert run("folder", root, out) == 0
     data = open_catalog("folder", root)
     for image_id in data.ids("train"):
-        cam = store.read_cam(out / "cam" / f"{image_id}.npz")
+        cam = read_cam(out / "cam" / f"{image_id}.npz")
         assert cam.keys.tolist() == np.flatnonzero(data.tags(image_id)).tolist() and set(cam.keys) <= {56, 79}
-        assert set(np.unique(store.read_mask(out / "label" / f"{image_id}.png"))) <= {0, 57, 80}
+        assert set(np.unique(read_mask(out / "label" / f"{image_id}.png"))) <= {0, 57, 80}
     with Image.open(out / "label" / f"{data.ids('train')[0]}.png") as stored:
         assert np.array_equal(np.array(stored.getpalette()).reshape(-1, 3), palette())
     assert len(np.unique(palette(), axis=0)) == 256
@@ -187,7 +188,7 @@ def test_a_wrong_mask_is_named(
     elif kind == "corrupt":
         path.write_bytes(path.read_bytes()[:60])
     else:
-        store.write_mask(path, store.read_mask(path)[:-1])
+        write_mask(path, read_mask(path)[:-1])
     assert run("folder", root, tmp_path / "out", "--steps", "1-2") == 1
     error = capsys.readouterr().err
     assert told in error and path.stem in error and "Traceback" not in error

@@ -16,7 +16,7 @@ from PIL import Image
 from pycocotools import mask as rle
 from running import digests, make_set
 
-from misc.files import store
+from misc.files.images import read_image, read_mask, write_mask
 from voc12 import tags
 from voc12.catalog import open_catalog
 from voc12.prepare.__main__ import main
@@ -112,7 +112,7 @@ def voc(tmp_path: Path) -> Path:
     write(root / "ImageSets/Segmentation/train.txt", "t1\nt2\n")
     write(root / "ImageSets/Segmentation/val.txt", "v1\n")
     for image_id, value in (("t1", 12), ("t2", 8), ("v1", 10)):
-        store.write_mask(root / "SegmentationClass" / f"{image_id}.png", np.full((4, 6), value, np.uint8))
+        write_mask(root / "SegmentationClass" / f"{image_id}.png", np.full((4, 6), value, np.uint8))
     for image_id, value in (("v1", 3), ("t1", 3), ("s1", 10), ("s2", 12), ("s3", 8)):
         sbd_file(tmp_path / "sbd" / "dataset" / "cls" / f"{image_id}.mat", np.full((4, 6), value))
     return tmp_path
@@ -126,7 +126,7 @@ def test_train_aug_from_sbd(voc: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert data.ids("train_aug") == ["s1", "s2", "s3", "t1", "t2"] and data.default_train_list() == "train_aug"
     assert {p.stem for p in (root / "SegmentationClassAug").iterdir()} == {"s1", "s2", "s3"}
     # official masks stay before SBD's
-    assert [store.read_mask(data.mask_path(i)).max() for i in ("s1", "t1", "v1")] == [10, 12, 10]
+    assert [read_mask(data.mask_path(i)).max() for i in ("s1", "t1", "v1")] == [10, 12, 10]
     assert data.tag_source == "labels.csv" and np.flatnonzero(data.tags("t2")).tolist() == [7, 11]
     assert "train_aug            5     10582         5          1.200  <- not as published" in text
     before = digests(root, "**/*")
@@ -232,7 +232,7 @@ def test_coco_lists_tags_and_masks(coco_root: Path, capsys: pytest.CaptureFixtur
     assert data.ids("train") == [IDS[5], IDS[9], IDS[30]] and data.ids("train_tagged") == [IDS[5], IDS[9]]
     assert data.ids("val") == data.ids("val_tagged") == [IDS[42]]
     assert [data.tags(IDS[n]).tolist() for n in (5, 9, 30, 42)] == [[1, 1, 0], [1, 0, 1], [0, 0, 0], [0, 0, 1]]
-    masks = {n: store.read_mask(data.mask_path(IDS[n])) for n in IDS}
+    masks = {n: read_mask(data.mask_path(IDS[n])) for n in IDS}
     wanted = np.zeros((8, 12), np.uint8)
     wanted[:6, :6] = 1
     wanted[:4, 4:8] = 3  # the later object is on top
@@ -252,7 +252,7 @@ def test_crowds_may_be_left_out_of_the_tags_and_ignored_in_the_masks(
     flags = ("--no-crowd-tags", "--crowd-masks", "ignore")
     assert run(capsys, "coco14", "--root", coco_root, *flags)[0] == 0
     data = open_catalog("coco14", coco_root)
-    mask = store.read_mask(data.mask_path(IDS[5]))
+    mask = read_mask(data.mask_path(IDS[5]))
     assert data.tags(IDS[5]).tolist() == [0, 1, 0]
     assert (mask[:, :8] == 2).all() and (mask[2:, 10:] == 255).all() and (mask[:2, 10:] == 2).all()
 
@@ -315,7 +315,7 @@ def test_voc_coco_and_folder_are_the_same_set_three_times(tmp_path: Path, capsys
     for split in ("train", "val"):
         assert len({data.fingerprint(split) for data in sets}) == 1
         for image_id in sets[0].ids(split):
-            voc, folder, coco = (store.read_mask(data.mask_path(image_id)) for data in sets)
+            voc, folder, coco = (read_mask(data.mask_path(image_id)) for data in sets)
             assert np.array_equal(voc, folder)
             assert np.array_equal(np.where(voc == 255, 0, voc), coco)  # COCO has no ignored rim
 
@@ -350,7 +350,7 @@ def test_what_is_wrong_with_a_folder_is_told(own: Path, capsys: pytest.CaptureFi
     (own / "images/my 9.jpg").rename(own / "images/My 9.jpg")
     (own / "images/my 1.jpg").write_bytes(b"\xff\xd8 cut short")
     for name, height, value in (("my 2", 30, 0), ("my 3", 30, 9), ("my 4", 29, 0), ("cup", 30, 0)):
-        store.write_mask(own / "masks" / f"{name}.png", np.full((height, 40), value, np.uint8))
+        write_mask(own / "masks" / f"{name}.png", np.full((height, 40), value, np.uint8))
     (own / "masks/my 5.png").write_bytes(b"\x89PNG cut short")
     Image.new("RGB", (40, 30), (128, 0, 0)).save(own / "masks/my 6.png")
     write(own / "classes.txt", "cup\nCup\nPen\n")
@@ -388,15 +388,15 @@ def test_large_photographs_are_made_smaller(own: Path, tmp_path: Path, capsys: p
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its side
     Image.new("RGB", (400, 300), (9, 9, 9)).save(own / "images/my 0.jpg", exif=exif)
-    store.write_mask(own / "masks/my 0.png", np.full((400, 300), 2, np.uint8))
+    write_mask(own / "masks/my 0.png", np.full((400, 300), 2, np.uint8))
     out = tmp_path / "small"
     got = run(capsys, "shrink", "--root", own, "--out", out, "--long-side", 100)
     assert got[0] == 0, got[1]
     data = open_catalog("folder", out)
     assert data.ids("train") == open_catalog("folder", own).ids("train")
-    assert store.read_image(data.image_path("my 0")).shape == (100, 75, 3)
-    assert store.read_mask(data.mask_path("my 0")).shape == (100, 75)
-    assert store.read_image(data.image_path("my 1")).shape == (30, 40, 3)
+    assert read_image(data.image_path("my 0")).shape == (100, 75, 3)
+    assert read_mask(data.mask_path("my 0")).shape == (100, 75)
+    assert read_image(data.image_path("my 1")).shape == (30, 40, 3)
     assert data.fingerprint("train") == open_catalog("folder", own).fingerprint("train")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from misc.files.store import image_id
+from misc.files.ids import id_of_file
 from voc12.table import Table, read_table
 from voc12.tags import DataError
 
@@ -16,7 +16,7 @@ CLASSES = ("dog", "red box", "person")
 def read(tmp_path: Path, text: str | bytes, classes: tuple[str, ...] | None = CLASSES) -> Table:
     path = tmp_path / "labels.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return read_table(path, classes, image_id)
+    return read_table(path, classes, id_of_file)
 
 
 SAME = {

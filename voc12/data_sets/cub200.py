@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from misc.files import store
+from misc.files.ids import checked_id, id_of_file
+from misc.files.images import read_image
 from voc12.catalog import Catalog, data_set
 from voc12.lists import NoSuchList
 from voc12.tags import DataError
@@ -39,7 +40,7 @@ class CubCatalog(Catalog):
         classes = [row[0] for row in _rows(root, "classes.txt", 1).values()]
         super().__init__(name, root, classes, "image_class_labels.txt")
         paths = {number: row[0] for number, row in _rows(root, "images.txt", 1).items()}
-        names = {number: store.image_id(store.checked_id(path)) for number, path in paths.items()}
+        names = {number: id_of_file(checked_id(path)) for number, path in paths.items()}
         twice = [name for name, count in Counter(names.values()).items() if count > 1]
         if twice:
             raise DataError(f"{root / 'images.txt'}: several images are called {twice[0]!r}. Give them other names.")
@@ -99,7 +100,7 @@ class CubCatalog(Catalog):
         for folder in (self.root, self.root.parent):  # the official archives leave it beside the images' folder
             path = (folder / "segmentations" / self._paths[image_id]).with_suffix(".png")
             if path.is_file():
-                return (store.read_image(path)[..., 0] > _OBJECT).astype(np.uint8)
+                return (read_image(path)[..., 0] > _OBJECT).astype(np.uint8)
         return None
 
 

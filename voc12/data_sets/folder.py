@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from misc.files import store
+from misc.files.ids import checked_id
 from voc12 import tags as tags_of
 from voc12.catalog import Catalog, data_set
 from voc12.lists import SHOWN, NoSuchList
@@ -85,7 +85,7 @@ class FolderCatalog(Catalog):
     def id_of_line(self, line: str) -> str:
         """Id of an image from its file as a person writes it: the whole line, spaces included; ValueError for one that
         leaves the folder."""
-        written = store.checked_id(strip_image_suffix(line.strip()).removeprefix("./"))
+        written = checked_id(strip_image_suffix(line.strip()).removeprefix("./"))
         return next((written[len(p) :] for p in self._prefixes if written.startswith(p)), written)
 
     def named_list(self, split: str) -> list[str]:

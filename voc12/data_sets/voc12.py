@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from misc.files import store
-from misc.files.store import IMAGE_SUFFIXES
+from misc.files.ids import IMAGE_SUFFIXES, id_of_file
 from voc12 import tags as tags_of
 from voc12.catalog import Catalog, data_set
 from voc12.lists import NoSuchList
@@ -47,7 +46,7 @@ class VocCatalog(Catalog):
         self._table: dict[str, np.ndarray] = {}
         if (root / "labels.csv").is_file():
             source = "labels.csv"
-            self._table = read_table(root / "labels.csv", classes, store.image_id).tags
+            self._table = read_table(root / "labels.csv", classes, id_of_file).tags
         elif _holds_file(root / "Annotations", ".xml"):
             source = "Annotations"
         else:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from misc.files import store
+from misc.files.ids import id_of_file
+from misc.files.images import write_mask
 from voc12.data_sets.coco14 import YEAR_FOLDERS, Coco14Catalog
 from voc12.prepare.coco_annotations import CocoAnnotations, Crowds, read_coco_annotations
 from voc12.prepare.findings import (
@@ -34,7 +35,7 @@ class _Render:
     crowds: Crowds
 
     def __call__(self, image_id: str) -> None:
-        store.write_mask(self.folder / f"{image_id}.png", self.instances.mask(self.numbers[image_id], self.crowds))
+        write_mask(self.folder / f"{image_id}.png", self.instances.mask(self.numbers[image_id], self.crowds))
 
 
 def prepare_coco14(
@@ -70,7 +71,7 @@ def prepare_coco14(
         if classes and instances.classes != classes:
             raise DataError(f"{path} has other categories than the other file: take both from one download.")
         classes = instances.classes
-        numbers = {store.image_id(file): number for number, file in instances.files.items()}
+        numbers = {id_of_file(file): number for number, file in instances.files.items()}
         twice = [i for i in numbers if i in rows]
         if twice or len(numbers) < len(instances.files):
             raise DataError(f"{path}: image files have one name twice ({', '.join(twice[:5]) or 'within the file'}).")

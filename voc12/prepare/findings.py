@@ -14,6 +14,7 @@ import numpy as np
 import tyro
 
 from misc.files import store
+from misc.files.images import read_image, read_mask
 from misc.loop.each import EachFailed, each
 from voc12 import tags as tags_of
 from voc12.catalog import Catalog
@@ -98,11 +99,11 @@ class _Look:
     catalog: Catalog
 
     def __call__(self, image_id: str) -> None:
-        image = store.read_image(self.catalog.image_path(image_id))
+        image = read_image(self.catalog.image_path(image_id))
         path = self.catalog.mask_path(image_id)
         if path is None:
             return
-        mask = store.read_mask(path)
+        mask = read_mask(path)
         if mask.shape != image.shape[:2]:
             raise DataError(f"{path} is {mask.shape} pixels high and wide, the image {image.shape[:2]}. Replace it.")
         try:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from misc.files import store
+from misc.files.images import jpeg_bytes, read_image, read_mask, write_mask
 from misc.image.pixels import resize_image, resize_mask, scaled_size
 from voc12.catalog import Catalog
 from voc12.data_sets.folder import FolderCatalog
@@ -25,11 +26,11 @@ class _Shrink:
         return self.out / "images" / f"{image_id}.jpg"
 
     def __call__(self, image_id: str) -> None:
-        image, path = store.read_image(self.catalog.image_path(image_id)), self.catalog.mask_path(image_id)
+        image, path = read_image(self.catalog.image_path(image_id)), self.catalog.mask_path(image_id)
         size = scaled_size(image.shape[:2], min(1.0, self.long_side / max(image.shape[:2])))
         if path is not None:
-            store.write_mask(self.out / "masks" / f"{image_id}.png", resize_mask(store.read_mask(path), size))
-        store.write_bytes(self.image(image_id), store.jpeg_bytes(resize_image(image, size), 95))  # written last
+            write_mask(self.out / "masks" / f"{image_id}.png", resize_mask(read_mask(path), size))
+        store.write_bytes(self.image(image_id), jpeg_bytes(resize_image(image, size), 95))  # written last
 
 
 def shrink_folder(

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from misc.files import store
+from misc.files.images import write_mask
 from voc12 import tags as tags_of
 from voc12.catalog import Catalog
 from voc12.data_sets.voc12 import VocCatalog, find_voc_root
@@ -43,7 +43,7 @@ class _Convert:
             size = image.size[::-1]
         if mask.shape != size:
             raise DataError(f"{image_id}.mat is {mask.shape} pixels high and wide, the image {size}: not its map.")
-        store.write_mask(aug_mask_path(self.catalog, image_id), mask)
+        write_mask(aug_mask_path(self.catalog, image_id), mask)
 
 
 def aug_mask_path(catalog: Catalog, image_id: str) -> Path:
