@@ -14,9 +14,9 @@ NUMBER = r"(?:\d+(?:\.\d+)*|[A-D](?:\.\d+)?)(?![\w.]*\w)"
 """Of a heading or a numbered item: 4, 4.1, A, A.3."""
 NUMBERS = rf"{NUMBER}(?:(?:,\s+and\s+|,\s+|\s+and\s+|\s+to\s+){NUMBER})*"
 CITATION = re.compile(
-    rf"\b([a-z_]+)\.md`?,?\s+(sections?\s+)?({NUMBERS})(?:,\s+(?:trap|rule|steps?)\s+(\d+)(?:\s+(?:and|to)\s+(\d+))?)?"
+    rf"\b([a-z_]+)\.md`?,?\s+((?:sections?|parts?)\s+)?({NUMBERS})(?:,\s+(?:trap|rule|steps?)\s+(\d+)(?:\s+(?:and|to)\s+(\d+))?)?"
 )
-UNREADABLE = re.compile(rf"\b[a-z_]+\.md`?,?\s+sections?\s+(?!{NUMBER})\S+")
+UNREADABLE = re.compile(rf"\b[a-z_]+\.md`?,?\s+(?:sections?|parts?)\s+(?!{NUMBER})\S+")
 NAMED = re.compile(r"(?<![\w/*-])((?:[\w-]+/)*[A-Za-z][\w-]*\.md)\b")
 
 

@@ -24,7 +24,8 @@ from net.registry import segmenter
 
 @dataclass(frozen=True)
 class DeepLabV3PlusOptions(Options):
-    """Network of ``deeplabv3plus``; the defaults are the published ones (deeplab.md D.1)."""
+    """Network of ``deeplabv3plus``; the defaults are the published ones."""
+    # deeplab.md D.1
 
     backbone: Literal["resnest", "resnet"] = "resnest"
     """Network below the head; the section of this name applies, the other is not used. The published scores are those
