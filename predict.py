@@ -24,7 +24,7 @@ from misc.loop.each import EachFailed, WorkerDied
 from net.contract import Segmenter, SingleStage
 from net.export import export_onnx
 from net.model import Model, load_model, predicts_masks
-from step.lib.new_images import Folder, Refinement, map_images, segment_images
+from step.lib.new_images import Refinement, ResultFolder, map_images, segment_images
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def export(options: Options) -> None:
 def predict(options: Options, device: torch.device) -> None:
     """Make the masks."""
     images = find_images(options.images, leave_out=options.out)
-    folder = Folder(options.out, options.max_megapixels, options.redo, options.machine)
+    folder = ResultFolder(options.out, options.max_megapixels, options.redo, options.machine)
     if options.tags is None:
         model = load_model(options.network_file(), "seg")
         distributed.say(f"{model.method}, trained for {', '.join(model.classes)}; {len(images)} images on {device}")

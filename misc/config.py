@@ -16,8 +16,9 @@ import torch
 
 from misc.checked import Checked, Range, When, check
 from misc.crf.dense import CRFSettings
+from misc.image.labels import IGNORE
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 REQUIRED_WEIGHTS = "required"
 PRETRAINED_WEIGHTS = "pretrained"
@@ -155,7 +156,7 @@ class Augment(Checked):
     """Where an image smaller than the crop lands on its canvas: a random place, or (corner, top_left) the top left
     corner. corner also takes the published offset of a larger image, int(u x (side - crop)), never the very last
     one."""
-    mask_fill: Annotated[int, Range(least=0, most=255), When("order", "crop")] = 255
+    mask_fill: Annotated[int, Range(least=0, most=255), When("order", "crop")] = IGNORE
     """Label of the canvas where there is no image: 255 ignore, 0 background."""
 
     def cross_check(self) -> None:
@@ -284,7 +285,7 @@ class Machine(Checked):
         return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.amp]
 
 
-def override(instance: T, changes: Mapping[str, Any]) -> T:
+def override(instance: _T, changes: Mapping[str, Any]) -> _T:
     """A copy of a (nested, frozen) dataclass with dotted fields replaced: ``{"fit.lr": 0.01, "walk.logt": 6}``.
 
     Raises ValueError for a name that is no field, listing the fields there are.
@@ -311,7 +312,7 @@ def flatten(instance: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def restored(instance: T, flat: Mapping[str, Any]) -> T:
+def restored(instance: _T, flat: Mapping[str, Any]) -> _T:
     """The inverse of ``flatten``: a copy of a (nested, frozen) dataclass with the flat values (lists become tuples).
 
     Fields that ``flat`` lacks keep the instance's value. Raises ValueError for a name that is no field, and for values

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 # processes wait for each other at the end of a step, where their shares of the images can be hours apart
 _LONGEST_WAIT = timedelta(days=7)
@@ -128,11 +128,11 @@ def total(value: Tensor) -> Tensor:
     return value
 
 
-def joined(items: list[T]) -> list[T]:
+def joined(items: list[_T]) -> list[_T]:
     """The lists of all processes, one after the other; on every process. Waits for all."""
     if not dist.is_initialized():
         return items
-    lists: list[list[T]] = [[] for _ in range(world())]
+    lists: list[list[_T]] = [[] for _ in range(world())]
     dist.all_gather_object(lists, items)
     return [item for listed in lists for item in listed]
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from misc.checked import Checked
 from misc.config import Augment, BoxInference, CamInference, Fit, SegInference
 from misc.image.cam import Cam
+from misc.image.labels import IGNORE
 from misc.loop.fit import Batch
 from misc.score.objects import Instances
 from net.groups import Group
@@ -284,7 +285,7 @@ class Segmenter(Network):
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Number of pixels with a label."""
-        return {"pixels": (batch["mask"] != 255).sum()}
+        return {"pixels": (batch["mask"] != IGNORE).sum()}
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """``batch``: image (B, 3, H, W), mask (B, H, W) int64 with 255 = ignore -> {"ce": cross entropy}."""
@@ -293,5 +294,5 @@ class Segmenter(Network):
         if logits.shape[-2:] != size:
             logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=self.loss_align_corners)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # half precision is not enough here
-        total = F.cross_entropy(logits, batch["mask"], ignore_index=255, reduction="sum")
+        total = F.cross_entropy(logits, batch["mask"], ignore_index=IGNORE, reduction="sum")
         return {"ce": total / batch["counts/pixels"].clamp(min=1e-5)}

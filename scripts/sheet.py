@@ -31,6 +31,7 @@ from misc.files.camfiles import read_cam
 from misc.files.images import png_bytes, read_image, read_mask
 from misc.image import draw, pixels
 from misc.image.cam import Cam
+from misc.image.labels import IGNORE
 from misc.loop.fit import autocast
 from misc.score.metrics import Confusion, mask_at
 from net.contract import AffinityNetwork
@@ -58,7 +59,7 @@ class Tally:
         """Count a mask of an image with the tags ``keys`` (K,), 0-based."""
         self.tags += len(keys)
         self.found += sum((mask == key + 1).mean() >= LEAST for key in keys)
-        self.shares.append((float(((mask > 0) & (mask < 255)).mean()), float((mask == 255).mean())))
+        self.shares.append((float(((mask > 0) & (mask < IGNORE)).mean()), float((mask == IGNORE).mean())))
         if truth is not None and self.confusion is not None:
             self.confusion.add(truth, mask)
 
@@ -92,7 +93,7 @@ def maker(job: Job, name: str, device: torch.device) -> MakeMask:
     def walk(image: np.ndarray, cam: Cam, value: float) -> np.ndarray:
         if not len(cam.keys):
             return np.zeros(image.shape[:2], np.uint8)
-        values = pixels.to_tensor(pixels.normalise(image, network.normalisation)).to(device)
+        values = pixels.to_tensor(pixels.normalise_image(image, network.normalisation)).to(device)
         with torch.inference_mode(), autocast(job.cfg.machine, device):
             scores = network.refine(values, cam, changed(value))  # (K + 1, H, W)
         return np.array([0, *(cam.keys + 1)], np.uint8)[scores.argmax(0)]
@@ -117,7 +118,7 @@ def titled(picture: np.ndarray, text: str, height: int) -> np.ndarray:
 def unknown_shown(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Overlay of a mask whose unknown pixels are white: (H, W, 3) uint8."""
     picture = draw.overlay(image, mask)
-    picture[mask == 255] = 255
+    picture[mask == IGNORE] = 255
     return picture
 
 

@@ -12,7 +12,7 @@ import torch
 
 from misc.files.images import read_image
 from misc.files.store import write_arrays
-from misc.infer.cams import class_maps, infer_logits, merge, normalise
+from misc.infer.cams import infer_logits, infer_raw_maps, merge_maps, normalise_maps
 from misc.loop.each import each
 from misc.loop.fit import autocast
 from misc.score import wsol
@@ -20,19 +20,19 @@ from step.lib.config import Job
 from step.lib.networks import load_cam_network
 from step.lib.scoring import score_boxes
 
-Maps = Callable[[np.ndarray], list[torch.Tensor]]
-"""Classes -> their raw maps, as ``misc.infer.cams.merge`` takes them; nothing else is known of the image."""
+AskMaps = Callable[[np.ndarray], list[torch.Tensor]]
+"""Classes -> their raw maps, as ``misc.infer.cams.merge_maps`` takes them; nothing else is known of the image."""
 
 
 def on_grid(job: Job, maps: list[torch.Tensor], mode: str) -> np.ndarray:
     """Merged maps (K, side, side), each from 0 to 1, float32."""
     infer, side = job.cfg.cam.infer, job.cfg.cam.boxes.side
-    total = normalise(merge(maps, (side, side), mode=mode), infer.normalise).cpu().numpy()  # type: ignore[arg-type]
-    return np.stack([wsol.by_range(m) for m in total])
+    total = normalise_maps(merge_maps(maps, (side, side), mode=mode), infer.normalise).cpu().numpy()  # type: ignore[arg-type]
+    return np.stack([wsol.stretch_map(m) for m in total])
 
 
 def localise(
-    job: Job, logits: np.ndarray, maps: Maps, target: int, truth: np.ndarray, region: np.ndarray | None,
+    job: Job, logits: np.ndarray, maps: AskMaps, target: int, truth: np.ndarray, region: np.ndarray | None,
     size: tuple[int, int],
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """What is found in an image and what it is worth.
@@ -41,7 +41,7 @@ def localise(
     PxAP) come from maps that were asked for that class, in a pass of their own.
 
     Args:
-        logits: (C,). maps: see ``Maps``.
+        logits: (C,). maps: see ``AskMaps``.
         target: true class. truth: (n, 4) true boxes in pixels of the image, whose size is ``size`` (H, W).
         region: see ``Catalog.region``.
 
@@ -56,14 +56,14 @@ def localise(
     asked = maps(np.array([target]))
     known = wsol.fixed_box(on_grid(job, asked, "bilinear")[0], options.threshold)
     clipped = wsol.scaled_boxes(truth, size, options.side, clip=True)
-    verdict = wsol.judge(best, boxes, known, target, clipped)
-    taus = wsol.thresholds(options.interval)
+    verdict = wsol.judge_boxes(best, boxes, known, target, clipped)
+    taus = wsol.list_thresholds(options.interval)
     swept = on_grid(job, asked, "bicubic")[0]
     pixels = np.zeros((2, len(taus) + 2), np.int64)
     if region is not None:
         pixels = wsol.region_histograms(swept, wsol.region_on_grid(region, options.side), taus)
     return {
-        "best": best, "boxes": boxes, "known": known, "truth": clipped, "score": wsol.levels(scores[0]),
+        "best": best, "boxes": boxes, "known": known, "truth": clipped, "score": wsol.to_levels(scores[0]),
         "overlap": wsol.best_overlaps(swept, taus, wsol.scaled_boxes(truth, size, options.side, clip=False)),
         "pixels": pixels, **{name: np.array(value) for name, value in vars(verdict).items()},
     }  # fmt: skip
@@ -85,7 +85,7 @@ def run(job: Job, device: torch.device) -> None:
         def maps(classes: np.ndarray) -> list[torch.Tensor]:
             asked = np.zeros(catalog.num_classes, np.float32)
             asked[classes] = 1
-            return list(class_maps(network.cam, image, asked, infer, kind, device))
+            return list(infer_raw_maps(network.cam, image, asked, infer, kind, device))
 
         grad = contextlib.nullcontext() if network.map_needs_gradient else torch.inference_mode()
         with grad, autocast(job.cfg.machine, device):

@@ -9,7 +9,7 @@ from misc.files.camfiles import write_cam
 from misc.files.images import read_image
 from misc.loop.each import each
 from step.lib.config import Job
-from step.lib.inference import infer_cam
+from step.lib.inference import predict_cam
 from step.lib.networks import load_cam_network
 from step.lib.scoring import score_cams
 
@@ -27,7 +27,7 @@ def run(job: Job, device: torch.device) -> None:
 
     def work(image_id: str, prepared: tuple[np.ndarray, np.ndarray]) -> None:
         image, tags = prepared
-        write_cam(job.run.cam(image_id), infer_cam(network, image, tags, infer, job.cfg.machine, device))
+        write_cam(job.run.cam(image_id), predict_cam(network, image, tags, infer, job.cfg.machine, device))
 
     each(
         "make_cam", job.cam_ids(), work, prepare=prepare, done=lambda i: job.run.cam(i).exists(),

@@ -11,7 +11,7 @@ import torch
 from misc.config import flatten
 from misc.files.images import read_image, write_mask
 from misc.image.cam import Cam
-from misc.image.pixels import normalise, to_tensor
+from misc.image.pixels import normalise_image, to_tensor
 from misc.loop.each import each
 from misc.score.objects import Instances, write_instances
 from net.contract import AffinityNetwork
@@ -31,7 +31,7 @@ def run(job: Job, device: torch.device) -> None:
 
     def prepare(image_id: str) -> tuple[torch.Tensor, Cam]:
         image = read_image(job.catalog.image_path(image_id))
-        return to_tensor(normalise(image, network.normalisation)), read_full_cam(job, image_id, image.shape[:2])
+        return to_tensor(normalise_image(image, network.normalisation)), read_full_cam(job, image_id, image.shape[:2])
 
     def work(image_id: str, prepared: tuple[torch.Tensor, Cam]) -> None:
         image, cam = prepared

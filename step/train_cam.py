@@ -13,7 +13,7 @@ from misc.files.images import read_image, read_mask
 from misc.score.metrics import ThresholdCurve
 from net.contract import Network, SeedNetwork
 from step.lib.config import Job
-from step.lib.inference import infer_cam
+from step.lib.inference import predict_cam
 from step.lib.networks import build_network, load_network
 from step.lib.training import train
 
@@ -54,6 +54,6 @@ def train_miou(job: Job, network: SeedNetwork, masks: Mapping[str, Path], device
     curve = ThresholdCurve(job.catalog.num_classes + 1, _THRESHOLDS)
     for image_id, path in masks.items():
         image, tags = read_image(job.catalog.image_path(image_id)), job.catalog.tags(image_id)
-        cam = infer_cam(network, image, tags, infer, job.cfg.machine, device)
+        cam = predict_cam(network, image, tags, infer, job.cfg.machine, device)
         curve.add(read_mask(path), cam.keys, cam.maps)
     return curve.best()[1]

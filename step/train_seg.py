@@ -9,6 +9,7 @@ import torch
 
 from misc import distributed
 from misc.files.images import read_mask
+from misc.image.labels import IGNORE
 from misc.loop.progress import Progress
 from net.contract import SegmentRecipe
 from step.lib.config import Job
@@ -49,9 +50,9 @@ def _look_over(ids: list[str], masks: _Masks, num_classes: int) -> None:
         except FileNotFoundError:
             missing.append(image_id)
             continue
-        if ((values > num_classes) & (values != 255)).any():
+        if ((values > num_classes) & (values != IGNORE)).any():
             wrong.append(image_id)
-        objects += bool(((values > 0) & (values != 255)).any())
+        objects += bool(((values > 0) & (values != IGNORE)).any())
     if missing or wrong:
         raise ValueError(
             f"train_seg: {len(missing)} masks are missing ({', '.join(missing[:5])}), {len(wrong)} hold values above "

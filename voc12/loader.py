@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from misc.config import Augment
 from misc.distributed import quiet_threads
 from misc.files.images import read_image
+from misc.image.labels import IGNORE
 from misc.image.pixels import to_tensor
 from misc.loop.each import WorkerDied
 from voc12.catalog import Catalog
-from voc12.tags import IGNORE, DataError
+from voc12.tags import DataError
 from voc12.transforms import TrainSample, augment_sample
 
 Draw = tuple[int, int, int]

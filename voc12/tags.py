@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-IGNORE = 255
+from misc.image.labels import IGNORE
 
 
 class DataError(ValueError):

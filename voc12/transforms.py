@@ -19,7 +19,8 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop, functional
 
 from misc.config import Augment
-from misc.image.pixels import denormalise, normalise, resize_image, resize_mask, to_tensor, truncated_size
+from misc.image.labels import IGNORE
+from misc.image.pixels import denormalise, normalise_image, resize_image, resize_mask, to_tensor, truncated_size
 
 Size = tuple[int, int]
 
@@ -152,7 +153,7 @@ def crop_sample(
     rng: np.random.Generator,
     *,
     place: str = "random",
-    mask_fill: int = 255,
+    mask_fill: int = IGNORE,
     plane_fill: float = 0.0,
 ) -> None:
     """Cut a square of side ``size``; where the image is smaller, it lies on a canvas: image 0 (the mean colour after
@@ -313,7 +314,7 @@ def augment_sample(
             case "erase":
                 erase_rectangle(sample, recipe.erase, rng)
             case "normalize":
-                sample.image = normalise(sample.image, normalisation)
+                sample.image = normalise_image(sample.image, normalisation)
             case "crop":
                 crop_sample(
                     sample, recipe.crop, rng, place=recipe.crop_place, mask_fill=recipe.mask_fill, plane_fill=plane_fill

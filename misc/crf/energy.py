@@ -14,6 +14,7 @@ from torch import Tensor
 
 from misc.checked import Checked, Positive, Range, Weight
 from misc.crf.lattice import Lattice
+from misc.image.labels import IGNORE
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class DenseOptions(Checked):
 
 
 def dense_energy(
-    logits: Tensor, label: Tensor, colours: Tensor, inside: Tensor, options: DenseOptions, ignore: int = 255
+    logits: Tensor, label: Tensor, colours: Tensor, inside: Tensor, options: DenseOptions, ignore: int = IGNORE
 ) -> Tensor:
     """Pairwise energy of all pixels: the lower, the more alike predictions are where place and colour are.
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from misc.image.labels import IGNORE
 from misc.image.pixels import resize_image
 
 
@@ -32,13 +33,13 @@ def colour_mask(mask: np.ndarray) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.55) -> np.ndarray:
-    """The mask's colours on the image, background left clear, ignored pixels (255) under a white veil, a white line
+    """The mask's colours on the image, background left clear, ignored pixels under a white veil, a white line
     round each class: (H, W, 3) uint8."""
     colours = palette()
-    colours[255] = 255
+    colours[IGNORE] = 255
     mixed, inside = image.copy(), mask != 0
     mixed[inside] = image[inside] * (1 - opacity) + colours[mask[inside]] * opacity
-    mask = np.where(mask == 255, 0, mask)
+    mask = np.where(mask == IGNORE, 0, mask)
     edge = np.zeros(mask.shape, bool)
     edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
     edge[1:] |= mask[1:] != mask[:-1]

@@ -33,7 +33,7 @@ NORMALISATIONS: dict[str, Normalisation] = {
 """By name (a network names its own). caffe_bgr: psa.md 2.2, deeplab.md C.3."""
 
 
-def normalise(image: np.ndarray, name: str) -> np.ndarray:
+def normalise_image(image: np.ndarray, name: str) -> np.ndarray:
     """(H, W, 3) uint8 RGB -> (H, W, 3) float32 network values; zero is the mean colour."""
     norm = NORMALISATIONS[name]
     # in double precision and then rounded, as the published code: what `denormalise` truncates hangs on the last bit

@@ -1,7 +1,7 @@
 """Multi-scale inference of class maps: sizes of the inputs, merging, normalisation. Knows no method.
 
 The passes of an image are its scales, each with the mirrored image beside it. A method's geometry is what
-``input_sizes`` gives; how a method's sum becomes scores is an entry of ``NORMALISATIONS``.
+``input_sizes`` gives; how a method's sum becomes scores is an entry of ``MAP_SCALINGS``.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def scaled_inputs(image: np.ndarray, infer: CamInference, normalisation: str) ->
     """
     for size in input_sizes(image.shape[:2], infer):
         resized = pixels.resize_image(image, size, infer.resize)
-        values = pixels.to_tensor(pixels.normalise(resized, normalisation))  # (3, h, w)
+        values = pixels.to_tensor(pixels.normalise_image(resized, normalisation))  # (3, h, w)
         bottom, right = _margin(size, infer.multiple)
         padded = F.pad(values, (0, right, 0, bottom))
         mirrored = padded.flip(-1) if infer.pad_first else F.pad(values.flip(-1), (0, right, 0, bottom))
         yield torch.stack([padded, mirrored]) if infer.flip else padded[None]
 
 
-def unpad(maps: Tensor, size: tuple[int, int], infer: CamInference) -> Tensor:
+def unpad_maps(maps: Tensor, size: tuple[int, int], infer: CamInference) -> Tensor:
     """Maps of padded inputs without what lies on the margin (aream.md section 9).
 
     Args:
@@ -76,7 +76,7 @@ def unpad(maps: Tensor, size: tuple[int, int], infer: CamInference) -> Tensor:
     return torch.stack([m[:, :height, at : at + width] for m, at in zip(maps, left, strict=False)])
 
 
-def merge(
+def merge_maps(
     maps: Iterable[Tensor],
     size: tuple[int, int],
     round_up: int = 1,
@@ -107,12 +107,12 @@ def merge(
     return total[:, : size[0], : size[1]]
 
 
-def by_maximum(total: Tensor) -> Tensor:
+def scale_by_maximum(total: Tensor) -> Tensor:
     """(K, H, W) -> each class divided by (its maximum + 1e-5) (psa.md section 2.4)."""
     return total / (total.amax((1, 2), keepdim=True) + _EPSILON)
 
 
-def shifted(total: Tensor) -> Tensor:
+def scale_shifted(total: Tensor) -> Tensor:
     """(K, H, W) -> each class clipped at 0 and spread from its minimum m to its maximum M (seam.md section 5).
 
     Entries below m + 1e-5 become 0 before m is taken off, so they come out negative, clearly so where m is not small:
@@ -124,13 +124,13 @@ def shifted(total: Tensor) -> Tensor:
     return (total - low - _EPSILON) / (high - low + _EPSILON)
 
 
-def by_range(total: Tensor) -> Tensor:
+def scale_by_range(total: Tensor) -> Tensor:
     """(K, H, W) -> each class from its minimum, which becomes 0, to its maximum (mctformer.md section 4)."""
     high, low = total.amax((1, 2), keepdim=True), total.amin((1, 2), keepdim=True)
     return (total - low) / (high - low + 1e-8)
 
 
-def rectified(total: Tensor) -> Tensor:
+def scale_rectified(total: Tensor) -> Tensor:
     """(..., H, W) -> each class clipped at 0, from its minimum, which becomes 0, to its maximum (aream.md section 4).
 
     The epsilon is seen where maps are products of attentions: these are tiny, so that they end near 0.9997.
@@ -140,18 +140,18 @@ def rectified(total: Tensor) -> Tensor:
     return total / (total.amax((-2, -1), keepdim=True) + 1e-6)
 
 
-NORMALISATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "max": by_maximum, "shifted": shifted, "minmax": by_range, "rectified": rectified,
+MAP_SCALINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "max": scale_by_maximum, "shifted": scale_shifted, "minmax": scale_by_range, "rectified": scale_rectified,
 }  # fmt: skip
 """By the name they have in ``CamInference.normalise``."""
 
 
-def normalise(total: Tensor, rule: str) -> Tensor:
-    """Merged sums (K, H, W) -> scores of about [0, 1], each class for itself, by a rule of ``NORMALISATIONS``."""
-    return NORMALISATIONS[rule](total)
+def normalise_maps(total: Tensor, rule: str) -> Tensor:
+    """Merged sums (K, H, W) -> scores of about [0, 1], each class for itself, by a rule of ``MAP_SCALINGS``."""
+    return MAP_SCALINGS[rule](total)
 
 
-def class_maps(
+def infer_raw_maps(
     cam: Callable[[Tensor, Tensor], Tensor],
     image: np.ndarray,
     tags: np.ndarray,
@@ -160,14 +160,14 @@ def class_maps(
     device: torch.device | str = "cpu",
 ) -> Iterator[Tensor]:
     """Raw maps of the present classes, one batch a scale: (1, K, h, w), or (2, K, h, w) with that of the mirrored
-    image, as ``merge`` takes them. Arguments as for ``infer_cam``; there must be a tag."""
+    image, as ``merge_maps`` takes them. Arguments as for ``infer_cam``; there must be a tag."""
     size = image.shape[:2]
     keys = torch.from_numpy(np.flatnonzero(tags)).to(device)  # (K,)
     row = torch.tensor(tags, dtype=torch.float32, device=device)  # (C,)
     for inner, images in zip(input_sizes(size, infer), scaled_inputs(image, infer, normalisation), strict=True):
         maps = cam(images.to(device), row.expand(len(images), -1))  # (1 or 2, C, h', w')
         maps = maps.detach()[:, keys]
-        yield unpad(maps, inner, infer) if infer.multiple > 1 else maps
+        yield unpad_maps(maps, inner, infer) if infer.multiple > 1 else maps
 
 
 def infer_logits(
@@ -224,11 +224,11 @@ def infer_cam(
     if not tags.any():
         nothing = np.zeros((0, *size), np.float32)
         return Cam(keys, nothing, size, None if grid is None else np.zeros((0, *grid), np.float32))
-    maps = class_maps(cam, image, tags, infer, normalisation, device)
+    maps = infer_raw_maps(cam, image, tags, infer, normalisation, device)
     if grid is None:
-        full = normalise(merge(maps, size, infer.round_up), infer.normalise)
+        full = normalise_maps(merge_maps(maps, size, infer.round_up), infer.normalise)
         return Cam(keys, full.cpu().numpy(), size)
     passes = list(maps)
-    full, coarse = merge(passes, size, infer.round_up), merge(passes, grid)
-    full, coarse = normalise(full, infer.normalise), normalise(coarse, infer.normalise)
+    full, coarse = merge_maps(passes, size, infer.round_up), merge_maps(passes, grid)
+    full, coarse = normalise_maps(full, infer.normalise), normalise_maps(coarse, infer.normalise)
     return Cam(keys, full.cpu().numpy(), size, coarse.cpu().numpy())

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from misc.config import SegInference
 from misc.crf.dense import DenseCRF
-from misc.image.pixels import denormalise, normalise, scaled_size, to_tensor
+from misc.image.pixels import denormalise, normalise_image, scaled_size, to_tensor
 
 Logits = Callable[[Tensor], Tensor]
 """Images (B, 3, h, w), normalised -> logits (B, n, h', w') of any resolution."""
@@ -104,7 +104,7 @@ def with_crf(
     if infer.crf.iterations == 0:
         return scores
     if infer.crf_truncates_image:
-        image = denormalise(normalise(image, normalisation), normalisation, truncate=True)
+        image = denormalise(normalise_image(image, normalisation), normalisation, truncate=True)
     return DenseCRF(image, infer.crf, device)(scores)
 
 
@@ -116,9 +116,9 @@ def _scaled(image: np.ndarray, factor: float, infer: SegInference, normalisation
         h, w = scaled_size((1, 1) if infer.square else (height, width), factor)
         if infer.resize == "bicubic":
             small = Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC)
-            return to_tensor(normalise(np.asarray(small), normalisation))[None]
+            return to_tensor(normalise_image(np.asarray(small), normalisation))[None]
         kind = {"cubic": cv2.INTER_CUBIC, "linear": cv2.INTER_LINEAR}[infer.resize]
-        return to_tensor(cv2.resize(normalise(image, normalisation), (w, h), interpolation=kind))[None]
+        return to_tensor(cv2.resize(normalise_image(image, normalisation), (w, h), interpolation=kind))[None]
     truncated = max(1, int(height * factor)), max(1, int(width * factor))
-    values = to_tensor(normalise(image, normalisation))[None]
+    values = to_tensor(normalise_image(image, normalisation))[None]
     return F.interpolate(values, size=truncated, mode="bilinear", align_corners=True)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from misc.image.labels import IGNORE
+
 Displacement = tuple[int, int]
 """(dy, dx) from a pair's source to its target, in cells; dy >= 0."""
 
-_IGNORE = 255
 _EPS = 1e-5
 
 
@@ -131,7 +132,7 @@ def pair_labels(target: Tensor, radius: int, displacements: Sequence[Displacemen
         return {"bg": nothing, "fg": nothing, "neg": nothing}
     source = torch.stack([s.flatten(1) for s, _ in views], dim=1)  # (B, D, P)
     other = torch.stack([t.flatten(1) for _, t in views], dim=1)
-    known = (source != _IGNORE) & (other != _IGNORE)
+    known = (source != IGNORE) & (other != IGNORE)
     same = known & (source == other)
     return {"bg": same & (source == 0), "fg": same & (source != 0), "neg": known & (source != other)}
 

@@ -1,7 +1,7 @@
 """How good masks and maps are: streaming 64-bit counts, reduced to scores last; threshold curves in one pass.
 
 Everything here works on arrays; misc/score/evaluate.py runs it over a set of images. Masks are (H, W) integers: 0
-background, 1..n-1 classes, 255 void; ``n`` counts the background.
+background, 1..n-1 classes, 255 (IGNORE) void; ``n`` counts the background.
 
 How 255 is treated (stated with every score): in the truth the pixel drops out; in a prediction it is *no class*, so it
 is a miss (false negative) of the true class and a false positive of none.
@@ -20,9 +20,9 @@ from typing import Literal, TypeVar, get_args
 import cv2
 import numpy as np
 
+from misc.image.labels import IGNORE
 from misc.score.objects import Instances
 
-VOID = 255
 VOID_RULE = "no class: a miss (false negative) of the true class, a false positive of none"
 
 Convention = Literal["counting", "nanmean", "ground-truth"]
@@ -33,7 +33,7 @@ Convention = Literal["counting", "nanmean", "ground-truth"]
 Maps = tuple[np.ndarray, np.ndarray]
 """Class maps of an image: keys (K,) 0-based present classes, maps (K, H, W) float at the size of the truth."""
 
-C = TypeVar("C", bound="ClassCounts")
+_C = TypeVar("_C", bound="ClassCounts")
 
 
 def _labels(name: str, mask: np.ndarray) -> np.ndarray:
@@ -42,7 +42,7 @@ def _labels(name: str, mask: np.ndarray) -> np.ndarray:
     if mask.ndim != 2 or mask.size == 0 or not np.issubdtype(mask.dtype, np.integer):
         raise ValueError(f"{name} must be a non-empty (H, W) array of integers, it is {mask.dtype} {mask.shape}")
     if mask.dtype != np.uint8:
-        if mask.min() < 0 or mask.max() > VOID:
+        if mask.min() < 0 or mask.max() > IGNORE:
             raise ValueError(f"{name} holds values {mask.min()}..{mask.max()}, a mask has 0..255 with void as 255")
         mask = mask.astype(np.uint8)
     return mask
@@ -50,7 +50,7 @@ def _labels(name: str, mask: np.ndarray) -> np.ndarray:
 
 def _check_values(name: str, occurs: np.ndarray, num_classes: int) -> None:
     """ValueError if a value outside 0..n-1 and 255 ``occurs`` ((256,) counts or booleans)."""
-    bad = num_classes + np.flatnonzero(occurs[num_classes:VOID])
+    bad = num_classes + np.flatnonzero(occurs[num_classes:IGNORE])
     if bad.size:
         raise ValueError(
             f"{name} holds the values {bad[:10].tolist()} outside 0..{num_classes - 1} and 255: "
@@ -72,7 +72,7 @@ def _joint(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.nd
     joint = np.bincount(index.ravel(), minlength=256 * 256).reshape(256, 256)
     _check_values("truth", joint.any(axis=1), num_classes)
     _check_values("prediction", joint.any(axis=0), num_classes)
-    kept = np.r_[:num_classes, VOID]
+    kept = np.r_[:num_classes, IGNORE]
     return joint[np.ix_(kept, kept)].astype(np.int64)
 
 
@@ -93,12 +93,12 @@ class ClassCounts:
     """
 
     def __init__(self, num_classes_with_background: int) -> None:
-        if not 1 <= num_classes_with_background <= VOID:
+        if not 1 <= num_classes_with_background <= IGNORE:
             raise ValueError(f"number of classes (background included) is {num_classes_with_background}, not in 1..255")
         self.num_classes = num_classes_with_background
         self.counts = np.zeros((self.num_classes + 1, self.num_classes + 1), np.int64)
 
-    def merge(self: C, other: C) -> C:
+    def merge(self: _C, other: _C) -> _C:
         """Adds the counts of ``other`` (from another part of the images); returns self."""
         if type(other) is not type(self) or other.num_classes != self.num_classes:
             raise ValueError("only counts of the same kind and number of classes can be merged")
@@ -232,8 +232,8 @@ class BoundaryConfusion(ClassCounts):
         """Counts one image; arguments and errors as for ``Confusion.add``."""
         truth, prediction = _labels("truth", truth), _labels("prediction", prediction)
         _check_size(prediction, truth)
-        prediction = np.where(truth == VOID, np.uint8(VOID), prediction)
-        bands = [np.where(boundary_band(m, self.dilation_ratio), m, np.uint8(VOID)) for m in (truth, prediction)]
+        prediction = np.where(truth == IGNORE, np.uint8(IGNORE), prediction)
+        bands = [np.where(boundary_band(m, self.dilation_ratio), m, np.uint8(IGNORE)) for m in (truth, prediction)]
         self.counts += _joint(bands[0], bands[1], self.num_classes)
 
 
@@ -251,9 +251,9 @@ def _strongest(maps: Maps, num_classes: int | None = None) -> tuple[np.ndarray, 
         raise ValueError(f"maps must be floating point without nan, they are {stack.dtype}: make them anew")
     if len(set(keys.tolist())) != len(keys) or keys.min(initial=0) < 0:
         raise ValueError(f"keys {keys.tolist()} must be different 0-based classes")
-    if keys.max(initial=0) >= (VOID if num_classes is None else num_classes) - 1:
+    if keys.max(initial=0) >= (IGNORE if num_classes is None else num_classes) - 1:
         raise ValueError(
-            f"keys {keys.tolist()} hold a class outside 0..{(num_classes or VOID) - 2} (background not counted): "
+            f"keys {keys.tolist()} hold a class outside 0..{(num_classes or IGNORE) - 2} (background not counted): "
             "give the number of classes of these maps (it counts the background)"
         )
     order = np.argsort(keys)
@@ -289,7 +289,7 @@ class ThresholdCurve:
     BUCKETS = 256  # of the look-up below: one uint8
 
     def __init__(self, num_classes_with_background: int, thresholds: Sequence[float]) -> None:
-        if not 2 <= num_classes_with_background <= VOID:
+        if not 2 <= num_classes_with_background <= IGNORE:
             raise ValueError(f"number of classes (background included) is {num_classes_with_background}, not in 2..255")
         self.num_classes = num_classes_with_background
         self.thresholds = np.asarray(thresholds, np.float64)

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from misc.files import store
+from misc.image.labels import IGNORE
 
-_IGNORE = 255
 _SHOWN = 254
 """Most objects that one palette picture can tell apart."""
 
@@ -84,10 +84,10 @@ def true_instances(objects: np.ndarray, classes: np.ndarray) -> Instances:
     """
     if objects.shape != classes.shape:
         raise ValueError(f"the masks of objects {objects.shape} and of classes {classes.shape} differ in size")
-    values = [value for value in np.unique(objects) if value not in (0, _IGNORE)]
+    values = [value for value in np.unique(objects) if value not in (0, IGNORE)]
     found = []
     for value in values:
-        inside = classes[(objects == value) & (classes > 0) & (classes != _IGNORE)]
+        inside = classes[(objects == value) & (classes > 0) & (classes != IGNORE)]
         if not len(inside):
             raise ValueError(f"object {value} of the mask of objects has no class in the mask of classes")
         found.append(int(inside.min()) - 1)

@@ -23,7 +23,7 @@ ERRORS = ("right", "class", "several", "part", "more", "wrong")
 object; more than the object; elsewhere."""
 
 
-def by_range(scores: np.ndarray) -> np.ndarray:
+def stretch_map(scores: np.ndarray) -> np.ndarray:
     """(H, W) -> the same from its minimum, which becomes 0, to its maximum, 1; a constant or broken map becomes 0.
 
     (Published: of a constant map TS-CAM makes NaN, wsolevaluation zeros; wsol.md sections 6 and 8.)
@@ -33,13 +33,13 @@ def by_range(scores: np.ndarray) -> np.ndarray:
     return scores / top if top > 0 else np.zeros_like(scores)  # NaN is not above 0 either
 
 
-def resized(scores: np.ndarray, side: int, kind: Literal["bilinear", "bicubic"] = "bilinear") -> np.ndarray:
-    """A map (h, w) on the grid, then ``by_range``: (side, side) of the same type."""
+def resize_map(scores: np.ndarray, side: int, kind: Literal["bilinear", "bicubic"] = "bilinear") -> np.ndarray:
+    """A map (h, w) on the grid, then ``stretch_map``: (side, side) of the same type."""
     interpolation = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}[kind]
-    return by_range(cv2.resize(scores, (side, side), interpolation=interpolation))
+    return stretch_map(cv2.resize(scores, (side, side), interpolation=interpolation))
 
 
-def levels(scores: np.ndarray) -> np.ndarray:
+def to_levels(scores: np.ndarray) -> np.ndarray:
     """Scores (H, W) in [0, 1] in 8 bits, truncated."""
     return (scores * 255).astype(np.uint8)
 
@@ -65,7 +65,7 @@ def contour_boxes(grey: np.ndarray, threshold: float) -> tuple[np.ndarray, np.nd
 def fixed_box(scores: np.ndarray, threshold: float) -> np.ndarray:
     """TS-CAM's box of a map (side, side) in [0, 1]: (4,) int64, of the contour of the largest area, the first of equal
     ones; [0, 0, 1, 1] where there is none."""
-    boxes, areas = contour_boxes(levels(scores), threshold)
+    boxes, areas = contour_boxes(to_levels(scores), threshold)
     return boxes[areas.argmax()] if len(boxes) else np.array([0, 0, 1, 1])
 
 
@@ -91,7 +91,7 @@ def scaled_boxes(boxes: np.ndarray, size: tuple[int, int], side: int, clip: bool
     return np.concatenate([np.maximum(scaled[:, :2], 0), np.minimum(scaled[:, 2:], side - 1)], 1).astype(np.int64)
 
 
-def overlaps(boxes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def box_overlaps(boxes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Intersections and areas, in pixels with both ends of a box inside: (n, 4), (m, 4) -> (n, m), (n, 1), (1, m)."""
     low = np.maximum(boxes[:, None, :2], others[None, :, :2])
     high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
@@ -100,9 +100,9 @@ def overlaps(boxes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndar
     return inside, area[:, None], other[None]
 
 
-def iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+def box_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Intersection over union of every pair: (n, 4), (m, 4) -> (n, m) float64."""
-    inside, area, other = overlaps(boxes, others)
+    inside, area, other = box_overlaps(boxes, others)
     return inside / (area + other - inside)
 
 
@@ -134,7 +134,7 @@ def best_classes(logits: np.ndarray) -> np.ndarray:
     return np.argsort(-logits, kind="stable")[:_BEST]
 
 
-def judge(best: np.ndarray, boxes: np.ndarray, known: np.ndarray, target: int, truth: np.ndarray) -> Verdict:
+def judge_boxes(best: np.ndarray, boxes: np.ndarray, known: np.ndarray, target: int, truth: np.ndarray) -> Verdict:
     """Compare the boxes of an image with the truth.
 
     Args:
@@ -142,9 +142,9 @@ def judge(best: np.ndarray, boxes: np.ndarray, known: np.ndarray, target: int, t
         known: (4,) the box of the true class's map.
         target: the true class. truth: (n, 4) true boxes, n ≥ 1.
     """
-    overlap = iou(boxes, truth).max(1)  # (k,)
+    overlap = box_iou(boxes, truth).max(1)  # (k,)
     hit = (best == target) & (overlap > 0.5)
-    at_target = float(iou(known[None], truth).max())
+    at_target = float(box_iou(known[None], truth).max())
     return Verdict(
         cls_top1=bool(best[0] == target), cls_top5=bool((best == target).any()),
         loc_top1=bool(hit[0]), loc_top5=bool(hit.any()), gt_known=at_target >= 0.5, iou=at_target,
@@ -156,7 +156,7 @@ def _error(right_class: bool, box: np.ndarray, truth: np.ndarray) -> str:
     """Kind of a top-1 box (1, 4); the order of the questions counts."""
     if not right_class:
         return "class"
-    inside, area, others = overlaps(box, truth)
+    inside, area, others = box_overlaps(box, truth)
     share = (inside / (area + others - inside))[0]
     best = share.argmax()
     covered = (inside / others)[0]  # (n,) of the true boxes
@@ -172,7 +172,7 @@ def _error(right_class: bool, box: np.ndarray, truth: np.ndarray) -> str:
 # ------------------------------------------------------------------------------------- all thresholds (section 8)
 
 
-def thresholds(interval: float) -> np.ndarray:
+def list_thresholds(interval: float) -> np.ndarray:
     """Thresholds from 0 on, below 1: (T,)."""
     return np.arange(0, 1, interval)
 
@@ -188,14 +188,14 @@ def best_overlaps(scores: np.ndarray, taus: np.ndarray, truth: np.ndarray) -> np
     Returns:
         (2, T) float64: of the largest contour alone, and of all contours.
     """
-    grey = levels(scores)
+    grey = to_levels(scores)
     known: dict[int, tuple[float, float]] = {}  # many thresholds cut 8 bits at the same level
     columns = []
     for tau in taus:
         level = int(tau * grey.max())
         if level not in known:
             boxes, largest = all_boxes(grey, float(tau))
-            share = iou(boxes, truth).max(1)  # (n,)
+            share = box_iou(boxes, truth).max(1)  # (n,)
             known[level] = float(share[largest]), float(share.max())
         columns.append(known[level])
     return np.array(columns).T
@@ -247,7 +247,7 @@ def pxap(histograms: np.ndarray) -> float:
 # ------------------------------------------------------------------------------------- a set of images
 
 
-def summary(verdicts: Sequence[Verdict]) -> dict[str, float]:
+def summarise_verdicts(verdicts: Sequence[Verdict]) -> dict[str, float]:
     """Means over images in percent, by the names they are published under."""
     names = {
         "Cls Top-1": "cls_top1", "Cls Top-5": "cls_top5", "Loc Top-1": "loc_top1", "Loc Top-5": "loc_top5",

@@ -20,6 +20,7 @@ from misc.checked import Checked, Positive, Probability, Range, When
 from misc.config import REQUIRED_WEIGHTS, Augment, Fit
 from misc.crf.dense import CRFSettings, DenseCRF
 from misc.image.cam import Cam
+from misc.image.labels import IGNORE
 from misc.image.pixels import denormalise, truncated
 from misc.propagate.walk import (
     affinity_losses,
@@ -41,7 +42,6 @@ from net.registry import refiner
 
 STRIDE = 8
 """Pixels a feature cell, of both backbones."""
-IGNORE = 255
 _EPS = 1e-5
 _LEVELS = (3, 4, 5)
 

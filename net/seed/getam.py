@@ -20,6 +20,7 @@ from misc.checked import Checked, Positive, Probability, Range, When, check
 from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit, SegInference
 from misc.crf.dense import CRFSettings
 from misc.crf.energy import DenseOptions, dense_energy
+from misc.image.labels import IGNORE
 from misc.image.pixels import box_mask, restore_rgb
 from misc.propagate.par import PAMR, PixelAdaptive
 from net.backbone.dpt import ChannelGate, DPTDecoder, DPTEncoder, DPTOptions
@@ -29,8 +30,6 @@ from net.foreign.loading import load_tensors
 from net.foreign.reading import read_tensors
 from net.losses import multilabel_soft_margin
 from net.registry import seed
-
-IGNORE = 255
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from misc.checked import Count, DropProbability, Positive
 from misc.config import REQUIRED_WEIGHTS, Augment, Fit, SegInference
 from misc.crf.dense import CRFSettings
+from misc.image.labels import IGNORE
 from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
 from net.contract import Network, Options, Preset, Segmenter, SegmentRecipe
 from net.foreign.loading import load_tensors
@@ -82,7 +83,7 @@ class DeepLabV1(Segmenter):
                 scale_filter="cubic",
                 crop=448,
                 crop_place="random",
-                mask_fill=255,
+                mask_fill=IGNORE,
             ),
             weights=REQUIRED_WEIGHTS,  # ImageNet: ilsvrc-cls_rna-a1_cls1000_ep-0001.params
             infer=SegInference(

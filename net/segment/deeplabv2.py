@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from misc.checked import Positive, Range, When
 from misc.config import PRETRAINED_WEIGHTS, REQUIRED_WEIGHTS, Augment, Fit, SegInference
 from misc.crf.dense import CRFSettings
+from misc.image.labels import IGNORE
 from misc.image.pixels import resize_masks
 from net.backbone import scaled_channels
 from net.contract import Batch, Network, Options, Preset, Segmenter, SegmentRecipe
@@ -254,7 +255,7 @@ class DeepLabV2(Segmenter):
                 scale_mask="pil",
                 crop=321,
                 crop_place="top_left",
-                mask_fill=255,
+                mask_fill=IGNORE,
                 flip=0.5,
             ),
             weights=REQUIRED_WEIGHTS,  # init.caffemodel or deeplabv1_resnet101-coco.pth
@@ -359,7 +360,8 @@ class DeepLabV2(Segmenter):
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Number of cells with a label, of each output."""
-        return {f"pixels_{scale}": (label != 255).sum() for scale, label in self.resize_labels(batch["mask"]).items()}
+        labels = self.resize_labels(batch["mask"])
+        return {f"pixels_{scale}": (label != IGNORE).sum() for scale, label in labels.items()}
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """``batch``: image (B, 3, H, W), mask (B, H, W) int64 with 255 = ignore -> {"ce_1", "ce_0.5", ..., "ce_max"}:
@@ -369,7 +371,7 @@ class DeepLabV2(Segmenter):
         pairs = list(zip(labels, logits, strict=True))
         terms = {}
         for term, (scale, x) in zip((*labels, "max"), [*pairs, ("1", self.merge_sizes(logits))], strict=True):
-            total = F.cross_entropy(x.float(), labels[scale], ignore_index=255, reduction="sum")
+            total = F.cross_entropy(x.float(), labels[scale], ignore_index=IGNORE, reduction="sum")
             terms[f"ce_{term}"] = total / batch[f"counts/pixels_{scale}"].clamp(min=1e-5)
         return terms
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from misc.checked import Positive, Range, When
 from misc.config import PRETRAINED_WEIGHTS, Augment, Fit, SegInference
 from misc.crf.dense import CRFSettings
+from misc.image.labels import IGNORE
 from net.backbone.resnest import ResNeSt, ResNeStOptions
 from net.backbone.resnet import SAMPLE_RESNET, ResNet, ResNetOptions, load_resnet
 from net.contract import Network, Options, Preset, Segmenter, SegmentRecipe
@@ -166,7 +167,7 @@ class DeepLabV3Plus(Segmenter):
                 flip=0.5,
                 crop=512,
                 crop_place="random",
-                mask_fill=255,
+                mask_fill=IGNORE,
             ),
             weights=PRETRAINED_WEIGHTS,
             init="imagenet",

@@ -18,16 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from misc.checked import Probability, Range, Weight, When, check
+from misc.image.labels import IGNORE
 from misc.image.pixels import NORMALISATIONS, box_mask, truncated_size
-from misc.infer.cams import rectified
+from misc.infer.cams import scale_rectified
 from misc.propagate.par import PixelAdaptive
 from net.backbone.conformer import ConformerOptions
 from net.backbone.transformer import AttentionSums, QueryKey, Visit, spread_maps
 from net.backbone.vit import ViTOptions
 from net.contract import Batch, Options, SeedNetwork
 from net.losses import multilabel_soft_margin
-
-IGNORE = 255
 
 # ------------------------------------------------------------------------------------- options
 
@@ -243,7 +242,7 @@ class Aream(SeedNetwork):
             x = images if scaled == size else _resize(images, scaled)
             plain, mirrored = _resize(self._spread_map(torch.cat([x, x.flip(-1)]), weights), size).chunk(2)
             total = total + plain + mirrored.flip(-1)
-        return rectified(total)
+        return scale_rectified(total)
 
     @torch.no_grad()
     def make_labels(self, batch: Batch) -> Tensor:

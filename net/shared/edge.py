@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from misc.checked import Checked, Positive, Probability, Range
 from misc.crf.dense import CRFSettings, DenseCRF
 from misc.image.cam import Cam
+from misc.image.labels import IGNORE
 from misc.image.pixels import denormalise
 from misc.propagate.walk import (
     Displacement,
@@ -38,7 +39,6 @@ from net.groups import Group
 
 CELL = 4
 """Pixels a cell of the boundary map."""
-IGNORE = 255
 _WIDTH, _GROUPS = 32, 4
 
 StageMaps = Mapping[Stage, Tensor]

@@ -29,7 +29,7 @@ REPORT_IMAGES = 12
 
 
 @dataclass(frozen=True)
-class Sample(Checked):
+class GeneratedSet(Checked):
     """The generated sample set (voc12/generated/sets.py)."""
 
     images: Count = 240
@@ -92,7 +92,7 @@ class Config(Checked):
     To go on after an interruption leave it out."""
     force: bool = False
     """Go on in a run folder that was made by another configuration."""
-    sample: Sample = field(default_factory=Sample)
+    sample: GeneratedSet = field(default_factory=GeneratedSet)
     """The generated sample set."""
     machine: Machine = field(default_factory=Machine)
     """Devices, processes, precision: changes no recipe."""

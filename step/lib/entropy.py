@@ -9,7 +9,7 @@ from torch import Tensor
 from misc import distributed
 from misc.files.images import read_image
 from misc.files.store import write_json
-from misc.image.pixels import normalise, resize_image, to_tensor
+from misc.image.pixels import normalise_image, resize_image, to_tensor
 from misc.loop.each import each
 from step.lib.config import Job
 from step.lib.networks import load_cam_network
@@ -30,7 +30,7 @@ def run(job: Job, device: torch.device) -> list[float]:
 
     def prepare(image_id: str) -> tuple[Tensor, np.ndarray]:
         pixels = resize_image(read_image(job.catalog.image_path(image_id)), (side, side))
-        return to_tensor(normalise(pixels, network.normalisation)), job.catalog.tags(image_id)
+        return to_tensor(normalise_image(pixels, network.normalisation)), job.catalog.tags(image_id)
 
     def work(image_id: str, prepared: tuple[Tensor, np.ndarray]) -> None:
         image, tags = prepared

@@ -19,7 +19,7 @@ from net.contract import AffinityNetwork, SeedNetwork, Segmenter, SingleStage
 from step.lib.config import Job
 
 
-def infer_cam(
+def predict_cam(
     network: SeedNetwork, image: np.ndarray, tags: np.ndarray, infer: CamInference, machine: Machine,
     device: torch.device,
 ) -> Cam:

@@ -27,17 +27,17 @@ from misc.image import draw, pixels
 from misc.loop.each import EachFailed, each
 from net.contract import AffinityNetwork, Phase, SeedNetwork, Segmenter, SingleStage
 from net.model import Model
-from step.lib.inference import infer_cam, infer_class_scores, walk_cam
+from step.lib.inference import infer_class_scores, predict_cam, walk_cam
 
 Refinement = Literal["auto", "walk", "crf", "threshold"]
 
-Scores = Callable[[str, np.ndarray, tuple[int, int]], tuple[np.ndarray, np.ndarray]]
+ScoreImage = Callable[[str, np.ndarray, tuple[int, int]], tuple[np.ndarray, np.ndarray]]
 """id, image (h, w, 3) uint8 as the network sees it, size (H, W) of the file's image -> scores (n, h, w) float32, and
 the mask value of each of them (n,) uint8."""
 
 
 @dataclass(frozen=True)
-class Folder:
+class ResultFolder:
     """Where results go, and how they are made."""
 
     out: Path
@@ -56,7 +56,7 @@ class Folder:
 
 
 def segment_images(
-    model: Model, images: Mapping[str, Path], folder: Folder, device: torch.device, *,
+    model: Model, images: Mapping[str, Path], folder: ResultFolder, device: torch.device, *,
     probabilities: bool = False, fast: bool = False,
 ) -> None:
     """Predict images with a segmentation network, as its recipe tests it.
@@ -97,7 +97,7 @@ def segment_images(
 
 
 def map_images(
-    cam: Model, refiner: Model | None, tags: Sequence[str], images: Mapping[str, Path], folder: Folder,
+    cam: Model, refiner: Model | None, tags: Sequence[str], images: Mapping[str, Path], folder: ResultFolder,
     device: torch.device, *, refine: Refinement = "auto", threshold: float = 0.3, fast: bool = False,
 ) -> str:
     """Maps and refined masks of images whose tags are known, from a CAM network.
@@ -139,7 +139,7 @@ def map_images(
 
     def scores(image_id: str, image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         path = folder.file("maps", image_id, "npz")
-        write_cam(path, replace(infer_cam(network, image, present, infer, folder.machine, device), size=size))
+        write_cam(path, replace(predict_cam(network, image, present, infer, folder.machine, device), size=size))
         stored = read_cam(path)  # as a run's files hold it, so that a training image gets the same mask again
         maps = stored.maps
         for key, score in zip(keys, maps, strict=True):
@@ -148,7 +148,7 @@ def map_images(
         values = np.array([0, *(keys + 1)], np.uint8)
         if refine == "walk":
             assert refiner is not None and isinstance(walker, AffinityNetwork)
-            values_in = pixels.to_tensor(pixels.normalise(image, walker.normalisation))
+            values_in = pixels.to_tensor(pixels.normalise_image(image, walker.normalisation))
             seen = replace(stored, size=image.shape[:2])  # the walk is over the image that the network saw
             return walk_cam(walker, values_in, seen, refiner.recipe.walk, folder.machine, device)[0], values
         found = np.concatenate([np.full_like(maps[:1], threshold), maps])  # (K + 1, h, w)
@@ -183,7 +183,7 @@ def shrunk(image: np.ndarray, megapixels: float) -> np.ndarray:
 
 
 def _each_image(
-    scores: Scores, images: Mapping[str, Path], folder: Folder, model: Model, settings: dict[str, Any],
+    scores: ScoreImage, images: Mapping[str, Path], folder: ResultFolder, model: Model, settings: dict[str, Any],
     made: Sequence[str],
 ) -> None:
     """Write mask and overlay of every image that has none yet."""
@@ -225,7 +225,7 @@ def _each_image(
         raise failed
 
 
-def _begin(folder: Folder, classes: Sequence[str], settings: dict[str, Any]) -> None:
+def _begin(folder: ResultFolder, classes: Sequence[str], settings: dict[str, Any]) -> None:
     """Record what the folder's results are made by (predict.json); ValueError where it is something else."""
     path = folder.out / "predict.json"
     now = {"settings": settings, "mask values": {str(i): name for i, name in enumerate(["background", *classes])}}

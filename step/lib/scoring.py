@@ -128,12 +128,13 @@ def score_boxes(job: Job) -> None:
         wsol.Verdict(**{f.name: stored[f.name].item() for f in dataclasses.fields(wsol.Verdict)}) for stored in found
     ]
     overlap = np.stack([stored["overlap"] for stored in found], 1)  # (2, N, T)
-    taus = wsol.thresholds(options.interval)
+    taus = wsol.list_thresholds(options.interval)
     v1, at = wsol.max_box_acc(overlap[0], taus)
     searched = f"searched on {split} itself"
     hidden, given, start = "none", "true class", start_weights(job.cfg.cam.phases()[-1][1])
     fixed = {"threshold": options.threshold, "threshold_choice": "fixed"}
-    figures = [(n, v, given if n == "GT-Known" else hidden, fixed) for n, v in wsol.summary(verdicts).items()]
+    means = wsol.summarise_verdicts(verdicts)
+    figures = [(n, v, given if n == "GT-Known" else hidden, fixed) for n, v in means.items()]
     figures += [
         ("MaxBoxAcc", v1, given, {"threshold": at, "threshold_choice": searched}),
         ("MaxBoxAccV2", wsol.max_box_acc_v2(overlap[1]), given,

@@ -13,7 +13,7 @@ from misc import distributed
 from misc.config import flatten
 from misc.files.ids import checked_id
 from misc.files.images import read_image, read_mask
-from misc.image.pixels import normalise, to_tensor
+from misc.image.pixels import normalise_image, to_tensor
 from misc.loop.fit import Batch, divide, fit
 from net.contract import Network, Phase
 from net.model import Part, describe
@@ -100,7 +100,8 @@ def _corner_images(job: Job, split: str, phase: Phase, normalisation: str) -> It
     for begin in range(0, len(ids), size):
         batch = torch.zeros(len(ids[begin : begin + size]), 3, side, side)
         for canvas, image_id in zip(batch, ids[begin : begin + size], strict=True):
-            image = to_tensor(normalise(read_image(job.catalog.image_path(image_id)), normalisation))[:, :side, :side]
+            pixels = read_image(job.catalog.image_path(image_id))[:side, :side]
+            image = to_tensor(normalise_image(pixels, normalisation))
             canvas[:, : image.shape[1], : image.shape[2]] = image
         yield batch
 

@@ -312,7 +312,7 @@ def check_irn_image_ops(case: Any) -> None:
             size = pixels.scaled_size(image.shape[:2], float(match[2]))
             resize, source = (pixels.resize_image, image) if match[1] == "image" else (pixels.resize_mask, label)
             np.testing.assert_array_equal(resize(source, size), case.arrays[name])
-    values = pixels.normalise(image, "imagenet")
+    values = pixels.normalise_image(image, "imagenet")
     step = re.search(r"sampled \[::(\d+)", case.meta["outputs"]["normalised"]["meaning"])[1]
     case.check("normalised", values[:: int(step), :: int(step)], 1e-6)
     rng = np.random.default_rng(0)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from misc.config import override
 from misc.image.cam import Cam
-from misc.image.pixels import denormalise, normalise, to_tensor
+from misc.image.pixels import denormalise, normalise_image, to_tensor
 from misc.propagate.walk import fitting_radius, half_circle, pair_cells, walk
 from net.refine.psa import (
     PSA,
@@ -118,7 +118,7 @@ def _settings(text: str) -> PSAWalk:
 def _inputs(case: Any) -> tuple[Tensor, Cam]:
     """Normalised image (3, H, W) and CAMs of the case."""
     cam = Cam.of_maps(np.array(case.meta["input"]["classes"]), case.arrays["cams"])
-    return to_tensor(normalise(case.arrays["image"], "imagenet")), cam
+    return to_tensor(normalise_image(case.arrays["image"], "imagenet")), cam
 
 
 def _assert_same_label(case: Any, name: str, scores: np.ndarray, cam: Cam) -> None:

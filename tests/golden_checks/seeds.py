@@ -184,5 +184,5 @@ def check_psa_cam_merge(case: Any) -> None:
         torch.cat([case.fill.image(f"{prefix}/{i}/{f}", 1, int(channels), -(-h // 8), -(-w // 8)) for f in (0, 1)])
         for i, (h, w) in enumerate(sizes)
     )
-    merged = cams.merge((maps.relu()[:, classes] for maps in passes), size)
-    case.check("cam", cams.normalise(merged, infer.normalise))
+    merged = cams.merge_maps((maps.relu()[:, classes] for maps in passes), size)
+    case.check("cam", cams.normalise_maps(merged, infer.normalise))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from misc.config import override
 from misc.image.cam import Cam
-from misc.image.pixels import normalise, to_tensor
+from misc.image.pixels import normalise_image, to_tensor
 from misc.infer import cams
 from misc.propagate.walk import transition
 from net.backbone.conformer import Conformer, ConformerOptions
@@ -161,7 +161,7 @@ def check_transcam_cam_merge(case: Any) -> None:
             torch.from_numpy(np.stack([case.arrays[f"in_cam{number}_{2 * i + f}"] for f in (0, 1)]))
             for i in range(len(infer.scales))
         ]  # (2, K, h, w) each
-        merged = cams.normalise(cams.merge(maps, picture.shape[:2]), infer.normalise).numpy()
+        merged = cams.normalise_maps(cams.merge_maps(maps, picture.shape[:2]), infer.normalise).numpy()
         case.check(f"cam{number}", merged)
         names = [name for name in case.meta["outputs"] if name.startswith(f"crf{number}_")]
         low, high = sorted((float(name.partition("_")[2]) for name in names), reverse=True)
@@ -193,7 +193,7 @@ def check_transcam_random_walk(case: Any) -> None:
     network = PSA.recipes["sample"].network.build(20, {})
     network.make_transition = lambda image, options: step
     keys = np.array(case.meta["input"]["present_classes"])
-    x = to_tensor(normalise(case.arrays["in_image"], network.normalisation))
+    x = to_tensor(normalise_image(case.arrays["in_image"], network.normalisation))
     for name, walk, share in zip(
         ("label", "label_crf"), (override(options, {"crf.iterations": 0}), options), shares(case), strict=True
     ):

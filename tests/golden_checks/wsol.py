@@ -119,7 +119,7 @@ def _close_boxes(got: np.ndarray, expected: np.ndarray) -> None:
 def check_wsol_boxes(case: Any) -> None:
     """Resized, normalised maps and their boxes at all sizes and thresholds."""
     maps, sizes = case.arrays["maps"], case.meta["input"]["sizes"]
-    grown = [np.stack([wsol.resized(m, size) for m in maps]) for size in sizes]
+    grown = [np.stack([wsol.resize_map(m, size) for m in maps]) for size in sizes]
     step = int(re.search(r"::(\d+)", case.meta["outputs"]["resized"]["meaning"])[1])
     np.testing.assert_allclose(
         grown[0][:, ::step, ::step], case.arrays["resized"], rtol=0, atol=case.meta["tolerance"]["resized"]
@@ -139,8 +139,8 @@ def check_wsol_metrics(case: Any) -> None:
     for maps, scores, target, text in zip(cams, logits, given["targets"], truths, strict=True):
         truth = np.array([int(v) for v in text.split()]).reshape(-1, 4)
         best = wsol.best_classes(scores)
-        boxes = [wsol.fixed_box(wsol.resized(m, side), cut) for m in maps]  # of every class
-        verdict = wsol.judge(best, np.stack(boxes)[best], boxes[target], target, truth)
+        boxes = [wsol.fixed_box(wsol.resize_map(m, side), cut) for m in maps]  # of every class
+        verdict = wsol.judge_boxes(best, np.stack(boxes)[best], boxes[target], target, truth)
         verdicts.append(verdict)
         kinds = ("right", "cls_wrong", "multi_instances", "region_part", "region_more", "region_wrong")
         flags = {kind: verdict.error == ours for kind, ours in zip(kinds, wsol.ERRORS, strict=True)}
@@ -153,20 +153,20 @@ def check_wsol_metrics(case: Any) -> None:
     for name, values in columns.items():
         allowed = tolerance["iou_gt_class"] if name == "iou_gt_class" else 0
         np.testing.assert_allclose(values, case.arrays[name], rtol=0, atol=allowed, err_msg=name)
-    shares = wsol.summary(verdicts)
+    shares = wsol.summarise_verdicts(verdicts)
     np.testing.assert_allclose([shares["Cls Top-1"], shares["Cls Top-5"]], case.arrays["accuracy"], rtol=1e-5)
 
 
 def _cuts(text: str) -> np.ndarray:
     """Thresholds of ``np.arange(0,1,STEP)``."""
-    return wsol.thresholds(float(re.fullmatch(r"np\.arange\(0,1,([\d.]+)\)", text)[1]))
+    return wsol.list_thresholds(float(re.fullmatch(r"np\.arange\(0,1,([\d.]+)\)", text)[1]))
 
 
 def check_wsol_maxboxacc(case: Any) -> None:
     """Score maps, boxes at every threshold, counts and the maxima of both forms."""
     given, arrays = case.meta["input"], case.arrays
     side, taus = 224, _cuts(given["thresholds"])
-    scores = np.stack([wsol.resized(m.astype(np.float64), side, "bicubic") for m in arrays["maps14"]])
+    scores = np.stack([wsol.resize_map(m.astype(np.float64), side, "bicubic") for m in arrays["maps14"]])
     np.testing.assert_allclose(scores[:, ::9, ::9], arrays["scoremap"], rtol=0, atol=1e-5)
     sizes = given["image_sizes [w,h]"]
     truths = [
@@ -174,7 +174,7 @@ def check_wsol_maxboxacc(case: Any) -> None:
         for (width, height), boxes in zip(sizes, given["ground_truth_boxes [x0,y0,x1,y1] in image pixels"], strict=True)
     ]
     np.testing.assert_array_equal(np.concatenate(truths), arrays["gt_resized"])
-    found = [[wsol.all_boxes(wsol.levels(m), float(tau)) for tau in taus] for m in scores]
+    found = [[wsol.all_boxes(wsol.to_levels(m), float(tau)) for tau in taus] for m in scores]
     _close_boxes(np.array([[boxes[at] for boxes, at in row] for row in found]), arrays["boxes_single"])
     counts = np.array([[len(boxes) for boxes, _ in row] for row in found])
     assert (counts == arrays["box_counts_multi"]).mean() >= 0.98
@@ -200,7 +200,7 @@ def check_wsol_pxap(case: Any) -> None:
         region[(masks[owner == number] > 0).any(0)] = 1
         region = wsol.region_on_grid(region, 224)
         np.testing.assert_array_equal(region[::4, ::4], arrays["gt_mask"][number])
-        scores = wsol.resized(low.astype(np.float64), 224, "bicubic")
+        scores = wsol.resize_map(low.astype(np.float64), 224, "bicubic")
         total = total + wsol.region_histograms(scores, region, taus)
     for ours, name in zip(total, ("true_hist", "false_hist"), strict=True):
         assert abs(ours - arrays[name]).max() <= 5, name

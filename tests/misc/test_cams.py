@@ -102,30 +102,30 @@ def test_inputs_follow_the_network_s_normalisation() -> None:
 
 def test_merge_of_nothing_is_an_error() -> None:
     with pytest.raises(ValueError, match="no map"):
-        cams.merge([], (4, 4))
+        cams.merge_maps([], (4, 4))
 
 
 def test_rule_max() -> None:
     total = torch.tensor([[[0.0, 2.0], [4.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]])
-    scores = cams.normalise(total, "max")
+    scores = cams.normalise_maps(total, "max")
     np.testing.assert_allclose(scores[0], [[0, 0.5], [1, 0.25]], atol=1e-5)
     assert scores.max() < 1 and torch.equal(scores[1], torch.zeros(2, 2))
 
 
 def test_rule_shifted_puts_the_lowest_below_zero() -> None:
     total = torch.tensor([[[-3.0, 2.0], [4.0, 1.0]], [[1.0, 3.0], [2.0, 5.0]]])
-    scores = cams.normalise(total, "shifted")
+    scores = cams.normalise_maps(total, "shifted")
     np.testing.assert_allclose(scores[0], [[0, 0.5], [1, 0.25]], atol=1e-5)
     np.testing.assert_allclose(scores[1], [[-0.25, 0.5], [0.25, 1]], atol=1e-5)  # its minimum is 1: (0 - 1) / 4
 
 
 def test_rule_rectified() -> None:
     total = torch.tensor([[[-3.0, 2.0], [4.0, 1.0]], [[1.0, 3.0], [2.0, 5.0]], [[0.0, 0.0], [0.0, 1e-6]]])
-    scores = cams.normalise(total, "rectified")
+    scores = cams.normalise_maps(total, "rectified")
     np.testing.assert_allclose(scores[0], [[0, 0.5], [1, 0.25]], atol=1e-5)
     np.testing.assert_allclose(scores[1], [[0, 0.5], [0.25, 1]], atol=1e-5)
     np.testing.assert_allclose(scores[2], [[0, 0], [0, 0.5]], atol=1e-5)
-    assert torch.equal(cams.rectified(total[None])[0], scores)
+    assert torch.equal(cams.scale_rectified(total[None])[0], scores)
 
 
 def test_sizes_are_truncated_where_asked() -> None:
@@ -139,7 +139,7 @@ def test_sizes_are_stretched_to_multiples() -> None:
     assert cams.input_sizes((75, 101), infer) == [(48, 64), (80, 112)]
     (x,) = cams.scaled_inputs(picture(), CamInference(scales=(1.0,), stretch=16, flip=False), "imagenet")
     resized = pixels.resize_image(picture(), (48, 64))
-    assert torch.equal(x[0], pixels.to_tensor(pixels.normalise(resized, "imagenet")))
+    assert torch.equal(x[0], pixels.to_tensor(pixels.normalise_image(resized, "imagenet")))
     with pytest.raises(ValueError, match="stretch"):
         CamInference(stretch=0)
 
@@ -154,9 +154,9 @@ def test_padding(pad_first: bool) -> None:
     assert torch.equal(pair[0, :, :41, :58], plain[0]) and not pair[:, :, 41:].any() and not pair[0, :, :, 58:].any()
     assert torch.equal(pair[1, :, :41, 6:] if pad_first else pair[1, :, :41, :58], plain[1])
     assert not (pair[1, :, :, :6] if pad_first else pair[1, :, :, 58:]).any()
-    cut = cams.unpad(pair, (41, 58), infer)
+    cut = cams.unpad_maps(pair, (41, 58), infer)
     assert torch.equal(cut, plain)
-    assert torch.equal(cams.unpad(pair[:1], (41, 58), infer), plain[:1])
+    assert torch.equal(cams.unpad_maps(pair[:1], (41, 58), infer), plain[:1])
 
     def network(images: Tensor, tags: Tensor) -> Tensor:
         return images[:, :2] - images.amin()
@@ -191,7 +191,7 @@ def test_maps_can_be_merged_on_any_grid_by_either_filter() -> None:
     maps = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
     for mode in ("bilinear", "bicubic"):
         high = F.interpolate(maps, size=(16, 16), mode=mode, align_corners=False)
-        torch.testing.assert_close(cams.merge([maps], (16, 16), mode=mode), high[0] + high[1].flip(-1))
+        torch.testing.assert_close(cams.merge_maps([maps], (16, 16), mode=mode), high[0] + high[1].flip(-1))
 
 
 def test_the_image_is_resized_by_the_filter_of_the_recipe() -> None:
@@ -202,4 +202,4 @@ def test_the_image_is_resized_by_the_filter_of_the_recipe() -> None:
     )
     wanted = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BILINEAR))
     assert not torch.equal(one, other)
-    torch.testing.assert_close(other[0], torch.from_numpy(cams.pixels.normalise(wanted, "imagenet")).permute(2, 0, 1))
+    torch.testing.assert_close(other[0], pixels.to_tensor(pixels.normalise_image(wanted, "imagenet")))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from misc.config import SegInference, override
 from misc.crf.dense import CRFSettings, DenseCRF
-from misc.image.pixels import normalise, to_tensor
+from misc.image.pixels import normalise_image, to_tensor
 from misc.infer.masks import segment, with_crf
 
 SCALES = (0.5, 1.0, 1.3)
@@ -33,14 +33,14 @@ def network(images: Tensor) -> Tensor:
 
 def plain(image: np.ndarray, infer: SegInference) -> np.ndarray:
     """All results kept, merged at the end, as published."""
-    values = normalise(image, "imagenet")
+    values = normalise_image(image, "imagenet")
     height, width = image.shape[:2]
     results = []
     for factor in infer.scales:
         if infer.resize == "bicubic":
             size = round(width * factor), round(height * factor)
             small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
-            scaled = to_tensor(normalise(small, "imagenet"))[None]
+            scaled = to_tensor(normalise_image(small, "imagenet"))[None]
         elif infer.resize == "cubic":
             size = round(width * factor), round(height * factor)
             scaled = to_tensor(cv2.resize(values, size, interpolation=cv2.INTER_CUBIC))[None]
@@ -94,7 +94,7 @@ def test_squares_have_the_sides_that_the_scales_say(resize: str, kind: int) -> N
     infer = SegInference(scales=(16, 40), square=True, resize=resize)
     assert segment(record, image, infer, "imagenet").shape == (5, 21, 34)
     for images, side in zip(seen, (16, 40), strict=True):
-        values = cv2.resize(normalise(image, "imagenet"), (side, side), interpolation=kind)
+        values = cv2.resize(normalise_image(image, "imagenet"), (side, side), interpolation=kind)
         assert torch.equal(images, to_tensor(values))
     with pytest.raises(ValueError, match="sides of 8 pixels or more"):
         SegInference(square=True)
@@ -129,7 +129,7 @@ def test_mirrored_image_gives_mirrored_scores() -> None:
 def test_the_network_gets_normalised_values_and_no_gradient() -> None:
     def check(images: Tensor) -> Tensor:
         assert torch.is_inference_mode_enabled()
-        expected = normalise(picture(), "caffe_bgr")
+        expected = normalise_image(picture(), "caffe_bgr")
         torch.testing.assert_close(images[0], to_tensor(expected), rtol=1e-5, atol=1e-4)
         return network(images)
 

@@ -185,9 +185,9 @@ def test_coarse_maps_are_added_up_on_their_own_grid() -> None:
     cam = cams.infer_cam(network, image, tags, infer, "imagenet")
     assert cam.maps.shape == (2, 37, 50) and cam.coarse is not None and cam.coarse.shape == (2, 10, 13)
     low = [m[:, [0, 2]] for m in kept]
-    np.testing.assert_array_equal(cam.coarse, cams.by_maximum(cams.merge(low, (10, 13))).numpy())
-    full = cams.merge(low, (48, 64))[:, :37, :50]  # at sides that are multiples of 16, then cut
-    np.testing.assert_allclose(cam.maps, cams.by_maximum(full).numpy(), rtol=1e-6)
+    np.testing.assert_array_equal(cam.coarse, cams.scale_by_maximum(cams.merge_maps(low, (10, 13))).numpy())
+    full = cams.merge_maps(low, (48, 64))[:, :37, :50]  # at sides that are multiples of 16, then cut
+    np.testing.assert_allclose(cam.maps, cams.scale_by_maximum(full).numpy(), rtol=1e-6)
     nothing = cams.infer_cam(network, image, 0 * tags, infer, "imagenet")
     assert nothing.maps.shape == (0, 37, 50) and nothing.coarse is not None and nothing.coarse.shape == (0, 10, 13)
 

@@ -30,16 +30,16 @@ def test_the_box_is_that_of_the_largest_contour_above_the_threshold() -> None:
 def test_the_two_protocols_end_a_box_at_the_border_differently() -> None:
     scores = bright((10, 20, SIDE, SIDE, 1.0))
     assert wsol.fixed_box(scores, 0.1).tolist() == [10, 20, SIDE, SIDE]
-    boxes, largest = wsol.all_boxes(wsol.levels(scores), 0.1)
+    boxes, largest = wsol.all_boxes(wsol.to_levels(scores), 0.1)
     assert boxes.tolist() == [[10, 20, SIDE - 1, SIDE - 1]] and largest == 0
 
 
 def test_a_map_without_a_contour_has_the_published_boxes() -> None:
-    nothing = wsol.by_range(np.full((SIDE, SIDE), 3.0))
+    nothing = wsol.stretch_map(np.full((SIDE, SIDE), 3.0))
     assert not nothing.any()
     assert wsol.fixed_box(nothing, 0.1).tolist() == [0, 0, 1, 1]
-    assert wsol.all_boxes(wsol.levels(nothing), 0.1)[0].tolist() == [[0, 0, 0, 0]]
-    assert not wsol.by_range(np.full((3, 3), np.nan)).any()
+    assert wsol.all_boxes(wsol.to_levels(nothing), 0.1)[0].tolist() == [[0, 0, 0, 0]]
+    assert not wsol.stretch_map(np.full((3, 3), np.nan)).any()
 
 
 def test_the_threshold_is_relative_to_the_maximum_and_strict() -> None:
@@ -52,7 +52,7 @@ def test_the_threshold_is_relative_to_the_maximum_and_strict() -> None:
 def test_overlap_counts_both_ends_of_a_box() -> None:
     box = np.array([[0, 0, 9, 9]])
     others = np.array([[0, 0, 9, 9], [5, 0, 14, 9], [10, 0, 19, 9], [40, 40, 50, 50]])
-    assert wsol.iou(box, others)[0] == pytest.approx([1, 1 / 3, 0, 0])
+    assert wsol.box_iou(box, others)[0] == pytest.approx([1, 1 / 3, 0, 0])
 
 
 def test_true_boxes_come_to_the_grid() -> None:
@@ -72,14 +72,14 @@ def test_true_boxes_come_to_the_grid() -> None:
 )
 def test_top1_and_top5_need_class_and_box(best: list[int], boxes: list[list[int]], flags: tuple[int, ...]) -> None:
     truth = np.array([[0, 0, 19, 19]])
-    verdict = wsol.judge(np.array(best), np.array(boxes), truth[0], 1, truth)
+    verdict = wsol.judge_boxes(np.array(best), np.array(boxes), truth[0], 1, truth)
     assert (verdict.cls_top1, verdict.cls_top5, verdict.loc_top1, verdict.loc_top5) == flags
     assert verdict.gt_known and verdict.iou == 1
 
 
 def test_half_an_overlap_is_enough_for_gt_known_only() -> None:
     truth, half = np.array([[0, 0, 19, 19]]), np.array([[0, 0, 19, 9]])
-    verdict = wsol.judge(np.array([1]), half, half[0], 1, truth)
+    verdict = wsol.judge_boxes(np.array([1]), half, half[0], 1, truth)
     assert verdict.iou == 0.5 and verdict.gt_known and not verdict.loc_top1
 
 
@@ -95,8 +95,8 @@ def test_half_an_overlap_is_enough_for_gt_known_only() -> None:
 )
 def test_kinds_of_errors(box: list[int], truth: list[list[int]], kind: str) -> None:
     found = np.array([box])
-    assert wsol.judge(np.array([1]), found, found[0], 1, np.array(truth)).error == kind
-    assert wsol.judge(np.array([0]), found, found[0], 1, np.array(truth)).error == "class"
+    assert wsol.judge_boxes(np.array([1]), found, found[0], 1, np.array(truth)).error == kind
+    assert wsol.judge_boxes(np.array([0]), found, found[0], 1, np.array(truth)).error == "class"
 
 
 def test_the_best_classes_come_in_order_and_ties_by_number() -> None:
@@ -107,7 +107,7 @@ def test_the_best_classes_come_in_order_and_ties_by_number() -> None:
 def test_each_overlap_has_its_own_threshold_in_v2_and_all_contours_count() -> None:
     # the object is the smaller bright part: only all contours find it; its box is right above 0.3 alone
     scores = bright((0, 0, 40, 12, 0.3), (5, 20, 15, 30, 1.0), (5, 20, 15, 40, 0.3), (5, 20, 15, 30, 1.0))
-    truth, taus = np.array([[5, 20, 14, 29]]), wsol.thresholds(0.1)
+    truth, taus = np.array([[5, 20, 14, 29]]), wsol.list_thresholds(0.1)
     single, multi = wsol.best_overlaps(scores, taus, truth)
     assert single[1] < 0.1 and multi[1] == pytest.approx(11 * 11 / (11 * 21) * 100 / 121, rel=0.1)
     assert single[5] == multi[5] == pytest.approx(100 / 121)  # boxes end one later than the truth
@@ -121,7 +121,7 @@ def test_each_overlap_has_its_own_threshold_in_v2_and_all_contours_count() -> No
 def test_pxap_of_a_perfect_and_of_a_blind_map() -> None:
     region = np.zeros((SIDE, SIDE), np.uint8)
     region[:, :10], region[:, 10:12] = 1, 255
-    taus = wsol.thresholds(0.05)
+    taus = wsol.list_thresholds(0.05)
     perfect = (region == 1).astype(np.float64)
     perfect[:, 10:12] = 1  # not counted
     assert wsol.pxap(wsol.region_histograms(perfect, region, taus)) == pytest.approx(100)

@@ -19,7 +19,7 @@ import run_sample
 from misc.config import override
 from misc.files import store
 from misc.files.images import read_image
-from misc.image.pixels import box_mask, normalise, resize_image, to_tensor
+from misc.image.pixels import box_mask, normalise_image, resize_image, to_tensor
 from misc.propagate.par import PixelAdaptive
 from net.backbone.conformer import ConformerOptions
 from net.backbone.transformer import QueryKey
@@ -410,7 +410,8 @@ def test_measuring_the_entropy_of_a_trained_network(tmp_path: Path) -> None:
     network, expected = load_cam_network(job, torch.device("cpu")), []
     for image_id in job.train_ids():
         pixels = resize_image(read_image(job.catalog.image_path(image_id)), (32, 32))
-        image, tags = to_tensor(normalise(pixels, "imagenet"))[None], torch.tensor(job.catalog.tags(image_id))[None]
+        image = to_tensor(normalise_image(pixels, "imagenet"))[None]
+        tags = torch.tensor(job.catalog.tags(image_id))[None]
         if tags.any():
             expected.append(network.layer_entropy(image, tags)[0])
     mean = torch.stack(expected).mean(0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from misc.image.pixels import normalise
+from misc.image.pixels import normalise_image
 from net import export, registry
 from net.contract import Segmenter, SingleStage
 
@@ -41,7 +41,7 @@ def test_the_file_computes_what_the_network_computes(name: str, tmp_path: Path) 
     for batch, height, width in SIZES:
         images = rng.integers(0, 256, (batch, height, width, 3), dtype=np.uint8)
         found = session.run(None, {"image": images.transpose(0, 3, 1, 2).astype(np.float32)})[0]
-        values = torch.from_numpy(np.stack([normalise(image, net.normalisation) for image in images]))
+        values = torch.from_numpy(np.stack([normalise_image(image, net.normalisation) for image in images]))
         with torch.no_grad():
             wanted = net.logits(values.permute(0, 3, 1, 2))
             wanted = torch.nn.functional.interpolate(

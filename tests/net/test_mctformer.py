@@ -13,7 +13,7 @@ from torch import Tensor
 from misc.config import Fit, override
 from misc.image import pixels
 from misc.image.cam import Cam
-from misc.infer.cams import by_range
+from misc.infer.cams import scale_by_range
 from misc.loop.fit import lr_factor
 from net.backbone.transformer import Attention, AttentionSums, QueryKey
 from net.backbone.vit import ViTOptions, resize_positions
@@ -399,7 +399,7 @@ def test_cosine_with_a_prefix() -> None:
 def test_normalisation_by_range() -> None:
     total = torch.tensor([[[2.0, 6.0, 4.0]], [[5.0, 5.0, 5.0]]])
     expected = torch.tensor([[[0.0, 1.0, 0.5]], [[0.0, 0.0, 0.0]]])
-    torch.testing.assert_close(by_range(total), expected)
+    torch.testing.assert_close(scale_by_range(total), expected)
 
 
 def test_truncated_image_loses_a_level_here_and_there() -> None:

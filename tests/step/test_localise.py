@@ -88,7 +88,7 @@ def test_recorded_boxes_are_those_of_the_maps(finished: Path, data: Path) -> Non
     for path in (finished / "box").iterdir():
         found = store.read_arrays(path)
         target = int(open_job(run_sample.parse(arguments(data, finished))).catalog.tags(path.stem).argmax())
-        verdict = wsol.judge(found["best"], found["boxes"], found["known"], target, found["truth"])
+        verdict = wsol.judge_boxes(found["best"], found["boxes"], found["known"], target, found["truth"])
         assert {k: v.item() for k, v in found.items() if k in vars(verdict)} == pytest.approx(vars(verdict))
         assert len(found["best"]) == 5 and found["overlap"].shape == (2, 20) and found["pixels"].sum() == 64 * 64
         # the map that is kept is that of the best class: its box can be found in it again

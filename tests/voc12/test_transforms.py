@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms import functional
 
 from misc.config import Augment
-from misc.image.pixels import normalise
+from misc.image.pixels import normalise_image
 from voc12 import transforms
 from voc12.transforms import TrainSample, augment_sample
 
@@ -202,7 +202,7 @@ def test_jitter_is_applied_as_often_as_asked() -> None:
     assert 20 <= sum(plain) <= 36
     sample, numbers = located(), rng(5)
     transforms.jitter_colours(sample, (0.4, 0, 0, 0), numbers)
-    sample.image = normalise(sample.image, "imagenet")
+    sample.image = normalise_image(sample.image, "imagenet")
     transforms.crop_sample(sample, 40, numbers)
     assert np.array_equal(jittered(1.0, 5), sample.image)
     with pytest.raises(ValueError, match="jitter_probability"):
@@ -227,7 +227,7 @@ def test_operations_come_in_the_order_of_the_recipe() -> None:
     canvas[zero.box[0] : zero.box[1], zero.box[2] : zero.box[3]] = False
     assert np.array_equal(black.image[~canvas], zero.image[~canvas])
     assert not zero.image[canvas].any()
-    assert np.allclose(black.image[canvas], normalise(np.zeros((1, 1, 3), np.uint8), "imagenet")[0, 0])
+    assert np.allclose(black.image[canvas], normalise_image(np.zeros((1, 1, 3), np.uint8), "imagenet")[0, 0])
 
 
 def test_scale_of_a_batch_is_common_and_the_rest_is_not() -> None:
@@ -289,7 +289,7 @@ def test_rand_augment_and_erase_are_those_of_timms_training_transform() -> None:
         next(op for op in whole.transforms if type(op).__name__ == name) for name in ("RandAugment", "RandomErasing")
     )
     image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    values = normalise(image, "imagenet")
+    values = normalise_image(image, "imagenet")
     changed = erased = 0
     for seed in range(30):
         seeded(seed)

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from misc.image.labels import IGNORE
 from voc12.generated.marks import DECOYS, MARKS, OUTLINES, Array, draw_badge
-from voc12.tags import IGNORE
 
 SUPER = 2  # pictures are drawn at this multiple of their size, then averaged down
 SPLIT_YEARS = {"train": 2025, "val": 2026}  # the year in an image's id

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from pycocotools import mask as rle
 
-from voc12.tags import IGNORE, DataError, checked_classes
+from misc.image.labels import IGNORE
+from voc12.tags import DataError, checked_classes
 
 Crowds = Literal["background", "ignore"]
 
