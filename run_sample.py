@@ -41,8 +41,6 @@ def parse(argv: Sequence[str]) -> Config:
     registry.load_methods()
     method = argv[0] if argv and not argv[0].startswith("-") else "seam"
     preset = _value(argv, "--preset") or "sample"
-    if preset not in ("published", "sample"):
-        raise ValueError(f"--preset {preset}: there are published and sample.")
     base = default_config(method, preset, _value(argv, "--refiner"), _value(argv, "--segmenter"))
     if _value(argv, "--voc12-root") and not _value(argv, "--data"):
         base = dataclasses.replace(base, data="voc12")

@@ -24,6 +24,7 @@ from misc.score.objects import Instances
 from net.groups import Group
 
 Preset = str
+"""Name of a recipe, a value of ``--preset``."""
 
 
 class Network(nn.Module, ABC):
@@ -164,8 +165,8 @@ class SegmentRecipe(Phase, SegmentTest):
 class Recipe:
     """A method's whole pipeline: its own part, and what it asks of the refiner and the segmenter it was published with.
 
-    ``refine`` and ``segment`` are dotted overrides of the named refiner's and segmenter's own recipe of the same
-    preset (a method's file does not import theirs).
+    ``refine`` and ``segment`` are dotted overrides of the named refiner's and segmenter's own recipe (a method's file
+    does not import theirs): that of the same preset name, or where they have none of that name, of ``base``.
     """
 
     cam: SeedRecipe
@@ -173,8 +174,10 @@ class Recipe:
     refine: Mapping[str, Any] = field(default_factory=dict)
     segmenter: str = "deeplabv1"
     segment: Mapping[str, Any] = field(default_factory=dict)
+    base: Literal["published", "sample"] = "published"
+    """Which recipe of the refiner and the segmenter goes with this one where they have none of its name."""
     data: str | None = None
-    """Data set of the recipe, a name of ``--data``. None: voc12, or the generated sample set."""
+    """Data set of the recipe, a name of ``--data``. None: voc12, or of the preset sample the generated sample set."""
     own: SegmentTest | None = None
     """How the CAM network's own masks are predicted, where it is a ``SingleStage`` (the segmenter named ``OWN``)."""
 
@@ -183,7 +186,7 @@ class SeedNetwork(Network):
     """A CAM network: trained from tags, gives class maps."""
 
     recipes: ClassVar[Mapping[Preset, Recipe]]
-    """'published' and 'sample'."""
+    """By the names of ``--preset``: 'published', 'sample' and variants, such as 'published_cub'."""
     map_needs_gradient: ClassVar[bool] = False
     """Whether ``cam`` runs a backward pass (then it is called with gradients enabled)."""
 
@@ -221,7 +224,7 @@ class AffinityNetwork(Network):
     """A refiner: makes training labels from CAMs, learns affinities, refines the CAMs by a random walk."""
 
     recipes: ClassVar[Mapping[Preset, RefineRecipe]]
-    """'published' and 'sample'."""
+    """'published', 'sample' and variants: see ``Recipe``."""
     plane_fill: ClassVar[float] = 0.0
     """What the label planes hold where a training crop shows no image."""
 
@@ -275,7 +278,7 @@ class Segmenter(Network):
     """A segmentation network trained on (pseudo) masks. Cross entropy over the non-ignored pixels of the batch."""
 
     recipes: ClassVar[Mapping[Preset, SegmentRecipe]]
-    """'published' and 'sample'."""
+    """'published', 'sample' and variants: see ``Recipe``."""
     loss_align_corners: ClassVar[bool] = True
     """Bilinear convention when logits are resized to the mask for the loss."""
 

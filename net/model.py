@@ -128,7 +128,7 @@ def _predicts_masks(description: Mapping[str, Any]) -> bool:
 
 def _as_segmenter(recipe: Phase, method: str, description: Mapping[str, Any]) -> SegmentRecipe:
     """The recipe of a CAM network that predicts masks, with its test settings."""
-    own = registry.SEEDS[method].recipes[description["preset"]].own
+    own = registry.find_recipe(registry.SEEDS[method], description["preset"]).own
     assert own is not None
     test = restored(own, description.get("own", {}))
     return SegmentRecipe(**{f.name: getattr(recipe, f.name) for f in fields(Phase)}, infer=test.infer)
@@ -138,8 +138,10 @@ def _recipe(part: Part, method: str, preset: str) -> Phase:
     tables = {"cam": registry.SEEDS, "aff": registry.REFINERS, "seg": registry.SEGMENTERS}
     if method not in tables[part]:
         raise ValueError(f"there is no {_NAMES[part]} named {method}")
-    recipe = tables[part][method].recipes[preset]
-    return recipe.cam if part == "cam" else recipe
+    if part == "cam":
+        return registry.find_recipe(tables[part][method], preset).cam
+    # the preset may be a variant of the CAM method's; the fields are of the same types in all
+    return registry.find_recipe(tables[part][method], preset, "published")
 
 
 def _build(recipe: Phase, num_classes: int, path: Path) -> Network:

@@ -1,33 +1,49 @@
 """The methods by the names they have on the command line.
 
-Adding a method is one new file in net/seed, net/refine or net/segment: its class is registered by a decorator and
-found by name.
+Adding a method is one new file in net/seed, net/refine or net/segment (or one package): its class is registered by a
+decorator under the file's name and found by it. No other file changes.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from net.contract import AffinityNetwork, SeedNetwork, Segmenter
+from net.contract import AffinityNetwork, Preset, SeedNetwork, Segmenter
 
 SEEDS: dict[str, type[SeedNetwork]] = {}
 REFINERS: dict[str, type[AffinityNetwork]] = {}
 SEGMENTERS: dict[str, type[Segmenter]] = {}
+BROKEN: dict[str, str] = {}
+"""Files (net/seed/NAME.py) that could not be imported, and why."""
 
 OWN = "own"
 """On the command line: the segmenter is the CAM network itself."""
+BASES = ("published", "sample")
+"""Presets that every method has."""
+ROOMS: dict[str, dict[str, Any]] = {"seed": SEEDS, "refine": REFINERS, "segment": SEGMENTERS}
+"""Folder of net -> its registry."""
 
-C = TypeVar("C", bound=type)
+T = TypeVar("T", bound=type)
 
 
-def _register(table: dict[str, Any], name: str) -> Callable[[C], C]:
-    def add(cls: C) -> C:
+def _register(room: str, name: str) -> Callable[[T], T]:
+    table = ROOMS[room]
+
+    def add(cls: T) -> T:
         if name in table:
             raise ValueError(f"Two classes are registered as {name!r}: {table[name].__name__} and {cls.__name__}.")
+        home, _, rest = cls.__module__.partition(f"net.{room}.")
+        if not home and rest.partition(".")[0] != name:
+            raise ValueError(f"{cls.__name__} is registered as {name!r}: the name must be that of its file.")
+        recipes = getattr(cls, "recipes", {})
+        if missing := [preset for preset in BASES if preset not in recipes]:
+            raise ValueError(f"{cls.__name__}.recipes has no {' and no '.join(map(repr, missing))}.")
         cls.name = name  # type: ignore[attr-defined]
         table[name] = cls
         return cls
@@ -35,23 +51,66 @@ def _register(table: dict[str, Any], name: str) -> Callable[[C], C]:
     return add
 
 
-def seed(name: str) -> Callable[[C], C]:
-    """Register a CAM network under the name it has on the command line."""
-    return _register(SEEDS, name)
+def seed(name: str) -> Callable[[T], T]:
+    """Register a CAM network under the name it has on the command line, that of its file.
+
+    The decorator raises ValueError where the name is taken or not the file's, or a recipe of ``BASES`` is missing.
+    """
+    return _register("seed", name)
 
 
-def refiner(name: str) -> Callable[[C], C]:
-    """Register an affinity network under the name it has on the command line."""
-    return _register(REFINERS, name)
+def refiner(name: str) -> Callable[[T], T]:
+    """Register an affinity network under the name it has on the command line; see ``seed``."""
+    return _register("refine", name)
 
 
-def segmenter(name: str) -> Callable[[C], C]:
-    """Register a segmentation network under the name it has on the command line."""
-    return _register(SEGMENTERS, name)
+def segmenter(name: str) -> Callable[[T], T]:
+    """Register a segmentation network under the name it has on the command line; see ``seed``."""
+    return _register("segment", name)
 
 
 def load_methods() -> None:
-    """Import every file of net/seed, net/refine and net/segment, which fills the registries."""
-    for room in ("seed", "refine", "segment"):
+    """Import every file and package of net/seed, net/refine and net/segment, which fills the registries.
+
+    One that does not import, or that registers nothing, is named with the error in a warning and in ``BROKEN``; the
+    others are there.
+    """
+    for room, table in ROOMS.items():
         for module in pkgutil.iter_modules([str(Path(__file__).parent / room)]):
-            importlib.import_module(f"net.{room}.{module.name}")
+            file = f"net/{room}/{module.name}" + ("/__init__.py" if module.ispkg else ".py")
+            if module.name in table or file in BROKEN:
+                continue
+            try:
+                importlib.import_module(f"net.{room}.{module.name}")
+                if module.name not in table:
+                    raise ValueError(f"no class in it is registered as {module.name!r}")
+            except Exception as error:
+                table.pop(module.name, None)
+                last = traceback.extract_tb(error.__traceback__)[-1]
+                where = f"{Path(last.filename).name}:{last.lineno}"
+                if isinstance(error, SyntaxError):
+                    where = f"{Path(error.filename or '').name}:{error.lineno}"
+                BROKEN[file] = f"{type(error).__name__}: {error} ({where})"
+                warnings.warn(f"{file} is left out, it does not import: {BROKEN[file]}", stacklevel=2)
+
+
+def find_method(table: Mapping[str, T], name: str, what: str) -> T:
+    """The registered class of a name; ValueError lists the names there are, and the files that do not import."""
+    if name in table:
+        return table[name]
+    for file, error in BROKEN.items():
+        if file.split("/")[2].removesuffix(".py") == name:
+            raise ValueError(f"The {what} {name!r} can't be used, {file} does not import: {error}")
+    raise ValueError(f"There is no {what} {name!r}. There are: {', '.join(sorted(table))}.")
+
+
+def find_recipe(cls: type, preset: Preset, base: Preset | None = None) -> Any:
+    """The recipe of a registered class by the name of the preset, or where it has none of that name, that of ``base``.
+
+    Raises ValueError with the names there are where it has neither.
+    """
+    recipes: Mapping[Preset, Any] = cls.recipes  # type: ignore[attr-defined]
+    for name in (preset, base):
+        if name in recipes:
+            return recipes[name]
+    raise ValueError(f"{cls.name} has no preset {preset!r}. There are: {', '.join(recipes)}.")  # type: ignore[attr-defined]

@@ -20,16 +20,5 @@
 # Conformer-S (77.2, 90.9, 94.1): --cam.network.backbone conformer --cam.weights conformer_small_patch16.pth
 set -euo pipefail
 . "$(dirname "$0")/system.sh" method= root -- "$@"
-recipe=()
-if [ "$method" = crt ]; then
-    recipe=(--cam.network.cnn.depth 3 4 6 3 --cam.network.cnn.pretrained resnet50.tv_in1k
-        --cam.network.transformer.drop-path 0.1 --cam.network.no-tiles --cam.network.rounds 1
-        --cam.network.loss cross_entropy --cam.network.agreement 1 --cam.network.agreement-size grid
-        --cam.network.agreement-epochs alternating --cam.network.epochs 60 --cam.network.optimisers two
-        --cam.fit.epochs 60 --cam.fit.batch-size 64 --cam.fit.optimiser adamw --cam.fit.lr 5e-5
-        --cam.fit.weight-decay 0.05 --cam.fit.schedule step --cam.fit.step-epochs 30
-        --cam.augment.order square crop flip normalize --cam.augment.square 256 --cam.augment.crop 224
-        --cam.infer.scales 224 --cam.infer.square --cam.infer.resize bilinear --cam.infer.no-flip
-        --cam.infer.round-up 1 --cam.infer.coarse 0 --cam.infer.normalise minmax --cam.boxes.threshold 0.1)
-fi
-launch "$method" --data cub200 --root "$root" --val-list test --seed 26 --machine.amp off ${recipe[@]+"${recipe[@]}"}
+[ "$method" = crt ] && preset=published_cub
+launch "$method" --data cub200 --root "$root" --val-list test --seed 26 --machine.amp off

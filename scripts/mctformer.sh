@@ -19,9 +19,5 @@
 #   7 infer_seg    val                   -     71.9    74.0    papers (a user's v2: 71.1)
 set -euo pipefail
 . "$(dirname "$0")/system.sh" version= root classifier -- "$@"
-recipe=(--cam.network.version "$version")
-if [ "$version" = plus ]; then
-    recipe+=(--cam.network.backbone.image-size 448 --cam.augment.crop 448 --cam.fit.batch-size 32 --cam.fit.epochs 45
-        --cam.fit.lr 3.125e-5 --cam.infer.scales 1.0 0.75 1.25)
-fi
-launch mctformer --data voc12 --root "$root" "${recipe[@]}" --aff.weights "$classifier" --seg.weights "$classifier"
+[ "$version" = v2 ] || preset=published_$version
+launch mctformer --data voc12 --root "$root" --aff.weights "$classifier" --seg.weights "$classifier"

@@ -17,58 +17,57 @@ from pathlib import Path
 import tyro
 
 from misc.files.runfolder import RunFolder
+from net import registry
 
 ROOT = Path(__file__).resolve().parents[1]
 
-METHODS = {
-    "psa": "",
-    "irn_cam": "",
-    "seam": "",
-    "puzzlecam": "",
-    "puzzlecam_resnet50": "--cam.network.backbone resnet",
-    "tscam": "",
-    "mctformer": "",
-    "mctformer_v1": "--cam.network.version v1",
-    "mctformer_plus": "--cam.network.version plus --cam.network.backbone.image-size 448 --cam.augment.crop 448",
-    "transcam": "",
+SPECIAL = {
+    "puzzlecam:published:resnet50": "--cam.network.backbone resnet",
     "aream_mctformer": "--cam.fit.steps 2",  # the pairs' loss waits for a sixth of the training
     "aream_conformer": "--cam.fit.steps 2",
     "semformer": "--cam.caae.weights none --cam.caae.fit.steps 1 --cam.caae.fit.batch-size {batch}",
     # the branches' difference counts from the second epoch on. Batch normalisation is frozen: random weights of 50
     # blocks give enormous values, and a second step only where the first one moved nothing
     "crt": "--cam.fit.steps 2 --cam.fit.lr 1e-30",
+    "crt:published_cub": "--cam.fit.steps 2 --cam.fit.lr 1e-30 --cam.network.agreement-from 0.5",
     "getam": "--cam.fit.steps 3 --saliency {saliency}",  # the third step is in the second half of the training
-    "getam_without_saliency": "--cam.fit.steps 3 --cam.network.label.no-saliency",
-    "getam_vitb": "--cam.fit.steps 3 --saliency {saliency} --cam.network.dpt.backbone vitb",
-    "getam_deitb_distilled": "--cam.fit.steps 3 --saliency {saliency} --cam.network.dpt.backbone deitb_distilled",
+    "getam:published:without_saliency": "--cam.fit.steps 3 --cam.network.label.no-saliency",
+    "getam:published:vitb": "--cam.fit.steps 3 --saliency {saliency} --cam.network.dpt.backbone vitb",
+    "getam:published:deitb_distilled": (
+        "--cam.fit.steps 3 --saliency {saliency} --cam.network.dpt.backbone deitb_distilled"
+    ),
 }
-"""What a method, or a variant of it (METHOD_VARIANT), needs besides the flags of all."""
+"""What METHOD, METHOD:PRESET or METHOD:PRESET:VARIANT needs besides the flags of all."""
 
-SEGMENTERS = ("deeplabv1", "deeplabv1_largefov", "deeplabv2", "deeplabv3plus")
+registry.load_methods()
+RECIPES = tuple(
+    method if preset == "published" else f"{method}:{preset}"
+    for method, cls in sorted(registry.SEEDS.items())
+    for preset in cls.recipes
+    if preset.startswith("published")
+)
+"""The published recipes of all methods, METHOD or METHOD:PRESET."""
+METHODS = (*RECIPES, *(name for name in SPECIAL if name not in RECIPES))
+SEGMENTERS = tuple(sorted(registry.SEGMENTERS))
 """Trained on the true masks, as there are no others."""
-
-
-def method_of(name: str) -> str:
-    """The method on the command line: name of a variant -> method."""
-    whole = ("irn_cam", "aream_mctformer", "aream_conformer")
-    return name if name in whole else name.partition("_")[0]
 
 
 def flags(name: str, root: Path, out: Path, batch: int) -> list[str]:
     """The arguments of run_sample.py for a name of ``METHODS`` or ``SEGMENTERS``; what is its own comes last and
     wins."""
-    method, part, own = method_of(name), "cam", METHODS.get(name, "")
+    method, preset, *_ = [*name.split(":"), "published"]
+    part, own = "cam", SPECIAL.get(name, "")
     if name in SEGMENTERS:
         method, part, own = "seam", "seg", f"--segmenter {name} --masks truth"
     common = (
-        f"{method} --preset published --data voc12 --steps train_{part} --{part}.weights none --{part}.fit.steps 1 "
+        f"{method} --preset {preset} --data voc12 --steps train_{part} --{part}.weights none --{part}.fit.steps 1 "
         f"--{part}.fit.batch-size {batch} --machine.device cpu --machine.workers 0"
     )
     special = [word.format(batch=batch, saliency=root / "Saliency") for word in own.split()]
-    return [*common.split(), "--root", str(root), "--out", str(out / name), *special]
+    return [*common.split(), "--root", str(root), "--out", str(out / name.replace(":", "_")), *special]
 
 
-def main(root: Path, methods: Sequence[str] = tuple(METHODS), out: Path = Path("runs/one_step"), batch: int = 2) -> int:
+def main(root: Path, methods: Sequence[str] = METHODS, out: Path = Path("runs/one_step"), batch: int = 2) -> int:
     """Run the steps one after the other, each in a process of its own; a step that has run is not run again.
 
     Args:
@@ -90,7 +89,7 @@ def main(root: Path, methods: Sequence[str] = tuple(METHODS), out: Path = Path("
             failed = 1
             rows.append(f"{name:<24} failed")
             continue
-        (step,) = RunFolder(out.resolve() / name).record()["steps"].values()
+        (step,) = RunFolder(out.resolve() / name.replace(":", "_")).record()["steps"].values()
         rows.append(f"{name:<24} {step['seconds']:8.1f} s {step.get('peak_memory_mb', float('nan')) / 1024:8.1f} GiB")
     print("\n" + "\n".join([f"{f'batch {batch}':<24} {'training':>10} {'peak':>12}", *rows]))
     return failed

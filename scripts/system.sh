@@ -1,4 +1,5 @@
-# Sourced by the scripts of the published systems: reads their arguments and runs the published recipe.
+# Sourced by the scripts of the published systems: reads their arguments and runs the published recipe, or the one
+# that the variable preset names.
 #
 # usage: . "$(dirname "$0")/system.sh" NAME... -- "$@"
 #        launch METHOD [flags of run_sample.py]
@@ -29,5 +30,5 @@ more=("$@")
 launch() {
     method=$1
     shift
-    exec .venv/bin/python run_sample.py "$method" --preset published "$@" ${more[@]+"${more[@]}"}
+    exec .venv/bin/python run_sample.py "$method" --preset "${preset:-published}" "$@" ${more[@]+"${more[@]}"}
 }

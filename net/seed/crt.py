@@ -15,8 +15,8 @@ from typing import Annotated, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from misc.checked import Count, Positive, Weight, When
-from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit
+from misc.checked import Count, Positive, Probability, Weight, When
+from misc.config import PRETRAINED_WEIGHTS, Augment, BoxInference, CamInference, Fit
 from net.backbone.resnet import SAMPLE_RESNET, ResNet, ResNetOptions, load_resnet
 from net.backbone.transformer import Visit
 from net.backbone.vit import SAMPLE_VIT, SemanticViT, ViTOptions
@@ -33,8 +33,8 @@ Tiles = tuple[int, int]
 
 @dataclass(frozen=True)
 class CrtOptions(Options):
-    """Both networks and their loss. The defaults are the published ones on VOC; scripts/crt_cub.sh has those on CUB,
-    which the comments call CUB."""
+    """Both networks and their loss. The defaults are the published ones on VOC; the preset published_cub has those on
+    CUB-200-2011, called CUB below."""
 
     cnn: ResNetOptions = field(
         default_factory=lambda: ResNetOptions(depth=(3, 8, 36, 3), frozen="layer2", pretrained="resnet152.tv_in1k")
@@ -53,10 +53,11 @@ class CrtOptions(Options):
     """Weight of the mean difference of the two branches' maps. CUB: 1."""
     agreement_size: Annotated[Literal["image", "grid"], When("agreement")] = "image"
     """Where the maps are compared: resized to the image, or (CUB) as they are."""
-    agreement_epochs: Annotated[Literal["later", "alternating"], When("agreement")] = "later"
-    """When: from the second epoch on, or (CUB) in the epochs e, from 1 on, with an odd e // 5."""
-    epochs: Count = 10
-    """Epochs of the training that agreement_epochs counts: the same as of fit.epochs. CUB: 60."""
+    agreement_from: Annotated[Probability, When("agreement")] = 1 / 10
+    """Fraction of the training after which the maps are pulled together: the first of 10 epochs (CUB: 4 of 60)."""
+    agreement_period: Annotated[Probability, When("agreement")] = 0.0
+    """From there on they are in the first half of every period of this fraction of the training. 0: always. CUB: 10 of
+    60 epochs."""
     optimisers: Literal["one", "two"] = "one"
     """one: everything by fit's rule, all of it decayed. two (CUB): the transformer by fit's, without decay on vectors
     and positions; the CNN by plain SGD at a constant rate."""
@@ -81,8 +82,8 @@ class CrtOptions(Options):
 
     def agrees(self, progress: float) -> bool:
         """Whether the maps are pulled together at this share of the training."""
-        epoch = int(progress * self.epochs + 1e-6) + 1  # from 1 on; k / n * n may fall short of k
-        return epoch > 1 if self.agreement_epochs == "later" else epoch // 5 % 2 == 1
+        since = progress - self.agreement_from + 1e-8  # k / n - m / n may fall short of (k - m) / n
+        return since > 0 and (self.agreement_period == 0 or since / self.agreement_period % 1 < 0.5)
 
 
 # ------------------------------------------------------------------------------------- tiles (crt.md section 4.1)
@@ -170,6 +171,36 @@ _PUBLISHED = Recipe(
     segmenter="deeplabv2",
 )
 
+# wsol.md sections 3, 5 and 6
+_PUBLISHED_CUB = Recipe(
+    cam=SeedRecipe(
+        network=CrtOptions(
+            cnn=ResNetOptions(frozen="layer2"),
+            transformer=ViTOptions(),
+            tiles=False,
+            rounds=1,
+            loss="cross_entropy",
+            agreement=1.0,
+            agreement_size="grid",
+            agreement_from=4 / 60,  # the epochs e, from 1 on, with an odd e // 5
+            agreement_period=10 / 60,
+            optimisers="two",
+        ),
+        fit=Fit(
+            epochs=60, batch_size=64, optimiser="adamw", lr=5e-5, weight_decay=0.05,
+            schedule="step", step_epochs=(30,),
+        ),
+        augment=Augment(order=("square", "crop", "flip", "normalize"), square=256, crop=224, flip=0.5),
+        weights=PRETRAINED_WEIGHTS,
+        infer=CamInference(scales=(224,), square=True, resize="bilinear", flip=False, normalise="minmax"),
+        boxes=BoxInference(threshold=0.1),
+    ),
+    refiner="irn",
+    refine={"label.threshold_fg": 0.35, "label.threshold_bg": 0.15, "walk.instances": False},
+    segmenter="deeplabv2",
+    data="cub200",
+)  # fmt: skip
+
 # trained from random weights; small tiles, so that images of the sample set have several
 _SAMPLE = Recipe(
     cam=SeedRecipe(
@@ -178,7 +209,7 @@ _SAMPLE = Recipe(
             transformer=replace(SAMPLE_VIT, image_size=64, depth=3, local_start=1.0),
             rounds=2,
             agreement=0.5,
-            epochs=30,
+            agreement_from=1 / 30,
             head_lr=1.0,
         ),
         fit=Fit(epochs=30, batch_size=16, optimiser="adamw", lr=1.5e-3, weight_decay=0.01),
@@ -256,7 +287,7 @@ class TransformerBranch(SemanticViT):
 class Crt(SeedNetwork):
     """Both branches; maps and class scores are the transformer's."""
 
-    recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
+    recipes = {"published": _PUBLISHED, "published_cub": _PUBLISHED_CUB, "sample": _SAMPLE}
     normalisation = SemanticViT.normalisation
 
     def __init__(self, options: CrtOptions, num_classes: int) -> None:

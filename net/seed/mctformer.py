@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.checked import Range, When, check
-from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit
+from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit, override
 from net.backbone.transformer import AttentionSums, spread_maps
 from net.backbone.vit import SAMPLE_VIT, Grid, MultiClassViT, ViTOptions, fit_positions, resize_positions
 from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
@@ -33,7 +33,7 @@ class MCTformerOptions(Options):
 
     version: Literal["v1", "v2", "plus"] = "v2"
     """v1: class tokens only. v2: with a patch map. plus: MCTformer+, published with backbone.image_size and crop 448,
-    batch 32, 45 epochs, lr 3.125e-5 and scales 1.0 0.75 1.25 (scripts/mctformer.sh sets them)."""
+    batch 32, 45 epochs, lr 3.125e-5 and scales 1.0 0.75 1.25 (the preset published_plus)."""
     backbone: ViTOptions = field(default_factory=ViTOptions)
     """Transformer."""
     map_layers: Annotated[int, Range(least=0)] = 0
@@ -130,6 +130,20 @@ _PUBLISHED = Recipe(
     segmenter="deeplabv1_largefov",
 )
 
+_PUBLISHED_V1 = override(_PUBLISHED, {"cam.network.version": "v1"})
+_PUBLISHED_PLUS = override(
+    _PUBLISHED,
+    {
+        "cam.network.version": "plus",
+        "cam.network.backbone.image_size": 448,
+        "cam.augment.crop": 448,
+        "cam.fit.batch_size": 32,
+        "cam.fit.epochs": 45,
+        "cam.fit.lr": 3.125e-5,
+        "cam.infer.scales": (1.0, 0.75, 1.25),
+    },
+)
+
 # trained from random weights; small patches, so that maps of small images have some detail
 _SAMPLE = Recipe(
     cam=SeedRecipe(
@@ -172,7 +186,12 @@ class MCTformer(MultiClassViT, SeedNetwork):
     State-dict names are those of the official checkpoints, which load strictly. Start weights are a DeiT's.
     """
 
-    recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
+    recipes = {
+        "published": _PUBLISHED,
+        "published_v1": _PUBLISHED_V1,
+        "published_plus": _PUBLISHED_PLUS,
+        "sample": _SAMPLE,
+    }
     mean_layers = False
     """Whether the map takes the mean over the layers or, published for V1 and V2, their sum."""
     published_layers: int | None = 3

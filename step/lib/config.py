@@ -48,8 +48,9 @@ class Config(Checked):
 
     method: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="METHOD")] = "seam"
     """The CAM method."""
-    preset: Literal["published", "sample"] = "sample"
-    """published: the paper's recipe. sample: tiny networks, minutes on two CPU cores."""
+    preset: str = "sample"
+    """Recipe, by its name in the method's file. published: the paper's, with its variants (such as published_cub).
+    sample: tiny networks, minutes on two CPU cores."""
     data: str = "sample"
     """Data set: sample (generated), voc12 (VOC 2012 or any folder in its layout), coco14 (MS-COCO 2014), folder (your
     own images and labels.csv: docs/your_data.md); of boxes, not masks: sample_cub (generated), cub200
@@ -144,30 +145,25 @@ def identity(flat: Mapping[str, Any]) -> dict[str, Any]:
     return {name: content(name, value) for name, value in flat.items()}
 
 
-def named(table: Mapping[str, Any], name: str, what: str) -> Any:
-    """The registered class of a name; ValueError lists the names there are."""
-    if name not in table:
-        raise ValueError(f"There is no {what} {name!r}. There are: {', '.join(sorted(table))}.")
-    return table[name]
-
-
 def default_config(method: str, preset: str, refiner: str | None = None, segmenter: str | None = None) -> Config:
     """The configuration of a method and preset before the command line changes it.
 
-    Where another refiner or segmenter than the method's own is named, that one's own recipe is taken. ValueError where
-    the method is to be its own segmenter and predicts no masks.
+    Refiner and segmenter have the recipe of that name, or where they have none, that of the method's recipe's ``base``;
+    the method's own settings of them apply where they are those that it was published with. ValueError for unknown
+    names, and where the method is to be its own segmenter and predicts no masks.
     """
     registry.load_methods()
-    recipe = named(registry.SEEDS, method, "method").recipes[preset]
+    recipe = registry.find_recipe(registry.find_method(registry.SEEDS, method, "method"), preset)
     refiner, segmenter = refiner or recipe.refiner, segmenter or recipe.segmenter
-    aff = named(registry.REFINERS, refiner, "refiner").recipes[preset]
+    aff = registry.find_recipe(registry.find_method(registry.REFINERS, refiner, "refiner"), preset, recipe.base)
     if segmenter == registry.OWN:
         if recipe.own is None:
             names = ", ".join(sorted(registry.SEGMENTERS))
             raise ValueError(f"--segmenter own: {method} predicts no masks itself. There are: {names}.")
         seg: contract.SegmentTest = recipe.own
     else:
-        seg = named(registry.SEGMENTERS, segmenter, "segmenter").recipes[preset]
+        chosen = registry.find_method(registry.SEGMENTERS, segmenter, "segmenter")
+        seg = registry.find_recipe(chosen, preset, recipe.base)
     if refiner == recipe.refiner:
         aff = settings.override(aff, recipe.refine)
     if segmenter == recipe.segmenter:

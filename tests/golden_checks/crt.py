@@ -19,10 +19,7 @@ from net.seed import crt
 from net.seed.crt import Crt, CrtOptions
 
 PUBLISHED = Crt.recipes["published"].cam
-CUB = {
-    "cnn.depth": (3, 4, 6, 3), "transformer.drop_path": 0.0, "tiles": False, "rounds": 1, "loss": "cross_entropy",
-    "agreement": 1.0, "agreement_size": "grid", "agreement_epochs": "alternating", "epochs": 60, "optimisers": "two",
-}  # fmt: skip
+CUB = Crt.recipes["published_cub"].cam
 
 
 def fill_cnn(case: Any, cnn: nn.Module, factor: float, keys: dict[str, list[int]]) -> None:
@@ -115,10 +112,10 @@ def check_crt_losses(case: Any) -> None:
     leaves = [torch.from_numpy(case.arrays[name]).requires_grad_() for name in ("cam_cnn", "cam_transformer")]
     tags = torch.tensor(given["labels"], dtype=torch.float32)
     assert options.agreement == given["cam_lambda"] and options.agreement_size == "image"
-    assert PUBLISHED.augment.crop == given["upsampled_size"] and options.epochs == PUBLISHED.fit.epochs
+    assert PUBLISHED.augment.crop == given["upsampled_size"] and options.agreement_from == 1 / PUBLISHED.fit.epochs
     network = _with_maps(options, leaves)
     batch = {"image": torch.zeros(len(tags), 3, *[given["upsampled_size"]] * 2), "tags": tags}
-    first, later = network(batch, 0.99 / options.epochs), network(batch, 1 / options.epochs)
+    first, later = (network(batch, share * options.agreement_from) for share in (0.99, 1))
     assert list(first) == ["cnn", "transformer"]
     sum(later.values()).backward()
     terms = [later["cnn"], later["transformer"], later["agreement"] / options.agreement]
@@ -174,7 +171,7 @@ def check_crt_cam_merge(case: Any) -> None:
 def check_crt_wsol_forward(case: Any) -> None:
     """CRT on CUB: both branches, the coupled maps, the loss with its gradients, and the epochs of the L1 term."""
     classes = case.meta["keys"]["head.bias"][0]
-    options = override(PUBLISHED.network, CUB)
+    options = override(CUB.network, {"transformer.drop_path": 0.0})
     network = options.build(classes, {})
     fill(case, network.transformer, case.meta["keys"])
     fill_cnn(case, network.cnn, factor(case), case.meta["keys_cnn"])
@@ -183,7 +180,7 @@ def check_crt_wsol_forward(case: Any) -> None:
     tags = one_hot(case.meta["input"]["targets"], classes)
     used = case.arrays["l1_term_used"]
     begins = np.arange(len(used)) / len(used)
-    assert options.epochs == len(used)
+    assert CUB.fit.epochs == len(used)
     for share in (0, 0.5, 0.999):  # of each epoch
         np.testing.assert_array_equal([options.agrees(p + share / len(used)) for p in begins], used)
     terms = network({"image": x, "tags": tags}, begins[used.argmax()])

@@ -105,7 +105,7 @@ def test_scores_are_the_means_of_the_maps_that_are_trained() -> None:
 
 
 def test_each_branch_learns_from_its_own_loss_and_both_from_their_difference() -> None:
-    net = network(epochs=2)
+    net = network(agreement_from=0.5)
 
     def reached(names: list[str], progress: float) -> set[str]:
         net.zero_grad()
@@ -130,7 +130,7 @@ def test_the_difference_is_weighted_and_compared_where_the_option_says() -> None
 
 
 def test_alternating_epochs() -> None:
-    options = override(SMALL, {"agreement_epochs": "alternating", "epochs": 20})
+    options = override(SMALL, {"agreement_from": 4 / 20, "agreement_period": 10 / 20})
     used = [epoch for epoch in range(1, 21) if options.agrees((epoch - 1) / 20)]
     assert used == [5, 6, 7, 8, 9, 15, 16, 17, 18, 19]
 
@@ -190,7 +190,7 @@ def test_two_weight_files_are_checked_before_any_work(tmp_path: Path, capsys: py
     assert f"{tmp_path / 'nothing.pth'}: there is no such file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", [{"rounds": 0}, {"epochs": 0}, {"loss": "l2"}])
+@pytest.mark.parametrize("wrong", [{"rounds": 0}, {"agreement_from": 1.5}, {"agreement_period": -0.5}, {"loss": "l2"}])
 def test_impossible_options_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         CrtOptions(**wrong)  # type: ignore[arg-type]

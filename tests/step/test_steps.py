@@ -26,7 +26,7 @@ from step.lib.config import Config, default_config
 registry.load_methods()
 
 CLASSES = 3
-PRESETS = ("published", "sample")
+PRESETS = [(name, preset) for name, cls in sorted(registry.SEEDS.items()) for preset in cls.recipes]
 
 
 # ---------------------------------------------------------------------------------------------- steps
@@ -72,20 +72,23 @@ def test_a_range_runs_forwards() -> None:
 
 
 @pytest.mark.parametrize(
-    "method, preset, refiner, segmenter",
-    list(product(sorted(registry.SEEDS), PRESETS, sorted(registry.REFINERS), sorted(registry.SEGMENTERS))),
+    "recipe, refiner, segmenter",
+    list(product(PRESETS, sorted(registry.REFINERS), sorted(registry.SEGMENTERS))),
 )
-def test_every_combination_has_a_configuration(method: str, preset: str, refiner: str, segmenter: str) -> None:
+def test_every_combination_has_a_configuration(recipe: tuple[str, str], refiner: str, segmenter: str) -> None:
+    method, preset = recipe
+    base = registry.SEEDS[method].recipes[preset].base
     cfg = default_config(method, preset, refiner, segmenter)
     assert (cfg.method, cfg.refiner, cfg.segmenter) == (method, refiner, segmenter)
-    assert type(cfg.aff) is type(registry.REFINERS[refiner].recipes[preset])
-    assert type(cfg.seg.network) is type(registry.SEGMENTERS[segmenter].recipes[preset].network)
+    aff = registry.find_recipe(registry.REFINERS[refiner], preset, base)
+    seg = registry.find_recipe(registry.SEGMENTERS[segmenter], preset, base)
+    assert type(cfg.aff) is type(aff) and type(cfg.seg.network) is type(seg.network)
     assert cfg.cam.phases()[-1][0] == "cam"
     flat = cfg.recorded()
     assert flat["cam.fit.lr"] == cfg.cam.fit.lr and "machine.workers" not in flat
 
 
-@pytest.mark.parametrize("method, preset", list(product(sorted(registry.SEEDS), PRESETS)))
+@pytest.mark.parametrize("method, preset", PRESETS)
 def test_every_method_has_a_command_line(method: str, preset: str) -> None:
     cfg = run_sample.parse([method, "--preset", preset, "--cam.fit.lr", "0.125", "--seg.infer.scales", "16", "32"])
     assert cfg.preset == preset and cfg.cam.fit.lr == 0.125 and cfg.seg.infer.scales == (16.0, 32.0)
@@ -102,6 +105,23 @@ def test_a_method_brings_its_own_settings_of_its_refiner_and_no_other() -> None:
     assert own.aff.walk.alpha == 6 and own.aff.walk.logt == 6
     plain = registry.REFINERS["psa"].recipes["published"]
     assert plain.walk.alpha == 16 and registry.SEEDS["seam"].recipes["published"].refine["walk.alpha"] == 6
+
+
+def test_a_variant_takes_the_recipe_of_its_name_of_refiner_and_segmenter_or_else_of_its_base(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    psa, seam = registry.REFINERS["psa"], registry.SEEDS["seam"]
+    variant = dataclasses.replace(seam.recipes["published"], refine={}, segment={})
+    monkeypatch.setattr(seam, "recipes", {**seam.recipes, "photos": dataclasses.replace(variant, base="sample")})
+    assert default_config("seam", "photos").aff == psa.recipes["sample"]
+    monkeypatch.setattr(seam, "recipes", {**seam.recipes, "photos": variant})
+    assert default_config("seam", "photos").aff == psa.recipes["published"]
+    own = settings.override(psa.recipes["published"], {"walk.beta": 3.0})
+    monkeypatch.setattr(psa, "recipes", {**psa.recipes, "photos": own})
+    cfg = default_config("seam", "photos")
+    assert cfg.aff == own and cfg.seg == registry.SEGMENTERS["deeplabv1"].recipes["published"]
+    with pytest.raises(ValueError, match="seam has no preset 'nothing'. There are: published, sample, photos"):
+        default_config("seam", "nothing")
 
 
 @pytest.mark.parametrize("what", [("nothing",), ("seam", "sample", "nothing"), ("seam", "sample", None, "nothing")])
