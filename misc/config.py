@@ -28,6 +28,10 @@ START_WORDS = ("none", "cam", PRETRAINED_WEIGHTS, REQUIRED_WEIGHTS)
 
 COSINE = When("schedule", "cosine", "timm_cosine")
 
+Precision = Literal["off", "bf16", "fp16", "fast"]
+"""off: float32 throughout, without TF32. bf16, fp16: mixed precision, matrix products and convolutions of the forward
+pass in this type (fp16 with loss scaling). fast: bf16 on GPUs that have it, float32 elsewhere, and TF32."""
+
 
 @dataclass(frozen=True)
 class Fit(Checked):
@@ -266,8 +270,9 @@ class Machine(Checked):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where networks run; auto: a GPU where there is one."""
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
-    """Mixed precision. auto: bf16 on GPUs that have it, off elsewhere."""
+    amp: Literal["recipe", "off", "bf16", "fp16", "fast"] = "recipe"
+    """Precision of all networks. recipe: what each network's recipe says (--cam.amp, --aff.amp, --seg.amp), the
+    published trainings' own. The others as there; fast is the choice where time counts more than the last digit."""
     workers: Annotated[int, Range(least=0)] = dataclasses.field(default_factory=lambda: min(8, os.cpu_count() or 1))
     """Worker processes for reading training images and for per-image work on the CPU. 0: none."""
     compile: bool = False
@@ -278,11 +283,26 @@ class Machine(Checked):
     checkpoint_every: Annotated[int | None, Range(least=1)] = None
     """Updates between two resume points. None: twenty times a training."""
 
+    def with_recipe(self, amp: Precision, device: torch.device) -> Machine:
+        """The machine at the precision that a network's recipe asks for, unless another one was named.
+
+        A recipe's fp16 is meant for GPUs: on the CPU, where it is slow, it is float32.
+        """
+        if self.amp != "recipe":
+            return self
+        return dataclasses.replace(self, amp="off" if amp == "fp16" and device.type == "cpu" else amp)
+
     def amp_dtype(self, device: torch.device) -> torch.dtype | None:
-        """The reduced precision that is used on a device, or None."""
-        if self.amp == "auto":
+        """The reduced precision that is used on a device, or None. Without a recipe (``with_recipe``): None."""
+        if self.amp == "fast":
             return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
-        return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.amp]
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.amp)
+
+    def precision(self, device: torch.device) -> str:
+        """The precision that is used on a device, in words."""
+        kind = {None: "float32", torch.bfloat16: "bfloat16 autocast", torch.float16: "float16 autocast"}
+        tf32 = " with TF32" if self.amp == "fast" and device.type == "cuda" else ""
+        return f"{kind[self.amp_dtype(device)]}{tf32}"
 
 
 def override(instance: _T, changes: Mapping[str, Any]) -> _T:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.checked import Checked
-from misc.config import Augment, BoxInference, CamInference, Fit, SegInference
+from misc.config import Augment, BoxInference, CamInference, Fit, Precision, SegInference
 from misc.image.cam import Cam
 from misc.image.labels import IGNORE
 from misc.loop.fit import Batch
@@ -113,6 +113,9 @@ class Phase(Checked):
     """Weights to start from: a checkpoint FILE (FILE,FILE for a network of two parts); 'none' for random ones; 'cam'
     for the CAM network that this run trained (refiners and segmenters of the same backbone); 'pretrained' for those
     that timm fetches from the internet, in networks that have some there (transformers and ResNets)."""
+    amp: Precision = "off"
+    """Precision of training and inference, unless --machine.amp names another. off: float32 throughout, without TF32.
+    bf16, fp16: mixed precision, fp16 on GPUs only. fast: bf16 on GPUs that have it, and TF32."""
     init: str = ""
     """What the checkpoint FILE was trained on, such as imagenet, or coco for COCO's pixel masks: said with every score.
     Empty: only the file's name is."""

@@ -11,7 +11,7 @@
 #              --cam.weights deit_small_patch16_224-cd65a155.pth,resnet152-b121ed2d.pth
 #              --aff.weights resnet50-19c8e357.pth
 #   hardware   the authors: two RTX 2080 Ti, batch 16 of 336 x 336. With N GPUs put "torchrun --nproc-per-node N" before
-#              run_sample.py; the batch stays the recipe's. Published in float32, hence amp off.
+#              run_sample.py; the batch stays the recipe's. Published in float32, as the recipe says.
 #
 #   step           list        expected                                                        source
 #   2 make_cam     train       57.7 mIoU (best background score)                               published
@@ -19,4 +19,4 @@
 #   7 infer_seg    val         71.2; test: 71.7 (DeepLab v2, ResNet-101, COCO start)           published
 set -euo pipefail
 . "$(dirname "$0")/system.sh" root coco -- "$@"
-launch crt --data voc12 --root "$root" --machine.amp off --seg.weights "$coco"
+launch crt --data voc12 --root "$root" --seg.weights "$coco"

@@ -9,7 +9,7 @@
 #              DeiT-S (and ResNet-50) are fetched from the internet by timm; without internet add
 #              --cam.weights deit_small_patch16_224-cd65a155.pth,resnet50-19c8e357.pth   (tscam: the first alone)
 #   hardware   the authors: one GPU, batch 64 (tscam: 128) of 224 x 224. With N GPUs put "torchrun --nproc-per-node N"
-#              before run_sample.py; the batch stays the recipe's. Published in float32, hence amp off.
+#              before run_sample.py; the batch stays the recipe's. Published in float32, as the recipe says.
 #
 #   step           list        expected (percent):  Loc Top-1  Top-5  GT-Known  Cls Top-1  Top-5    source
 #   8 localise     test        crt                  72.9       86.4   90.1      80.1       95.2     published
@@ -21,4 +21,4 @@
 set -euo pipefail
 . "$(dirname "$0")/system.sh" method= root -- "$@"
 [ "$method" = crt ] && preset=published_cub
-launch "$method" --data cub200 --root "$root" --val-list test --seed 26 --machine.amp off
+launch "$method" --data cub200 --root "$root" --val-list test --seed 26

@@ -15,7 +15,7 @@
 #              A released checkpoint (weight/NAME_last.pth) is tested without a training: copy it to
 #              RUN/weights/cam.pt first; to go on training from it, give it to --cam.weights
 #   backbone   --cam.network.dpt.backbone vitb_hybrid (default), vitb, deitb, deitb_distilled
-#   hardware   published: one GPU, batch 4 of 256 x 256 in float32, hence amp off (several GPUs: put
+#   hardware   published: one GPU, batch 4 of 256 x 256 in float32, as the recipe says (several GPUs: put
 #              "torchrun --nproc-per-node N" before run_sample.py; the batch stays the recipe's, and gradients are
 #              averaged in both phases)
 #
@@ -35,4 +35,4 @@
 # python run_sample.py getam --out runs/many --cams runs/one --segmenter deeplabv1.
 set -euo pipefail
 . "$(dirname "$0")/system.sh" root saliency -- "$@"
-launch getam --data voc12 --root "$root" --saliency "$saliency" --machine.amp off
+launch getam --data voc12 --root "$root" --saliency "$saliency"

@@ -10,7 +10,7 @@
 #              (torchvision's names) and add: --cam.weights resnet50-19c8e357.pth --aff.weights resnet50-19c8e357.pth
 #              --seg.weights resnet101-5d3b4d8f.pth
 #   hardware   batches of 16 and 32 crops of 512; one GPU. On several put "torchrun --nproc-per-node N" before
-#              run_sample.py: the pairs of all processes count as one batch. Published in float32, hence amp off.
+#              run_sample.py: the pairs of all processes count as one batch. Published in float32, as the recipe says.
 #
 #   step           list     expected                               source
 #   2 make_cam     train    48.3 mIoU (48.1 to 48.6)               paper, issues
@@ -20,4 +20,4 @@
 #                           DeepLab v2 on ResNet-101: not comparable
 set -euo pipefail
 . "$(dirname "$0")/system.sh" root -- "$@"
-launch irn_cam --data voc12 --root "$root" --machine.amp off
+launch irn_cam --data voc12 --root "$root"

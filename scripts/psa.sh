@@ -8,7 +8,7 @@
 #              IMAGENET_PARAMS  ilsvrc-cls_rna-a1_cls1000_ep-0001.params (ResNet38 A1, MXNet file of ademxapp)
 #   hardware   the authors: 2 to 4 GPUs of 12 GB, batch 16 in all. With 2 GPUs put
 #              "torchrun --nproc-per-node 2" before run_sample.py; the batches stay the recipe's (8 or 16, and 10 for
-#              the segmentation network: the number of GPUs must divide them). Published in float32, hence amp off.
+#              the segmentation network: the number of GPUs must divide them). Published in float32, as the recipe says.
 #
 #   step           list        expected                                   source
 #   2 make_cam     train       47.7 mIoU (released weights), 48.0         repository, paper
@@ -16,5 +16,4 @@
 #   7 infer_seg    val         61.7, with the paper's ResNet38; here DeepLab v1 as SEAM re-trains it, so not comparable
 set -euo pipefail
 . "$(dirname "$0")/system.sh" root params -- "$@"
-launch psa --data voc12 --root "$root" --cam.weights "$params" --aff.weights "$params" --seg.weights "$params" \
-    --machine.amp off
+launch psa --data voc12 --root "$root" --cam.weights "$params" --aff.weights "$params" --seg.weights "$params"

@@ -12,7 +12,7 @@
 #              resnet50-19c8e357.pth of torchvision
 #   hardware   the authors' is not stated; batch 32 of 512 x 512, each image twice (whole and in tiles). With N GPUs put
 #              "torchrun --nproc-per-node N" before run_sample.py; --cam.fit.micro-batch limits what one holds at a time.
-#              Published in float32, hence amp off.
+#              Published in float32, as the recipe says.
 #
 #   step           list        expected                                                      source
 #   2 make_cam     train       about 61.9 mIoU, ResNeSt-101 (best background score)          from memory, not checked
@@ -30,4 +30,4 @@ for phase in cam aff seg; do
         *) network+=("--$phase.network.backbone" resnest "--$phase.network.resnest.name" "$backbone") ;;
     esac
 done
-launch puzzlecam --data voc12 --root "$root" "${network[@]}" --machine.amp off
+launch puzzlecam --data voc12 --root "$root" "${network[@]}"

@@ -12,19 +12,20 @@ from step.lib import overlays
 from step.lib.config import Job
 from step.lib.inference import infer_class_scores
 from step.lib.networks import load_segmentation_network
-from step.lib.scoring import score_masks, start_weights
+from step.lib.scoring import precisions, score_masks, start_weights
 
 
 def run(job: Job, device: torch.device) -> None:
     """Predict the validation list and the training images that the report shows; score the former. No tags are used."""
     network = load_segmentation_network(job, device)
     infer = job.cfg.seg.infer
+    machine = job.machine(job.cfg.cam if job.single_stage else job.cfg.seg, device)
 
     def prepare(image_id: str) -> np.ndarray:
         return read_image(job.catalog.image_path(image_id))
 
     def work(image_id: str, image: np.ndarray) -> None:
-        scores = infer_class_scores(network, image, infer, job.cfg.machine, device)
+        scores = infer_class_scores(network, image, infer, machine, device)
         write_mask(job.run.seg(image_id), scores.argmax(0).astype(np.uint8))
 
     each(
@@ -42,5 +43,6 @@ def run(job: Job, device: torch.device) -> None:
         job, f"predictions ({trained_on})", job.cfg.val_list, job.run.seg, tags="none",
         scales=list(infer.scales), flip=infer.flip, crf_iterations=infer.crf.iterations,
         start_weights=start_weights(phase, job.cfg.cam),
+        precision=precisions(job, "cam" if job.single_stage else "seg", device),
         seen_in_training=sum(i in known for i in job.catalog.ids(job.cfg.val_list)),
     )

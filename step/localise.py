@@ -88,7 +88,7 @@ def run(job: Job, device: torch.device) -> None:
             return list(infer_raw_maps(network.cam, image, asked, infer, kind, device))
 
         grad = contextlib.nullcontext() if network.map_needs_gradient else torch.inference_mode()
-        with grad, autocast(job.cfg.machine, device):
+        with grad, autocast(job.machine(job.cfg.cam, device), device):
             logits = infer_logits(network.classify, image, catalog.num_classes, infer, kind, device)
             found = localise(
                 job, logits, maps, int(targets[0]), catalog.boxes(image_id), catalog.region(image_id), image.shape[:2]
@@ -99,4 +99,4 @@ def run(job: Job, device: torch.device) -> None:
         "localise", catalog.ids(job.cfg.val_list), work, prepare=prepare, done=lambda i: job.run.box(i).exists(),
         workers=job.cfg.machine.workers, part=job.cfg.shard_part(),
     )
-    score_boxes(job)
+    score_boxes(job, device)

@@ -20,17 +20,17 @@ def run(job: Job, device: torch.device) -> None:
     An image without a tag gets a file without maps: it holds background only.
     """
     network = load_cam_network(job, device)
-    infer = job.cfg.cam.infer
+    infer, machine = job.cfg.cam.infer, job.machine(job.cfg.cam, device)
 
     def prepare(image_id: str) -> tuple[np.ndarray, np.ndarray]:
         return read_image(job.catalog.image_path(image_id)), job.catalog.tags(image_id)
 
     def work(image_id: str, prepared: tuple[np.ndarray, np.ndarray]) -> None:
         image, tags = prepared
-        write_cam(job.run.cam(image_id), predict_cam(network, image, tags, infer, job.cfg.machine, device))
+        write_cam(job.run.cam(image_id), predict_cam(network, image, tags, infer, machine, device))
 
     each(
         "make_cam", job.cam_ids(), work, prepare=prepare, done=lambda i: job.run.cam(i).exists(),
         workers=job.cfg.machine.workers, part=job.cfg.shard_part(),
     )
-    score_cams(job)
+    score_cams(job, device)

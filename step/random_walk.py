@@ -19,7 +19,7 @@ from step.lib import overlays
 from step.lib.config import Job
 from step.lib.inference import read_full_cam, walk_cam
 from step.lib.networks import load_network
-from step.lib.scoring import score_instances, score_masks, start_weights
+from step.lib.scoring import precisions, score_instances, score_masks, start_weights
 
 
 def run(job: Job, device: torch.device) -> None:
@@ -27,6 +27,7 @@ def run(job: Job, device: torch.device) -> None:
     network = load_network(job, "aff", job.cfg.aff, device)
     assert isinstance(network, AffinityNetwork)
     walk = job.cfg.aff.walk
+    machine = job.machine(job.cfg.aff, device)
     finds_instances = network.finds_instances(walk)
 
     def prepare(image_id: str) -> tuple[torch.Tensor, Cam]:
@@ -38,7 +39,7 @@ def run(job: Job, device: torch.device) -> None:
         mask = np.zeros(image.shape[1:], np.uint8)
         instances = Instances.none(mask.shape)
         if len(cam.keys):
-            scores, instances = walk_cam(network, image, cam, walk, job.cfg.machine, device)
+            scores, instances = walk_cam(network, image, cam, walk, machine, device)
             mask = np.concatenate([[0], cam.keys + 1]).astype(np.uint8)[scores.argmax(0)]
         if finds_instances:
             write_instances(job.run.instance(image_id), instances)
@@ -50,12 +51,13 @@ def run(job: Job, device: torch.device) -> None:
         workers=job.cfg.machine.workers, part=job.cfg.shard_part(),
     )
     overlays.draw(job, job.run.label, job.cam_ids())
+    precision = precisions(job, "aff", device)
     score_masks(
         job, "pseudo masks after the walk", job.cfg.score_list, job.run.label, tags="true tags",
-        walk=flatten(walk), start_weights=start_weights(job.cfg.aff, job.cfg.cam),
+        walk=flatten(walk), start_weights=start_weights(job.cfg.aff, job.cfg.cam), precision=precision,
     )
     if finds_instances:
         score_instances(
             job, "pseudo objects after the walk", job.cfg.score_list, job.run.instance, tags="true tags",
-            walk=flatten(walk), start_weights=start_weights(job.cfg.aff, job.cfg.cam),
+            walk=flatten(walk), start_weights=start_weights(job.cfg.aff, job.cfg.cam), precision=precision,
         )

@@ -54,6 +54,6 @@ def train_miou(job: Job, network: SeedNetwork, masks: Mapping[str, Path], device
     curve = ThresholdCurve(job.catalog.num_classes + 1, _THRESHOLDS)
     for image_id, path in masks.items():
         image, tags = read_image(job.catalog.image_path(image_id)), job.catalog.tags(image_id)
-        cam = predict_cam(network, image, tags, infer, job.cfg.machine, device)
+        cam = predict_cam(network, image, tags, infer, job.machine(job.cfg.cam, device), device)
         curve.add(read_mask(path), cam.keys, cam.maps)
     return curve.best()[1]

@@ -151,7 +151,9 @@ def set_lr(optimiser: torch.optim.Optimizer, fit: Fit, step: int, total: int, sc
 
 
 def autocast(machine: Machine, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The mixed-precision context of a run; does nothing where amp is off."""
+    """The mixed-precision context of a run; does nothing where amp is off. Also sets, for the whole process, whether
+    float32 may be computed in TF32 (PyTorch lets convolutions do so unless told)."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = machine.amp == "fast"
     kind = machine.amp_dtype(device)
     if kind is None:
         return contextlib.nullcontext()

@@ -83,6 +83,7 @@ class EdgeOnly(EdgeNetwork):
         ),
         # from random weights, so nothing is frozen
         "sample": EdgeRecipe(
+            amp="fast",
             network=EdgeOnlyOptions(resnet=SAMPLE_RESNET, radius=5),
             fit=Fit(epochs=10, batch_size=16, optimiser="adamw", lr=0.002, weight_decay=1e-4),
             augment=Augment(order=("long_side", "flip", "jitter", "normalize", "crop"), long_side=(112, 160), crop=112),

@@ -346,6 +346,7 @@ class IRN(EdgeNetwork):
         ),
         # from random weights, so nothing is frozen
         "sample": IRNRecipe(
+            amp="fast",
             network=IRNOptions(resnet=SAMPLE_RESNET, radius=5, displacement_lr=1.0),
             fit=Fit(epochs=10, batch_size=16, optimiser="adamw", lr=0.002, weight_decay=1e-4),
             augment=Augment(

@@ -400,8 +400,9 @@ class PSA(AffinityNetwork):
 
     def param_groups(self) -> list[Group]:
         """Backbone at the base rate, new layers at 10 times it; biases at twice that, without decay (seam.md section
-        4.2). Group normalisation counts as a new layer. Batch normalisation, where it is trained, isn't decayed."""
-        return conv_groups(self, self.new_layers)
+        4.2). Group normalisation counts as an old layer, as published (psa.md section 5.1). Batch normalisation, where
+        it is trained, isn't decayed."""
+        return conv_groups(self, [name for name in self.new_layers if not name.startswith("gn8_")])
 
     def load_weights(self, weights: str) -> str:
         """A released affinity network (strictly), or a backbone: ImageNet's ``.params`` or caffemodel, PSA's
@@ -420,6 +421,7 @@ class PSA(AffinityNetwork):
         ),
         # from random weights, so nothing is frozen and the momentum is a real one
         "sample": PSARecipe(
+            amp="fast",
             network=PSAOptions(
                 resnet38=SAMPLE_RESNET38,
                 widths=(16, 16, 32),

@@ -67,6 +67,7 @@ _PUBLISHED = Recipe(
 
 _SAMPLE = Recipe(
     cam=SeedRecipe(
+        amp="fast",
         network=AreamConformerOptions(
             split=4, scales=(1.0,), low=0.06, high=0.2, pair_weight=1.0, warmup=0.5,
             backbone=replace(SAMPLE_CONFORMER, double_class_token=False),

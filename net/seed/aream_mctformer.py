@@ -55,6 +55,7 @@ _PUBLISHED = Recipe(
 # trained from random weights, with small patches; labels wait until the maps are worth something
 _SAMPLE = Recipe(
     cam=SeedRecipe(
+        amp="fast",
         network=AreamMCTformerOptions(
             split=2, low=0.06, high=0.2, pair_weight=1.0, warmup=0.6, backbone=SAMPLE_VIT,
         ),

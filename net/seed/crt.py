@@ -204,6 +204,7 @@ _PUBLISHED_CUB = Recipe(
 # trained from random weights; small tiles, so that images of the sample set have several
 _SAMPLE = Recipe(
     cam=SeedRecipe(
+        amp="fast",
         network=CrtOptions(
             cnn=SAMPLE_RESNET,
             transformer=replace(SAMPLE_VIT, image_size=64, depth=3, local_start=1.0),

@@ -226,6 +226,7 @@ _PUBLISHED = Recipe(
 # group norms may tell every patch what is anywhere); smaller ones, because the images are
 _SAMPLE = Recipe(
     cam=SeedRecipe(
+        amp="fast",
         network=GetamOptions(
             dpt=DPTOptions(
                 backbone="vitb", image_size=112, patch=8, width=96, depth=4, heads=3, mlp_ratio=2, patch_stem=24,

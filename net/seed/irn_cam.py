@@ -49,6 +49,7 @@ _PUBLISHED = Recipe(
 # trained from random weights: nothing frozen
 _SAMPLE = Recipe(
     cam=SeedRecipe(
+        amp="fast",
         network=IRNCamOptions(resnet=SAMPLE_RESNET, head_lr=1.0),
         fit=Fit(epochs=25, batch_size=16, optimiser="adamw", lr=0.003, weight_decay=0.01),
         augment=Augment(order=("long_side", "normalize", "flip", "crop"), long_side=(112, 160), crop=112),

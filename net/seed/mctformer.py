@@ -67,9 +67,10 @@ def ranking_pool(maps: Tensor, decay: float) -> Tensor:
 
     The k-th largest value of a map, k from 0, has the weight decay^k; the weights are normalised (section 2.5).
     """
-    ranked = maps.flatten(2).sort(dim=2, descending=True).values  # (B, C, N)
-    weights = decay ** torch.arange(ranked.shape[2], device=maps.device, dtype=maps.dtype)
-    return ranked @ (weights / weights.sum())
+    ranked = maps.float().flatten(2).sort(dim=2, descending=True).values  # (B, C, N)
+    weights = decay ** torch.arange(ranked.shape[2], device=maps.device, dtype=torch.float32)
+    with torch.autocast(maps.device.type, enabled=False):  # thousands of small weights: not in half precision
+        return ranked @ (weights / weights.sum())
 
 
 def contrast_loss(tokens: Sequence[Tensor], tags: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ def contrast_loss(tokens: Sequence[Tensor], tags: Tensor) -> Tensor:
 _PUBLISHED = Recipe(
     cam=SeedRecipe(
         network=MCTformerOptions(),
-        # trained in half precision with loss scaling: --machine.amp fp16
+        amp="fp16",  # with loss scaling; of the other steps nothing is in half precision
         fit=Fit(
             epochs=60,
             batch_size=64,
@@ -147,6 +148,7 @@ _PUBLISHED_PLUS = override(
 # trained from random weights; small patches, so that maps of small images have some detail
 _SAMPLE = Recipe(
     cam=SeedRecipe(
+        amp="fast",
         # spread along an attention that was learnt in minutes, maps cover the background; with the backbone's own
         # local start the class tokens attend to themselves for too long
         network=MCTformerOptions(backbone=replace(SAMPLE_VIT, local_start=1.4), map_layers=4, affinity=False),

@@ -77,6 +77,7 @@ _PUBLISHED = Recipe(
 # trained from random weights: nothing frozen, and no dropout, which for so few steps only adds noise
 _SAMPLE = Recipe(
     cam=SeedRecipe(
+        amp="fast",
         network=CamOptions(
             resnet38=SAMPLE_RESNET38,
             vgg16=VGG16Options(width=0.25, dropout=0.0, frozen="none"),

@@ -143,6 +143,7 @@ _PUBLISHED = Recipe(
 # trained from random weights
 _SAMPLE = Recipe(
     cam=SeedRecipe(
+        amp="fast",
         network=PuzzleCamOptions(resnet=SAMPLE_RESNET, alpha=1.0, head_lr=1.0),
         fit=Fit(epochs=25, batch_size=16, optimiser="adamw", lr=0.003, weight_decay=0.01),
         augment=Augment(long_side=(112, 160), jitter=(0.2, 0.2, 0.2, 0.02), crop=112),

@@ -227,6 +227,7 @@ _PUBLISHED = Recipe(
 # trained from random weights: nothing frozen, and no dropout, which for so few steps only adds noise
 _SAMPLE = Recipe(
     cam=SeedRecipe(
+        amp="fast",
         network=SeamOptions(
             backbone=SAMPLE_RESNET38, dropout=0.0, second_scale=0.6, head_lr=4.0, plain_share=0.6
         ),

@@ -116,6 +116,7 @@ _PUBLISHED = Recipe(
 # the convolutions
 _SAMPLE = Recipe(
     cam=SeedRecipe(
+        amp="fast",
         network=TransCamOptions(backbone=SAMPLE_CONFORMER),
         fit=Fit(epochs=30, batch_size=16, optimiser="adamw", lr=1.5e-3, schedule="poly", weight_decay=5e-4),
         augment=Augment(long_side=(112, 160), jitter=(0.2, 0.2, 0.2, 0.02), crop=112),

@@ -66,6 +66,7 @@ _PUBLISHED = Recipe(
 # trained from random weights; small patches, so that maps of small images have some detail
 _SAMPLE = Recipe(
     cam=SeedRecipe(
+        amp="fast",
         network=TsCamOptions(
             deit=SAMPLE_VIT,
             conformer=SAMPLE_CONFORMER,

@@ -104,6 +104,7 @@ class DeepLabV1(Segmenter):
             ),
         ),
         "sample": SegmentRecipe(
+            amp="fast",
             network=DeepLabV1Options(
                 backbone=SAMPLE_RESNET38,
                 fov_channels=64,

@@ -94,6 +94,7 @@ class LargeFOV(Segmenter, ResNet38):
             ),
         ),
         "sample": SegmentRecipe(
+            amp="fast",
             network=LargeFOVOptions(backbone=SAMPLE_RESNET38, fov_channels=64, fov_dilation=3, head_lr=1.0),
             fit=Fit(epochs=30, batch_size=16, sample_order="stream", optimiser="adamw", lr=0.002, weight_decay=0.01),
             augment=Augment(

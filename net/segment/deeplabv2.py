@@ -275,6 +275,7 @@ class DeepLabV2(Segmenter):
             ),
         ),
         "sample": SegmentRecipe(
+            amp="fast",
             network=DeepLabV2Options(
                 # the shape of SAMPLE_RESNET, the backbone of the sample recipes of CAM networks on a ResNet
                 form="torchvision",

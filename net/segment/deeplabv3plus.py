@@ -181,6 +181,7 @@ class DeepLabV3Plus(Segmenter):
             ),
         ),
         "sample": SegmentRecipe(
+            amp="fast",
             network=DeepLabV3PlusOptions(
                 backbone="resnet",
                 resnet=SAMPLE_RESNET,

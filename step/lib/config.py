@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 
 from misc import config as settings
@@ -219,6 +220,10 @@ class Job:
         if self.catalog.aim == "masks" and self.single_stage:
             return "single_stage"
         return self.catalog.aim
+
+    def machine(self, phase: contract.Phase, device: torch.device) -> settings.Machine:
+        """The machine at the precision that a network's recipe asks for."""
+        return self.cfg.machine.with_recipe(phase.amp, device)
 
     def saliency_folder(self) -> Path:
         """Where the saliency maps are, if the method is trained with any."""

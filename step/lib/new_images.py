@@ -82,9 +82,10 @@ def segment_images(
         nearest = min(infer.scales, key=lambda scale: abs(math.log(scale / usual)))
         infer = override(infer, {"scales": (nearest,), "flip": False, "crf.iterations": 0})
     values = np.arange(len(model.classes) + 1, dtype=np.uint8)
+    machine = folder.machine.with_recipe(model.recipe.amp, device)
 
     def scores(image_id: str, image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        found = infer_class_scores(network, image, infer, folder.machine, device)
+        found = infer_class_scores(network, image, infer, machine, device)
         if probabilities:
             shares = found / found.sum(0, keepdims=True)  # a maximum over scales does not sum to one
             path = folder.file("probabilities", image_id, "npz")
@@ -136,10 +137,11 @@ def map_images(
     keys = np.array(sorted({cam.classes.index(tag) for tag in tags}))
     present = np.zeros(len(cam.classes), np.float32)
     present[keys] = 1
+    machine = folder.machine.with_recipe(cam.recipe.amp, device)
 
     def scores(image_id: str, image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         path = folder.file("maps", image_id, "npz")
-        write_cam(path, replace(predict_cam(network, image, present, infer, folder.machine, device), size=size))
+        write_cam(path, replace(predict_cam(network, image, present, infer, machine, device), size=size))
         stored = read_cam(path)  # as a run's files hold it, so that a training image gets the same mask again
         maps = stored.maps
         for key, score in zip(keys, maps, strict=True):
@@ -150,7 +152,8 @@ def map_images(
             assert refiner is not None and isinstance(walker, AffinityNetwork)
             values_in = pixels.to_tensor(pixels.normalise_image(image, walker.normalisation))
             seen = replace(stored, size=image.shape[:2])  # the walk is over the image that the network saw
-            return walk_cam(walker, values_in, seen, refiner.recipe.walk, folder.machine, device)[0], values
+            at = folder.machine.with_recipe(refiner.recipe.amp, device)
+            return walk_cam(walker, values_in, seen, refiner.recipe.walk, at, device)[0], values
         found = np.concatenate([np.full_like(maps[:1], threshold), maps])  # (K + 1, h, w)
         return (DenseCRF(image, CRFSettings(), device)(found) if refine == "crf" else found), values
 

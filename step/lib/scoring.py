@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from misc import distributed
 from misc.files.camfiles import read_cam
 from misc.files.images import read_mask
-from misc.files.store import read_arrays
+from misc.files.store import read_arrays, read_model
 from misc.score import wsol
 from misc.score.evaluate import InstanceScores, Scores, evaluate_cams, evaluate_instances, evaluate_masks
 from misc.score.objects import Instances, read_instances, true_instances
@@ -54,7 +55,15 @@ def _read_maps(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return cam.keys, cam.full_maps()
 
 
-def score_cams(job: Job) -> None:
+def precisions(job: Job, name: str, device: torch.device) -> dict[str, str]:
+    """Precision that the network NAME (cam, aff, seg) was trained at, as its file says, and that it is applied at."""
+    _, description = read_model(job.run.weights(name))
+    phase = {"cam": job.cfg.cam, "aff": job.cfg.aff, "seg": job.cfg.seg}[name]
+    applied = job.machine(phase, device).precision(device)
+    return {"training": description.get("precision", "not recorded"), "inference": applied}
+
+
+def score_cams(job: Job, device: torch.device) -> None:
     """Search the background score of the CAMs on the scored list and record curve and best mIoU."""
     ids = _scorable(job, "CAM", job.cfg.score_list)
     if ids:
@@ -66,6 +75,7 @@ def score_cams(job: Job) -> None:
         _record(
             job, "CAM", job.cfg.score_list, scores, tags="true tags", scales=list(infer.scales), flip=infer.flip,
             selection=job.cfg.cam.selection, start_weights=start_weights(job.cfg.cam.phases()[-1][1]),
+            precision=precisions(job, "cam", device),
         )
 
 
@@ -118,7 +128,7 @@ def _record_instances(job: Job, name: str, split: str, scores: InstanceScores, *
     )
 
 
-def score_boxes(job: Job) -> None:
+def score_boxes(job: Job, device: torch.device) -> None:
     """Score the boxes of the validation list by both protocols and record each figure (wsol.md sections 7 and 8)."""
     if not _whole(job):
         return
@@ -132,6 +142,7 @@ def score_boxes(job: Job) -> None:
     v1, at = wsol.max_box_acc(overlap[0], taus)
     searched = f"searched on {split} itself"
     hidden, given, start = "none", "true class", start_weights(job.cfg.cam.phases()[-1][1])
+    precision = precisions(job, "cam", device)
     fixed = {"threshold": options.threshold, "threshold_choice": "fixed"}
     means = wsol.summarise_verdicts(verdicts)
     figures = [(n, v, given if n == "GT-Known" else hidden, fixed) for n, v in means.items()]
@@ -149,6 +160,7 @@ def score_boxes(job: Job) -> None:
             f"boxes: {name}",
             {"value": value, "unit": "percent", "images": len(found), "split": split, "tags": tags, **cut,
              "scales": list(infer.scales), "flip": infer.flip, "grid": options.side, "start_weights": start,
+             "precision": precision,
              **({"errors": wsol.error_shares(verdicts)} if name == "Loc Top-1" else {})},
         )  # fmt: skip
         distributed.say(f"{name}: {value:.2f} % on {split}, {len(found)} images, tags used: {tags}")

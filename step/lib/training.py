@@ -86,10 +86,11 @@ def train(
         network.calibrate(images.to(device) for images in _corner_images(job, split, phase, network.normalisation))
 
     fit(
-        network, batches, recipe, total, machine=job.cfg.machine, device=device, seed=job.cfg.seed,
+        network, batches, recipe, total, machine=job.machine(phase, device), device=device, seed=job.cfg.seed,
         weights=job.run.weights(name), log=job.run.log, name=name,
         made_by={**identity(flatten(phase)), "images": job.catalog.fingerprint(job.train_list)},
-        description=_description(job, name, network), finish=calibrate if network.calibrates else None, score=score,
+        description=_description(job, name, phase, network, device),
+        finish=calibrate if network.calibrates else None, score=score,
     )
 
 
@@ -106,11 +107,12 @@ def _corner_images(job: Job, split: str, phase: Phase, normalisation: str) -> It
         yield batch
 
 
-def _description(job: Job, name: str, network: Network) -> dict[str, Any]:
+def _description(job: Job, name: str, phase: Phase, network: Network, device: torch.device) -> dict[str, Any]:
     """What the file of the phase ``name`` says of itself."""
     cfg = job.cfg
     part: Part = "aff" if name == "aff" else "seg" if name == "seg" else "cam"
     method = {"cam": cfg.method, "aff": cfg.refiner, "seg": cfg.segmenter}[part]
     recipe = identity(flatten(getattr(cfg, part)))
     test = cfg.seg if name == "cam" and job.single_stage else None
-    return describe(part, method, cfg.preset, recipe, job.catalog.classes, network, test)
+    precision = job.machine(phase, device).precision(device)
+    return {**describe(part, method, cfg.preset, recipe, job.catalog.classes, network, test), "precision": precision}

@@ -415,3 +415,10 @@ def test_truncated_image_loses_a_level_here_and_there() -> None:
     moved = PSA.make_label(image, cam, override(label, {"crf_truncates_image": True}))[1]
     expected = PSA.make_label(pixels.truncated(image, "imagenet"), cam, label)[1]
     assert np.array_equal(moved, expected) and not np.array_equal(moved, plain)
+
+
+def test_rank_pooling_stays_in_float32_under_autocast() -> None:
+    maps = torch.rand(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pooled = ranking_pool(maps, 0.996)
+    assert pooled.dtype == torch.float32 and torch.equal(pooled, ranking_pool(maps, 0.996))

@@ -71,6 +71,7 @@ def test_every_figure_is_recorded_with_what_it_rests_on(finished: Path, capsys: 
         score = scores[f"boxes: {name}"]
         assert 0 <= score["value"] <= 100 and score["images"] == 5 and score["split"] == "val"
         assert score["start_weights"] == "random"
+        assert score["precision"] == {"training": "float32", "inference": "float32"}
         assert score["tags"] == ("none" if name.startswith(("Cls", "Loc")) else "true class")
     fixed = [n for n in FIGURES if scores[f"boxes: {n}"]["threshold_choice"] == "fixed"]
     assert fixed == ["Loc Top-1", "Loc Top-5", "GT-Known"] and scores["boxes: GT-Known"]["threshold"] == 0.1

@@ -113,6 +113,8 @@ def test_scores_say_where_they_come_from(finished: Path) -> None:
     assert (predicted["split"], predicted["images"], predicted["tags"]) == ("val", 3, "none")
     assert all(0 <= s["miou"] <= 100 for s in (cam, walked, predicted))
     assert [s["start_weights"] for s in (cam, walked, predicted)] == ["random"] * 3
+    precision = {"training": "float32", "inference": "float32"}  # the sample recipes' fast, on a CPU
+    assert [s["precision"] for s in (cam, walked, predicted)] == [precision] * 3
 
 
 def test_the_report_is_one_page(finished: Path) -> None:

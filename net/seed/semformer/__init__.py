@@ -218,7 +218,9 @@ _PUBLISHED = Recipe(
 # themselves alone (local_start 2)
 _SAMPLE = Recipe(
     cam=SemFormerRecipe(
+        amp="fast",
         caae=Phase(
+            amp="fast",
             network=CAAEOptions(
                 encoder=replace(SAMPLE_VIT, image_size=80, drop_path=0.0),
                 class_dim=32,
