@@ -7,13 +7,12 @@ the refinement itself are in par.py.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from golden_case import Case
-from golden_checks.mctformer import _options, _sampled
+from golden_checks.mctformer import _sampled, vit_options
 from golden_checks.transcam import body, fill, shares, tags
 from torch import Tensor
 
@@ -33,15 +32,11 @@ from net.shared.aream import Aream, patch_pair_labels, patch_pair_losses
 
 def _network(case: Case, **changes: Any) -> Aream:
     """The case's network, in evaluation mode, with the published options but for ``changes``."""
-    described = case
-    if "keys" not in case.meta:
-        name = re.match(r"as (\w+)", case.meta["constructor"])[1] + ".json"
-        beside, ours = case.path.with_name(name), Path(__file__).parents[1] / "golden" / name
-        described = Case(beside if beside.exists() else ours)
+    described = case if "keys" in case.meta else case.other(re.match(r"as (\w+)", case.meta["constructor"])[1])
     keys, text = described.meta["keys"], described.meta["constructor"]
     if "pos_embed" in keys:
         options = AreamMCTformer.recipes["published"].cam.network
-        changes["backbone"], classes = _options(keys, text), keys["cls_token"][1]
+        changes["backbone"], classes = vit_options(keys, text), keys["cls_token"][1]
         assert isinstance(options, AreamMCTformerOptions)
     else:
         options = AreamConformer.recipes["published"].cam.network
@@ -79,18 +74,9 @@ def _settings(case: Case) -> dict[str, Any]:
     return settings
 
 
-def _equal(found: Any, expected: np.ndarray, share: float, name: str) -> None:
-    """At least this share of the entries is equal."""
-    found = np.asarray(found)
-    assert found.shape == expected.shape, name
-    assert (found == expected).mean() >= share, f"{name}: {(found == expected).mean():.4f}"
-
-
 def _close(case: Case, name: str, value: Any) -> None:
     """Compare absolutely, at the case's tolerance."""
-    np.testing.assert_allclose(
-        case.sample(name, value), case.arrays[name], rtol=0, atol=case.tolerance, err_msg=f"{case.name}: {name}"
-    )
+    case.compare(name, case.sample(name, value), absolute=case.tolerance)
 
 
 @torch.no_grad()
@@ -150,7 +136,7 @@ def check_aream_aff_loss(case: Case) -> None:
     ).groups()
     drawn = case.fill.stream(name).standard_normal([int(side) for side in shape.split(",")])
     logits = (torch.from_numpy(drawn) * float(factor) - float(shift)).float().requires_grad_()
-    target = torch.from_numpy(case.arrays["in_target"])
+    target = torch.from_numpy(case.input("in_target"))
     losses = patch_pair_losses(list(logits), target)
     text = re.search(r"weights ([\d., ]+);", case.meta["outputs"]["entropy_weighted"]["meaning"])[1]
     weighted = (losses * torch.tensor([float(w) for w in text.split(",")])).mean()
@@ -172,7 +158,7 @@ def check_aream_pseudo_label(case: Case) -> None:
     shown, labels = _image(case), case.meta["input"]["labels"]
     maps = torch.zeros(len(shown), 20, *shown.shape[-2:])
     for number, keys in enumerate(labels):
-        maps[number, keys] = torch.from_numpy(case.arrays[f"in_cam{number}"])
+        maps[number, keys] = torch.from_numpy(case.input(f"in_cam{number}"))
     box = case.meta["input"]["img_box"]
     low, high = aream.pseudo_labels(
         _colours(shown), maps, tags(labels, 20), case.meta["input"]["thresholds"], box and torch.tensor(box)
@@ -182,8 +168,8 @@ def check_aream_pseudo_label(case: Case) -> None:
     pairs = patch_pair_labels(merged, [side // stride for side in shown.shape[-2:]])
     pixels, entries = shares(case)
     for name, value in (("seg_low", low), ("seg_high", high), ("seg", merged)):
-        _equal(value, case.arrays[name], pixels, name)
-    _equal(pairs, case.arrays["aff"], entries, "aff")
+        case.compare(name, value, share=pixels)
+    case.compare("aff", pairs, share=entries)
 
 
 def check_aream_msf_cam(case: Case) -> None:
@@ -202,8 +188,8 @@ def check_aream_train_step(case: Case) -> None:
         batch = {"image": _image(case), "tags": tags(case.meta["input"]["labels"], classes)}
         if case.meta["input"]["img_box"]:
             batch["box"] = torch.tensor(case.meta["input"]["img_box"])
-        _equal(network.make_labels(batch), case.arrays[f"seg_{kind}"], share, f"seg_{kind}")
-        stored = torch.from_numpy(case.arrays[f"seg_{kind}"])
+        case.compare(f"seg_{kind}", network.make_labels(batch), share=share)
+        stored = torch.from_numpy(case.input(f"seg_{kind}"))
         network.make_labels = lambda batch, stored=stored: stored
         terms = network(batch, network.options.warmup)
         assert list(network(batch, network.options.warmup - 1e-9)) == list(network.names)
@@ -218,7 +204,7 @@ def check_aream_train_step(case: Case) -> None:
         with torch.no_grad():
             _, maps = network.forward_maps(batch["image"], visit)
         pairs = patch_pair_labels(stored, maps.shape[-2:])
-        np.testing.assert_array_equal(pairs, case.arrays[f"aff_{kind}"])
+        case.compare(f"aff_{kind}", pairs)
         values = {
             "cls_loss": sum(terms[name] for name in network.names),
             f"loss_{kind}": total,
@@ -226,10 +212,10 @@ def check_aream_train_step(case: Case) -> None:
             f"aff_per_layer_{kind}": patch_pair_losses(deep, pairs),
         }
         for name, value in values.items():
-            np.testing.assert_allclose(value.detach(), case.arrays[name], rtol=losses, err_msg=name)
+            case.compare(name, value, relative=losses)
         listed = case.meta["outputs"][f"grad_norms_{kind}"]["parameters"]
         found = [network.get_parameter(name).grad.norm() for name in listed]
-        np.testing.assert_allclose(found, case.arrays[f"grad_norms_{kind}"], rtol=norms, err_msg=kind)
+        case.compare(f"grad_norms_{kind}", found, relative=norms)
 
 
 def check_aream_infer(case: Case) -> None:
@@ -241,9 +227,9 @@ def check_aream_infer(case: Case) -> None:
         classes = network.forward_maps(torch.zeros(1, 3, 32, 32))[1].shape[1]
         present = tags([keys], classes)[0].numpy()
         with torch.inference_mode():
-            image = case.arrays[described["image"]]
+            image = case.input(described["image"])
             maps = cams.infer_cam(network.cam, image, present, infer, network.normalisation).maps
-        np.testing.assert_array_equal(np.flatnonzero(present), case.arrays[f"key{number}"])
+        case.compare(f"key{number}", np.flatnonzero(present))
         _close(case, f"cam{number}", maps)
 
 
@@ -255,7 +241,7 @@ def check_aream_crf(case: Case) -> None:
     ).groups()
     hard = re.search(r"for label images: bilateral sxy (\d+), srgb (\d+), weight (\d+)", text).groups()
     settings = CRFSettings(int(steps), *map(float, kernels))
-    crf = DenseCRF(case.arrays["in_image"], settings)
+    crf = DenseCRF(case.input("in_image"), settings)
     values = np.array([0, *(key + 1 for key in case.meta["input"]["present_classes"])])
     labels_share, probability_share = shares(case)
     for name in case.meta["outputs"]:
@@ -263,17 +249,17 @@ def check_aream_crf(case: Case) -> None:
         if not found:
             continue
         rule, number = {"score": "constant", "alpha": "power"}[found[1]], float(found[2])
-        posterior = crf(stack_background(case.arrays["in_cam"], rule, number, number))
-        _equal(values[posterior.argmax(0)], case.arrays[name], labels_share, name)
-        apart = np.abs(case.sample(f"prob_{name}", posterior) - case.arrays[f"prob_{name}"])
-        assert (apart <= case.tolerance).mean() >= probability_share, name
+        posterior = crf(stack_background(case.input("in_cam"), rule, number, number))
+        case.compare(name, values[posterior.argmax(0)], share=labels_share)
+        sampled = case.sample(f"prob_{name}", posterior)
+        case.compare(f"prob_{name}", sampled, absolute=case.tolerance, share=probability_share)
     text = case.meta["outputs"]["label_crf"]["meaning"]
     confidence, count = re.search(r"gt_prob ([\d.]+), (\d+) labels", text).groups()
     settings = CRFSettings(int(steps), *map(float, kernels[:2]), *map(float, hard))
-    posterior = DenseCRF(case.arrays["in_image"], settings).from_labels(
-        case.arrays["in_label"], int(count), float(confidence)
+    posterior = DenseCRF(case.input("in_image"), settings).from_labels(
+        case.input("in_label"), int(count), float(confidence)
     )
-    _equal(posterior.argmax(0), case.arrays["label_crf"], labels_share, "label_crf")
+    case.compare("label_crf", posterior.argmax(0), share=labels_share)
 
 
 def check_aream_evaluate(case: Case) -> None:
@@ -282,19 +268,19 @@ def check_aream_evaluate(case: Case) -> None:
     Published, an image without a prediction counts as entirely right; here it is an error, so the truth stands in.
     """
     images = case.meta["input"]["images"]
-    truths = [case.arrays[f"gt{number}" if f"gt{number}" in case.arrays else f"in_gt{number}"]
+    truths = [case.input(f"gt{number}" if f"gt{number}" in case.names else f"in_gt{number}")
               for number in range(len(images))]  # fmt: skip
     classes = int(re.search(r"(\d+) classes", case.meta["outputs"]["miou_npy_f64"]["meaning"])[1])
 
     def maps(name: str) -> tuple[np.ndarray, np.ndarray]:
         number = int(name)
         if images[number]["prediction"]:
-            return np.array(images[number]["key"]), case.arrays[f"in_cam{number}"]
+            return np.array(images[number]["key"]), case.input(f"in_cam{number}")
         there = np.setdiff1d(np.unique(truths[number]), [0, 255])
         return there.astype(np.int64) - 1, (truths[number] == there[:, None, None]).astype(np.float32)
 
     def mask(name: str) -> np.ndarray:
-        return case.arrays[f"in_png{name}"] if images[int(name)]["prediction"] else truths[int(name)]
+        return case.input(f"in_png{name}") if images[int(name)]["prediction"] else truths[int(name)]
 
     every = [str(number) for number in range(len(images))]
     for name, ids in (
@@ -305,9 +291,9 @@ def check_aream_evaluate(case: Case) -> None:
         scores = evaluate_cams(
             ids, maps, lambda i: truths[int(i)], classes, thresholds, boundary=False, progress=False
         )
-        np.testing.assert_allclose(100 * scores.curve.mious(), case.arrays[name], rtol=0, atol=case.tolerance)
+        case.compare(name, 100 * scores.curve.mious(), absolute=case.tolerance)
     confusion = evaluate_masks(every, mask, lambda i: truths[int(i)], classes, progress=False).confusion
-    np.testing.assert_allclose(100 * confusion.miou(), case.arrays["miou_png_f64"], rtol=0, atol=case.tolerance)
+    case.compare("miou_png_f64", 100 * confusion.miou(), absolute=case.tolerance)
 
 
 def check_aream_schedule(case: Case) -> None:
@@ -319,8 +305,8 @@ def check_aream_schedule(case: Case) -> None:
     assert (recipe.epochs, recipe.lr) == (epochs, base)
     for updates in (1, 7):  # an epoch
         rates = [recipe.lr * lr_factor(recipe, step, epochs * updates) for step in range(epochs * updates)]
-        expected = np.repeat(case.arrays["mct_lr_per_epoch_f64"], updates)
-        np.testing.assert_allclose(rates, expected, rtol=case.tolerance, atol=0)
+        expected = np.repeat(case.stored("mct_lr_per_epoch_f64"), updates)
+        case.compare("mct_lr_per_epoch_f64", rates, expected, relative=case.tolerance)
 
     text = outputs["conformer_lr_per_step_f64"]["meaning"]
     total = int(re.search(r"0\.\.(\d+)", text)[1]) + 1
@@ -331,7 +317,7 @@ def check_aream_schedule(case: Case) -> None:
         epochs, base, warmup, end, end
     )  # fmt: skip
     rates = [recipe.lr * lr_factor(recipe, step, total) for step in range(total)]
-    np.testing.assert_allclose(rates, case.arrays["conformer_lr_per_step_f64"], rtol=case.tolerance, atol=0)
+    case.compare("conformer_lr_per_step_f64", rates, relative=case.tolerance)
 
     for cls, kind in ((AreamMCTformer, "mct"), (AreamConformer, "conformer")):
         with torch.device("meta"):

@@ -4,22 +4,43 @@ from __future__ import annotations
 
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from golden_checks.wsol import fill, made, one_hot, sampled
+from golden_checks.mctformer import vit_options
+from golden_checks.wsol import fill, made, one_hot, part, sampled
 from torch import nn
 
 from misc.config import override
 from misc.infer import cams
+from net.backbone.resnet import ResNetOptions
 from net.backbone.transformer import AttentionSums
 from net.seed import crt
 from net.seed.crt import Crt, CrtOptions
 
 PUBLISHED = Crt.recipes["published"].cam
 CUB = Crt.recipes["published_cub"].cam
+SMALL_CNN = {"cnn.width": 0.125, "cnn.depth": (1, 1, 1, 1)}
+"""Where only the other branch counts."""
+
+
+def transformer_options(case: Any, **changes: Any) -> CrtOptions:
+    """The published options with the transformer that the case's keys and texts describe."""
+    size = vit_options(case.meta["keys"], case.meta["constructor"])
+    rounds = re.search(r"(one|two|three|four) rounds?", case.meta["description"])
+    if rounds:
+        changes["rounds"] = ("one", "two", "three", "four").index(rounds[1]) + 1
+    return replace(PUBLISHED.network, transformer=replace(size, drop_path=0.0), **changes)
+
+
+def cnn_options(keys: dict[str, list[int]]) -> ResNetOptions:
+    """The published options with the size that a CNN's keys describe."""
+    blocks = [re.match(r"resnet50\.layer(\d)\.(\d+)\.", name) for name in keys]
+    depth = tuple(1 + max(int(b[2]) for b in blocks if b and int(b[1]) == stage) for stage in (1, 2, 3, 4))
+    return replace(PUBLISHED.network.cnn, depth=depth, width=keys["resnet50.conv1.weight"][0] / 64)
 
 
 def fill_cnn(case: Any, cnn: nn.Module, factor: float, keys: dict[str, list[int]]) -> None:
@@ -49,7 +70,8 @@ def factor(case: Any) -> float:
 
 def check_crt_tiles(case: Any) -> None:
     """Padded sides, cutting, merging."""
-    given, tile = case.meta["input"], PUBLISHED.network.transformer.image_size
+    given, tile = case.meta["input"], int(re.search(r"3, (\d+), \d+\)", case.meta["outputs"]["tiles"]["meaning"])[1])
+    case.expect_published(tile, PUBLISHED.network.transformer.image_size)
     for side, padded in given["padding_table (side -> padded side)"]:
         assert crt.padded_side(side, tile) == padded
     images = made(case, given["image"])
@@ -58,15 +80,15 @@ def check_crt_tiles(case: Any) -> None:
     tiles, grid = crt.cut_tiles(padded, tile)
     assert grid == (given["tiles_vertical"], given["tiles_horizontal"])
     # float32 rounding: the filled image itself depends on how many threads made it
-    np.testing.assert_allclose(tiles[:, 0, ::16, ::16], case.arrays["tiles"], rtol=1e-6, atol=1e-6)
-    merged = crt.merge_tiles(torch.from_numpy(case.arrays["tile_maps"]), grid)
-    np.testing.assert_allclose(merged, case.arrays["merged"], rtol=1e-6, atol=1e-6)
+    case.compare("tiles", part(case, "tiles", tiles), absolute=1e-6, relative=1e-6)
+    merged = crt.merge_tiles(torch.from_numpy(case.input("tile_maps")), grid)
+    case.compare("merged", merged, absolute=1e-6, relative=1e-6)
 
 
 def check_crt_deit_forward(case: Any) -> None:
     """The training forward, and the maps of an image with its mirror, down to the tokens and the attention of tiles."""
     classes = case.meta["keys"]["head.bias"][0]
-    network = crt.TransformerBranch(PUBLISHED.network, classes)
+    network = crt.TransformerBranch(transformer_options(case), classes)
     fill(case, network, case.meta["keys"])
     seen: list[torch.Tensor] = []
     network.norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -75,7 +97,7 @@ def check_crt_deit_forward(case: Any) -> None:
         network.eval()
         sampled(case, "train_cam", maps)
         sampled(case, "train_logits", maps.mean((2, 3)))
-        for number in (0, 1):
+        for number in range(sum(name.startswith("cam_image") for name in case.meta["input"])):
             image = made(case, case.meta["input"][f"cam_image{number}"])
             pair = network.forward_any_size(torch.cat([image, image.flip(-1)]), coupled=True).relu()
             sampled(case, f"cam{number}", pair[0] + pair[1].flip(-1))
@@ -95,7 +117,7 @@ def check_crt_cnn_forward(case: Any) -> None:
     """Raw maps, scores, and the rectified maps of a pair, of weights in the official form."""
     keys = case.meta["keys"]
     classes = keys["classifier.weight"][0]
-    cnn = crt.CnnBranch(PUBLISHED.network.cnn, classes)
+    cnn = crt.CnnBranch(cnn_options(keys), classes)
     fill_cnn(case, cnn, factor(case), keys)
     image = made(case, case.meta["input"]["image"])
     with torch.inference_mode():
@@ -108,11 +130,13 @@ def check_crt_cnn_forward(case: Any) -> None:
 
 def check_crt_losses(case: Any) -> None:
     """Terms and gradients of given maps, in the first epoch and later."""
-    given, options = case.meta["input"], PUBLISHED.network
-    leaves = [torch.from_numpy(case.arrays[name]).requires_grad_() for name in ("cam_cnn", "cam_transformer")]
+    given = case.meta["input"]
+    options = override(PUBLISHED.network, {"agreement": float(given["cam_lambda"])})
+    case.expect_published(options.agreement, PUBLISHED.network.agreement)
+    case.expect_published(given["upsampled_size"], PUBLISHED.augment.crop)
+    leaves = [torch.from_numpy(case.input(name)).requires_grad_() for name in ("cam_cnn", "cam_transformer")]
     tags = torch.tensor(given["labels"], dtype=torch.float32)
-    assert options.agreement == given["cam_lambda"] and options.agreement_size == "image"
-    assert PUBLISHED.augment.crop == given["upsampled_size"] and options.agreement_from == 1 / PUBLISHED.fit.epochs
+    assert options.agreement_size == "image" and options.agreement_from == 1 / PUBLISHED.fit.epochs
     network = _with_maps(options, leaves)
     batch = {"image": torch.zeros(len(tags), 3, *[given["upsampled_size"]] * 2), "tags": tags}
     first, later = (network(batch, share * options.agreement_from) for share in (0.99, 1))
@@ -137,21 +161,21 @@ class _Given(nn.Module):
 
 def _with_maps(options: CrtOptions, maps: list[torch.Tensor]) -> Crt:
     """CRT whose branches give these maps."""
-    small = override(options, {"cnn.width": 0.125, "cnn.depth": (1, 1, 1, 1), "transformer.depth": 1})
-    network = small.build(maps[0].shape[1], {})
+    network = override(options, {**SMALL_CNN, "transformer.depth": 1}).build(maps[0].shape[1], {})
     network.cnn, network.transformer = _Given(maps[0]), _Given(maps[1])
     return network
 
 
 def check_crt_cam_merge(case: Any) -> None:
     """Merging of the summed pairs of all scales, at a quarter of the size and at the size rounded up and cut."""
-    given, infer = case.meta["input"], PUBLISHED.infer
-    assert list(infer.scales) == given["scales"] and infer.flip
+    given = case.meta["input"]
+    infer = override(PUBLISHED.infer, {"scales": tuple(given["scales"])})
+    case.expect_published(infer, PUBLISHED.infer)
     stored = [int(v) for v in re.search(r"\[(.+)\]", given["stored_channels"])[1].split(",")]
     keys = sorted(given["label_indices"])
-    np.testing.assert_array_equal(keys, case.arrays["keys"])
+    case.compare("keys", keys)
     at = [stored.index(key) for key in keys]
-    passes = [torch.from_numpy(case.arrays[f"cam_scale{i}"])[at] for i in range(len(infer.scales))]  # (K, h, w) each
+    passes = [torch.from_numpy(case.input(f"cam_scale{i}"))[at] for i in range(len(infer.scales))]  # (K, h, w) each
     height, width = given["image_size"]
     sums = iter(passes)
 
@@ -168,21 +192,45 @@ def check_crt_cam_merge(case: Any) -> None:
     sampled(case, "cam", found.coarse)
 
 
+def check_crt_make_cam_end_to_end(case: Any) -> None:
+    """Network inputs and merged maps of a whole image, of the transformer alone."""
+    given, classes = case.meta["input"], case.meta["keys"]["head.bias"][0]
+    network = override(transformer_options(case), SMALL_CNN).build(classes, {}).eval()
+    fill(case, network.transformer, case.meta["keys"])
+    infer = override(PUBLISHED.infer, {"scales": tuple(given["scales"])})
+    image, keys = case.input("image"), given["label_indices"]
+    inputs = dict(zip(infer.scales, cams.scaled_inputs(image, infer, Crt.normalisation), strict=True))
+    for name in case.meta["outputs"]:
+        if found := re.fullmatch(r"input_x([\d.]+)", name):
+            sampled(case, name, inputs[float(found[1])])
+    tags = one_hot(keys, classes).amax(0).numpy()
+    with torch.inference_mode():
+        found = cams.infer_cam(network.cam, image, tags, infer, Crt.normalisation)
+    sampled(case, "high_res", found.maps)
+    sampled(case, "cam", found.coarse)
+
+
 def check_crt_wsol_forward(case: Any) -> None:
     """CRT on CUB: both branches, the coupled maps, the loss with its gradients, and the epochs of the L1 term."""
-    classes = case.meta["keys"]["head.bias"][0]
-    options = override(CUB.network, {"transformer.drop_path": 0.0})
+    classes, used = case.meta["keys"]["head.bias"][0], case.stored("l1_term_used")
+    weight = re.search(r"weight ([\d.]+)", case.meta["outputs"]["l1_term_used"]["meaning"])[1]
+    case.expect_published(len(used), CUB.fit.epochs)
+    options = replace(
+        CUB.network, cnn=cnn_options(case.meta["keys_cnn"]), transformer=transformer_options(case).transformer,
+        agreement=float(weight), agreement_from=4 / len(used), agreement_period=10 / len(used),
+    )  # fmt: skip
+    case.expect_published(override(options, {"transformer.drop_path": 0.1}).transformer, CUB.network.transformer)
+    case.expect_published((options.agreement_from, options.agreement_period),
+                          (CUB.network.agreement_from, CUB.network.agreement_period))  # fmt: skip
     network = options.build(classes, {})
     fill(case, network.transformer, case.meta["keys"])
     fill_cnn(case, network.cnn, factor(case), case.meta["keys_cnn"])
     network.train()
     x = made(case, case.meta["input"]["image"])
     tags = one_hot(case.meta["input"]["targets"], classes)
-    used = case.arrays["l1_term_used"]
     begins = np.arange(len(used)) / len(used)
-    assert CUB.fit.epochs == len(used)
     for share in (0, 0.5, 0.999):  # of each epoch
-        np.testing.assert_array_equal([options.agrees(p + share / len(used)) for p in begins], used)
+        case.compare("l1_term_used", [options.agrees(p + share / len(used)) for p in begins])
     terms = network({"image": x, "tags": tags}, begins[used.argmax()])
     sampled(case, "terms", torch.stack([terms["transformer"], terms["cnn"], terms["agreement"]]))
     sum(terms.values()).backward()

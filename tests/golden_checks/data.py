@@ -26,4 +26,4 @@ def check_voc_labels(case: Any) -> None:
 
 def check_voc_palette(case: Any) -> None:
     """The VOC colour map, as long as the case has it."""
-    case.check("palette", palette(len(case.arrays["palette"])))
+    case.check("palette", palette(len(case.stored("palette"))))

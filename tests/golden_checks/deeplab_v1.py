@@ -24,6 +24,14 @@ from net.segment.deeplabv1_largefov import LargeFOV
 FEW_PIXELS = 0.002
 """The cases allow a few differing pixels in arg-max maps: at most this share."""
 
+REACHED = {
+    "grad_conv_fov.weight": 0.04, "grad_backbone.b6.conv_branch2a.weight": 0.025, "grad_backbone.conv1a.weight": 0.0075,
+}  # fmt: skip
+"""Error over the largest value where the tolerance of 0.003 is not met. These gradients have gone through batch
+statistics and rectifiers that lie at their edge: a float32 sum of another order moves them. Reached: 2e-6, 0.0044 and
+0.0032 with one thread, 9e-6, 0.0083 and 0.0073 with two, 0.036, 0.021 and 0.022 without AVX. In float64 ours are 0.038,
+0.016 and 0.015 from the published float32 values."""
+
 
 def _filled(case: Any, network: Segmenter) -> Segmenter:
     """The network with the case's weights, in evaluation mode; its state dict must be the official one."""
@@ -54,7 +62,7 @@ def _network(case: Any, cls: type[Segmenter], classifier: str) -> Segmenter:
 
 def _batch(case: Any, network: Segmenter) -> dict[str, Tensor]:
     """A training batch with the denominators that the loop adds."""
-    mask = torch.from_numpy(case.arrays["label"].astype(np.int64))
+    mask = torch.from_numpy(case.input("label").astype(np.int64))
     batch = {"image": case.evaluate(case.meta["input"]["x"]), "mask": mask}
     return {**batch, **{f"counts/{name}": value for name, value in network.counts(batch).items()}}
 
@@ -67,10 +75,10 @@ def _check_gradients(case: Any, network: Segmenter) -> None:
         gradient = parameters[name].grad
         assert (gradient is None) == (norm is None), name
         if norm is not None:
-            np.testing.assert_allclose(gradient.norm().item(), norm, rtol=case.tolerance, err_msg=name)
+            case.compare(f"grad_norms/{name}", gradient.norm(), norm, relative=case.tolerance)
     for name in case.meta["outputs"]:
         if name.startswith("grad_"):
-            case.check(name, parameters[name.removeprefix("grad_")].grad)
+            case.check(name, parameters[name.removeprefix("grad_")].grad, of_largest=REACHED.get(name))
 
 
 def check_deeplabv1_seam(case: Any) -> None:
@@ -128,10 +136,10 @@ def _settings(case: Any, cls: type[Segmenter]) -> SegInference:
 def _check_maps(case: Any, name: str, scores: np.ndarray, infer: SegInference) -> None:
     """Scores and labels before and after the CRF."""
     case.check(name, scores)
-    posterior = with_crf(scores, case.arrays["image"], infer, "imagenet")
+    posterior = with_crf(scores, case.input("image"), infer, "imagenet")
     case.check("crf", posterior, tolerance=case.meta["tolerance_crf"])
     for label, maps in (("pred", scores), ("pred_crf", posterior)):
-        assert (maps.argmax(axis=0) != case.arrays[label]).mean() <= FEW_PIXELS, label
+        case.compare(label, maps.argmax(axis=0), share=1 - FEW_PIXELS)
 
 
 def check_deeplabv1_infer_mean(case: Any) -> None:
@@ -152,7 +160,7 @@ def check_deeplabv1_infer_mean(case: Any) -> None:
         maps = [case.fill.image(f"{stem}/{index}/{mirrored}", 1, int(n), *size) for mirrored in (0, 1)]
         return float(factor) * torch.cat(maps)
 
-    _check_maps(case, "prob", segment(logits, case.arrays["image"], infer, "imagenet"), infer)
+    _check_maps(case, "prob", segment(logits, case.input("image"), infer, "imagenet"), infer)
 
 
 def check_deeplabv1_infer_max(case: Any) -> None:
@@ -168,7 +176,7 @@ def check_deeplabv1_infer_max(case: Any) -> None:
         hidden = F.conv2d(images, weights[0], stride=stride1, padding=pad1).relu()
         return F.conv2d(hidden, weights[1], stride=stride2, padding=pad2)
 
-    image = case.arrays["image"]
+    image = case.input("image")
     scores = segment(logits, image, infer, "imagenet")
     for name in case.meta["outputs"]:
         if name.startswith("scaled_"):

@@ -72,13 +72,13 @@ def check_deeplabv2_loss(case: Any) -> None:
     labels = list(network.resize_labels(batch["mask"]).values())
     for number, (logits, label, term) in enumerate(zip(outputs, [*labels, labels[0]], terms.values(), strict=True)):
         case.check(f"logits_{number}", logits)
-        np.testing.assert_array_equal(label.numpy(), case.arrays[f"label_{number}"])
+        case.compare(f"label_{number}", label)
         case.check(f"loss_{number}", term)
     case.check("loss", loss)
     parameters = dict(network.named_parameters())
     assert parameters.keys() == case.meta["grad_norms"].keys()
     for name, norm in case.meta["grad_norms"].items():
-        np.testing.assert_allclose(parameters[name].grad.norm().item(), norm, rtol=case.tolerance, err_msg=name)
+        case.compare(f"grad_norms/{name}", parameters[name].grad.norm(), norm, relative=case.tolerance)
     for name in case.meta["outputs"]:
         if name.startswith("grad_"):
             case.check(name, parameters[name.removeprefix("grad_")].grad)
@@ -107,18 +107,18 @@ def check_deeplabv2_caffe_names(case: Any) -> None:
     for table, prefix in (("names_voc12_msc", "base."), ("names_coco_init", "")):
         for layer, wanted in case.meta[table].items():
             assert f"{prefix}{from_caffe(f'{layer}.weight')}" == f"{wanted}.weight"
-    np.testing.assert_array_equal([len(own), len(coco)], case.arrays["n_tensors"])
+    case.compare("n_tensors", [len(own), len(coco)])
 
 
 def check_caffemodel_parse(case: Any) -> None:
     """The tensors of a small file under the names of DeepLab v2."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "small.caffemodel"
-        path.write_bytes(case.arrays["caffemodel"].tobytes())
+        path.write_bytes(case.input("caffemodel").tobytes())
         read = read_tensors(path)
     renamed = {from_caffe(name): value for name, value in read.items()}
     renamed.pop(None, None)
-    expected = {name.removeprefix("out/base.") for name in case.arrays if name.startswith("out/")}
+    expected = {name.removeprefix("out/base.") for name in case.names if name.startswith("out/")}
     assert set(renamed) == expected
     for name, value in renamed.items():
         case.check(f"out/base.{name}", value)

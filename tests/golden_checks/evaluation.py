@@ -21,10 +21,10 @@ def check_evaluation(case: Any) -> None:
     ids = [str(i) for i in range(case.meta["input"]["images"])]
 
     def truth(name: str) -> np.ndarray:
-        return case.arrays[f"gt_{name}"]
+        return case.input(f"gt_{name}")
 
     def cams(name: str) -> tuple[np.ndarray, np.ndarray]:
-        maps = case.arrays[f"cam_{name}"].astype(np.float32) / np.float32(65535)
+        maps = case.input(f"cam_{name}").astype(np.float32) / np.float32(65535)
         return np.array(classes[int(name)]), maps
 
     thresholds = [i / 100 for i in range(case.meta["outputs"]["curve"]["shape"][0])]
@@ -39,7 +39,7 @@ def check_evaluation(case: Any) -> None:
             fixed = evaluate_cams(ids, cams, truth, n, [at / 100], boundary=False, progress=False)
             case.check(name, 100 * fixed.confusion.iou())
 
-    png = evaluate_masks(ids, lambda name: case.arrays[f"pred_{name}"], truth, n, progress=False).confusion
+    png = evaluate_masks(ids, lambda name: case.input(f"pred_{name}"), truth, n, progress=False).confusion
     case.check("iou_png", 100 * png.iou())
     case.check("miou_png", 100 * png.miou())
     case.check("fp_png", 100 * png.false_positive)
@@ -49,7 +49,7 @@ def check_evaluation(case: Any) -> None:
 def check_metrics_confusion(case: Any) -> None:
     """The confusion matrix and everything drawn from it; an undefined IoU is recorded as -1."""
     confusion = Confusion(_num_classes(case))
-    for truth, prediction in zip(case.arrays["gt"], case.arrays["pred"], strict=True):
+    for truth, prediction in zip(case.input("gt"), case.input("pred"), strict=True):
         confusion.add(truth, prediction)
     case.check("confusion", confusion.matrix)
     case.check("iou", np.nan_to_num(confusion.iou("nanmean"), nan=-1))

@@ -38,7 +38,7 @@ _NUMBER = r"(\d+(?:\.\d+)?(?:e-?\d+)?)"
 
 def close(case: Any, name: str, value: Any, sampled_as: str | None = None) -> None:
     """Compare (the stored sample of) a value at the case's tolerance; some outputs are sampled as another one."""
-    expected = case.arrays[name]
+    expected = case.stored(name)
     value = value.detach().numpy() if isinstance(value, Tensor) else np.asarray(value)
     text = case.meta["outputs"][sampled_as or name]["meaning"]
     sampled = re.findall(r"(?<=sampled )\[(.+?)\]", text) or re.findall(r"every \w+ class \[(.+?)\]", text)
@@ -47,8 +47,8 @@ def close(case: Any, name: str, value: Any, sampled_as: str | None = None) -> No
         value = value[tuple(slice(*(int(v) if v else None for v in part.split(":"))) for part in parts)]
     value = value.reshape(expected.shape)
     tolerance = case.meta["tolerance"]
-    atol = tolerance.get("atol_relative_to_max_abs", 0) * abs(expected).max()
-    np.testing.assert_allclose(value, expected, rtol=tolerance["rtol"], atol=atol, err_msg=f"{case.name}: {name}")
+    of_largest = tolerance.get("atol_relative_to_max_abs", 0)
+    case.compare(name, value, relative=tolerance["rtol"], of_largest=of_largest)
 
 
 def image(case: Any, key: str = "image") -> Tensor:
@@ -111,7 +111,7 @@ def check_getam_map(case: Any) -> None:
     close(case, "cls_logits", logits)
     layers = (gradients * attention).clamp(min=0).mean(3) * gradients.clamp(min=0).mean(3)  # (K, L, B, T)
     pairs = [(b, k, c) for b, row in enumerate(rows) for k, c in enumerate(sorted(row))]
-    np.testing.assert_array_equal([(b, c) for b, _, c in pairs], case.arrays["pairs"])
+    case.compare("pairs", [(b, c) for b, _, c in pairs])
     prefix = net.pretrained.model.tokens
     close(case, "layers", 1e5 * torch.stack([layers[k, :, b, prefix:] for b, k, _ in pairs]))
     close(case, "getam", 1e5 * torch.stack([maps[b, c] for b, _, c in pairs]))
@@ -126,11 +126,11 @@ def check_getam_label_pipeline(case: Any) -> None:
     """From the network to the labels and the published saliency target."""
     net = network(case)
     x, (rows, tags) = image(case), present(case, "labels_zero_based")
-    assert torch.equal(tags, torch.from_numpy(case.arrays["labels"]))
+    case.compare("labels", tags)
     colours = restore_rgb(x, net.normalisation)
-    np.testing.assert_array_equal(colours.numpy(), case.arrays["image_u8"])
+    case.compare("image_u8", colours)
     maps = net.cam(x, tags)
-    saliency = torch.from_numpy(case.arrays["saliency"])
+    saliency = torch.from_numpy(case.input("saliency"))
     options, norms, raw = GetamLabel(), [], []
     for b, row in enumerate(rows):
         raw += [maps[b, c] for c in sorted(row)]
@@ -144,23 +144,23 @@ def check_getam_label_pipeline(case: Any) -> None:
         "sal_target_published": saliency_target(made["salient"], "published"),
     }  # fmt: skip
     for name, value in values.items():
-        assert (value.numpy() == case.arrays[name]).mean() >= case.meta["tolerance"]["label_agreement"], name
+        case.compare(name, value, share=case.meta["tolerance"]["label_agreement"])
 
 
 def check_getam_pseudo_label(case: Any) -> None:
     """The rule on given maps, exactly; of all classes only the tagged ones are looked at."""
     cut = float(re.search(rf"cut threshold {_NUMBER}", case.meta["description"])[1])
-    keys = torch.from_numpy(case.arrays["labels"]).nonzero()[:, 0]
+    keys = torch.from_numpy(case.input("labels")).nonzero()[:, 0]
     assert keys.tolist() == sorted(case.meta["input"]["labels_zero_based"])
-    norm = torch.from_numpy(case.arrays["norm_cam"].astype(np.float32))[keys]
-    salient = torch.from_numpy(case.arrays["saliency"] > 0)
+    norm = torch.from_numpy(case.input("norm_cam").astype(np.float32))[keys]
+    salient = torch.from_numpy(case.input("saliency") > 0)
     label, after = label_with_saliency(norm, keys, salient, GetamLabel(cut=cut))
-    np.testing.assert_array_equal(label, case.arrays["label"])
-    np.testing.assert_array_equal(after, case.arrays["saliency_after"])
+    case.compare("label", label)
+    case.compare("saliency_after", after)
     # everything salient, nothing completed or opened: what is left is the arg-max
     plain = override(GetamLabel(), {"opening": 0})
     label, _ = label_with_saliency(norm, keys, torch.ones_like(salient), plain)
-    np.testing.assert_array_equal(torch.where(label == 255, 0, label), case.arrays["argmax"])
+    case.compare("argmax", torch.where(label == 255, 0, label))
 
 
 @cache
@@ -171,15 +171,15 @@ def _small() -> Getam:
 
 def check_getam_losses(case: Any) -> None:
     """Every term, the dense energy on the lattice and exactly, and the gradients."""
-    arrays, settings = case.arrays, case.meta["settings"]
+    settings = case.meta["settings"]
     logits = image(case, "seg_logits").requires_grad_()
-    label, colours, inside = (torch.from_numpy(arrays[name]) for name in ("seg_label", "image", "roi"))
+    label, colours, inside = (torch.from_numpy(case.input(name)) for name in ("seg_label", "image", "roi"))
     label, colours, inside = label.long(), colours.float(), inside > 0
     scale = settings["scale"]
     options = DenseOptions(
         settings["dense weight"], scale, settings["sigma_rgb"], float(settings["sigma_xy"].split(" * ")[0])
     )
-    salient = torch.from_numpy((arrays["saliency"] > 0).astype(np.uint8))
+    salient = torch.from_numpy((case.input("saliency") > 0).astype(np.uint8))
     batch = {"label": label, "salient": salient, "image": torch.zeros_like(colours), "box": torch.zeros(len(label), 4)}
     net, terms = _small(), {}
     batch |= {f"counts/{name}": count for name, count in net.counts(batch).items()}
@@ -191,7 +191,7 @@ def check_getam_losses(case: Any) -> None:
     close(case, "bg_ce", published["ce_background"])
     close(case, "fg_ce", published["ce_foreground"])
     close(case, "ce", published["ce_background"] + published["ce_foreground"])
-    cls = multilabel_soft_margin(torch.from_numpy(arrays["cls_logits"]), torch.from_numpy(arrays["labels"]))
+    cls = multilabel_soft_margin(*(torch.from_numpy(case.input(name)) for name in ("cls_logits", "labels")))
     close(case, "cls_loss", cls)
 
     dense = dense_energy(logits, label, colours, inside, options)
@@ -222,10 +222,10 @@ def check_getam_poly_sgd(case: Any) -> None:
     net.options = override(net.options, {"cls_share": share, "seg_lr": factor})
     assert "no weight decay" in text
     recipe = Fit(lr=lr, momentum=decay, weight_decay=0.0, power=Getam.recipes["published"].cam.fit.power)
-    w = torch.nn.Parameter(torch.from_numpy(case.arrays["w0"].copy()))
+    w = torch.nn.Parameter(torch.from_numpy(case.input("w0").copy()))
     optimiser = make_optimiser([Group([w])], recipe, torch.device("cpu"))
     rates, weights = [], []
-    for step, gradient in enumerate(case.arrays["grads"]):
+    for step, gradient in enumerate(case.input("grads")):
         set_lr(optimiser, recipe, step, total, net.lr_scale(step / total))
         rates.append(optimiser.param_groups[0]["lr"])
         w.grad = torch.from_numpy(gradient)
@@ -249,7 +249,7 @@ def check_getam_test_merge(case: Any) -> None:
     own = Getam.recipes["published"].own.infer
     assert own.crf == CRFSettings(int(numbers[-1]), *map(float, numbers[:-1])) and own.square
     infer: SegInference = override(own, {"scales": tuple(logits)})
-    picture = case.arrays["image"]
+    picture = case.input("image")
     asked = []
 
     def given(images: Tensor) -> Tensor:
@@ -260,6 +260,6 @@ def check_getam_test_merge(case: Any) -> None:
     scores = segment(given, picture, infer, Getam.normalisation)
     assert asked == list(logits)
     close(case, "prob", scores)
-    np.testing.assert_array_equal(scores.argmax(0), case.arrays["argmax"])
+    case.compare("argmax", scores.argmax(0))
     after = with_crf(scores, picture, infer, Getam.normalisation).argmax(0)
-    assert (after == case.arrays["crf_label"]).mean() >= case.meta["tolerance"]["label_agreement"]
+    case.compare("crf_label", after, share=case.meta["tolerance"]["label_agreement"])

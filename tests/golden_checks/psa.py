@@ -61,7 +61,7 @@ def _affinities(case: Any, backbone: str, *, early: bool = False) -> None:
     radius = fitting_radius(network.radius, height, width, early=early)
     affinity = pair_affinity(features, radius)
     case.check("aff", affinity)
-    if "dense" in case.arrays:
+    if "dense" in case.names:
         source, target = pair_cells(half_circle(radius), height, width, radius=radius)
         case.check("dense", plain.dense_affinity(source, target, affinity[0].flatten(), height * width))
 
@@ -83,13 +83,13 @@ def check_seam_aff_small(case: Any) -> None:
 
 def check_psa_aff_labels_and_losses(case: Any) -> None:
     """Confident label, pair labels, loss terms and gradient."""
-    planes = np.concatenate([case.arrays["la"], case.arrays["ha"]])
+    planes = np.concatenate([case.input("la"), case.input("ha")])
     label = PSA.make_target(planes)
-    np.testing.assert_array_equal(label, case.arrays["label"])
+    case.compare("label", label)
     radius = int(re.search(r"radius (\d+)", case.meta["constructor"])[1])
     pairs = pair_labels(torch.from_numpy(label)[None], radius)
     for ours, theirs in (("bg", "bg_pos"), ("fg", "fg_pos"), ("neg", "neg")):
-        np.testing.assert_array_equal(pairs[ours][0].numpy(), case.arrays[theirs] == 1, err_msg=theirs)
+        case.compare(theirs, pairs[ours][0])
 
     expression = re.match(r"(.+), and the same flipped along the displacement axis", case.meta["input"]["aff_in"])[1]
     one = case.evaluate(expression)  # (1, D, P)
@@ -117,15 +117,14 @@ def _settings(text: str) -> PSAWalk:
 
 def _inputs(case: Any) -> tuple[Tensor, Cam]:
     """Normalised image (3, H, W) and CAMs of the case."""
-    cam = Cam.of_maps(np.array(case.meta["input"]["classes"]), case.arrays["cams"])
-    return to_tensor(normalise_image(case.arrays["image"], "imagenet")), cam
+    cam = Cam.of_maps(np.array(case.meta["input"]["classes"]), case.input("cams"))
+    return to_tensor(normalise_image(case.input("image"), "imagenet")), cam
 
 
 def _assert_same_label(case: Any, name: str, scores: np.ndarray, cam: Cam) -> None:
     """Label maps agree but for 0.2 % of the pixels (ties)."""
     label = np.array([0, *(cam.keys + 1)])[scores.argmax(axis=0)]
-    assert label.shape == case.arrays[name].shape
-    assert (label != case.arrays[name]).mean() <= 0.002, name
+    case.compare(name, label, share=0.998)
 
 
 def _all_classes(values: Tensor, cam: Cam, classes: int) -> Tensor:

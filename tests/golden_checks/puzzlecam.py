@@ -32,7 +32,7 @@ def check_puzzlecam_losses(case: Any) -> None:
     tags = torch.zeros(len(images), classes)
     for row, labels in zip(tags, case.meta["input"]["labels_zero_based"], strict=True):
         row[labels] = 1
-    weight = nn.Parameter(torch.from_numpy(case.arrays["conv_weight"]))
+    weight = nn.Parameter(torch.from_numpy(case.input("conv_weight")))
 
     def maps(inputs: Tensor) -> Tensor:
         return F.conv2d(inputs, weight, stride=stride, padding=padding)

@@ -5,7 +5,6 @@ Whatever differs between cases of a family is read from the case: image names, s
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from golden_case import Case, _index
+from golden_case import Case, _index, array
 from torch import Tensor, nn
 
 from misc.config import CamInference, Fit
@@ -40,8 +39,6 @@ from net.seed.semformer import (
 from net.seed.semformer.autoencoder import CAAE, CAAEOptions, similarity_loss, tags_with_background
 from net.shared.edge import enlarge_cells, hard_label, propagate_scores, two_threshold_label
 
-HERE = Path(__file__).parents[1] / "golden"
-
 
 def stored(meaning: str) -> tuple[Any, ...]:
     """The index that an output's meaning names: "tokens[:, ::4]", "every 389th row", "every 4th column"."""
@@ -56,19 +53,15 @@ def stored(meaning: str) -> tuple[Any, ...]:
 def close(case: Case, name: str, value: Any, atol: float | None = None) -> None:
     """Compare a full value with the stored output at the case's tolerance, which is of the form {rtol, atol as a share
     of the largest value}; ``atol`` is another such share."""
-    value = value.detach().numpy() if isinstance(value, Tensor) else np.asarray(value)
-    value = value[stored(case.meta["outputs"][name]["meaning"])]
-    expected, tolerance = case.arrays[name].astype(np.float32), case.meta["tolerance"]
-    assert value.shape == expected.shape, f"{name}: {value.shape}, expected {expected.shape}"
-    share = tolerance.get("atol_relative_to_max_abs", 0) if atol is None else atol
-    largest = abs(expected).max() if expected.size else 0
-    np.testing.assert_allclose(value, expected, tolerance["rtol"], share * largest, err_msg=f"{case.name}: {name}")
+    value = array(value)[stored(case.meta["outputs"][name]["meaning"])]
+    tolerance = case.meta["tolerance"]
+    of_largest = tolerance.get("atol_relative_to_max_abs", 0) if atol is None else atol
+    case.compare(name, value, relative=tolerance["rtol"], of_largest=of_largest)
 
 
 def reference(case: Case, name: str) -> dict[str, Any]:
     """The JSON of another case that this one refers to: beside it, or in the project's own folder."""
-    beside = case.path.with_name(f"{name}.json")
-    return json.loads((beside if beside.exists() else HERE / f"{name}.json").read_text())
+    return case.other(name).meta
 
 
 @torch.no_grad()
@@ -163,9 +156,9 @@ def boxes(regions: np.ndarray) -> Tensor:
 def check_semformer_crop_mask(case: Case) -> None:
     """The valid mask at the CAAE's size."""
     target, source = map(int, re.search(r"(\d+)/(\d+)", case.meta["description"]).groups())
-    mask = valid_mask(boxes(case.arrays["regions"]), (source, source), (target, target))
+    mask = valid_mask(boxes(case.input("regions")), (source, source), (target, target))
     for name, axis in (("mask_row_sums", 3), ("mask_col_sums", 2)):
-        np.testing.assert_array_equal(mask.sum(axis)[:, 0].numpy(), case.arrays[name])
+        case.compare(name, mask.sum(axis)[:, 0])
 
 
 def check_semformer_activation_losses(case: Case) -> None:
@@ -177,13 +170,13 @@ def check_semformer_activation_losses(case: Case) -> None:
     rectangles = np.array(case.meta["input"]["regions x0,y0,x1,y1"])
     size = raw.shape[-2:]
     valid = valid_mask(boxes(rectangles), size, size)
-    np.testing.assert_array_equal(valid.numpy(), case.arrays["grad_mask"])
+    case.compare("grad_mask", valid)
     masks = torch.stack([raw.roll(i, 0) for i in range(len(rectangles))]) * valid
-    labels = torch.from_numpy(case.arrays["labels"])
+    labels = torch.from_numpy(case.input("labels"))
     pairs = ImageClassPairs.of(labels)
     for name, value in (("seen_indexes", pairs.image), ("seen_classes", pairs.number), ("seen_labels", pairs.own),
                         ("re_seen_labels", pairs.others)):  # fmt: skip
-        np.testing.assert_array_equal(value.numpy(), case.arrays[name], err_msg=name)
+        case.compare(name, value)
 
     def complement(chosen: slice, inside: Tensor) -> Tensor:
         some = ImageClassPairs.of(labels[chosen])
@@ -196,7 +189,7 @@ def check_semformer_activation_losses(case: Case) -> None:
     close(case, "act_cplt", complement(everything, valid))
     close(case, "act_cplt_no_mask", complement(everything, torch.ones_like(valid)))
     single = int(re.search(r"only image (\d+)", case.meta["outputs"]["act_cplt_single"]["meaning"])[1])
-    assert complement(slice(single, single + 1), valid) == 0 == case.arrays["act_cplt_single"]
+    case.compare("act_cplt_single", complement(slice(single, single + 1), valid))
 
 
 def check_semformer_forward_train(case: Case) -> None:
@@ -276,8 +269,8 @@ def check_semformer_cam_merge(case: Case) -> None:
     tiny = SemFormer.recipes["sample"].cam.caae.network  # nothing is judged here
     guide = replace(tiny, class_dim=dim).build(classes - 1, {})
     network = semformer(case, meta, guide, (16, 16), map_layers=described["cra_layers"])
-    picture, present = case.arrays["image"], torch.tensor(described["labels_foreground"]) - 1
-    np.testing.assert_array_equal(case.arrays["keys"], [0, *described["labels_foreground"]])
+    picture, present = case.input("image"), torch.tensor(described["labels_foreground"]) - 1
+    case.compare("keys", [0, *described["labels_foreground"]])
     maps = []
     with torch.inference_mode():
         for scale, x in zip(infer.scales, cams.scaled_inputs(picture, infer, network.normalisation), strict=True):
@@ -317,12 +310,12 @@ def check_semformer_poly_sgd(case: Case) -> None:
     total = int(re.search(r"max_step=(\d+)", text)[1])
     momentum = float(re.search(r"effective SGD momentum is ([\d.]+)", text)[1])
     rates = [float(r) for r in re.findall(r"has lr ([\d.]+)", described)]
-    w, b = (nn.Parameter(torch.from_numpy(case.arrays[name].copy())) for name in ("w0", "b0"))
+    w, b = (nn.Parameter(torch.from_numpy(case.input(name).copy())) for name in ("w0", "b0"))
     recipe = Fit(lr=lr, momentum=momentum, nesterov="nesterov True" in text, weight_decay=decay, power=power)
     groups = [Group([w], rates[0] / lr), Group([b], rates[1] / lr, decay=False)]
     optimiser = make_optimiser(groups, recipe, torch.device("cpu"))
     values: dict[str, list[np.ndarray]] = {"lr": [], "w": [], "b": []}
-    for step, gradient in enumerate(torch.from_numpy(case.arrays["grads"])):
+    for step, gradient in enumerate(torch.from_numpy(case.input("grads"))):
         set_lr(optimiser, recipe, step, total)
         values["lr"].append(np.array([group["lr"] for group in optimiser.param_groups]))
         w.grad, b.grad = gradient, gradient[:, 0, :4]
@@ -330,22 +323,22 @@ def check_semformer_poly_sgd(case: Case) -> None:
         for name, parameter in (("w", w), ("b", b)):
             values[name].append(parameter.detach().numpy().copy())
     for name, rows in values.items():
-        np.testing.assert_allclose(np.stack(rows), case.arrays[name], case.meta["tolerance"]["rtol"], err_msg=name)
+        case.compare(name, np.stack(rows), relative=case.meta["tolerance"]["rtol"])
 
 
 def check_semformer_evaluate(case: Case) -> None:
     """The curve with and without the published erosion, false positives and negatives, one erosion."""
     side = int(re.search(r"(\d+)x\d+ erosion", case.meta["description"])[1])
-    ids = sorted(name.removeprefix("gt") for name in case.arrays if re.fullmatch(r"gt\d+", name))
-    classes = case.arrays["IoU_at_0p20"].shape[0]
-    thresholds = [round(float(t), 2) for t in case.arrays["thresholds"]]
+    ids = sorted(name.removeprefix("gt") for name in case.names if re.fullmatch(r"gt\d+", name))
+    classes = case.stored("IoU_at_0p20").shape[0]
+    thresholds = [round(float(t), 2) for t in case.input("thresholds")]
 
     def maps(name: str) -> tuple[np.ndarray, np.ndarray]:
-        return case.arrays[f"keys{name}"][1:] - 1, case.arrays[f"hr_cam{name}"].astype(np.float32)
+        return case.input(f"keys{name}")[1:] - 1, case.input(f"hr_cam{name}").astype(np.float32)
 
     def curve(erosion: int) -> Any:
         return evaluate_cams(
-            ids, maps, lambda name: case.arrays[f"gt{name}"], classes, thresholds, erosion=erosion, boundary=False,
+            ids, maps, lambda name: case.input(f"gt{name}"), classes, thresholds, erosion=erosion, boundary=False,
             progress=False,
         )  # fmt: skip
 
@@ -358,12 +351,12 @@ def check_semformer_evaluate(case: Case) -> None:
         ("FP", [m.false_positive for m in matrices]), ("FN", [m.false_negative for m in matrices]),
         ("IoU_at_0p20", 100 * matrices[at].iou()),
     ):  # fmt: skip
-        np.testing.assert_allclose(value, case.arrays[name], rtol, 1e-9, err_msg=name)
-    assert scores.threshold == thresholds[int(np.argmax(case.arrays["mIoU"]))]
-    keys = case.arrays["keys0"]
+        case.compare(name, value, relative=rtol, absolute=1e-9)
+    assert scores.threshold == thresholds[int(np.argmax(case.stored("mIoU")))]
+    keys = case.input("keys0")
     mask = mask_at(maps("0"), 0.2)
-    np.testing.assert_array_equal(mask, keys[case.arrays["argmax0"]])
-    np.testing.assert_array_equal(erode(mask, side), keys[case.arrays["eroded0"]])
+    case.compare("argmax0", mask, keys[case.stored("argmax0")])
+    case.compare("eroded0", erode(mask, side), keys[case.stored("eroded0")])
 
 
 # --------------------------------------------------------------------------------- labels, edge network, walk
@@ -397,10 +390,10 @@ def check_semformer_affinitynet(case: Case) -> None:
     logits = network.edge_logits(network.resnet50.forward_stages(images))
     grid = logits.shape[-2:]
     displacements, radius = network.pair_geometry(grid)
-    np.testing.assert_array_equal(displacements, case.arrays["offsets"])
+    case.compare("offsets", displacements)
     source, _ = pair_cells(displacements[:1], *grid, radius=radius)
-    np.testing.assert_array_equal([source[0], source[-1]], case.arrays["src_first_last"])
-    batch = {"image": images, "target": torch.from_numpy(case.arrays["seg"])}
+    case.compare("src_first_last", [source[0], source[-1]])
+    batch = {"image": images, "target": torch.from_numpy(case.input("seg"))}
     counts = network.counts(batch)
     batch |= {f"counts/{k}": v.float() for k, v in counts.items()}
     terms = network(batch, 0.0)
@@ -436,7 +429,7 @@ def check_semformer_random_walk(case: Case) -> None:
         r"radius (\d+), beta (\d+), (\d+) squarings", case.meta["description"]).groups())  # fmt: skip
     options = EdgeOnly.recipes["published"].walk
     assert (options.radius, options.beta, options.logt) == (radius, beta, squarings)
-    maps, boundary = torch.from_numpy(case.arrays["cam"]), torch.from_numpy(case.arrays["edge"])[0]
+    maps, boundary = torch.from_numpy(case.input("cam")), torch.from_numpy(case.input("edge"))[0]
     walked = propagate_scores(maps, boundary, radius, beta, 2**squarings)
     close(case, "rw", walked[:, None])
     large = enlarge_cells(walked, case.meta["input"]["image size"])
@@ -445,7 +438,7 @@ def check_semformer_random_walk(case: Case) -> None:
 
 def agreement(case: Case, name: str, got: np.ndarray) -> None:
     """The stated share of a label map's pixels is equal."""
-    assert (got == case.arrays[name]).mean() >= case.meta["tolerance"]["label_agreement"], name
+    case.compare(name, got, share=case.meta["tolerance"]["label_agreement"])
 
 
 def check_semformer_affinity_labels(case: Case) -> None:
@@ -453,11 +446,11 @@ def check_semformer_affinity_labels(case: Case) -> None:
     stated = re.search(r"fg_threshold=([\d.]+), bg_threshold=([\d.]+)", case.meta["description"])
     fg, bg = (float(v) for v in stated.groups())
     options = replace(EdgeOnly.recipes["published"].label, threshold_fg=fg, threshold_bg=bg)
-    image, maps, keys = (case.arrays[name] for name in ("image", "hr_cam", "keys"))
+    image, maps, keys = (case.input(name) for name in ("image", "hr_cam", "keys"))
     cam = Cam.of_maps(keys[1:] - 1, maps)
     labels = two_threshold_label(image, cam, options)
     for side, threshold, label in (("fg", fg, labels[0]), ("bg", bg, labels[1])):
-        np.testing.assert_array_equal(hard_label(maps, threshold), case.arrays[f"{side}_argmax"])
+        case.compare(f"{side}_argmax", hard_label(maps, threshold))
         agreement(case, f"{side}_label", keys[label])
     agreement(case, "conf", EdgeOnly.make_label(image, cam, options)[0])
 
@@ -469,9 +462,9 @@ def check_semformer_pseudo_label(case: Case) -> None:
     ).groups()  # fmt: skip
     options = EdgeOnly.recipes["published"].walk
     assert (options.threshold, options.crf.iterations) == (float(threshold), int(iterations))
-    image, maps, keys = (case.arrays[name] for name in ("image", "rw", "keys"))
+    image, maps, keys = (case.input(name) for name in ("image", "rw", "keys"))
     network = EdgeOnly.recipes["sample"].network.build(len(keys), {})
     x = to_tensor(normalise_image(image, network.normalisation))
     plain = replace(options, crf=replace(options.crf, iterations=0))
-    np.testing.assert_array_equal(network.sharpen_scores(x, maps, plain).argmax(0), case.arrays["argmax"])
+    case.compare("argmax", network.sharpen_scores(x, maps, plain).argmax(0))
     agreement(case, "label", keys[network.sharpen_scores(x, maps, options).argmax(0)])

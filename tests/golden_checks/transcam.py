@@ -122,10 +122,8 @@ def check_transcam_forward(case: Any) -> None:
             if name.startswith("cam_"):
                 kind = name.removeprefix("cam_")
                 network.method = methods.get(kind, kind)
-                expected = case.arrays[name]
-                np.testing.assert_allclose(
-                    network.cam(x, present), expected[:, 1:], rtol=0, atol=case.tolerance * abs(expected).max()
-                )
+                expected = case.stored(name)[:, 1:]
+                case.compare(name, network.cam(x, present), expected, of_largest=case.tolerance)
 
 
 def check_transcam_train_loss(case: Any) -> None:
@@ -137,7 +135,7 @@ def check_transcam_train_loss(case: Any) -> None:
     losses["cls"].backward()
     case.check("loss", losses["cls"])
     norms = [network.get_parameter(n).grad.norm() for n in case.meta["outputs"]["grad_norms"]["parameters"]]
-    np.testing.assert_allclose(torch.stack(norms), case.arrays["grad_norms"], rtol=case.tolerance)
+    case.compare("grad_norms", torch.stack(norms), relative=case.tolerance)
     case.check("grad_conv_bias", network.conv_cls_head.bias.grad)
     assert network.conv_cls_head.bias.grad[0] == 0
 
@@ -153,12 +151,12 @@ def check_transcam_cam_merge(case: Any) -> None:
     passes = re.search(r"passes: (.+)", case.meta["input"]["maps"])[1].split(", ")
     assert passes == [f"{int(side)}{mirror}" for side in infer.scales for mirror in ("", " flipped")]
     for number, described in enumerate(case.meta["input"]["images"]):
-        picture, keys = case.arrays[described["image"]], np.array(described["present_classes"])
+        picture, keys = case.input(described["image"]), np.array(described["present_classes"])
         for index, x in enumerate(cams.scaled_inputs(picture, infer, TransCam.normalisation)):
             for mirror in (0, 1):
                 case.check(f"net_input{number}_{2 * index + mirror}", x[mirror])
         maps = [
-            torch.from_numpy(np.stack([case.arrays[f"in_cam{number}_{2 * i + f}"] for f in (0, 1)]))
+            torch.from_numpy(np.stack([case.input(f"in_cam{number}_{2 * i + f}") for f in (0, 1)]))
             for i in range(len(infer.scales))
         ]  # (2, K, h, w) each
         merged = cams.normalise_maps(cams.merge_maps(maps, picture.shape[:2]), infer.normalise).numpy()
@@ -168,17 +166,17 @@ def check_transcam_cam_merge(case: Any) -> None:
         label = override(_psa(), {"label.threshold_low": low, "label.threshold_high": high}).label
         _, planes = PSA.make_label(picture, Cam.of_maps(keys, merged), label)
         for name, plane in zip((f"crf{number}_{low:.2f}", f"crf{number}_{high:.2f}"), planes, strict=True):
-            assert (np.array([0, *(keys + 1)])[plane] == case.arrays[name]).mean() >= shares(case)[0], name
+            case.compare(name, np.array([0, *(keys + 1)])[plane], share=shares(case)[0])
 
 
 def check_transcam_aff_label(case: Any) -> None:
     """Merged label of the two label images, and the pairs that are trained on."""
-    label = PSA.make_target(np.stack([case.arrays["in_la"], case.arrays["in_ha"]]))
-    np.testing.assert_array_equal(label, case.arrays["label"])
+    label = PSA.make_target(np.stack([case.input("in_la"), case.input("in_ha")]))
+    case.compare("label", label)
     radius = int(re.search(r"radius (\d+)", case.meta["description"])[1])
     pairs = pair_labels(torch.from_numpy(label)[None], radius)
     for ours, theirs in (("bg", "bg_pos"), ("fg", "fg_pos"), ("neg", "neg")):
-        np.testing.assert_array_equal(pairs[ours][0].numpy(), case.arrays[theirs] == 1, err_msg=theirs)
+        case.compare(theirs, pairs[ours][0])
 
 
 def check_transcam_random_walk(case: Any) -> None:
@@ -187,16 +185,15 @@ def check_transcam_random_walk(case: Any) -> None:
     patterns = {"threshold": "background score ", "beta": "to the power ", "logt": "squared "}
     stated = {f"walk.{name}": float(re.search(pattern + _NUMBER, text)[1]) for name, pattern in patterns.items()}
     options = override(_psa(), {**stated, "walk.logt": int(stated["walk.logt"])}).walk
-    affinity = torch.from_numpy(case.arrays["in_aff"])  # (N, N)
+    affinity = torch.from_numpy(case.input("in_aff"))  # (N, N)
     source, target = torch.triu(affinity, 1).nonzero().T
     step = transition(source, target, affinity[source, target], len(affinity), options.beta)
     network = PSA.recipes["sample"].network.build(20, {})
     network.make_transition = lambda image, options: step
     keys = np.array(case.meta["input"]["present_classes"])
-    x = to_tensor(normalise_image(case.arrays["in_image"], network.normalisation))
+    x = to_tensor(normalise_image(case.input("in_image"), network.normalisation))
     for name, walk, share in zip(
         ("label", "label_crf"), (override(options, {"crf.iterations": 0}), options), shares(case), strict=True
     ):
-        scores = network.refine(x, Cam.of_maps(keys, case.arrays["in_cam"]), walk)
-        label = np.array([0, *(keys + 1)])[scores.argmax(axis=0)]
-        assert (label == case.arrays[name]).mean() >= share, name
+        scores = network.refine(x, Cam.of_maps(keys, case.input("in_cam")), walk)
+        case.compare(name, np.array([0, *(keys + 1)])[scores.argmax(axis=0)], share=share)

@@ -23,13 +23,13 @@ def check_resnet38_mxnet_params(case: Any) -> None:
     assert {case.meta["rename_table"][old]: shape for old, shape in case.meta["shapes"].items()} == {
         name: shape for name, shape in own.items() if not name.endswith("num_batches_tracked")
     }
-    expected = {name.removeprefix("out/") for name in case.arrays if name.startswith("out/")}
-    files = [name for name in case.arrays if name.startswith("file_")]
+    expected = {name.removeprefix("out/") for name in case.names if name.startswith("out/")}
+    files = [name for name in case.names if name.startswith("file_")]
     assert files
     for file in files:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "weights.params"
-            path.write_bytes(case.arrays[file].tobytes())
+            path.write_bytes(case.input(file).tobytes())
             state = read_tensors(path)
         renamed = {resnet38_from_mxnet(name): value for name, value in state.items()}
         renamed.pop(None, None)

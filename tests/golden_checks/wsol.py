@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from golden_case import array
 from torch import nn
 
 from misc.config import Fit, override
@@ -32,19 +33,23 @@ def fill(case: Any, network: nn.Module, keys: dict[str, list[int]]) -> None:
     network.eval()
 
 
-def sampled(case: Any, name: str, value: Any) -> None:
-    """Compare with an output whose meaning says which part of it is stored, relative to its largest entry."""
-    value = np.asarray(value.detach() if isinstance(value, torch.Tensor) else value)
-    expected = case.arrays[name]
-    if part := re.search(r"sampled \[(.+?)\]", case.meta["outputs"][name]["meaning"]):
+def part(case: Any, name: str, value: Any) -> np.ndarray:
+    """The part of a value that the output's meaning says is stored; "the same": as of the output before."""
+    value, outputs = array(value), case.meta["outputs"]
+    text, before = outputs[name]["meaning"], list(outputs)[list(outputs).index(name) - 1]
+    if text.startswith("the same") and "sampled" not in text:
+        text = outputs[before]["meaning"]
+    if found := re.search(r"sampled \[(.+?)\]", text):
         value = value[tuple(
             slice(*(int(v) if v else None for v in p.split(":"))) if ":" in p else int(p)
-            for p in part[1].replace(" ", "").split(",")
+            for p in found[1].replace(" ", "").split(",")
         )]  # fmt: skip
-    tolerance = case.meta["tolerance"]["max_abs_error_over_max_abs"]
-    assert value.shape == expected.shape, (name, value.shape, expected.shape)
-    error = abs(value - expected).max() / abs(expected).max()
-    assert error <= tolerance, f"{case.name}: {name} is {error:.2g} off, {tolerance} is allowed"
+    return value
+
+
+def sampled(case: Any, name: str, value: Any) -> None:
+    """Compare the stored part relative to its largest entry."""
+    case.compare(name, part(case, name, value), of_largest=case.meta["tolerance"]["max_abs_error_over_max_abs"])
 
 
 def made(case: Any, described: dict[str, Any]) -> torch.Tensor:
@@ -100,38 +105,37 @@ def check_wsol_cub_sample(case: Any) -> None:
         for image_id, (width, height, _) in zip(catalog.ids("test"), rows, strict=True):
             box = wsol.scaled_boxes(catalog.boxes(image_id), (height, width), 224, clip=True)
             found.append([catalog.tags(image_id).argmax(), *box[0]])
-    np.testing.assert_array_equal(found, case.arrays["label_and_box"])
+    case.compare("label_and_box", found)
 
-    rates = case.arrays["lr_per_epoch"]
+    rates = case.stored("lr_per_epoch")
     every = int(re.search(r"LR_STEPS \[(\d+)\]", case.meta["description"])[1])
     lr, per_epoch = case.meta["input"]["start lr"], 3
     fit = Fit(epochs=len(rates), lr=lr, schedule="step", step_epochs=(every,))
     got = [lr * lr_factor(fit, step, len(rates) * per_epoch) for step in range(len(rates) * per_epoch)]
-    np.testing.assert_allclose(got, np.repeat(rates, per_epoch), rtol=1e-6)
+    case.compare("lr_per_epoch", got, np.repeat(rates, per_epoch), relative=1e-6)
 
 
-def _close_boxes(got: np.ndarray, expected: np.ndarray) -> None:
+def _compare_boxes(case: Any, name: str, got: np.ndarray) -> None:
     """The stated tolerance of boxes."""
-    assert got.shape == expected.shape and abs(got - expected).max() <= 1
-    assert (got == expected).mean() >= 0.95
+    pixel, share = re.search(r"within (\d+) pixel, at least (\d+) % exact", case.meta["tolerance"]["boxes"]).groups()
+    case.compare(name, got, absolute=float(pixel))
+    case.compare(name, got, share=float(share) / 100)
 
 
 def check_wsol_boxes(case: Any) -> None:
     """Resized, normalised maps and their boxes at all sizes and thresholds."""
-    maps, sizes = case.arrays["maps"], case.meta["input"]["sizes"]
+    maps, sizes = case.input("maps"), case.meta["input"]["sizes"]
     grown = [np.stack([wsol.resize_map(m, size) for m in maps]) for size in sizes]
     step = int(re.search(r"::(\d+)", case.meta["outputs"]["resized"]["meaning"])[1])
-    np.testing.assert_allclose(
-        grown[0][:, ::step, ::step], case.arrays["resized"], rtol=0, atol=case.meta["tolerance"]["resized"]
-    )
+    case.compare("resized", grown[0][:, ::step, ::step], absolute=case.meta["tolerance"]["resized"])
     cuts = case.meta["input"]["thresholds"]
     boxes = [[[wsol.fixed_box(m, cut) for cut in cuts] for m in listed] for listed in grown]
-    _close_boxes(np.array(boxes), case.arrays["boxes"])
+    _compare_boxes(case, "boxes", np.array(boxes))
 
 
 def check_wsol_metrics(case: Any) -> None:
     """Flags of every image, and the accuracy of the classification."""
-    given, cams, logits = case.meta["input"], case.arrays["cams"], case.arrays["logits"]
+    given, cams, logits = case.meta["input"], case.input("cams"), case.input("logits")
     side, cut = given["crop_size"], given["cam_threshold"]
     columns: dict[str, list[float]] = {}
     verdicts = []
@@ -152,9 +156,9 @@ def check_wsol_metrics(case: Any) -> None:
     assert set(columns) | {"accuracy"} == set(case.meta["outputs"])
     for name, values in columns.items():
         allowed = tolerance["iou_gt_class"] if name == "iou_gt_class" else 0
-        np.testing.assert_allclose(values, case.arrays[name], rtol=0, atol=allowed, err_msg=name)
+        case.compare(name, values, absolute=allowed)
     shares = wsol.summarise_verdicts(verdicts)
-    np.testing.assert_allclose([shares["Cls Top-1"], shares["Cls Top-5"]], case.arrays["accuracy"], rtol=1e-5)
+    case.compare("accuracy", [shares["Cls Top-1"], shares["Cls Top-5"]], relative=1e-5)
 
 
 def _cuts(text: str) -> np.ndarray:
@@ -164,44 +168,49 @@ def _cuts(text: str) -> np.ndarray:
 
 def check_wsol_maxboxacc(case: Any) -> None:
     """Score maps, boxes at every threshold, counts and the maxima of both forms."""
-    given, arrays = case.meta["input"], case.arrays
+    given = case.meta["input"]
     side, taus = 224, _cuts(given["thresholds"])
-    scores = np.stack([wsol.resize_map(m.astype(np.float64), side, "bicubic") for m in arrays["maps14"]])
-    np.testing.assert_allclose(scores[:, ::9, ::9], arrays["scoremap"], rtol=0, atol=1e-5)
+    scores = np.stack([wsol.resize_map(m.astype(np.float64), side, "bicubic") for m in case.input("maps14")])
+    case.compare("scoremap", scores[:, ::9, ::9], absolute=1e-5)
     sizes = given["image_sizes [w,h]"]
     truths = [
         wsol.scaled_boxes(np.array(boxes), (height, width), side, clip=False)
         for (width, height), boxes in zip(sizes, given["ground_truth_boxes [x0,y0,x1,y1] in image pixels"], strict=True)
     ]
-    np.testing.assert_array_equal(np.concatenate(truths), arrays["gt_resized"])
+    case.compare("gt_resized", np.concatenate(truths))
     found = [[wsol.all_boxes(wsol.to_levels(m), float(tau)) for tau in taus] for m in scores]
-    _close_boxes(np.array([[boxes[at] for boxes, at in row] for row in found]), arrays["boxes_single"])
+    _compare_boxes(case, "boxes_single", np.array([[boxes[at] for boxes, at in row] for row in found]))
     counts = np.array([[len(boxes) for boxes, _ in row] for row in found])
-    assert (counts == arrays["box_counts_multi"]).mean() >= 0.98
+    share = float(re.match(r"(\d+) % exact", case.meta["tolerance"]["counts"])[1]) / 100
+    case.compare("box_counts_multi", counts, share=share)
     overlap = np.stack([wsol.best_overlaps(m, taus, truth) for m, truth in zip(scores, truths, strict=True)], 1)
     for name, best in zip(("single", "multi"), overlap, strict=True):
         curves = wsol.box_accuracy(best)
-        assert (np.rint(curves * len(scores) / 100) == arrays[f"correct_{name}"]).mean() >= 0.98
-        np.testing.assert_allclose(curves.max(1), arrays[f"max_box_acc_{name}"], rtol=1e-6)
-    np.testing.assert_allclose(wsol.max_box_acc(overlap[0], taus)[0], arrays["max_box_acc_single"][1], rtol=1e-6)
-    np.testing.assert_allclose(wsol.max_box_acc_v2(overlap[1]), arrays["max_box_acc_multi"].mean(), rtol=1e-6)
+        case.compare(f"correct_{name}", np.rint(curves * len(scores) / 100), share=share)
+        case.compare(f"max_box_acc_{name}", curves.max(1), relative=1e-6)
+    name = "max_box_acc_single"
+    case.compare(name, wsol.max_box_acc(overlap[0], taus)[0], case.stored(name)[1], relative=1e-6)
+    name = "max_box_acc_multi"
+    case.compare(name, wsol.max_box_acc_v2(overlap[1]), case.stored(name).mean(), relative=1e-6)
 
 
 def check_wsol_pxap(case: Any) -> None:
     """Regions on the grid, histograms, and PxAP."""
-    given, arrays = case.meta["input"], case.arrays
+    given = case.meta["input"]
     width = given["mask size (h,w)"][1]
-    masks, ignore = (np.unpackbits(arrays[k], axis=-1)[..., :width] for k in ("masks", "ignore"))
+    masks, ignore = (np.unpackbits(case.input(k), axis=-1)[..., :width] for k in ("masks", "ignore"))
     owner = np.array(given["mask_owner (image index of each stored mask)"])
     taus = _cuts(given["thresholds"])
     total: Any = 0
-    for number, low in enumerate(arrays["maps14"]):
+    regions = []
+    for number, low in enumerate(case.input("maps14")):
         region = np.where(ignore[number] > 0, 255, 0).astype(np.uint8)
         region[(masks[owner == number] > 0).any(0)] = 1
         region = wsol.region_on_grid(region, 224)
-        np.testing.assert_array_equal(region[::4, ::4], arrays["gt_mask"][number])
+        regions.append(region[::4, ::4])
         scores = wsol.resize_map(low.astype(np.float64), 224, "bicubic")
         total = total + wsol.region_histograms(scores, region, taus)
+    case.compare("gt_mask", np.stack(regions))
     for ours, name in zip(total, ("true_hist", "false_hist"), strict=True):
-        assert abs(ours - arrays[name]).max() <= 5, name
-    np.testing.assert_allclose(wsol.pxap(total), arrays["pxap"][0], rtol=0, atol=case.meta["tolerance"]["pxap"])
+        case.compare(name, ours, absolute=5)
+    case.compare("pxap", [wsol.pxap(total)], absolute=case.meta["tolerance"]["pxap"])

@@ -29,7 +29,7 @@ def close(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     """Whether two state dicts agree in what is trained (statistics are each process's own)."""
     assert one.keys() == two.keys()
     trained = [k for k in one if "running_" not in k and "num_batches" not in k and k != "seen"]
-    return all(torch.allclose(one[k], two[k], rtol=1e-3, atol=1e-5) for k in trained)
+    return all(torch.allclose(one[k], two[k], rtol=1e-5, atol=1e-7) for k in trained)
 
 
 def test_the_loops_of_two_processes(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_the_loops_of_two_processes(tmp_path: Path) -> None:
     alone = train(tmp_path / "alone", Fit(**{**vars(RECIPE), "micro_batch": None}), Toy(dropout=0))
     assert close(read_model(tmp_path / "fit" / "weights" / "toy.pt")[0], alone)
     for term in ("fit", "valid"):
-        assert curve(tmp_path / "fit", term) == pytest.approx(curve(tmp_path / "alone", term), rel=1e-4)
+        assert curve(tmp_path / "fit", term) == pytest.approx(curve(tmp_path / "alone", term), rel=1e-6)
     assert (tmp_path / "unused" / "weights" / "toy.pt").exists()
     # an image that failed in one process is told by all, so that none takes the step for done
     told = [(tmp_path / f"failed{rank}.txt").read_text() for rank in range(2)]
@@ -65,12 +65,13 @@ def test_a_run_of_two_processes_gives_the_losses_weights_and_files_of_one(tmp_pa
         logged = [curves(tmp_path / name / "log" / part) for name in ended]
         assert logged[0].keys() == logged[1].keys() and len(logged[0]) >= 2
         for term, values in logged[0].items():
-            assert values == pytest.approx(logged[1][term], rel=1e-2, abs=1e-4), term
+            # two processes add the gradients of two halves as one process adds those of two micro-batches
+            assert values == pytest.approx(logged[1][term], rel=1e-6), term
         weights = [read_model(tmp_path / name / "weights" / f"{part}.pt")[0] for name in ended]
         assert close(*weights), part
     for path in (tmp_path / "one" / "cam").iterdir():
         maps = [torch.from_numpy(read_cam(p).maps) for p in (path, tmp_path / "two" / "cam" / path.name)]
-        assert torch.allclose(*maps, atol=2e-2)
+        assert torch.allclose(*maps, rtol=0, atol=1e-6)
 
 
 def test_one_process_needs_no_group() -> None:

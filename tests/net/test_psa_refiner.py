@@ -31,6 +31,7 @@ from net.refine.psa import (
     stack_background,
 )
 from net.registry import REFINERS
+from net.seed.seam import Seam
 
 TINY = PSAOptions(
     resnet38=ResNet38Options(width=0.125, depth=(1, 1, 1, 1), dropout=(0.0, 0.0), freeze_bn=False, frozen="none"),
@@ -353,12 +354,19 @@ def test_published_numbers() -> None:
     assert (recipe.label.alpha_low, recipe.label.alpha_high) == (4, 32)
     assert (recipe.walk.alpha, recipe.walk.beta, recipe.walk.logt, recipe.walk.radius) == (16, 8, 8, 5)
     assert (recipe.fit.lr, recipe.fit.momentum, recipe.fit.epochs, recipe.augment.crop) == (0.01, 5e-4, 8, 448)
-    seam = override(recipe, {"label.alpha_high": 24.0, "walk.alpha": 6.0, "walk.logt": 6, "walk.crf.iterations": 1})
-    assert seam.walk.crf.iterations == 1 and seam.label.alpha_low == 4
+    seam = override(recipe, Seam.recipes["published"].refine)
+    assert (seam.label.alpha_low, seam.label.alpha_high) == (4, 24)
+    assert (seam.walk.alpha, seam.walk.beta, seam.walk.logt, seam.walk.radius) == (6, 8, 6, 5)
+    assert (seam.walk.shrink_early, recipe.walk.shrink_early, seam.walk.crf.iterations) == (True, False, 0)
 
 
-def test_impossible_settings_are_refused() -> None:
-    for make in (lambda: PSAOptions(widths=(8, 12, 8)), lambda: PSAOptions(radius=1),
-                 lambda: PSAWalk(logt=40), lambda: PSAWalk(beta=0)):  # fmt: skip
-        with pytest.raises(ValueError, match="not possible"):
-            make()
+@pytest.mark.parametrize(
+    ("options", "name", "value"),
+    [
+        (PSAOptions, "widths", (8, 12, 8)), (PSAOptions, "widths", (8, 8, 0)), (PSAOptions, "radius", 1),
+        (PSAWalk, "logt", 40), (PSAWalk, "beta", 0),
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_refused_by_name(options: type, name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"{name} = .*not possible"):
+        options(**{name: value})
