@@ -81,7 +81,7 @@ def described_label(case: Any) -> Tensor:
     text = case.meta["input"]["label"]
     labels, ignored = (case.evaluate(part) for part in re.findall(r"fill\.image\([^)]*\)", text))
     label = labels.argmax(1).masked_fill(ignored[:, 0] > float(re.search(r"> ([\d.]+)", text)[1]), 255)
-    np.testing.assert_array_equal(label.numpy(), case.arrays["label"])
+    case.compare("label", label)
     return label
 
 
@@ -97,7 +97,7 @@ def check_gradient_norms(case: Any, network: nn.Module) -> None:
     parameters = dict(network.named_parameters())
     assert parameters.keys() == case.meta["grad_norms"].keys()
     for name, norm in case.meta["grad_norms"].items():
-        np.testing.assert_allclose(parameters[name].grad.norm().item(), norm, rtol=case.tolerance, err_msg=name)
+        case.compare(f"grad_norms/{name}", parameters[name].grad.norm(), norm, relative=case.tolerance)
 
 
 def check_deeplabv3plus_train(case: Any) -> None:
