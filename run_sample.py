@@ -14,14 +14,13 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
 
 from misc import distributed
-from misc.config import REQUIRED_WEIGHTS, START_WORDS, flatten
+from misc.config import flatten
 from misc.files.runfolder import OtherConfiguration, RunFolder
 from misc.loop.each import EachFailed, WorkerDied
 from misc.loop.fit import NonFiniteLoss, divide, resume_point
@@ -98,20 +97,7 @@ def check(job: Job, steps: Sequence[Step]) -> None:
         raise ValueError("--masks truth: with --segmenter own nothing is trained on masks. Name a segmenter.")
     for prefix, phase in phases:
         divide(phase.fit, distributed.world())
-        if phase.weights == REQUIRED_WEIGHTS:
-            raise ValueError(
-                f"This recipe starts from trained weights: give --{prefix}weights FILE (the published "
-                f"systems' files in scripts/ say which), or --{prefix}weights none to start from random ones (the "
-                "published scores are out of reach then)."
-            )
-        if phase.weights == "cam" and "train_cam" not in names and not job.run.weights("cam").exists():
-            raise FileNotFoundError(
-                f"--{prefix}weights cam: {job.run.weights('cam')} does not exist. Run train_cam first, or give "
-                f"another run's: --{prefix}weights OTHER/weights/cam.pt"
-            )
-        for source in phase.weights.split(","):
-            if source not in START_WORDS and not Path(source).is_file():
-                raise FileNotFoundError(f"--{prefix}weights {source}: there is no such file.")
+        phase.start.check(f"--{prefix}weights", None if "train_cam" in names else job.run.weights("cam"))
     saliency = job.saliency_folder() if any(phase.network.wants_saliency for _, phase in phases) else None
     lists: dict[str, dict[str, Any]] = {
         job.train_list: {"need_masks": cfg.masks == "truth" and "train_seg" in names, "saliency": saliency}

@@ -20,10 +20,6 @@ from misc.image.labels import IGNORE
 
 _T = TypeVar("_T")
 
-REQUIRED_WEIGHTS = "required"
-PRETRAINED_WEIGHTS = "pretrained"
-START_WORDS = ("none", "cam", PRETRAINED_WEIGHTS, REQUIRED_WEIGHTS)
-"""What a ``weights`` option says besides the path of a file (net.contract.Phase)."""
 
 
 COSINE = When("schedule", "cosine", "timm_cosine")

@@ -22,6 +22,7 @@ from misc.image.labels import IGNORE
 from misc.loop.fit import Batch
 from misc.score.objects import Instances
 from net.groups import Group
+from net.start_weights import StartWeights
 
 Preset = str
 """Name of a recipe, a value of ``--preset``."""
@@ -76,8 +77,13 @@ class Network(nn.Module, ABC):
         """Parameter groups; by default one of everything that is trained."""
         return [Group([p for p in self.parameters() if p.requires_grad])]
 
+    def pretrained_names(self) -> tuple[str, ...]:
+        """timm's names of the classifiers that the network starts from by the word 'pretrained', each loaded by
+        ``load_weights("timm:NAME")``; none by default."""
+        return ()
+
     def load_weights(self, weights: str) -> str:
-        """Start from a checkpoint file in one of the field's formats; returns a one-line report.
+        """Start from a checkpoint in one of the field's formats, a file or ``timm:NAME``; returns a one-line report.
 
         Raises ValueError where the file does not fit, FileNotFoundError where there is none.
         """
@@ -119,6 +125,11 @@ class Phase(Checked):
     init: str = ""
     """What the checkpoint FILE was trained on, such as imagenet, or coco for COCO's pixel masks: said with every score.
     Empty: only the file's name is."""
+
+    @property
+    def start(self) -> StartWeights:
+        """``weights``, parsed."""
+        return StartWeights.parse(self.weights)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import pytest
 from running import ROOM, make_set
 
 import run_sample
-from misc.config import REQUIRED_WEIGHTS
 from net.registry import OWN, SEEDS, SEGMENTERS, load_methods
+from net.start_weights import REQUIRED
 from scripts import one_step
 from step import select
 from step.lib.config import default_config, open_job
@@ -67,7 +67,7 @@ def test_a_script_runs_its_published_recipe(system: str, room: Path) -> None:
     if cfg.data != "cub200" and cfg.segmenter != OWN:  # these take the CAM network alone
         phases += [cfg.aff, cfg.seg]
     weights = {phase.weights for phase in phases}
-    assert places <= {str(cfg.root), str(cfg.saliency), *weights} and REQUIRED_WEIGHTS not in weights
+    assert places <= {str(cfg.root), str(cfg.saliency), *weights} and REQUIRED not in weights
 
 
 def test_every_script_of_a_system_uses_the_launcher() -> None:

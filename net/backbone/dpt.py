@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.checked import Checked, Count, DropProbability, Positive, Range, Weight, When, check
-from misc.config import PRETRAINED_WEIGHTS
 from net.backbone.resnetv2 import ResNetV2
 from net.backbone.vit import Grid, ViT, ViTOptions, resize_positions
 from net.foreign.loading import load_tensors
@@ -153,11 +152,14 @@ class DPTViT(ViT):
         tokens = torch.cat([*(token.expand(images.shape[0], -1, -1) for token in prefix), patches], 1)
         return tokens + self.positions(grid, True), grid, early[0] if early else []
 
+    def pretrained_names(self) -> tuple[str, ...]:
+        """timm's ImageNet classifier that the transformer was derived from."""
+        return (self.pretrained,)
+
     def load_weights(self, weights: str) -> str:
         """An ImageNet classifier of the same kind (timm's names), or timm's own by 'pretrained'; another grid's
         positions are resized. Raises as ``net.foreign.loading.load_tensors``."""
-        source = f"timm:{self.pretrained}" if weights == PRETRAINED_WEIGHTS else weights
-        return str(load_tensors(self, self.fit_state(read_tensors(source)), label=source, allow_missing=self.unused))
+        return str(load_tensors(self, self.fit_state(read_tensors(weights)), label=weights, allow_missing=self.unused))
 
     def fit_state(self, state: State) -> State:
         """A classifier's tensors with the positions made for this grid."""

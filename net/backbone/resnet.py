@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.checked import Checked, Positive, Range
-from misc.config import PRETRAINED_WEIGHTS
 from net.backbone import scaled_channels
 from net.foreign.loading import load_tensors
 from net.foreign.reading import read_tensors
@@ -190,8 +189,7 @@ def load_resnet(network: nn.Module, weights: str, *, heads: Collection[str], own
     Returns:
         A one-line report. Raises ValueError where the file does not fit, FileNotFoundError where there is none.
     """
-    source = f"timm:{getattr(network, owner).options.pretrained}" if weights == PRETRAINED_WEIGHTS else weights
-    state, own = read_tensors(source), network.state_dict()
+    state, own = read_tensors(weights), network.state_dict()
     prefix = next((name.removesuffix(_TELLTALE) for name in state if name.endswith(_TELLTALE)), None)
     if f"{owner}.{_TELLTALE}" in state:
         prefix = f"{owner}."
@@ -203,11 +201,11 @@ def load_resnet(network: nn.Module, weights: str, *, heads: Collection[str], own
             backbone[f"{owner}.{_torchvision_name(name)}"] = value
     deeper = [name for name in backbone if f"{owner}.layer" in name and name not in own]
     if deeper:
-        raise ValueError(f"{source}: has {deeper[0]} and more that this network lacks. Set its depth to the file's.")
+        raise ValueError(f"{weights}: has {deeper[0]} and more that this network lacks. Set its depth to the file's.")
     named = {name: value for name, value in {**state, **backbone}.items() if name in own}
     for head in heads:
         wanted = [name for name in own if fnmatchcase(name, head) or fnmatchcase(name, f"{head}.*")]
         lacking = [name for name in wanted if name not in named]
         if 0 < len(lacking) < len(wanted):
-            raise ValueError(f"{source}: has a part of {head}, but not {lacking[0]}. Damaged, or another network's?")
-    return str(load_tensors(network, named, allow_missing=tuple(heads), label=source))
+            raise ValueError(f"{weights}: has a part of {head}, but not {lacking[0]}. Damaged, or another network's?")
+    return str(load_tensors(network, named, allow_missing=tuple(heads), label=weights))

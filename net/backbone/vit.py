@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.checked import Checked, Count, DropProbability, Positive, Range, Weight, check
-from misc.config import PRETRAINED_WEIGHTS
 from net.backbone.transformer import AttentionSums, TransformerBlock, Visit, start_local
 from net.foreign.loading import load_tensors
 from net.foreign.pytorch import State
@@ -253,6 +252,10 @@ class ViT(ViTBody):
             "pos_embed": torch.cat([first.repeat(1, self.tokens, 1), fit_positions(patches, self.grid)], 1),
         }
 
+    def pretrained_names(self) -> tuple[str, ...]:
+        """timm's ImageNet classifier that the network was derived from."""
+        return (self.pretrained,)
+
     def load_weights(self, weights: str) -> str:
         """A whole checkpoint of this network, strictly, or an ImageNet classifier (DeiT, ViT) without its head.
 
@@ -262,12 +265,11 @@ class ViT(ViTBody):
         Returns:
             A one-line report. Raises ValueError where the file does not fit, FileNotFoundError where there is none.
         """
-        source = f"timm:{self.pretrained}" if weights == PRETRAINED_WEIGHTS else weights
-        state = read_tensors(source)
+        state = read_tensors(weights)
         if self._is_classifier(state):
             state = self.from_classifier(state)
-            return str(load_tensors(self, state, label=source, allow_missing=("head", *self.unused)))
-        return str(load_tensors(self, state, label=source))
+            return str(load_tensors(self, state, label=weights, allow_missing=("head", *self.unused)))
+        return str(load_tensors(self, state, label=weights))
 
     def _is_classifier(self, state: State) -> bool:
         """Whether these are an ImageNet classifier's tensors: one class token, a linear head or none."""

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 from misc.checked import When
-from misc.config import PRETRAINED_WEIGHTS, Augment, Fit
+from misc.config import Augment, Fit
 from misc.crf.dense import CRFSettings
 from net.backbone.resnest import ResNeSt, ResNeStOptions
 from net.backbone.resnet import SAMPLE_RESNET, Stages
 from net.contract import Network, RefineRecipe
 from net.registry import refiner
 from net.shared.edge import EdgeLabel, EdgeNetwork, EdgeOptions, EdgeWalk
+from net.start_weights import PRETRAINED
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class EdgeOnly(EdgeNetwork):
                 jitter=(0.3, 0.3, 0.3, 0.1),
                 crop=512,
             ),
-            weights=PRETRAINED_WEIGHTS,
+            weights=PRETRAINED,
             # published, and the other way round than the names suggest: the sure foreground is larger than the
             # possible one, so that hardly a pixel is left out (semformer.md section 8)
             label=EdgeLabel(threshold_fg=0.11, threshold_bg=0.15),

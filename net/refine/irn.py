@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.checked import Probability, When
-from misc.config import PRETRAINED_WEIGHTS, Augment, Fit
+from misc.config import Augment, Fit
 from misc.crf.dense import CRFSettings
 from misc.image.cam import Cam
 from misc.propagate.walk import Displacement, pair_views
@@ -40,6 +40,7 @@ from net.shared.edge import (
     make_projection,
     propagate_scores,
 )
+from net.start_weights import PRETRAINED
 
 _EPS = 1e-5
 _SHIFTS = 300
@@ -342,7 +343,7 @@ class IRN(EdgeNetwork):
             augment=Augment(
                 order=("scale", "normalize", "flip", "crop"), scale=(0.5, 1.5), scale_filter="bicubic", crop=512
             ),
-            weights=PRETRAINED_WEIGHTS,
+            weights=PRETRAINED,
         ),
         # from random weights, so nothing is frozen
         "sample": IRNRecipe(

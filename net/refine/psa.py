@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.checked import Checked, Positive, Probability, Range, When
-from misc.config import REQUIRED_WEIGHTS, Augment, Fit
+from misc.config import Augment, Fit
 from misc.crf.dense import CRFSettings, DenseCRF
 from misc.image.cam import Cam
 from misc.image.labels import IGNORE
@@ -39,6 +39,7 @@ from net.foreign.loading import load_tensors
 from net.foreign.reading import read_tensors
 from net.groups import Group, conv_groups
 from net.registry import refiner
+from net.start_weights import REQUIRED
 
 STRIDE = 8
 """Pixels a feature cell, of both backbones."""
@@ -417,7 +418,7 @@ class PSA(AffinityNetwork):
         "published": PSARecipe(
             fit=Fit(epochs=8, batch_size=8, lr=0.01, momentum=5e-4, weight_decay=5e-4),
             augment=Augment(order=("jitter", "normalize", "crop", "flip"), crop=448),
-            weights=REQUIRED_WEIGHTS,
+            weights=REQUIRED,
         ),
         # from random weights, so nothing is frozen and the momentum is a real one
         "sample": PSARecipe(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from misc.config import REQUIRED_WEIGHTS, Augment, CamInference, Fit
+from misc.config import Augment, CamInference, Fit
 from net.backbone.conformer import SAMPLE_CONFORMER, Conformer, ConformerOptions
 from net.backbone.transformer import Visit
 from net.contract import Network, Recipe, SeedRecipe
@@ -19,6 +19,7 @@ from net.foreign.reading import read_tensors
 from net.groups import Group, decay_groups
 from net.registry import seed
 from net.shared.aream import PUBLISHED_REFINE, Aream, AreamOptions
+from net.start_weights import REQUIRED
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ _PUBLISHED = Recipe(
             scale=(0.5, 2.0), scale_filter="bicubic", flip=0.5, jitter=(0.4, 0.4, 0.2, 0.1), jitter_probability=0.8,
             crop=384,
         ),
-        weights=REQUIRED_WEIGHTS,
+        weights=REQUIRED,
         infer=CamInference(
             scales=(0.5, 1.0, 1.5), truncate=True, flip=True, multiple=16, pad_first=True, normalise="rectified"
         ),

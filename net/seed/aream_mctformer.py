@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit
+from misc.config import Augment, CamInference, Fit
 from net.backbone.transformer import Visit
 from net.backbone.vit import SAMPLE_VIT, MultiClassViT, ViTOptions
 from net.contract import Network, Recipe, SeedRecipe
 from net.groups import Group, decay_groups
 from net.registry import seed
 from net.shared.aream import PUBLISHED_REFINE, Aream, AreamOptions
+from net.start_weights import PRETRAINED
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ _PUBLISHED = Recipe(
             order=("resized_crop", "flip", "rand_augment", "normalize", "erase"),
             area=(0.08, 1.0), flip=0.5, policy="rand-m9-mstd0.5-inc1", erase=0.25, crop=224,
         ),
-        weights=PRETRAINED_WEIGHTS,
+        weights=PRETRAINED,
         infer=CamInference(scales=(1.0,), flip=True, multiple=16, normalise="rectified"),
     ),
     refine=PUBLISHED_REFINE,

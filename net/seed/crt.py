@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.checked import Count, Positive, Probability, Weight, When
-from misc.config import PRETRAINED_WEIGHTS, Augment, BoxInference, CamInference, Fit
+from misc.config import Augment, BoxInference, CamInference, Fit
 from net.backbone.resnet import SAMPLE_RESNET, ResNet, ResNetOptions, load_resnet
 from net.backbone.transformer import Visit
 from net.backbone.vit import SAMPLE_VIT, SemanticViT, ViTOptions
@@ -26,6 +26,7 @@ from net.foreign.reading import read_tensors
 from net.groups import Group, decay_groups
 from net.losses import ClassLoss, class_loss
 from net.registry import seed
+from net.start_weights import PRETRAINED
 
 Tiles = tuple[int, int]
 """Rows and columns of tiles."""
@@ -161,7 +162,7 @@ _PUBLISHED = Recipe(
         # momentum: the published optimiser takes the weight decay for it, for both branches (crt.md section 9)
         fit=Fit(epochs=10, batch_size=16, lr=0.1, momentum=1e-4, weight_decay=1e-4, schedule="poly", power=0.9),
         augment=Augment(order=("long_side", "normalize", "flip", "crop"), long_side=(210, 420), flip=0.5, crop=336),
-        weights=PRETRAINED_WEIGHTS,
+        weights=PRETRAINED,
         infer=CamInference(
             scales=(1.0, 0.5, 1.5, 2.0, 0.75, 1.25, 1.75), flip=True, normalise="max", round_up=16, coarse=4
         ),
@@ -191,7 +192,7 @@ _PUBLISHED_CUB = Recipe(
             schedule="step", step_epochs=(30,),
         ),
         augment=Augment(order=("square", "crop", "flip", "normalize"), square=256, crop=224, flip=0.5),
-        weights=PRETRAINED_WEIGHTS,
+        weights=PRETRAINED,
         infer=CamInference(scales=(224,), square=True, resize="bilinear", flip=False, normalise="minmax"),
         boxes=BoxInference(threshold=0.1),
     ),
@@ -333,6 +334,10 @@ class Crt(SeedNetwork):
         rest = [p for n, p in self.transformer.named_parameters() if not n.startswith("head.")]
         return [Group(body + rest), Group([cnn, *head], options.head_lr)]
 
+    def pretrained_names(self) -> tuple[str, ...]:
+        """timm's ImageNet classifiers of both branches."""
+        return (self.transformer.pretrained, self.cnn.resnet50.options.pretrained)
+
     def load_weights(self, weights: str) -> str:
         """Start from a file of both branches (of this project), of one, or from 'pretrained', which has both.
 
@@ -340,8 +345,6 @@ class Crt(SeedNetwork):
         official ``deits_cam.pth``, ``res152_cam.pth`` and the CUB checkpoint, whole. Give both branches' files as
         FILE,FILE.
         """
-        if weights == PRETRAINED_WEIGHTS:
-            return f"{self.transformer.load_weights(weights)}; {load_resnet(self.cnn, weights, heads=['classifier'])}"
         state = read_tensors(weights)
         if "transformer.cls_token" in state:
             return str(load_tensors(self, state, label=weights))

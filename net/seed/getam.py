@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.checked import Checked, Positive, Probability, Range, When, check
-from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit, SegInference
+from misc.config import Augment, CamInference, Fit, SegInference
 from misc.crf.dense import CRFSettings
 from misc.crf.energy import DenseOptions, dense_energy
 from misc.image.labels import IGNORE
@@ -30,6 +30,7 @@ from net.foreign.loading import load_tensors
 from net.foreign.reading import read_tensors
 from net.losses import multilabel_soft_margin
 from net.registry import seed
+from net.start_weights import PRETRAINED
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ _PUBLISHED = Recipe(
             flip=0.5,
             crop=256,
         ),
-        weights=PRETRAINED_WEIGHTS,
+        weights=PRETRAINED,
         infer=CamInference(scales=(1.0,), flip=True, multiple=32, normalise="minmax"),
     ),
     refiner="psa",
@@ -440,11 +441,13 @@ class Getam(SingleStage):
             terms["saliency"] = F.binary_cross_entropy(logits.softmax(1)[:, 0], target)
         return terms
 
+    def pretrained_names(self) -> tuple[str, ...]:
+        """timm's ImageNet classifier of the transformer."""
+        return self.pretrained.model.pretrained_names()
+
     def load_weights(self, weights: str) -> str:
         """A whole GETAM checkpoint, strictly, or an ImageNet classifier for the transformer (a file in timm's naming,
         or 'pretrained': timm's own)."""
-        if weights == PRETRAINED_WEIGHTS:
-            return self.pretrained.model.load_weights(weights)
         if any(name.startswith("pretrained.model.") for name in read_tensors(weights)):
             return str(load_tensors(self, weights))
         return self.pretrained.model.load_weights(weights)

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.checked import Positive
-from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit
+from misc.config import Augment, CamInference, Fit
 from net.backbone.resnet import SAMPLE_RESNET, ResNet, ResNetOptions, load_resnet
 from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
 from net.groups import Group
 from net.losses import multilabel_soft_margin
 from net.registry import seed
+from net.start_weights import PRETRAINED
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ _PUBLISHED = Recipe(
         # rates are ten times too large (irnet.md section 5)
         fit=Fit(epochs=5, batch_size=16, lr=0.1, momentum=1e-4, weight_decay=1e-4),
         augment=Augment(order=("long_side", "normalize", "flip", "crop"), long_side=(320, 640), crop=512),
-        weights=PRETRAINED_WEIGHTS,
+        weights=PRETRAINED,
         infer=CamInference(scales=(1.0, 0.5, 1.5, 2.0), flip=True, normalise="max", round_up=16, coarse=4),
     ),
     refiner="irn",
     segmenter="deeplabv2",
-    segment={"network.form": "torchvision", "weights": PRETRAINED_WEIGHTS, "init": "imagenet"},
+    segment={"network.form": "torchvision", "weights": PRETRAINED, "init": "imagenet"},
 )
 
 # trained from random weights: nothing frozen
@@ -95,6 +96,10 @@ class IRNCam(SeedNetwork):
         """Backbone at the base rate, classifier at ``head_lr`` times it; everything is decayed (irnet.md section 5)."""
         backbone = [p for p in self.resnet50.parameters() if p.requires_grad]
         return [Group(backbone), Group(list(self.classifier.parameters()), self.head_lr)]
+
+    def pretrained_names(self) -> tuple[str, ...]:
+        """timm's ImageNet classifier of the backbone."""
+        return (self.resnet50.options.pretrained,)
 
     def load_weights(self, weights: str) -> str:
         """ImageNet weights ('pretrained': torchvision's by the option of the backbone, or a file), or a whole

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.checked import Range, When, check
-from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit, override
+from misc.config import Augment, CamInference, Fit, override
 from net.backbone.transformer import AttentionSums, spread_maps
 from net.backbone.vit import SAMPLE_VIT, Grid, MultiClassViT, ViTOptions, fit_positions, resize_positions
 from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
@@ -25,6 +25,7 @@ from net.foreign.pytorch import State
 from net.groups import Group, decay_groups
 from net.losses import multilabel_soft_margin
 from net.registry import seed
+from net.start_weights import PRETRAINED
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ _PUBLISHED = Recipe(
             erase=0.25,
             crop=224,
         ),
-        weights=PRETRAINED_WEIGHTS,
+        weights=PRETRAINED,
         infer=CamInference(scales=(1.0,), flip=True, normalise="minmax"),
     ),
     # section 8; the labels' CRF sees the de-normalised, truncated image (section 4)

@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.checked import Count, Positive, Range, Weight, When
-from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit
+from misc.config import Augment, CamInference, Fit
 from net.backbone.resnest import ResNeSt, ResNeStOptions
 from net.backbone.resnet import SAMPLE_RESNET, ResNet, ResNetOptions, load_resnet
 from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
 from net.groups import Group, name_groups
 from net.losses import multilabel_soft_margin
 from net.registry import seed
+from net.start_weights import PRETRAINED
 
 Masking = Literal["masking", "none", "selection"]
 
@@ -123,7 +124,7 @@ _PUBLISHED = Recipe(
         # each epoch the network is kept that scores best against the pixel labels of train; here the last one is.
         fit=Fit(epochs=15, batch_size=32, lr=0.1, momentum=1e-4, nesterov=True, weight_decay=1e-4, power=0.9),
         augment=Augment(order=("long_side", "flip", "normalize", "crop"), long_side=(320, 640), flip=0.5, crop=512),
-        weights=PRETRAINED_WEIGHTS,
+        weights=PRETRAINED,
         init="imagenet",
         infer=CamInference(scales=(0.5, 1.0, 1.5, 2.0), flip=True, normalise="max", round_up=16, coarse=4),
     ),
@@ -210,6 +211,10 @@ class PuzzleCam(SeedNetwork):
     def param_groups(self) -> list[Group]:
         """The backbone's weights and biases, the classifier at ``head_lr`` times their rate."""
         return name_groups(self, ("model",), self.options.head_lr)
+
+    def pretrained_names(self) -> tuple[str, ...]:
+        """timm's ImageNet classifier of the backbone."""
+        return (self.model.options.pretrained,)
 
     def load_weights(self, weights: str) -> str:
         """Start from an ImageNet file of torchvision, timm or ResNeSt, or from a whole Puzzle-CAM; 'pretrained': timm's

@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.checked import DropProbability, Positive, Probability, Range
-from misc.config import REQUIRED_WEIGHTS, Augment, CamInference, Fit
+from misc.config import Augment, CamInference, Fit
 from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
 from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
 from net.foreign.loading import load_tensors
 from net.groups import Group, conv_groups
 from net.losses import multilabel_soft_margin
 from net.registry import seed
+from net.start_weights import REQUIRED
 
 _EPSILON = 1e-5
 # columns of the similarity matrix that inference holds at a time
@@ -205,7 +206,7 @@ _PUBLISHED = Recipe(
             jitter=(0.3, 0.3, 0.3, 0.1),
             crop=448,
         ),
-        weights=REQUIRED_WEIGHTS,
+        weights=REQUIRED,
         infer=CamInference(scales=(0.5, 1.0, 1.5, 2.0), flip=True, normalise="shifted"),
     ),
     # psa.md sections 4 to 6, the rows of SEAM

@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from misc.config import REQUIRED_WEIGHTS, Augment, CamInference, Fit
+from misc.config import Augment, CamInference, Fit
 from net.backbone.conformer import SAMPLE_CONFORMER, Conformer, ConformerOptions
 from net.backbone.transformer import QueryKey, spread_maps
 from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
@@ -22,6 +22,7 @@ from net.foreign.loading import load_tensors
 from net.foreign.reading import read_tensors
 from net.losses import multilabel_soft_margin
 from net.registry import seed
+from net.start_weights import REQUIRED
 
 Method = Literal["transcam", "convcam", "clsattn", "attnagg"]
 
@@ -83,7 +84,7 @@ _PUBLISHED = Recipe(
             jitter=(0.3, 0.3, 0.3, 0.1),
             crop=512,
         ),
-        weights=REQUIRED_WEIGHTS,
+        weights=REQUIRED,
         # squares: the aspect ratio is not kept
         infer=CamInference(scales=(256, 512, 768), square=True, flip=True, normalise="shifted"),
     ),

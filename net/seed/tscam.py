@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from torch import Tensor, nn
 
 from misc.checked import When
-from misc.config import PRETRAINED_WEIGHTS, Augment, BoxInference, CamInference, Fit
+from misc.config import Augment, BoxInference, CamInference, Fit
 from net.backbone.conformer import SAMPLE_CONFORMER, Conformer, ConformerOptions
 from net.backbone.transformer import AttentionSums, Visit
 from net.backbone.vit import SAMPLE_VIT, SemanticViT, ViTOptions
@@ -24,6 +24,7 @@ from net.foreign.reading import read_tensors
 from net.groups import Group, decay_groups
 from net.losses import ClassLoss, class_loss
 from net.registry import seed
+from net.start_weights import PRETRAINED
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ _PUBLISHED = Recipe(
             schedule="step", step_epochs=(30,), step_factor=0.1,
         ),
         augment=Augment(order=("square", "crop", "flip", "normalize"), square=256, crop=224, flip=0.5),
-        weights=PRETRAINED_WEIGHTS,
+        weights=PRETRAINED,
         # minmax is what the boxes' own step does (wsol.md section 6): the signed map is not rectified
         infer=CamInference(scales=(224,), square=True, resize="bilinear", flip=False, normalise="minmax"),
         boxes=BoxInference(side=224, threshold=0.1),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.checked import Count, DropProbability, Positive
-from misc.config import REQUIRED_WEIGHTS, Augment, Fit, SegInference
+from misc.config import Augment, Fit, SegInference
 from misc.crf.dense import CRFSettings
 from misc.image.labels import IGNORE
 from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
@@ -22,6 +22,7 @@ from net.foreign.loading import load_tensors
 from net.foreign.mxnet import resnet38_from_mxnet
 from net.groups import Group, conv_groups
 from net.registry import segmenter
+from net.start_weights import REQUIRED
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class DeepLabV1(Segmenter):
                 crop_place="random",
                 mask_fill=IGNORE,
             ),
-            weights=REQUIRED_WEIGHTS,  # ImageNet: ilsvrc-cls_rna-a1_cls1000_ep-0001.params
+            weights=REQUIRED,  # ImageNet: ilsvrc-cls_rna-a1_cls1000_ep-0001.params
             infer=SegInference(
                 scales=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75),
                 flip=True,

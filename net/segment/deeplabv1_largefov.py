@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.checked import Count, Positive
-from misc.config import REQUIRED_WEIGHTS, Augment, Fit, SegInference
+from misc.config import Augment, Fit, SegInference
 from misc.crf.dense import CRFSettings
 from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
 from net.contract import Network, Options, Preset, Segmenter, SegmentRecipe
 from net.foreign.loading import load_tensors
 from net.groups import Group
 from net.registry import segmenter
+from net.start_weights import REQUIRED
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class LargeFOV(Segmenter, ResNet38):
                 crop_place="corner",
                 mask_fill=0,  # the published padding is background, not ignored (deeplab.md B.2)
             ),
-            weights=REQUIRED_WEIGHTS,  # PSA's VOC classifier: res38_cls.pth
+            weights=REQUIRED,  # PSA's VOC classifier: res38_cls.pth
             infer=SegInference(
                 scales=(0.5, 0.75, 1.0, 1.25, 1.5),
                 flip=False,

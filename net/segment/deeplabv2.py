@@ -15,16 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.checked import Positive, Range, When
-from misc.config import PRETRAINED_WEIGHTS, REQUIRED_WEIGHTS, Augment, Fit, SegInference
+from misc.config import Augment, Fit, SegInference
 from misc.crf.dense import CRFSettings
 from misc.image.labels import IGNORE
 from misc.image.pixels import resize_masks
 from net.backbone import scaled_channels
 from net.contract import Batch, Network, Options, Preset, Segmenter, SegmentRecipe
 from net.foreign.loading import load_tensors
-from net.foreign.reading import TIMM, read_tensors
+from net.foreign.reading import read_tensors
 from net.groups import Group, conv_groups
 from net.registry import segmenter
+from net.start_weights import REQUIRED
 
 Form = Literal["caffe", "torchvision"]
 
@@ -258,7 +259,7 @@ class DeepLabV2(Segmenter):
                 mask_fill=IGNORE,
                 flip=0.5,
             ),
-            weights=REQUIRED_WEIGHTS,  # init.caffemodel or deeplabv1_resnet101-coco.pth
+            weights=REQUIRED,  # init.caffemodel or deeplabv1_resnet101-coco.pth
             init="coco",  # COCO's pixel masks: not for comparisons among methods that learn from tags alone
             infer=SegInference(
                 scales=(1.0,),
@@ -381,6 +382,10 @@ class DeepLabV2(Segmenter):
         parameters of batch normalisation where they are trained."""
         return [group for group in conv_groups(self, ("base.aspp",), self.options.head_lr) if group.params]
 
+    def pretrained_names(self) -> tuple[str, ...]:
+        """timm's ImageNet classifier of the backbone."""
+        return (self.options.pretrained,)
+
     def load_weights(self, weights: str) -> str:
         """Start from the official files (``init.caffemodel``, ``train2_iter_20000.caffemodel`` and the ``.pth`` made of
         them), torchvision's ResNet, or a CAM network of this project on a ResNet.
@@ -388,13 +393,12 @@ class DeepLabV2(Segmenter):
         The classifier may be absent. Raises ValueError where the file is of the other ``form`` (a whole ``deeplabv2``,
         whose names don't tell its form, is taken as it is).
         """
-        source = f"{TIMM}{self.options.pretrained}" if weights == PRETRAINED_WEIGHTS else weights
-        state = read_tensors(source)
+        state = read_tensors(weights)
         stem = next((name for name in state if name.endswith("layer1.0.conv1.weight")), None)
         form: Form = "caffe" if stem is None else "torchvision"
         if form != self.options.form and not any(name.startswith("base.") for name in state):
             raise ValueError(
-                f"{source}: its weights are of the form {form}, the network is built for {self.options.form}. Say "
+                f"{weights}: its weights are of the form {form}, the network is built for {self.options.form}. Say "
                 f"--seg.network.form {form}, and --seg.init with what they were trained on."
             )
         # a CAM network has its backbone under a prefix and a classifier beside it
@@ -407,4 +411,4 @@ class DeepLabV2(Segmenter):
                 inner = from_caffe(name.removeprefix("base."))
             return None if inner is None or inner.startswith("fc.") else f"base.{inner}"
 
-        return str(load_tensors(self, state, rename=rename, allow_missing=("base.aspp",), label=source))
+        return str(load_tensors(self, state, rename=rename, allow_missing=("base.aspp",), label=weights))

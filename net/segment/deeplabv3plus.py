@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.checked import Positive, Range, When
-from misc.config import PRETRAINED_WEIGHTS, Augment, Fit, SegInference
+from misc.config import Augment, Fit, SegInference
 from misc.crf.dense import CRFSettings
 from misc.image.labels import IGNORE
 from net.backbone.resnest import ResNeSt, ResNeStOptions
@@ -21,6 +21,7 @@ from net.backbone.resnet import SAMPLE_RESNET, ResNet, ResNetOptions, load_resne
 from net.contract import Network, Options, Preset, Segmenter, SegmentRecipe
 from net.groups import Group, name_groups
 from net.registry import segmenter
+from net.start_weights import PRETRAINED
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class DeepLabV3Plus(Segmenter):
                 crop_place="random",
                 mask_fill=IGNORE,
             ),
-            weights=PRETRAINED_WEIGHTS,
+            weights=PRETRAINED,
             init="imagenet",
             infer=SegInference(
                 scales=(0.5, 1.0, 1.5, 2.0),
@@ -242,6 +243,10 @@ class DeepLabV3Plus(Segmenter):
     def param_groups(self) -> list[Group]:
         """Weights and others of the backbone, the same of pyramid and decoder (deeplab.md D.2)."""
         return name_groups(self, ("model",), self.options.head_lr)
+
+    def pretrained_names(self) -> tuple[str, ...]:
+        """timm's ImageNet classifier of the backbone."""
+        return (self.model.options.pretrained,)
 
     def load_weights(self, weights: str) -> str:
         """Start from an ImageNet file of torchvision, timm or ResNeSt, a Puzzle-CAM on the same backbone, or a whole

@@ -297,6 +297,10 @@ class EdgeNetwork(AffinityNetwork):
         pixels = denormalise(image.permute(1, 2, 0).float().cpu().numpy(), self.normalisation, truncate=False)
         return DenseCRF(pixels, options.crf, image.device).from_labels(scores.argmax(axis=0), len(scores))
 
+    def pretrained_names(self) -> tuple[str, ...]:
+        """timm's ImageNet classifier of the backbone."""
+        return (self.resnet50.options.pretrained,)
+
     def load_weights(self, weights: str) -> str:
         """A released network of this kind, a network with the same backbone, or an ImageNet classifier ('pretrained':
         the option of the backbone); the layers that it lacks start anew. Buffers of the released files that are a

@@ -16,9 +16,9 @@ import tyro
 from misc import config as settings
 from misc.checked import Checked, Count, Range
 from misc.config import Machine
-from misc.files import store
 from misc.files.runfolder import RunFolder
 from net import contract, registry
+from net.start_weights import StartWeights
 from voc12.catalog import Catalog, load_data_sets, open_catalog
 from voc12.generated.sets import LAYOUTS
 from voc12.lists import pick_evenly
@@ -139,9 +139,7 @@ def identity(flat: Mapping[str, Any]) -> dict[str, Any]:
     setting wherever it lies. A file that is not there (any more) keeps its path."""
 
     def content(name: str, value: Any) -> Any:
-        if name.rpartition(".")[2] != "weights" or value in settings.START_WORDS:
-            return value
-        return ",".join(store.fingerprint(Path(f)) if Path(f).is_file() else f for f in value.split(","))
+        return StartWeights.parse(value).identity() if name.rpartition(".")[2] == "weights" else value
 
     return {name: content(name, value) for name, value in flat.items()}
 

@@ -28,12 +28,7 @@ THRESHOLDS = tuple(i / 100 for i in range(60))
 def start_weights(phase: Phase, cam: SeedRecipe | None = None) -> str:
     """What the network of a phase was trained from, in words, for the provenance of its scores: random weights, a file
     and what that was trained on, or the CAM network, which ``cam`` made."""
-    if phase.weights == "none":
-        return "random"
-    if phase.weights == "cam" and cam is not None:
-        return f"CAM network (from {start_weights(cam.phases()[-1][1])})"
-    name = Path(phase.weights).name
-    return f"{phase.init} ({name})" if phase.init else name
+    return phase.start.tell(phase.init, None if cam is None else start_weights(cam.phases()[-1][1]))
 
 
 @dataclass(frozen=True)

@@ -59,12 +59,8 @@ def train(
     if all(distributed.joined([job.run.weights(name).exists()])):
         distributed.say(f"{name}: trained already.")
         return
-    if phase.weights != "none":
-        start = str(job.run.weights("cam")) if phase.weights == "cam" else phase.weights
-        if phase.weights == "cam" and not job.run.weights("cam").exists():
-            raise FileNotFoundError(f"{name} starts from {start}, which does not exist: run train_cam first.")
-        for source in start.split(","):
-            distributed.say(f"{name}: starts from {source}: {network.load_weights(source)}")
+    for line in phase.start.load(network, job.run.weights("cam")):
+        distributed.say(f"{name}: starts from {line}")
     division = divide(recipe, distributed.world())
     draws = Draws(len(ids), recipe.batch_size, recipe.sample_order, job.cfg.seed)
     total = recipe.steps or recipe.epochs * draws.steps_per_epoch

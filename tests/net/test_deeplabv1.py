@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from misc.config import REQUIRED_WEIGHTS, override
+from misc.config import override
 from net.backbone.resnet38 import ResNet38, ResNet38Options
 from net.contract import Segmenter
 from net.registry import SEGMENTERS
 from net.segment.deeplabv1 import DeepLabV1, DeepLabV1Options
 from net.segment.deeplabv1_largefov import LargeFOV, LargeFOVOptions
+from net.start_weights import REQUIRED
 
 CLASSES = 3
 SMALL = {"backbone.width": 0.125, "backbone.depth": (1, 1, 1, 1), "fov_channels": 16}
@@ -131,7 +132,7 @@ def test_dropout_is_active_in_training_only() -> None:
 
 def test_published_recipe_of_form_a() -> None:
     recipe = DeepLabV1.recipes["published"]
-    assert recipe.weights == REQUIRED_WEIGHTS
+    assert recipe.weights == REQUIRED
     fit, augment, infer = recipe.fit, recipe.augment, recipe.infer
     assert (fit.steps, fit.batch_size, fit.lr, fit.momentum, fit.weight_decay) == (20000, 10, 0.001, 0.9, 5e-4)
     assert (fit.schedule, fit.power, fit.schedule_extra, fit.sample_order) == ("poly", 0.9, 1, "epochs")
@@ -149,7 +150,7 @@ def test_published_recipe_of_form_a() -> None:
 
 def test_published_recipe_of_form_b() -> None:
     recipe = LargeFOV.recipes["published"]
-    assert recipe.weights == REQUIRED_WEIGHTS
+    assert recipe.weights == REQUIRED
     fit, augment, infer = recipe.fit, recipe.augment, recipe.infer
     assert fit.epochs * (10582 // fit.batch_size) == 79350
     assert (fit.steps, fit.sample_order, fit.batch_size, fit.lr) == (None, "stream", 4, 0.0007)

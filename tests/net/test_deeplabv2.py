@@ -10,10 +10,11 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from misc.config import REQUIRED_WEIGHTS, override
+from misc.config import override
 from misc.image.pixels import resize_mask, resize_masks
 from net.registry import SEGMENTERS
 from net.segment.deeplabv2 import DeepLabV2, DeepLabV2Options, from_torchvision, logits_size
+from net.start_weights import REQUIRED
 
 CLASSES = 3
 SMALL = {"width": 0.125, "depth": (1, 2, 1, 1), "rates": (1, 2)}
@@ -56,7 +57,7 @@ def test_published_network_and_recipe() -> None:
         net = DeepLabV2(20)
     assert sum(p.numel() for p in net.parameters()) == 44_048_532  # deeplab.md C.1
     assert len(net.state_dict()) == 632
-    assert (recipe.weights, recipe.init) == (REQUIRED_WEIGHTS, "coco")
+    assert (recipe.weights, recipe.init) == (REQUIRED, "coco")
     fit, augment, infer = recipe.fit, recipe.augment, recipe.infer
     assert (fit.steps, fit.batch_size, fit.micro_batch) == (20000, 10, 5)
     assert (fit.lr, fit.momentum, fit.weight_decay) == (2.5e-4, 0.9, 5e-4)

@@ -22,6 +22,7 @@ from net.foreign.reading import read_tensors
 from net.refine.psa import PSA
 from net.seed.mctformer import MCTformer, MCTformerOptions, contrast_loss, ranking_pool
 from net.segment.deeplabv1_largefov import LargeFOV
+from net.start_weights import StartWeights
 
 CLASSES = 3
 TINY = ViTOptions(image_size=32, patch=8, width=24, depth=4, heads=3, drop_path=0.0)
@@ -332,7 +333,8 @@ def test_pretrained_is_timms(monkeypatch: pytest.MonkeyPatch) -> None:
     state, asked = deit(), []
     monkeypatch.setattr(reading, "read_timm", lambda name: asked.append(name) or state)
     model = network(backbone=override(TINY, {"pretrained": "some_vit"}))
-    assert "timm:some_vit" in model.load_weights("pretrained") and asked == ["some_vit"]
+    (told,) = StartWeights.parse("pretrained").load(model, Path("cam.pt"))
+    assert told.startswith("timm:some_vit: ") and asked == ["some_vit"]
     assert torch.equal(model.blocks[3].mlp.fc2.weight, state["blocks.3.mlp.fc2.weight"])
 
 
@@ -344,7 +346,7 @@ def test_pretrained_without_internet_says_what_to_do(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(timm, "create_model", fail)
     with pytest.raises(ValueError, match="deit_small_patch16_224.*no route.*internet.*path as the weights"):
-        network().load_weights("pretrained")
+        StartWeights.parse("pretrained").load(network(), Path("cam.pt"))
     with pytest.raises(ValueError, match="no model 'deit_tiny_patch17'"):
         read_tensors("timm:deit_tiny_patch17")
 

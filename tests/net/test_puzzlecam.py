@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from misc.config import PRETRAINED_WEIGHTS, override
+from misc.config import override
 from net.backbone.resnest import ResNeSt, ResNeStOptions
 from net.backbone.resnet import STAGES, ResNetOptions
 from net.registry import REFINERS, SEEDS, SEGMENTERS, load_methods
@@ -23,6 +23,7 @@ from net.seed.puzzlecam import (
     split_tiles,
 )
 from net.segment.deeplabv2 import DeepLabV2
+from net.start_weights import PRETRAINED
 
 load_methods()
 CLASSES = 3
@@ -136,7 +137,7 @@ def test_published_recipe() -> None:
     recipe = PuzzleCam.recipes["published"]
     phase = recipe.cam
     assert phase.network == PuzzleCamOptions(backbone="resnest")
-    assert (phase.weights, phase.init) == (PRETRAINED_WEIGHTS, "imagenet")
+    assert (phase.weights, phase.init) == (PRETRAINED, "imagenet")
     assert (phase.network.tiles, phase.network.alpha, phase.network.alpha_rise) == (2, 4, 0.5)
     assert (phase.network.level, phase.network.masking, phase.network.squared) == ("feature", "masking", False)
     assert phase.network.resnet.strides == (2, 2, 2, 1) and phase.network.resnet.norm == "trained"

@@ -10,7 +10,9 @@ import pytest
 from running import make_set
 
 import run_sample
+from net import registry
 from net.contract import Phase, SeedRecipe
+from net.start_weights import PRETRAINED, StartWeights
 from step.lib.scoring import start_weights
 
 
@@ -22,6 +24,42 @@ def test_start_weights_are_told_in_words() -> None:
         ("pretrained", "", "pretrained"), ("cam", "coco", "CAM network (from imagenet (resnet50.pth))"),
     ):  # fmt: skip
         assert start_weights(Phase(network=None, weights=weights, init=init), cam) == told  # type: ignore[arg-type]
+
+
+def test_start_weights_are_parsed_and_checked_before_any_work(tmp_path: Path) -> None:
+    file, absent = tmp_path / "a.pth", tmp_path / "b.pth"
+    file.write_bytes(b"weights")
+    for text in ("none", "pretrained", str(file), f"{file},{file}"):
+        StartWeights.parse(text).check("--cam.weights", absent)
+    StartWeights.parse("cam").check("--seg.weights", None)  # it is to be trained yet
+    refused = {"required": "give --aff.weights FILE", "cam": "Run train_cam first", f"{file},{absent}": "no such file"}
+    for text, told in refused.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=told):
+            StartWeights.parse(text).check("--aff.weights", absent)
+    for text in ("", "a.pth,", ",a.pth"):
+        with pytest.raises(ValueError, match="is not possible"):
+            StartWeights.parse(text)
+
+
+def test_the_same_file_is_the_same_setting_wherever_it_lies(tmp_path: Path) -> None:
+    files = [tmp_path / "a.pth", tmp_path / "b.pth"]
+    for file in files:
+        file.write_bytes(b"weights")
+    here, there = (StartWeights.parse(str(file)).identity() for file in files)
+    assert here == there and "sha256" in here
+    assert StartWeights.parse(f"{files[0]},gone.pth").identity() == f"{here},gone.pth"
+    assert StartWeights.parse("cam").identity() == "cam"
+
+
+@pytest.mark.parametrize("table", ["SEEDS", "REFINERS", "SEGMENTERS"])
+def test_networks_whose_recipes_say_pretrained_name_timms_classifiers(table: str) -> None:
+    registry.load_methods()
+    for name, method in getattr(registry, table).items():
+        published, sample = (method.recipes[preset] for preset in ("published", "sample"))
+        published, sample = (r.cam if table == "SEEDS" else r for r in (published, sample))
+        if published.weights == PRETRAINED and len(getattr(sample, "phases", tuple)()) < 2:
+            names = sample.network.build(2, {}).pretrained_names()
+            assert names and all(names), name
 
 
 def test_a_segmenter_that_starts_from_the_cam_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

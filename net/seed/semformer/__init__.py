@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.checked import Count, DropProbability, Weight, When, check
-from misc.config import PRETRAINED_WEIGHTS, Augment, CamInference, Fit
+from misc.config import Augment, CamInference, Fit
 from misc.image.pixels import box_mask
 from net.backbone.transformer import AttentionSums, Visit
 from net.backbone.vit import SAMPLE_VIT, GridViT, ViTOptions
@@ -36,6 +36,7 @@ from net.seed.semformer.autoencoder import (
     similarity_loss,
     tags_with_background,
 )
+from net.start_weights import PRETRAINED
 
 _EPS = 1e-5
 
@@ -196,7 +197,7 @@ _PUBLISHED = Recipe(
                 area_filter="bilinear",
                 crop=224,
             ),
-            weights=PRETRAINED_WEIGHTS,
+            weights=PRETRAINED,
         ),
         network=SemFormerOptions(),
         fit=Fit(epochs=20, batch_size=8, lr=0.005, momentum=5e-4, nesterov=True, weight_decay=5e-4),
@@ -206,7 +207,7 @@ _PUBLISHED = Recipe(
             long_side=(224, 896),
             crop=448,
         ),
-        weights=PRETRAINED_WEIGHTS,
+        weights=PRETRAINED,
         infer=CamInference(scales=(0.5, 1.0, 1.5, 2.0), stretch=16, round_up=16, coarse=4, normalise="max"),
     ),
     refiner="edge",
@@ -344,16 +345,19 @@ class SemFormer(SeedNetwork):
         """The backbone at the base rate, the rest at 10 times it; what is no weight at twice that, without decay."""
         return name_groups(self, PRETRAINED_PARTS)
 
+    def pretrained_names(self) -> tuple[str, ...]:
+        """timm's ImageNet classifier of the backbone."""
+        return (self.options.backbone.pretrained,)
+
     def load_weights(self, weights: str) -> str:
         """A SemFormer checkpoint, or an ImageNet classifier (published: DeiT-S), whose class token all class tokens
         start as; 'pretrained': timm's."""
-        source = f"timm:{self.options.backbone.pretrained}" if weights == PRETRAINED_WEIGHTS else weights
-        state = read_tensors(source)
+        state = read_tensors(weights)
         if "segmentor.cls_head.weight" in state:
-            return str(load_tensors(self, state, label=source))
+            return str(load_tensors(self, state, label=weights))
         body = self.segmentor.backbone.from_classifier(state)
         moved = {f"segmentor.backbone.{name}": value for name, value in body.items()}
         repeats = (1, self.segmentor.classes, 1)
         moved["segmentor.cls_token"] = state["cls_token"].repeat(repeats)
         moved["segmentor.cls_posembed"] = state["pos_embed"][:, :1].repeat(repeats)
-        return str(load_tensors(self, moved, label=source, allow_missing=("segmentor.cls_head", "segmentor.seg_head")))
+        return str(load_tensors(self, moved, label=weights, allow_missing=("segmentor.cls_head", "segmentor.seg_head")))

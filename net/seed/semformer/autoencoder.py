@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.checked import Count, Weight, check
-from misc.config import PRETRAINED_WEIGHTS
 from net.backbone.transformer import TransformerBlock
 from net.backbone.vit import GridViT, ViTOptions
 from net.contract import Batch, Network, Options
@@ -196,12 +195,15 @@ class CAAE(Network):
         """The encoder at the base rate, the rest at 10 times it; what is no weight at twice that, without decay."""
         return name_groups(self, PRETRAINED_PARTS)
 
+    def pretrained_names(self) -> tuple[str, ...]:
+        """timm's ImageNet classifier of the backbone."""
+        return (self.options.encoder.pretrained,)
+
     def load_weights(self, weights: str) -> str:
         """A CAAE, or an ImageNet classifier (published: the distilled DeiT-B) for the encoder; 'pretrained': timm's."""
-        source = f"timm:{self.options.encoder.pretrained}" if weights == PRETRAINED_WEIGHTS else weights
-        state = read_tensors(source)
+        state = read_tensors(weights)
         if "crs.0.weight" in state:
-            return str(load_tensors(self, state, label=source))
+            return str(load_tensors(self, state, label=weights))
         body = self.encoder["vit_backbone"].from_classifier(state)
         moved = {f"encoder.vit_backbone.{name}": value for name, value in body.items()}
-        return str(load_tensors(self, moved, label=source, allow_missing=_NEW))
+        return str(load_tensors(self, moved, label=weights, allow_missing=_NEW))
