@@ -26,6 +26,7 @@ from misc.files.images import read_mask
 from misc.files.store import write_json
 from misc.score.evaluate import EvaluationError, Scores, evaluate_cams, evaluate_masks
 from misc.score.metrics import Convention, Maps
+from misc.tables import ResultTable
 
 
 @dataclass(frozen=True)
@@ -196,11 +197,7 @@ def class_table(result: dict[str, Any]) -> str:
     rows = [["class", *(heads[key] for key in keys)]]
     rows += [[c["name"], *(_percent(c[key]) for key in keys)] for c in result["classes"]]
     rows.append(["mean", *(_percent(result[means[key]]) for key in keys)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        row[0].ljust(widths[0]) + "".join(f"  {cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    )
+    return ResultTable(rows[0], rows[1:], numbers=range(1, len(rows[0]))).text()
 
 
 def curve_text(result: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 import tyro
 
 from misc.files.runfolder import RunFolder
+from misc.tables import ResultTable
 from net import registry
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,11 +88,12 @@ def main(root: Path, methods: Sequence[str] = METHODS, out: Path = Path("runs/on
         print(f"\n== python {shlex.join(command)}", flush=True)
         if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
             failed = 1
-            rows.append(f"{name:<24} failed")
+            rows.append((name, "failed", "-"))
             continue
         (step,) = RunFolder(out.resolve() / name.replace(":", "_")).record()["steps"].values()
-        rows.append(f"{name:<24} {step['seconds']:8.1f} s {step.get('peak_memory_mb', float('nan')) / 1024:8.1f} GiB")
-    print("\n" + "\n".join([f"{f'batch {batch}':<24} {'training':>10} {'peak':>12}", *rows]))
+        peak = step.get("peak_memory_mb", float("nan")) / 1024
+        rows.append((name, f"{step['seconds']:.1f} s", f"{peak:.1f} GiB"))
+    print("\n" + ResultTable((f"batch {batch}", "training", "peak memory"), rows, numbers={1, 2}).markdown())
     return failed
 
 

@@ -34,6 +34,7 @@ from misc.image.cam import Cam
 from misc.image.labels import IGNORE
 from misc.loop.fit import autocast
 from misc.score.metrics import Confusion, mask_at
+from misc.tables import ResultTable
 from net.contract import AffinityNetwork
 from step.lib.config import Job, open_job
 from step.lib.networks import load_network
@@ -63,11 +64,12 @@ class Tally:
         if truth is not None and self.confusion is not None:
             self.confusion.add(truth, mask)
 
-    def __str__(self) -> str:
+    def cells(self) -> tuple[str, ...]:
+        """Tags kept, foreground, unknown and, where there is truth, mIoU, in percent."""
         foreground, unknown = 100 * np.mean(self.shares, axis=0)
         kept = 100 * self.found / max(1, self.tags)
-        miou = "" if self.confusion is None else f"{100 * self.confusion.miou():9.2f}"
-        return f"{kept:10.1f} {foreground:14.1f} {unknown:11.1f}{miou}"
+        miou = () if self.confusion is None else (f"{100 * self.confusion.miou():.2f}",)
+        return (f"{kept:.1f}", f"{foreground:.1f}", f"{unknown:.1f}", *miou)
 
 
 def maker(job: Job, name: str, device: torch.device) -> MakeMask:
@@ -181,9 +183,9 @@ def main(argv: Sequence[str]) -> int:
     finally:
         distributed.stop()
     print(f"{name}, {len(counted)} images of {job.train_list}, in percent")
-    print(f"{'value':>8} {'tags kept':>10} {'foreground':>14} {'unknown':>11}{'     mIoU' if scored else ''}")
-    for value, tally in tallies.items():
-        print(f"{value:8g} {tally}")
+    head = ("value", "tags kept", "foreground", "unknown", *(("mIoU",) if scored else ()))
+    table = ResultTable(head, [(f"{v:g}", *tally.cells()) for v, tally in tallies.items()], numbers=range(len(head)))
+    print(table.markdown())
     print(f"picture: {sheet}")
     return 0
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import tyro
 
 from misc.files.runfolder import RunFolder
+from misc.tables import ResultTable
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,11 +30,10 @@ class Row:
     full: float
     seconds: float
 
-    def __str__(self) -> str:
-        return (
-            f"{self.seed:9} {self.cam:7.2f} {self.walk:7.2f} {self.walk - self.cam:+7.2f} {self.weak:7.2f} "
-            f"{self.full:7.2f} {100 * self.weak / self.full:8.1f} % {self.seconds:7.0f} s"
-        )
+    def cells(self) -> tuple[str, ...]:
+        """The row of the table."""
+        scores = (f"{v:.2f}" for v in (self.cam, self.walk, self.walk - self.cam, self.weak, self.full))
+        return (str(self.seed), *scores, f"{100 * self.weak / self.full:.1f} %", f"{self.seconds:.0f} s")
 
 
 def drive(*flags: str) -> None:
@@ -77,6 +77,5 @@ def arguments(
 if __name__ == "__main__":
     (method, seeds, out), flags = tyro.cli(arguments, prog="python -m scripts.study", return_unknown_args=True)
     rows = [study(method, seed, out, tuple(flags)) for seed in seeds]
-    print("\ndata seed     CAM    walk    gain    weak    full weak/full    time")
-    for row in rows:
-        print(row)
+    head = ("data seed", "CAM", "walk", "gain", "weak", "full", "weak/full", "time")
+    print("\n" + ResultTable(head, [row.cells() for row in rows], numbers=range(len(head))).markdown())

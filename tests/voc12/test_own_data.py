@@ -117,7 +117,7 @@ def test_the_sheet_shows_a_field_at_several_values(
         said = capsys.readouterr().out
         assert "3 images of train" in said and "mIoU" not in said and read_image(picture).shape[0] == 2 * 144
         if field == "background":
-            kept = {line.split()[0]: line.split()[1:] for line in said.splitlines()[2:4]}
+            kept = {line.split()[1]: line.split()[3::2] for line in said.splitlines()[3:5]}
             assert kept["1"] == ["0.0", "0.0", "0.0"] and float(kept["0"][1]) > 0
     assert digests(out, "**/*") == before
     for field, told in (("seg.infer", "give background, or a number of"), ("aff.walk.no", "has no field 'no'")):

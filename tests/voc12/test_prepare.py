@@ -128,7 +128,7 @@ def test_train_aug_from_sbd(voc: Path, capsys: pytest.CaptureFixture[str]) -> No
     # official masks stay before SBD's
     assert [read_mask(data.mask_path(i)).max() for i in ("s1", "t1", "v1")] == [10, 12, 10]
     assert data.tag_source == "labels.csv" and np.flatnonzero(data.tags("t2")).tolist() == [7, 11]
-    assert "train_aug            5     10582         5          1.200  <- not as published" in text
+    assert "train_aug 5 10582 5 1.200 <- not as published" in " ".join(text.split())
     before = digests(root, "**/*")
     status, text = run(capsys, "voc12", "--root", root, "--sbd", voc / "sbd")
     assert status == 0 and "written" not in text and digests(root, "**/*") == before
@@ -226,7 +226,7 @@ def test_coco_lists_tags_and_masks(coco_root: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(DataError, match="is not prepared: run python -m voc12.prepare coco14 --root"):
         open_catalog("coco14", coco_root)
     status, text = run(capsys, "coco14", "--root", coco_root)
-    assert status == 0 and "train                3     82783         3          1.333" in text
+    assert status == 0 and "train 3 82783 3 1.333" in " ".join(text.split())
     data = open_catalog("coco14", coco_root)
     assert data.classes == ("person", "stop sign", "toothbrush")  # by id, which is not the order of the file
     assert data.ids("train") == [IDS[5], IDS[9], IDS[30]] and data.ids("train_tagged") == [IDS[5], IDS[9]]
@@ -338,7 +338,7 @@ def test_a_folder_gets_its_class_list_and_splits(own: Path, capsys: pytest.Captu
     data = open_catalog("folder", own)
     train, val = data.ids("train"), data.ids("val")
     assert (len(train), len(val)) == (8, 2) and sorted(train + val) == sorted(f"my {n}" for n in range(10))
-    assert data.check("train") == [] and "   2 cup" in text
+    assert data.check("train") == [] and "2 cup" in " ".join(text.split())
     status, text = run(capsys, "folder", "--root", own, "--val-share", 0.2)
     assert status == 0 and "written" not in text
     status, text = run(capsys, "folder", "--root", own, "--val-share", 0.5)

@@ -16,6 +16,7 @@ import tyro
 from misc.files import store
 from misc.files.images import read_image, read_mask
 from misc.loop.each import EachFailed, each
+from misc.tables import ResultTable
 from voc12 import tags as tags_of
 from voc12.catalog import Catalog
 from voc12.tags import DataError
@@ -73,7 +74,7 @@ def join_lines(items: Iterable[str]) -> str:
 
 def print_counts(catalog: Catalog, lists: dict[str, list[str]], expected: dict[str, int]) -> None:
     """Print how many images, masks and tags every list has, and how many images every class has."""
-    print("\nlist            images  expected     masks  tags an image")
+    counts: list[tuple[str, ...]] = []
     rows: dict[str, np.ndarray] = {}
     for name, ids in lists.items():
         masks = sum(i in catalog.masks for i in ids)
@@ -85,11 +86,13 @@ def print_counts(catalog: Catalog, lists: dict[str, list[str]], expected: dict[s
                 continue
         rows[name] = np.sum(known, 0) if known else np.zeros(catalog.num_classes)
         mean = f"{rows[name].sum() / len(known):.3f}" if known else "-"
-        odd = "  <- not as published" if expected.get(name, len(ids)) != len(ids) else ""
-        print(f"{name:<14} {len(ids):>7} {expected.get(name, '-'):>9} {masks:>9} {mean:>14}{odd}")
-    print("\nimages of each class: " + ", ".join(lists))
-    for c, name in enumerate(catalog.classes):
-        print(f"{c + 1:>4} {name:<20}" + "".join(f"{int(row[c]):>8}" for row in rows.values()))
+        odd = "<- not as published" if expected.get(name, len(ids)) != len(ids) else ""
+        counts.append((name, str(len(ids)), str(expected.get(name, "-")), str(masks), mean, odd))
+    head = ("list", "images", "expected", "masks", "tags per image", "")
+    print("\n" + ResultTable(head, counts, numbers={1, 2, 3, 4}).text())
+    print("\nimages of each class:")
+    of_class = [(str(c + 1), name, *(str(int(n[c])) for n in rows.values())) for c, name in enumerate(catalog.classes)]
+    print(ResultTable(("", "class", *lists), of_class, numbers={0, *range(2, len(lists) + 2)}).text())
 
 
 @dataclass(frozen=True)
