@@ -25,3 +25,16 @@ for file in "$@"; do
         cp "$file" "$stamp"
     fi
 done
+# A package that may fail to install, once: NAME, the module to import, what its absence means.
+try_package() {
+    local tried=".venv/tried-$1"
+    if [ ! -e "$tried" ] && ! .venv/bin/python -c "import $2" 2>/dev/null; then
+        echo "== installing $1 into .venv"
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check "$1" >"$tried.log" 2>&1 || true
+        touch "$tried"
+    fi
+    if ! .venv/bin/python -c "import $2" 2>/dev/null; then
+        echo "note: $1 could not be built (it needs a C++ compiler; see .venv/tried-$1.log): $3." >&2
+        echo "      Remove .venv/tried-$1 to try again." >&2
+    fi
+}

@@ -12,6 +12,16 @@ from pathlib import Path
 import pytest
 from golden_case import Case
 
+SLOW = """
+aream_infer_conformer aream_msf_cam_conformer aream_train_step_conformer aream_train_step_mct caae_forward
+crt_cnn_forward crt_deit_forward crt_make_cam_end_to_end crt_wsol_forward deeplabv1_largefov deeplabv1_seam
+deeplabv1_seam_train deeplabv2_loss deeplabv2_msc deeplabv3plus_forward deeplabv3plus_train getam_forward_deit_distilled
+getam_forward_vitb_hybrid getam_label_pipeline getam_map_deit_distilled mctformer_deit_load psa_aff_forward
+psa_cls_resnet38 psa_random_walk puzzlecam_resnest_stages seam_aff_small seam_infer seam_net seam_random_walk_crf
+seam_train_step semformer_forward_train tscam_forward
+""".split()
+"""Cases of three seconds or more on one thread."""
+
 ZERO = {
     ("aream_aff_loss", "all_ignored"): "the loss of a label without a pair is zero",
     ("caffemodel_parse", "*.num_batches_tracked"): "a count that no Caffe file holds starts at zero",
@@ -35,7 +45,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case_path" in metafunc.fixturenames:
         paths = sorted(metafunc.config.getoption("golden").glob("*.json"))
         assert paths, "no golden cases"
-        metafunc.parametrize("case_path", paths, ids=[p.stem for p in paths])
+        marks = [[pytest.mark.slow] if p.stem in SLOW else [] for p in paths]
+        metafunc.parametrize(
+            "case_path", [pytest.param(p, marks=m, id=p.stem) for p, m in zip(paths, marks, strict=True)]
+        )
 
 
 def checker(name: str) -> str:

@@ -105,20 +105,23 @@ def check_aream_conformer_forward(case: Case) -> None:
 def check_aream_entropy(case: Case) -> None:
     """Entropy of given maps after given attention: of every image and layer, their means, and what training uses."""
     height, width = case.meta["input"]["grid"]
-    first, last, layers = re.match(r".*linspace\((\d+), (\d+), (\d+)\)", case.meta["input"]["att"]).groups()
+    first, last, layers = re.match(r".*linspace\(([\d.]+), ([\d.]+), (\d+)\)", case.meta["input"]["att"]).groups()
     factors = torch.linspace(float(first), float(last), int(layers))
-    shape, classes = re.search(r"standard_normal\(\((\d+),1,(\d+),T,T\)\)", case.meta["input"]["att"]), 20
-    factor, classes = re.search(r"(\d+) \* fill.*\(\(1,(\d+),h,w\)\)", case.meta["input"]["cam"]).groups()
+    drawn_by = r"fill\.stream\('(.+?)<i>'\)\.standard_normal"  # the stream's name, in which KIND stands for the kind
+    attention, shape = case.meta["input"]["att"], r"\(\((\d+),1,(\d+),T,T\)\)"
+    attention_name, *shape = re.search(drawn_by + shape, attention).groups()
+    found = re.search(r"([\d.]+) \* " + drawn_by + r"\(\(1,(\d+),h,w\)\)", case.meta["input"]["cam"])
+    factor, maps_name, classes = found.groups()
     for kind, tokens in re.findall(r"KIND (\w+): T = (\d+)", case.meta["input"]["att"]):
         epsilon = {"mct": AreamMCTformer, "conformer": AreamConformer}[kind].entropy_epsilon
         rows, tokens = [], int(tokens)
         for number, described in enumerate(case.meta["input"]["images"]):
-            size = (int(shape[1]), 1, int(shape[2]), tokens + height * width, tokens + height * width)
-            drawn = torch.from_numpy(case.fill.stream(f"aream_entropy.{kind}.att{number}").standard_normal(size))
+            size = (int(shape[0]), 1, int(shape[1]), tokens + height * width, tokens + height * width)
+            stream = case.fill.stream(f"{attention_name.replace('KIND', kind)}{number}")
+            drawn = torch.from_numpy(stream.standard_normal(size))
             affinity = (factors.view(-1, 1, 1, 1, 1) * drawn.float()).softmax(-1).mean(2)[..., tokens:, tokens:]
-            maps = case.fill.stream(f"aream_entropy.{kind}.cam{number}").standard_normal(
-                (1, int(classes), height, width)
-            )
+            stream = case.fill.stream(f"{maps_name.replace('KIND', kind)}{number}")
+            maps = stream.standard_normal((1, int(classes), height, width))
             maps = float(factor) * torch.from_numpy(maps).float()
             maps = maps.relu() if kind == "mct" else maps
             maps = maps * tags([described["present_classes"]], int(classes))[:, :, None, None]

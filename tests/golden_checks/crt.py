@@ -36,11 +36,11 @@ def transformer_options(case: Any, **changes: Any) -> CrtOptions:
     return replace(PUBLISHED.network, transformer=replace(size, drop_path=0.0), **changes)
 
 
-def cnn_options(keys: dict[str, list[int]]) -> ResNetOptions:
+def cnn_options(keys: dict[str, list[int]], options: ResNetOptions) -> ResNetOptions:
     """The published options with the size that a CNN's keys describe."""
     blocks = [re.match(r"resnet50\.layer(\d)\.(\d+)\.", name) for name in keys]
     depth = tuple(1 + max(int(b[2]) for b in blocks if b and int(b[1]) == stage) for stage in (1, 2, 3, 4))
-    return replace(PUBLISHED.network.cnn, depth=depth, width=keys["resnet50.conv1.weight"][0] / 64)
+    return replace(options, depth=depth, width=keys["resnet50.conv1.weight"][0] / 64)
 
 
 def fill_cnn(case: Any, cnn: nn.Module, factor: float, keys: dict[str, list[int]]) -> None:
@@ -117,7 +117,7 @@ def check_crt_cnn_forward(case: Any) -> None:
     """Raw maps, scores, and the rectified maps of a pair, of weights in the official form."""
     keys = case.meta["keys"]
     classes = keys["classifier.weight"][0]
-    cnn = crt.CnnBranch(cnn_options(keys), classes)
+    cnn = crt.CnnBranch(cnn_options(keys, PUBLISHED.network.cnn), classes)
     fill_cnn(case, cnn, factor(case), keys)
     image = made(case, case.meta["input"]["image"])
     with torch.inference_mode():
@@ -216,8 +216,9 @@ def check_crt_wsol_forward(case: Any) -> None:
     weight = re.search(r"weight ([\d.]+)", case.meta["outputs"]["l1_term_used"]["meaning"])[1]
     case.expect_published(len(used), CUB.fit.epochs)
     options = replace(
-        CUB.network, cnn=cnn_options(case.meta["keys_cnn"]), transformer=transformer_options(case).transformer,
-        agreement=float(weight), agreement_from=4 / len(used), agreement_period=10 / len(used),
+        CUB.network, cnn=cnn_options(case.meta["keys_cnn"], CUB.network.cnn),
+        transformer=transformer_options(case).transformer, agreement=float(weight), agreement_from=4 / len(used),
+        agreement_period=10 / len(used),
     )  # fmt: skip
     case.expect_published(override(options, {"transformer.drop_path": 0.1}).transformer, CUB.network.transformer)
     case.expect_published((options.agreement_from, options.agreement_period),

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from golden_case import array
+from golden_checks.mctformer import vit_options
 from torch import nn
 
-from misc.config import Fit, override
+from misc.config import Fit
 from misc.loop.fit import lr_factor
 from misc.score import wsol
 from net.backbone.transformer import AttentionSums
@@ -64,8 +66,8 @@ def one_hot(targets: list[int], classes: int) -> torch.Tensor:
 def check_tscam_forward(case: Any) -> None:
     """Logits, semantic and coupled maps, attention and loss."""
     classes = case.meta["keys"]["head.bias"][0]
-    options = override(TsCam.recipes["published"].cam.network, {"deit.drop_path": 0.0})
-    network = options.build(classes, {})
+    size = replace(vit_options(case.meta["keys"], case.meta["constructor"]), drop_path=0.0)
+    network = replace(TsCam.recipes["published"].cam.network, deit=size).build(classes, {})
     fill(case, network, case.meta["keys"])
     x = made(case, case.meta["input"]["image"])
     tags = one_hot(case.meta["input"]["targets"], classes)

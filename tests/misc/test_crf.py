@@ -58,7 +58,7 @@ def mean_field(image: np.ndarray, scores: np.ndarray, s: CRFSettings, matrix) ->
 
 def published(image: np.ndarray, unary: np.ndarray, s: CRFSettings) -> np.ndarray:
     """The same from pydensecrf; unary (n, H, W) energies."""
-    densecrf = pytest.importorskip("pydensecrf.densecrf")
+    densecrf = pytest.importorskip("pydensecrf.densecrf", reason="pydensecrf2 is not installed (built from source)")
     n, height, width = unary.shape
     crf = densecrf.DenseCRF2D(width, height, n)
     crf.setUnaryEnergy(np.ascontiguousarray(unary.reshape(n, -1), np.float32))
@@ -88,7 +88,7 @@ def test_equals_pydensecrf_where_filler_points_matter() -> None:
 
 
 def test_labels_equal_pydensecrf() -> None:
-    utils = pytest.importorskip("pydensecrf.utils")
+    utils = pytest.importorskip("pydensecrf.utils", reason="pydensecrf2 is not installed (built from source)")
     settings = CRFSettings(bilateral_sxy=50, bilateral_srgb=5)
     labels = smooth(5, 38, 45).argmax(0)
     unary = utils.unary_from_labels(labels, 5, gt_prob=0.7, zero_unsure=False).reshape(5, 38, 45)

@@ -32,6 +32,7 @@ def close(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     return all(torch.allclose(one[k], two[k], rtol=1e-5, atol=1e-7) for k in trained)
 
 
+@pytest.mark.slow
 def test_the_loops_of_two_processes(tmp_path: Path) -> None:
     script = str(ROOM / "tests" / "misc" / "two_processes.py")
     ended = start([*TORCHRUN, script, str(tmp_path)], PYTHONPATH=f"{ROOM}:{ROOM}/tests")
@@ -49,6 +50,7 @@ def test_the_loops_of_two_processes(tmp_path: Path) -> None:
     assert makers == {"a": "0", "c": "0", "e": "0", "d": "1"}
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_gives_the_losses_weights_and_files_of_one(tmp_path: Path) -> None:
     data = make_set(tmp_path / "data")
     frozen = [f"--{part}.network.resnet38.freeze-bn" for part in ("cam", "aff")]
