@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see run_sample.py
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,6 +24,7 @@ from misc.loop.each import EachFailed, WorkerDied
 from net.contract import Segmenter, SingleStage
 from net.export import export_onnx
 from net.model import Model, load_model, predicts_masks
+from step.lib.inference import settle_walk
 from step.lib.new_images import Refinement, ResultFolder, map_images, segment_images
 
 
@@ -137,6 +138,7 @@ def predict(options: Options, device: torch.device) -> None:
     refiner: Model | None = None
     if run.weights("aff").exists() and options.refine in ("auto", "walk"):
         refiner = load_model(run.weights("aff"), "aff")
+        refiner = replace(refiner, recipe=replace(refiner.recipe, walk=settle_walk(refiner.recipe.walk, run)))
     threshold = options.threshold
     if threshold is None:
         threshold = run.scores().get("CAM", {}).get("threshold", 0.3)

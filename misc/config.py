@@ -36,14 +36,16 @@ class Fit(Checked):
     epochs: Annotated[int, Range(least=1)] = 8
     """Passes over the training list; ignored where ``steps`` is given."""
     steps: Annotated[int | None, Range(least=1)] = None
-    """Number of updates. None: epochs x floor(images / batch_size)."""
+    """Number of updates. None: epochs x floor(images / batch_size) (ceil where the last batch is kept)."""
     batch_size: Annotated[int, Range(least=1)] = 8
     """Images in one update over ALL processes and accumulation steps together (the global batch)."""
     micro_batch: Annotated[int | None, Range(least=1)] = None
     """Most images that one process holds at a time; the rest of its share is accumulated. None: its whole share."""
     sample_order: Literal["epochs", "stream"] = "epochs"
-    """epochs: shuffled anew each pass, the incomplete last batch dropped. stream: shuffled passes joined end to end,
-    batches cross their borders."""
+    """epochs: shuffled anew each pass. stream: shuffled passes joined end to end, batches cross their borders."""
+    last_batch: Annotated[Literal["drop", "keep"], When("sample_order", "epochs")] = "drop"
+    """What an epoch does with the images that fill no batch. keep: they make a smaller last batch (CUB); processes and
+    accumulation steps share it as evenly as it goes."""
     optimiser: Literal["sgd", "adamw"] = "sgd"
     """Update rule."""
     lr: Annotated[float, Range(above=0)] = 0.01
@@ -125,6 +127,9 @@ class Augment(Checked):
     # deeplab.md C.3
     scale_mask: Annotated[Literal["opencv", "pil"], When("order", "scale")] = "opencv"
     """Nearest-neighbour filter of the mask in ``scale``; the two differ by up to one pixel."""
+    scale_by: Annotated[Literal["size", "factor"], When("order", "scale")] = "size"
+    """scale: how OpenCV is asked. size: for the scaled size, the fraction cut off. factor: for the factor itself: sizes
+    are rounded and the samples lie where the factor puts them."""
     scale_per_batch: Annotated[bool, When("order", "scale")] = False
     """scale: one factor for all images of a batch instead of one for each."""
     square: Annotated[int, Range(above=0), When("order", "square")] = 256
@@ -206,6 +211,11 @@ class CamInference(Checked):
     misaligned by up to as many pixels, which published thresholds were tuned with (IRNet's high_res: 16). 1: at image
     size."""
     # irnet.md 6
+    search_to: Annotated[float, Range(least=0, most=1)] = 0.59
+    """Largest background score that is searched for the best mIoU, from 0 in steps of 0.01. Published: 0.59, AReAM
+    0.79."""
+    fixed_background: Annotated[float | None, Range(least=0, most=1)] = None
+    """Background score that the CAMs are scored at besides the searched one, as published by IRNet and CRT: 0.15."""
     coarse: Annotated[int, Range(least=0)] = 0
     """Also keep the maps added up on a grid with this many pixels a cell, for refiners that work on it (IRNet's
     cam: 4). 0: they get the maps at image size."""

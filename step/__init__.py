@@ -44,7 +44,7 @@ STEPS: tuple[Step, ...] = (
          lambda job: job.mask_files(job.run.label, job.cam_ids()), per_image=True),
     Step("train_seg", "train the segmentation network on the pseudo masks", ("weights/seg.pt",),
          lambda job: [job.run.weights("seg")]),
-    Step("infer_seg", "predict the validation images", ("seg", "seg_overlay"),
+    Step("infer_seg", "predict the validation images", ("seg", "seg_before_crf", "seg_overlay"),
          lambda job: job.mask_files(job.run.seg, job.predicted_ids()), per_image=True,
          aims=("masks", "single_stage")),
     Step("localise", "draw boxes round the objects of the validation images", ("box",),

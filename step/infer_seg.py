@@ -25,8 +25,10 @@ def run(job: Job, device: torch.device) -> None:
         return read_image(job.catalog.image_path(image_id))
 
     def work(image_id: str, image: np.ndarray) -> None:
-        scores = infer_class_scores(network, image, infer, machine, device)
-        write_mask(job.run.seg(image_id), scores.argmax(0).astype(np.uint8))
+        before, scores = infer_class_scores(network, image, infer, machine, device)
+        if infer.crf.iterations:
+            write_mask(job.run.seg_before_crf(image_id), before.argmax(0).astype(np.uint8))
+        write_mask(job.run.seg(image_id), scores.argmax(0).astype(np.uint8))  # written last
 
     each(
         "infer_seg", job.predicted_ids(), work, prepare=prepare, done=lambda i: job.run.seg(i).exists(),
@@ -39,10 +41,15 @@ def run(job: Job, device: torch.device) -> None:
     else:
         masks = {"pseudo": "pseudo masks", "truth": "true masks"}[job.cfg.masks]
         trained_on, phase = f"{job.cfg.segmenter} trained on {masks}", job.cfg.seg
-    score_masks(
-        job, f"predictions ({trained_on})", job.cfg.val_list, job.run.seg, tags="none",
-        scales=list(infer.scales), flip=infer.flip, crf_iterations=infer.crf.iterations,
+    provenance = dict(
+        tags="none", scales=list(infer.scales), flip=infer.flip,
         start_weights=start_weights(phase, job.cfg.cam),
         precision=precisions(job, "cam" if job.single_stage else "seg", device),
         seen_in_training=sum(i in known for i in job.catalog.ids(job.cfg.val_list)),
     )
+    name, iterations = f"predictions ({trained_on})", infer.crf.iterations
+    score_masks(job, name, job.cfg.val_list, job.run.seg, crf_iterations=iterations, **provenance)
+    if iterations:
+        score_masks(
+            job, f"{name}, before the CRF", job.cfg.val_list, job.run.seg_before_crf, crf_iterations=0, **provenance
+        )

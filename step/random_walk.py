@@ -17,7 +17,7 @@ from misc.score.objects import Instances, write_instances
 from net.contract import AffinityNetwork
 from step.lib import overlays
 from step.lib.config import Job
-from step.lib.inference import read_full_cam, walk_cam
+from step.lib.inference import read_full_cam, settle_walk, walk_cam
 from step.lib.networks import load_network
 from step.lib.scoring import precisions, score_instances, score_masks, start_weights
 
@@ -26,7 +26,7 @@ def run(job: Job, device: torch.device) -> None:
     """Make and score the pseudo masks of the training list and of the scored list."""
     network = load_network(job, "aff", job.cfg.aff, device)
     assert isinstance(network, AffinityNetwork)
-    walk = job.cfg.aff.walk
+    walk = settle_walk(job.cfg.aff.walk, job.run)
     machine = job.machine(job.cfg.aff, device)
     finds_instances = network.finds_instances(walk)
 

@@ -20,7 +20,7 @@ from step.lib.config import default_config, open_job
 load_methods()
 SYSTEMS = sorted(p.stem for p in (ROOM / "scripts").glob("*.sh") if "\nlaunch " in p.read_text())
 WORDS = {"VERSION": "plus", "METHOD": "crt", "BACKBONE": "resnest101e"}
-PRESETS = {"mctformer": "published_plus", "crt_cub": "published_cub"}
+PRESETS = {"mctformer": "published_plus", "crt_cub": "published_cub", "psa_vgg16": "published_vgg16"}
 """Arguments that are no paths."""
 
 PYTHON = """#!/usr/bin/env bash

@@ -41,39 +41,57 @@ class Draws:
     Args:
         images: length of the list.
         batch_size: global batch.
-        order: Fit.sample_order. epochs: each epoch a permutation of its own, the incomplete last batch dropped;
+        order: Fit.sample_order. epochs: each epoch a permutation of its own, the incomplete last batch dropped or kept;
             a list shorter than a batch is streamed. stream: permutations joined end to end (deeplab.md B.2).
         seed: of the permutations.
+        last: Fit.last_batch.
     """
 
-    def __init__(self, images: int, batch_size: int, order: Literal["epochs", "stream"], seed: int) -> None:
+    def __init__(
+        self, images: int, batch_size: int, order: Literal["epochs", "stream"], seed: int,
+        last: Literal["drop", "keep"] = "drop",
+    ) -> None:
         if images < 1 or batch_size < 1:
             raise ValueError(f"{images} images in batches of {batch_size}: both must be at least 1.")
         self.images = images
         self.batch_size = batch_size
         self.seed = seed
-        drop = images % batch_size if order == "epochs" and images >= batch_size else 0
-        self._pass_length = images - drop
+        rest = images % batch_size if order == "epochs" and images >= batch_size else 0
+        self._pass_length = images - (rest if last == "drop" else 0)
+        self._keeps_last = last == "keep" and rest > 0
         self._kept: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     @property
     def steps_per_epoch(self) -> int:
-        """Updates that count as an epoch: floor(images / batch size), at least 1."""
-        return max(1, self.images // self.batch_size)
+        """Updates that count as an epoch: floor(images / batch size), ceil where the last batch is kept; at least 1."""
+        return max(1, self.images // self.batch_size + self._keeps_last)
+
+    def span(self, step: int) -> tuple[int, int]:
+        """First position of an update's batch, and the number of its images."""
+        if not self._keeps_last:
+            return step * self.batch_size, self.batch_size
+        number, batch = divmod(step, self.steps_per_epoch)
+        first = batch * self.batch_size
+        return number * self.images + first, min(self.batch_size, self.images - first)
 
     def draw(self, position: int) -> Draw:
         """(index, position, update) at a position from 0 on."""
         number, place = divmod(position, self._pass_length)
         if self._kept[0] != number:  # kept because asked for again and again, not because anything depends on it
             self._kept = (number, _stream(self.seed, _SHUFFLE, number).permutation(self.images))
-        return int(self._kept[1][place]), position, position // self.batch_size
+        step = position // self.batch_size
+        if self._keeps_last:
+            step = number * self.steps_per_epoch + place // self.batch_size
+        return int(self._kept[1][place]), position, step
 
     def micro_batches(
         self, rank: int, world: int, micro_batch: int, start_step: int, total_steps: int
     ) -> Iterator[list[Draw]]:
         """What one process makes: the micro-batches of updates ``start_step`` to ``total_steps`` - 1.
 
-        Each process takes an equal, connected part of every global batch, in micro-batches of ``micro_batch``.
+        Each process takes an equal, connected part of every global batch, in micro-batches of ``micro_batch``. A
+        smaller last batch is shared by all micro-batches as evenly as it goes; where it has too few images for that,
+        the first of them stand in twice.
         Raises ValueError where that does not come out even.
         """
         share = self.batch_size // world
@@ -82,10 +100,12 @@ class Draws:
                 f"A global batch of {self.batch_size} cannot be shared by {world} processes in micro-batches of "
                 f"{micro_batch} evenly: change one of them."
             )
+        per_process = share // micro_batch
         for step in range(start_step, total_steps):
-            first = step * self.batch_size + rank * share
-            for begin in range(first, first + share, micro_batch):
-                yield [self.draw(position) for position in range(begin, begin + micro_batch)]
+            first, images = self.span(step)
+            positions = first + np.arange(max(images, world * per_process)) % images
+            for part in np.array_split(positions, world * per_process)[rank * per_process : (rank + 1) * per_process]:
+                yield [self.draw(int(position)) for position in part]
 
 
 class TrainSet(Dataset[dict[str, Tensor]]):

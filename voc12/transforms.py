@@ -62,15 +62,16 @@ class TrainSample:
 
 def resize_long_side(sample: TrainSample, length: int, image_filter: str = "bicubic") -> None:
     """Resize so that the longer side has ``length`` pixels, the other one rounded: image PIL bicubic or OpenCV linear
-    (getam.md section 6), mask PIL nearest (seam.md 4.2)."""
+    (getam.md section 6), mask PIL nearest (seam.md 4.2), or where the image is OpenCV's, that one's too."""
     height, width = sample.image.shape[:2]
     longer = max(height, width)
     size = (max(1, round(height * length / longer)), max(1, round(width * length / longer)))
     if image_filter == "bicubic":
         sample.image = resize_image(sample.image, size)
+        sample.on_masks(lambda mask: resize_mask(mask, size))
     else:
         sample.image = cv2.resize(sample.image, size[::-1], interpolation=cv2.INTER_LINEAR)
-    sample.on_masks(lambda mask: resize_mask(mask, size))
+        sample.on_masks(lambda mask: cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST))
     _resized(sample, size)
 
 
@@ -81,10 +82,20 @@ def resize_square(sample: TrainSample, side: int) -> None:
     _resized(sample, (side, side))
 
 
-def scale_sample(sample: TrainSample, factor: float, image_filter: str, mask_filter: str = "opencv") -> None:
+def scale_sample(
+    sample: TrainSample, factor: float, image_filter: str, mask_filter: str = "opencv", by: str = "size"
+) -> None:
     """Multiply both sides by ``factor``, cut to whole pixels: image OpenCV cubic or linear (deeplab.md A.2, B.2) or
     PIL bicubic or bilinear (aream.md section 8, semformer.md section 3.4), mask OpenCV's or PIL's nearest
-    (deeplab.md C.3)."""
+    (deeplab.md C.3). ``by`` factor: OpenCV alone, sides rounded, samples placed by the factor itself."""
+    if by == "factor":
+        kind = {"cubic": cv2.INTER_CUBIC, "linear": cv2.INTER_LINEAR}[image_filter]
+        sample.image = cv2.resize(sample.image, None, fx=factor, fy=factor, interpolation=kind)
+        sample.on_masks(
+            lambda mask: cv2.resize(mask, None, fx=factor, fy=factor, interpolation=cv2.INTER_NEAREST)
+        )
+        _resized(sample, sample.image.shape[:2])
+        return
     size = truncated_size(sample.image.shape[:2], factor)
     if image_filter in ("bicubic", "bilinear"):
         sample.image = resize_image(np.ascontiguousarray(sample.image), size, image_filter)
@@ -294,7 +305,7 @@ def augment_sample(
             case "scale":
                 source = batch_rng if recipe.scale_per_batch else rng
                 factor = source.choice(recipe.scale_set) if recipe.scale_set else source.uniform(*recipe.scale)
-                scale_sample(sample, float(factor), recipe.scale_filter, recipe.scale_mask)
+                scale_sample(sample, float(factor), recipe.scale_filter, recipe.scale_mask, recipe.scale_by)
             case "square":
                 resize_square(sample, recipe.square)
             case "flip":

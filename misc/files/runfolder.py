@@ -68,6 +68,10 @@ class RunFolder:
         """Predicted mask of an image."""
         return self._file("seg", image_id, ".png")
 
+    def seg_before_crf(self, image_id: str) -> Path:
+        """Predicted mask of an image before the CRF."""
+        return self._file("seg_before_crf", image_id, ".png")
+
     def box(self, image_id: str) -> Path:
         """Boxes found in an image, and what they are worth."""
         return self._file("box", image_id, ".npz")

@@ -123,8 +123,8 @@ class PSAWalk(Checked):
     """Background score. power: (1 - largest CAM)^alpha. constant: the threshold."""
     alpha: Annotated[Positive, When("background", "power")] = 16.0
     """power: exponent of the background score."""
-    threshold: Annotated[Probability, When("background", "constant")] = 0.39
-    """constant: the background score."""
+    threshold: Annotated[float | None, Range(least=0, most=1), When("background", "constant")] = 0.39
+    """constant: the background score. None: the one that make_cam found best for the CAMs (AReAM)."""
     crf: CRFSettings = field(default_factory=lambda: CRFSettings(iterations=0))
     """Dense CRF after the walk; iterations 0 switches it off (SEAM: 1)."""
     crf_unary: Literal["scores", "labels"] = "scores"
@@ -383,6 +383,8 @@ class PSA(AffinityNetwork):
     def spread_cam(self, image: Tensor, cam: Cam, options: PSAWalk) -> np.ndarray:
         """``refine`` before the cut: (K + 1, 8 ceil(H/8), 8 ceil(W/8)) float32 (psa.md section 6, transcam.md section
         6). Absent classes are left out of the walk: theirs would stay zero."""
+        if options.threshold is None:
+            raise ValueError("walk.threshold is None: the background score that the CAMs' scores gave is needed here.")
         scores = stack_background(cam.maps, options.background, options.alpha, options.threshold)
         step = self.make_transition(image, options)
         walked = walk_maps(torch.from_numpy(scores).to(image.device), step, 2**options.logt).cpu().numpy()

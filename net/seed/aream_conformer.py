@@ -58,7 +58,8 @@ _PUBLISHED = Recipe(
         ),
         weights=REQUIRED,
         infer=CamInference(
-            scales=(0.5, 1.0, 1.5), truncate=True, flip=True, multiple=16, pad_first=True, normalise="rectified"
+            scales=(0.5, 1.0, 1.5), truncate=True, flip=True, multiple=16, pad_first=True, normalise="rectified",
+            search_to=0.79,
         ),
     ),
     refine=PUBLISHED_REFINE,

@@ -46,7 +46,7 @@ _PUBLISHED = Recipe(
             area=(0.08, 1.0), flip=0.5, policy="rand-m9-mstd0.5-inc1", erase=0.25, crop=224,
         ),
         weights=PRETRAINED,
-        infer=CamInference(scales=(1.0,), flip=True, multiple=16, normalise="rectified"),
+        infer=CamInference(scales=(1.0,), flip=True, multiple=16, normalise="rectified", search_to=0.79),
     ),
     refine=PUBLISHED_REFINE,
     segmenter="deeplabv1_largefov",

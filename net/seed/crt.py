@@ -164,7 +164,8 @@ _PUBLISHED = Recipe(
         augment=Augment(order=("long_side", "normalize", "flip", "crop"), long_side=(210, 420), flip=0.5, crop=336),
         weights=PRETRAINED,
         infer=CamInference(
-            scales=(1.0, 0.5, 1.5, 2.0, 0.75, 1.25, 1.75), flip=True, normalise="max", round_up=16, coarse=4
+            scales=(1.0, 0.5, 1.5, 2.0, 0.75, 1.25, 1.75), flip=True, normalise="max", round_up=16, coarse=4,
+            fixed_background=0.15,
         ),
     ),
     refiner="irn",
@@ -188,13 +189,13 @@ _PUBLISHED_CUB = Recipe(
             optimisers="two",
         ),
         fit=Fit(
-            epochs=60, batch_size=64, optimiser="adamw", lr=5e-5, weight_decay=0.05,
+            epochs=60, batch_size=64, last_batch="keep", optimiser="adamw", lr=5e-5, weight_decay=0.05,
             schedule="step", step_epochs=(30,),
         ),
         augment=Augment(order=("square", "crop", "flip", "normalize"), square=256, crop=224, flip=0.5),
         weights=PRETRAINED,
         infer=CamInference(scales=(224,), square=True, resize="bilinear", flip=False, normalise="minmax"),
-        boxes=BoxInference(threshold=0.1),
+        boxes=BoxInference(threshold=0.1, interval=0.001),
     ),
     refiner="irn",
     refine={"label.threshold_fg": 0.35, "label.threshold_bg": 0.15, "walk.instances": False},

@@ -40,7 +40,9 @@ _PUBLISHED = Recipe(
         fit=Fit(epochs=5, batch_size=16, lr=0.1, momentum=1e-4, weight_decay=1e-4),
         augment=Augment(order=("long_side", "normalize", "flip", "crop"), long_side=(320, 640), crop=512),
         weights=PRETRAINED,
-        infer=CamInference(scales=(1.0, 0.5, 1.5, 2.0), flip=True, normalise="max", round_up=16, coarse=4),
+        infer=CamInference(
+            scales=(1.0, 0.5, 1.5, 2.0), flip=True, normalise="max", round_up=16, coarse=4, fixed_background=0.15
+        ),
     ),
     refiner="irn",
     segmenter="deeplabv2",

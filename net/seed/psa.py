@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.checked import DropProbability, Positive, When
-from misc.config import Augment, CamInference, Fit
+from misc.config import Augment, CamInference, Fit, override
 from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
 from net.backbone.vgg16 import VGG16, VGG16Options
 from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
@@ -28,7 +28,7 @@ class CamOptions(Options):
 
     backbone: Literal["resnet38", "vgg16"] = "resnet38"
     """Network below the classifier; the section of this name applies, the other is not used. With vgg16 the published
-    learning rate is 0.1."""
+    learning rate is 0.1: preset published_vgg16."""
     resnet38: Annotated[ResNet38Options, When("backbone", "resnet38")] = field(
         default_factory=lambda: ResNet38Options(frozen="b2")
     )
@@ -75,6 +75,16 @@ _PUBLISHED = Recipe(
     segmenter="deeplabv1",
 )
 
+# psa.md sections 2.3 and 5.5: the published rate of both trainings is VGG16's
+_PUBLISHED_VGG16 = override(
+    _PUBLISHED,
+    {
+        "cam.network.backbone": "vgg16",
+        "cam.fit.lr": 0.1,
+        "refine": {**_PUBLISHED.refine, "network.backbone": "vgg16", "fit.lr": 0.1},
+    },
+)
+
 # trained from random weights: nothing frozen, and no dropout, which for so few steps only adds noise
 _SAMPLE = Recipe(
     cam=SeedRecipe(
@@ -103,7 +113,7 @@ class PlainCam(SeedNetwork):
     State-dict names are those of the official checkpoints.
     """
 
-    recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
+    recipes = {"published": _PUBLISHED, "published_vgg16": _PUBLISHED_VGG16, "sample": _SAMPLE}
     head_lr: float
 
     @abstractmethod

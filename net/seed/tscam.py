@@ -50,16 +50,15 @@ class TsCamOptions(Options):
 _PUBLISHED = Recipe(
     cam=SeedRecipe(
         network=TsCamOptions(),
-        # published: the last, incomplete batch of an epoch is trained on too; here it is dropped (one update of 47)
         fit=Fit(
-            epochs=60, batch_size=128, optimiser="adamw", lr=5e-5, weight_decay=0.05,
+            epochs=60, batch_size=128, last_batch="keep", optimiser="adamw", lr=5e-5, weight_decay=0.05,
             schedule="step", step_epochs=(30,), step_factor=0.1,
         ),
         augment=Augment(order=("square", "crop", "flip", "normalize"), square=256, crop=224, flip=0.5),
         weights=PRETRAINED,
         # minmax is what the boxes' own step does (wsol.md section 6): the signed map is not rectified
         infer=CamInference(scales=(224,), square=True, resize="bilinear", flip=False, normalise="minmax"),
-        boxes=BoxInference(side=224, threshold=0.1),
+        boxes=BoxInference(side=224, threshold=0.1, interval=0.001),
     ),
     data="cub200",
 )  # fmt: skip

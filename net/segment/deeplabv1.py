@@ -82,6 +82,7 @@ class DeepLabV1(Segmenter):
                 flip=0.5,
                 scale=(0.5, 1.5),
                 scale_filter="cubic",
+                scale_by="factor",
                 crop=448,
                 crop_place="random",
                 mask_fill=IGNORE,

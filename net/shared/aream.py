@@ -294,7 +294,7 @@ PUBLISHED_REFINE = {
     "label.alpha_low": 1.0,
     "label.alpha_high": 12.0,
     "walk.background": "constant",
-    "walk.threshold": 0.39,
+    "walk.threshold": None,  # the one that step 2 found best; the authors' network had 0.39
     "walk.beta": 8.0,
     "walk.logt": 6,
     "fit.lr": 0.01,

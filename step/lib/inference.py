@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from misc.config import CamInference, Machine, SegInference
 from misc.files.camfiles import read_cam
+from misc.files.runfolder import RunFolder
 from misc.image.cam import Cam
 from misc.infer import cams
 from misc.infer.masks import segment, with_crf
@@ -31,11 +33,12 @@ def predict_cam(
 
 def infer_class_scores(
     network: Segmenter | SingleStage, image: np.ndarray, infer: SegInference, machine: Machine, device: torch.device
-) -> np.ndarray:
-    """Scores (C + 1, H, W) float32 of one image (H, W, 3) uint8 over scales, after the CRF, background first."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores (C + 1, H, W) float32 of one image (H, W, 3) uint8 over scales, background first: before and after the CRF
+    (the same where there is none)."""
     with autocast(machine, device):
         scores = segment(network.logits, image, infer, network.normalisation, device)
-    return with_crf(scores, image, infer, network.normalisation, device)
+    return scores, with_crf(scores, image, infer, network.normalisation, device)
 
 
 def walk_cam(
@@ -56,3 +59,17 @@ def read_full_cam(job: Job, image_id: str, size: tuple[int, int]) -> Cam:
     if cam.size != tuple(size):
         raise ValueError(f"{path} was made from an image of {cam.size}, the image is {tuple(size)} now. Delete it.")
     return cam.at_image_size()
+
+
+def settle_walk(walk: Any, run: RunFolder) -> Any:
+    """A recipe's ``walk`` whose background score is a number: where it is None, the one that the run's CAMs were scored
+    best at. Raises ValueError where these have no score."""
+    if getattr(walk, "threshold", 0.0) is not None:
+        return walk
+    found = run.scores().get("CAM", {}).get("threshold")
+    if found is None:
+        raise ValueError(
+            "The walk's background score is the one that make_cam found best, and this run's CAMs have no score (they "
+            "need true masks): give --aff.walk.threshold a number, published is 0.39."
+        )
+    return replace(walk, threshold=found)

@@ -85,7 +85,7 @@ def segment_images(
     machine = folder.machine.with_recipe(model.recipe.amp, device)
 
     def scores(image_id: str, image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        found = infer_class_scores(network, image, infer, machine, device)
+        _, found = infer_class_scores(network, image, infer, machine, device)
         if probabilities:
             shares = found / found.sum(0, keepdims=True)  # a maximum over scales does not sum to one
             path = folder.file("probabilities", image_id, "npz")

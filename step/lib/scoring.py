@@ -21,9 +21,6 @@ from misc.score.objects import Instances, read_instances, true_instances
 from net.contract import Phase, SeedRecipe
 from step.lib.config import Job
 
-THRESHOLDS = tuple(i / 100 for i in range(60))
-"""Background scores of the published curves (evaluation.md 1.3)."""
-
 
 def start_weights(phase: Phase, cam: SeedRecipe | None = None) -> str:
     """What the network of a phase was trained from, in words, for the provenance of its scores: random weights, a file
@@ -62,16 +59,19 @@ def score_cams(job: Job, device: torch.device) -> None:
     """Search the background score of the CAMs on the scored list and record curve and best mIoU."""
     ids = _scorable(job, "CAM", job.cfg.score_list)
     if ids:
-        scores = evaluate_cams(
-            ids, _Files(job.run.cam, _read_maps), _Files(job.catalog.mask_path, read_mask),
-            job.catalog.num_classes + 1, THRESHOLDS, boundary=False,
-        )
         infer = job.cfg.cam.infer
-        _record(
-            job, "CAM", job.cfg.score_list, scores, tags="true tags", scales=list(infer.scales), flip=infer.flip,
-            selection=job.cfg.cam.selection, start_weights=start_weights(job.cfg.cam.phases()[-1][1]),
-            precision=precisions(job, "cam", device),
-        )
+        files = _Files(job.run.cam, _read_maps), _Files(job.catalog.mask_path, read_mask)
+        searched = [i / 100 for i in range(round(100 * infer.search_to) + 1)]  # evaluation.md 1.3
+        searches = {"CAM": searched}
+        if infer.fixed_background is not None:
+            searches["CAM at the published background score"] = [infer.fixed_background]
+        for name, thresholds in searches.items():
+            scores = evaluate_cams(ids, *files, job.catalog.num_classes + 1, thresholds, boundary=False)
+            _record(
+                job, name, job.cfg.score_list, scores, tags="true tags", scales=list(infer.scales), flip=infer.flip,
+                selection=job.cfg.cam.selection, start_weights=start_weights(job.cfg.cam.phases()[-1][1]),
+                precision=precisions(job, "cam", device),
+            )
 
 
 def score_masks(job: Job, name: str, split: str, path: Callable[[str], Path], **provenance: Any) -> None:
@@ -202,7 +202,8 @@ def _record(job: Job, name: str, split: str, scores: Scores, **provenance: Any) 
     job.run.add_score(name, {**scores.to_dict(names, split), **provenance})
     chosen = ""
     if scores.threshold is not None:
-        chosen = f" at background score {scores.threshold:.2f} (searched on {split} itself)"
+        how = "fixed" if scores.curve is None else f"searched on {split} itself"
+        chosen = f" at background score {scores.threshold:.2f} ({how})"
     distributed.say(
         f"{name}: {100 * scores.confusion.miou():.2f} mIoU on {split}, {scores.images} images{chosen}; trained from "
         f"{provenance['start_weights']}"

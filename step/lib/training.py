@@ -62,7 +62,7 @@ def train(
     for line in phase.start.load(network, job.run.weights("cam")):
         distributed.say(f"{name}: starts from {line}")
     division = divide(recipe, distributed.world())
-    draws = Draws(len(ids), recipe.batch_size, recipe.sample_order, job.cfg.seed)
+    draws = Draws(len(ids), recipe.batch_size, recipe.sample_order, job.cfg.seed, recipe.last_batch)
     total = recipe.steps or recipe.epochs * draws.steps_per_epoch
     samples = TrainSet(
         job.catalog, ids, phase.augment, network.normalisation, job.cfg.seed,

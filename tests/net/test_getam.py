@@ -428,7 +428,9 @@ def test_a_single_stage_run_needs_no_pseudo_masks(single: Path, data: Path) -> N
     assert not (single / "aff_label").exists() and not (single / "label").exists()
     assert len(list((single / "seg").iterdir())) == 11 and (single / "report.html").exists()
     scores = json.loads((single / "scores.json").read_text())
-    assert list(scores) == ["CAM", "predictions (getam itself, trained on tags)"]
+    name = "predictions (getam itself, trained on tags)"
+    assert list(scores) == ["CAM", name, f"{name}, before the CRF"]
+    assert scores[f"{name}, before the CRF"]["crf_iterations"] == 0 < scores[name]["crf_iterations"]
     assert scores["predictions (getam itself, trained on tags)"]["scales"] == [48, 64]
     record = json.loads((single / "run.json").read_text())
     assert list(record["steps"]) == ["train_cam", "make_cam", "infer_seg", "report"]
@@ -449,7 +451,7 @@ def test_its_maps_go_through_any_refiner_and_segmenter(
     assert digests(out, "cam/*", "weights/cam.pt") == digests(single, "cam/*", "weights/cam.pt")
     assert len(list((out / "label").iterdir())) == 8 and (out / "weights" / "seg.pt").exists()
     names = list(json.loads((out / "scores.json").read_text()))
-    assert names[0] == "CAM" and names[-1] == "predictions (deeplabv1 trained on pseudo masks)"
+    assert names[0] == "CAM" and names[-2] == "predictions (deeplabv1 trained on pseudo masks)"
 
 
 def test_cams_of_other_settings_or_none_are_refused(

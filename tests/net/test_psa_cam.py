@@ -13,6 +13,7 @@ from net.backbone.resnet38 import ResNet38Options
 from net.backbone.vgg16 import VGG16Options
 from net.refine.psa import PSA
 from net.seed.psa import CamOptions, PlainCam
+from step.lib.config import default_config
 
 CLASSES = 3
 BACKBONES = ("resnet38", "vgg16")
@@ -99,3 +100,13 @@ def test_recipes_fit_their_refiner_and_build(preset: str, backbone: str) -> None
     with torch.device("meta"):
         model = override(recipe.cam.network, {"backbone": backbone}).build(20, {})
     assert model.fc8.weight.shape[0] == 20
+
+
+def test_the_published_recipe_on_vgg16_sets_both_networks_and_rates() -> None:
+    """psa.md sections 2.3 and 5.5."""
+    config = default_config("psa", "published_vgg16")
+    assert (config.cam.network.backbone, config.cam.fit.lr) == ("vgg16", 0.1)
+    assert (config.aff.network.backbone, config.aff.fit.lr) == ("vgg16", 0.1)
+    plain = default_config("psa", "published")
+    assert (plain.cam.network.backbone, plain.cam.fit.lr, plain.aff.fit.lr) == ("resnet38", 0.01, 0.01)
+    assert config.aff.label == plain.aff.label and config.aff.walk == plain.aff.walk

@@ -106,7 +106,9 @@ def test_masks_have_the_size_of_their_images_and_only_known_classes(finished: Pa
 
 def test_scores_say_where_they_come_from(finished: Path) -> None:
     scores = json.loads((finished / "scores.json").read_text())
-    cam, walked, predicted = scores.values()
+    cam, walked, predicted, before = scores.values()
+    assert list(scores)[-1] == f"{list(scores)[-2]}, before the CRF"
+    assert (predicted["crf_iterations"], before["crf_iterations"]) == (1, 0)
     assert list(scores)[0] == "CAM" and cam["step"] == "make_cam" and predicted["step"] == "infer_seg"
     assert (cam["split"], cam["images"], cam["tags"]) == ("train", 8, "true tags")
     assert cam["threshold_choice"] == "searched on train" and len(cam["curve"]) == 60

@@ -17,11 +17,13 @@ from torchvision.ops import StochasticDepth
 import run_sample
 from misc import config as settings
 from misc.config import Fit
+from misc.files.runfolder import RunFolder
 from misc.image.cam import Cam
 from net import contract, registry
 from net.contract import Batch, Network, Phase
 from step import STEPS, select
 from step.lib.config import Config, default_config
+from step.lib.inference import settle_walk
 
 registry.load_methods()
 
@@ -341,3 +343,28 @@ def test_a_batch_without_any_label_gives_a_finite_loss(name: str) -> None:
 def test_a_name_is_registered_once() -> None:
     with pytest.raises(ValueError, match="Two classes are registered as 'seam'"):
         registry.seed("seam")(type("Second", (), {}))
+
+
+# ------------------------------------------------------------------------------------------------ background scores
+
+
+def test_the_walk_takes_the_background_score_that_make_cam_found_best(tmp_path: Path) -> None:
+    """AReAM's published recipe names none."""
+    walk = default_config("aream_mctformer", "published").aff.walk
+    assert walk.threshold is None
+    run = RunFolder(tmp_path)
+    with pytest.raises(ValueError, match="--aff.walk.threshold"):
+        settle_walk(walk, run)
+    run.add_score("CAM", {"threshold": 0.47})
+    assert settle_walk(walk, run).threshold == 0.47
+    given = dataclasses.replace(walk, threshold=0.3)
+    assert settle_walk(given, run) is given
+
+
+@pytest.mark.parametrize(
+    ("method", "searched", "fixed"),
+    [("irn_cam", 0.59, 0.15), ("crt", 0.59, 0.15), ("aream_mctformer", 0.79, None), ("aream_conformer", 0.79, None)],
+)
+def test_published_background_scores(method: str, searched: float, fixed: float | None) -> None:
+    infer = default_config(method, "published").cam.infer
+    assert (infer.search_to, infer.fixed_background) == (searched, fixed)

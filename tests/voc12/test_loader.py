@@ -229,3 +229,22 @@ def test_loader_leaves_the_global_random_state_alone(data: Catalog) -> None:
     torch.manual_seed(3)
     list(make_loader(TrainSet(data, IDS, RECIPE, "imagenet", 0), Draws(7, 7, "epochs", 0), 0, 1, 7, 0, 1, 0))
     assert torch.equal(torch.rand(1), wanted)
+
+
+def test_the_incomplete_last_batch_is_kept_where_the_recipe_says_so() -> None:
+    """CUB: 10 images in batches of 4 are 3 updates an epoch, the last of 2 images."""
+    draws = Draws(10, 4, "epochs", 5, "keep")
+    assert draws.steps_per_epoch == 3 and Draws(10, 4, "epochs", 5).steps_per_epoch == 2
+    batches = list(draws.micro_batches(0, 1, 4, 0, 6))
+    assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4, 2]
+    assert [draw[2] for batch in batches for draw in batch] == [0] * 4 + [1] * 4 + [2] * 2 + [3] * 4 + [4] * 4 + [5] * 2
+    for epoch in (batches[:3], batches[3:]):
+        assert sorted(draw[0] for batch in epoch for draw in batch) == list(range(10))  # every image once
+    assert list(draws.micro_batches(0, 1, 4, 4, 6)) == batches[4:]  # resumed in the middle
+    parts = [list(draws.micro_batches(rank, 2, 1, 0, 3)) for rank in (0, 1)]
+    assert [len(batch) for batch in parts[0]] == [1] * 6 == [len(batch) for batch in parts[1]]
+    last = [draw for part in parts for batch in part[4:] for draw in batch]
+    assert {draw[0] for draw in last} == {draw[0] for draw in batches[2]}  # two images for four places
+    assert list(Draws(8, 4, "epochs", 0, "keep").micro_batches(0, 1, 4, 0, 4)) == list(
+        Draws(8, 4, "epochs", 0).micro_batches(0, 1, 4, 0, 4)
+    )

@@ -14,7 +14,7 @@ from torchvision.transforms import functional
 from misc.config import Augment
 from misc.image.pixels import normalise_image
 from voc12 import transforms
-from voc12.transforms import TrainSample, augment_sample
+from voc12.transforms import TrainSample, augment_sample, resize_long_side, scale_sample
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -107,7 +107,8 @@ def test_long_side(size: tuple[int, int], length: int, wanted: tuple[int, int]) 
     linear = located(*size)
     transforms.resize_long_side(linear, length, "linear")
     assert np.array_equal(linear.image, cv2.resize(before, wanted[::-1], interpolation=cv2.INTER_LINEAR))
-    assert np.array_equal(linear.mask, sample.mask)
+    nearest = cv2.resize(located(*size).mask, wanted[::-1], interpolation=cv2.INTER_NEAREST)  # type: ignore[arg-type]
+    assert np.array_equal(linear.mask, nearest)
 
 
 @pytest.mark.parametrize(("factor", "wanted"), [(0.5, (20, 30)), (1.26, (50, 75)), (0.71, (28, 42))])
@@ -352,3 +353,32 @@ def test_pillow_s_filters_of_scale_and_resized_crop(name: str) -> None:
     other = TrainSample(image.copy())
     transforms.crop_and_resize(other, 30, (1.0, 1.0), rng(0), {"bicubic": "bilinear", "bilinear": "bicubic"}[name])
     assert sample.image.shape == (30, 30, 3) and not np.array_equal(sample.image, other.image)
+
+
+def test_scale_by_factor_rounds_sizes_and_samples_by_the_factor() -> None:
+    """deeplab.md A.2: OpenCV is called with the factor."""
+    random = np.random.default_rng(0)
+    image, mask = random.integers(0, 256, (23, 31, 3), np.uint8), random.integers(0, 5, (23, 31), np.uint8)
+    factor = 1.37  # 31.51 x 42.47
+    made = {}
+    for by in ("factor", "size"):
+        sample = TrainSample(image, mask)
+        scale_sample(sample, factor, "cubic", by=by)
+        made[by] = sample
+    assert made["factor"].image.shape[:2] == made["factor"].mask.shape == (32, 42)
+    assert made["size"].image.shape[:2] == (31, 42)
+    expected = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
+    np.testing.assert_array_equal(made["factor"].image, expected)
+    rows = np.minimum((np.arange(32) / factor).astype(int), 22)
+    columns = np.minimum((np.arange(42) / factor).astype(int), 30)
+    np.testing.assert_array_equal(made["factor"].mask, mask[rows][:, columns])
+    assert made["factor"].box == (0, 32, 0, 42)
+
+
+def test_saliency_is_resized_as_opencv_does_where_the_image_is() -> None:
+    """getam.md section 6: the source index is rounded down; PIL takes the nearest centre."""
+    saliency = np.arange(7, dtype=np.uint8)[None].repeat(5, 0)
+    for image_filter, columns in (("linear", [0, 1, 3, 5]), ("bicubic", [0, 2, 4, 6])):
+        sample = TrainSample(np.zeros((5, 7, 3), np.uint8), saliency=saliency)
+        resize_long_side(sample, 4, image_filter)
+        assert sample.saliency[0].tolist() == columns
