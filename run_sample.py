@@ -24,7 +24,7 @@ from misc.config import flatten
 from misc.files.runfolder import OtherConfiguration, RunFolder
 from misc.loop.each import EachFailed, WorkerDied
 from misc.loop.fit import NonFiniteLoss, divide, resume_point
-from net import registry
+from net import registry, verify
 from step import STEPS, Step, report, select
 from step.lib.config import Config, Job, default_config, open_job
 from voc12 import loader
@@ -114,6 +114,20 @@ def check(job: Job, steps: Sequence[Step]) -> None:
             distributed.say(f"Note ({split}): {warning}")
 
 
+def verify_networks(job: Job, steps: Sequence[Step]) -> None:
+    """A tiny batch through every network that the steps train: a slip in a method's file is told before work starts.
+
+    Raises ValueError with the file and what is wrong.
+    """
+    names, classes, cfg = {s.name for s in steps}, job.catalog.num_classes, job.cfg
+    if "train_cam" in names:
+        verify.verify_seed(cfg.cam.phases(), classes)
+    if "train_aff" in names:
+        verify.verify_refiner(job.refine_method(), cfg.aff, classes)
+    if "train_seg" in names:
+        verify.verify_segmenter(cfg.seg, classes)
+
+
 def remove(job: Job, steps: Sequence[Step]) -> None:
     """Remove what the named steps and all later ones made: later files rest on earlier ones."""
     first = min(STEPS.index(s) for s in steps)
@@ -158,7 +172,9 @@ def run(cfg: Config, device: torch.device, command: Sequence[str] = ("python", "
     pipeline, steps = select((), job.aim), select(cfg.steps, job.aim)
     source = None if cfg.cams is None else RunFolder(cfg.cams)
     adopted = ("train_cam", "make_cam") if source else ()
-    check(job, [s for s in steps if s.name not in adopted and (cfg.redo or not finished(job, s))])
+    todo = [s for s in steps if s.name not in adopted and (cfg.redo or not finished(job, s))]
+    check(job, todo)
+    verify_networks(job, todo)
     names = [name for name in {job.train_list, cfg.score_list, cfg.val_list} if job.catalog.has_list(name)]
     lists = {name: job.catalog.fingerprint(name) for name in sorted(names)}
     if source:

@@ -13,55 +13,27 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from misc.checked import Checked
 from misc.config import Augment, BoxInference, CamInference, Fit, Precision, SegInference
 from misc.image.cam import Cam
 from misc.image.labels import IGNORE
-from misc.loop.fit import Batch
+from misc.loop.trainable import Batch, Trainable
 from misc.score.objects import Instances
-from net.groups import Group
 from net.start_weights import StartWeights
 
 Preset = str
 """Name of a recipe, a value of ``--preset``."""
 
 
-class Network(nn.Module, ABC):
-    """Anything that misc/loop/fit.py trains.
-
-    ``forward(batch, progress)`` returns the named loss terms; their sum is minimised and each is logged.
-    """
+class Network(Trainable):
+    """A network of a method: what training asks of it is in ``Trainable``."""
 
     normalisation: str = "imagenet"
     """How images are normalised for this network: a name of misc.image.pixels.NORMALISATIONS."""
-    finds_unused: bool = False
-    """Whether some trainable parameters get no gradient in some steps (DistributedDataParallel must then search)."""
     calibrates: ClassVar[bool] = False
     """Whether ``calibrate`` is called when the training ends."""
-
-    @abstractmethod
-    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """Loss terms (scalars) of a batch; ``progress`` in [0, 1) is the share of training that is done."""
-
-    def prepare(self, batch: Batch, progress: float) -> Batch:
-        """Entries that are added to a batch before ``counts`` and ``forward`` see it: labels that the network makes
-        itself while it trains. Called on the bare network in full precision, with gradients enabled; what it gives
-        carries none, and no random number is drawn."""
-        return {}
-
-    def lr_scale(self, progress: float) -> float:
-        """Factor of all learning rates at this share of the training, on top of the recipe's schedule."""
-        return 1.0
-
-    def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Denominators of loss terms that are means over more than images (valid pixels, pairs), from the batch alone.
-
-        The loop averages each over all micro-batches and processes of the update and hands them back as
-        ``batch["counts/NAME"]``, so that a term ``sum / count`` is the same number however the batch is divided.
-        """
-        return {}
 
     def calibrate(self, images: Iterable[Tensor]) -> None:
         """Measure with the trained weights what inference needs; only called where ``calibrates`` says so.
@@ -72,10 +44,6 @@ class Network(nn.Module, ABC):
                 are smaller. The network is in evaluation mode, without gradients.
         """
         raise NotImplementedError(f"{type(self).__name__} measures nothing.")
-
-    def param_groups(self) -> list[Group]:
-        """Parameter groups; by default one of everything that is trained."""
-        return [Group([p for p in self.parameters() if p.requires_grad])]
 
     def pretrained_names(self) -> tuple[str, ...]:
         """timm's names of the classifiers that the network starts from by the word 'pretrained', each loaded by

@@ -3,24 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 
 from torch import nn
 
-from misc.config import Fit
-
-
-@dataclass(frozen=True)
-class Group:
-    """Parameters that share a learning rate: ``lr_scale`` times the base rate, decayed or not.
-
-    ``rule``: optimiser, rate, decay and schedule of these parameters where they are not the training's own.
-    """
-
-    params: list[nn.Parameter]
-    lr_scale: float = 1.0
-    decay: bool = True
-    rule: Fit | None = None
+from misc.loop.trainable import Group
 
 
 def decay_groups(

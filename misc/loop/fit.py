@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,33 +25,11 @@ from misc import distributed
 from misc.config import Fit, Machine
 from misc.files import store
 from misc.loop.progress import Progress
-
-Batch = dict[str, Tensor]
+from misc.loop.trainable import Batch, Trainable
 
 
 class NonFiniteLoss(RuntimeError):
     """A loss term became NaN or infinite; training stopped, the last resume point is kept."""
-
-
-class Groups(Protocol):
-    """What the loop reads of a parameter group (net.contract.Group)."""
-
-    params: list[nn.Parameter]
-    lr_scale: float
-    decay: bool
-    rule: Fit | None
-
-
-class Trainable(Protocol):
-    """What the loop asks of a network (net.contract.Network)."""
-
-    finds_unused: bool
-
-    def __call__(self, batch: Batch, progress: float) -> dict[str, Tensor]: ...
-    def prepare(self, batch: Batch, progress: float) -> Batch: ...
-    def lr_scale(self, progress: float) -> float: ...
-    def counts(self, batch: Batch) -> dict[str, Tensor]: ...
-    def param_groups(self) -> list[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -180,7 +158,7 @@ def _best_point(weights: Path) -> Path:
 
 
 def fit(
-    network: nn.Module,
+    network: Trainable,
     batches: Callable[[int], Iterable[Batch]],
     recipe: Fit,
     total: int,
@@ -199,7 +177,7 @@ def fit(
     """Train a network and write its state dict with its description to ``weights`` (store.write_model).
 
     Args:
-        network: a Trainable on any device; it is moved to ``device``.
+        network: on any device; it is moved to ``device``.
         batches: called with the first update to run; yields this process's micro-batches, ``divide(...).micro`` for
             each update.
         recipe: optimiser and schedule.
@@ -227,7 +205,7 @@ def fit(
     if machine.channels_last and device.type == "cuda":
         network.to(memory_format=torch.channels_last)
     network.train()
-    rules = make_rules(network.param_groups(), recipe, device)  # type: ignore[operator]
+    rules = make_rules(network.param_groups(), recipe, device)
     scaler = torch.amp.GradScaler(device.type, enabled=machine.amp_dtype(device) == torch.float16)
     resume = resume_point(weights)
     identity = json.dumps({**made_by, "updates": total, "seed": seed}, default=str)
@@ -250,7 +228,7 @@ def fit(
     ):
         for step in range(start, total):
             for optimiser, rule in rules:
-                set_lr(optimiser, rule, step, total, network.lr_scale(step / total))  # type: ignore[operator]
+                set_lr(optimiser, rule, step, total, network.lr_scale(step / total))
             seed_step(seed, step)
             micro = [_to(batch, device, machine) for batch in _take(stream, division.micro)]
             terms = _update(model, network, rules, scaler, micro, step / total, recipe, machine, device)
@@ -282,7 +260,7 @@ def fit(
     distributed.barrier()
 
 
-def _wrap(network: nn.Module, machine: Machine, device: torch.device) -> nn.Module:
+def _wrap(network: Trainable, machine: Machine, device: torch.device) -> nn.Module:
     model: nn.Module = network
     if machine.compile:
         model = torch.compile(model)  # type: ignore[assignment]
@@ -304,12 +282,12 @@ def _to(batch: Batch, device: torch.device, machine: Machine) -> Batch:
 
 
 def _update(
-    model: nn.Module, network: nn.Module, rules: Rules, scaler: torch.amp.GradScaler,
+    model: nn.Module, network: Trainable, rules: Rules, scaler: torch.amp.GradScaler,
     micro: list[Batch], progress: float, recipe: Fit, machine: Machine, device: torch.device,
 ) -> dict[str, float]:
     """One update from its micro-batches; returns the loss terms averaged over micro-batches and processes."""
     for batch in micro:
-        batch.update(network.prepare(batch, progress))  # type: ignore[operator]
+        batch.update(network.prepare(batch, progress))
     _share_counts(network, micro)
     for optimiser, _ in rules:
         optimiser.zero_grad(set_to_none=True)
@@ -336,9 +314,9 @@ def _update(
     return values
 
 
-def _share_counts(network: nn.Module, micro: list[Batch]) -> None:
+def _share_counts(network: Trainable, micro: list[Batch]) -> None:
     """Give every micro-batch the mean count over all micro-batches of all processes (Network.counts)."""
-    counted = [network.counts(batch) for batch in micro]  # type: ignore[operator]
+    counted = [network.counts(batch) for batch in micro]
     for key in counted[0]:
         mean = distributed.total(torch.stack([c[key].float() for c in counted]).sum())
         mean = mean / (len(micro) * distributed.world())
@@ -346,7 +324,7 @@ def _share_counts(network: nn.Module, micro: list[Batch]) -> None:
             batch[f"counts/{key}"] = mean
 
 
-def _keep_best(path: Path, network: nn.Module, score: Callable[[], float], name: str) -> None:
+def _keep_best(path: Path, network: Trainable, score: Callable[[], float], name: str) -> None:
     """Rate the network and keep its weights where they are better than those that are kept. A resumed training rates
     some epochs again and finds them kept already."""
     if distributed.is_main():
@@ -360,7 +338,7 @@ def _keep_best(path: Path, network: nn.Module, score: Callable[[], float], name:
 
 
 def _save(
-    path: Path, network: nn.Module, rules: Rules, scaler: torch.amp.GradScaler, identity: str, step: int
+    path: Path, network: Trainable, rules: Rules, scaler: torch.amp.GradScaler, identity: str, step: int
 ) -> None:
     if distributed.is_main():
         optimisers = [optimiser.state_dict() for optimiser, _ in rules]
@@ -369,7 +347,7 @@ def _save(
 
 
 def _resume(
-    path: Path, network: nn.Module, rules: Rules, scaler: torch.amp.GradScaler, identity: str
+    path: Path, network: Trainable, rules: Rules, scaler: torch.amp.GradScaler, identity: str
 ) -> int:
     distributed.barrier()
     if not path.exists():
@@ -391,7 +369,7 @@ def _resume(
     return int(state["step"])
 
 
-def _check_weights(network: nn.Module, step: int, name: str) -> None:
+def _check_weights(network: Trainable, step: int, name: str) -> None:
     """A finite loss can have gradients that are not: weights they spoiled are never written."""
     if not all(bool(torch.isfinite(p).all()) for p in network.parameters()):
         raise NonFiniteLoss(

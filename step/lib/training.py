@@ -14,7 +14,8 @@ from misc.config import flatten
 from misc.files.ids import checked_id
 from misc.files.images import read_image, read_mask
 from misc.image.pixels import normalise_image, to_tensor
-from misc.loop.fit import Batch, divide, fit
+from misc.loop.fit import divide, fit
+from misc.loop.trainable import Batch
 from net.contract import Network, Phase
 from net.model import Part, describe
 from step.lib.config import Job, identity
