@@ -19,6 +19,7 @@ from misc.checked import Checked
 from misc.config import Augment, BoxInference, CamInference, Fit, Precision, SegInference
 from misc.image.cam import Cam
 from misc.image.labels import IGNORE
+from misc.image.picture import Picture
 from misc.loop.trainable import Batch, Trainable
 from misc.score.objects import Instances
 from net.start_weights import StartWeights
@@ -232,11 +233,11 @@ class AffinityNetwork(Network):
         image (it becomes ``batch["target"]`` with the batch in front)."""
 
     @abstractmethod
-    def refine(self, image: Tensor, cam: Cam, options: Any) -> np.ndarray:
+    def refine(self, picture: Picture, cam: Cam, options: Any) -> np.ndarray:
         """Scores after the random walk.
 
         Args:
-            image: (3, H, W) normalised, any H and W.
+            picture: the image, any H and W, its values on the network's device.
             cam: its CAMs, K classes (may be 0).
             options: the recipe's ``walk``.
 
@@ -251,7 +252,7 @@ class AffinityNetwork(Network):
         is called in place of ``refine``."""
         return False
 
-    def find_instances(self, image: Tensor, cam: Cam, options: Any) -> tuple[np.ndarray, Instances]:
+    def find_instances(self, picture: Picture, cam: Cam, options: Any) -> tuple[np.ndarray, Instances]:
         """``refine``, and besides the single objects: arguments and first result as there."""
         raise NotImplementedError(f"{type(self).__name__} tells no objects apart.")
 

@@ -32,6 +32,7 @@ from misc.files.images import png_bytes, read_image, read_mask
 from misc.image import draw, pixels
 from misc.image.cam import Cam
 from misc.image.labels import IGNORE
+from misc.image.picture import Picture
 from misc.loop.fit import autocast
 from misc.score.metrics import Confusion, mask_at
 from misc.tables import ResultTable
@@ -95,9 +96,9 @@ def maker(job: Job, name: str, device: torch.device) -> MakeMask:
     def walk(image: np.ndarray, cam: Cam, value: float) -> np.ndarray:
         if not len(cam.keys):
             return np.zeros(image.shape[:2], np.uint8)
-        values = pixels.to_tensor(pixels.normalise_image(image, network.normalisation)).to(device)
+        picture = Picture.of_rgb(image, network.normalisation).to(device)
         with torch.inference_mode(), autocast(job.cfg.machine, device):
-            scores = network.refine(values, cam, changed(value))  # (K + 1, H, W)
+            scores = network.refine(picture, cam, changed(value))  # (K + 1, H, W)
         return np.array([0, *(cam.keys + 1)], np.uint8)[scores.argmax(0)]
 
     return walk

@@ -11,7 +11,7 @@ import torch
 from misc.config import flatten
 from misc.files.images import read_image, write_mask
 from misc.image.cam import Cam
-from misc.image.pixels import normalise_image, to_tensor
+from misc.image.picture import Picture
 from misc.loop.each import each
 from misc.score.objects import Instances, write_instances
 from net.contract import AffinityNetwork
@@ -30,16 +30,16 @@ def run(job: Job, device: torch.device) -> None:
     machine = job.machine(job.cfg.aff, device)
     finds_instances = network.finds_instances(walk)
 
-    def prepare(image_id: str) -> tuple[torch.Tensor, Cam]:
+    def prepare(image_id: str) -> tuple[Picture, Cam]:
         image = read_image(job.catalog.image_path(image_id))
-        return to_tensor(normalise_image(image, network.normalisation)), read_full_cam(job, image_id, image.shape[:2])
+        return Picture.of_rgb(image, network.normalisation), read_full_cam(job, image_id, image.shape[:2])
 
-    def work(image_id: str, prepared: tuple[torch.Tensor, Cam]) -> None:
-        image, cam = prepared
-        mask = np.zeros(image.shape[1:], np.uint8)
+    def work(image_id: str, prepared: tuple[Picture, Cam]) -> None:
+        picture, cam = prepared
+        mask = np.zeros(picture.size, np.uint8)
         instances = Instances.none(mask.shape)
         if len(cam.keys):
-            scores, instances = walk_cam(network, image, cam, walk, machine, device)
+            scores, instances = walk_cam(network, picture, cam, walk, machine, device)
             mask = np.concatenate([[0], cam.keys + 1]).astype(np.uint8)[scores.argmax(0)]
         if finds_instances:
             write_instances(job.run.instance(image_id), instances)

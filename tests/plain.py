@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from misc.image.picture import Picture
+from misc.image.pixels import NORMALISATIONS
+
 
 def dense_affinity(source: Tensor, target: Tensor, affinity: Tensor, cells: int) -> Tensor:
     """Affinities (E,) of pairs of cells -> (N, N), symmetric, unit diagonal, zero elsewhere (psa.md section 5.2)."""
@@ -146,3 +149,12 @@ def gathered_path_affinity(boundary: Tensor, paths: list[Tensor]) -> Tensor:
     (D_n, n, P) each, and the largest taken -> (B, D, P)."""
     flat = boundary.flatten(1)
     return torch.cat([1 - flat[:, cells].amax(dim=2) for cells in paths], dim=1)
+
+
+def picture_of(values: Tensor, normalisation: str = "imagenet") -> Picture:
+    """The picture whose network values (3, H, W) these are: its RGB is the nearest there is."""
+    norm = NORMALISATIONS[normalisation]
+    mean, std = (values.new_tensor(x).view(3, 1, 1) for x in (norm.mean, norm.std))
+    grey = ((values * std + mean) * norm.scale).round().clamp(0, 255)
+    grey = grey.flip(0) if norm.bgr else grey
+    return Picture(grey.permute(1, 2, 0).to(torch.uint8).numpy(), values)

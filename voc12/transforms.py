@@ -20,7 +20,7 @@ from torchvision.transforms import RandomResizedCrop, functional
 
 from misc.config import Augment
 from misc.image.labels import IGNORE
-from misc.image.pixels import denormalise, normalise_image, resize_image, resize_mask, to_tensor, truncated_size
+from misc.image.pixels import mean_colour, normalise_image, resize_image, resize_mask, to_tensor, truncated_size
 
 Size = tuple[int, int]
 
@@ -248,8 +248,8 @@ def _rand_augment(policy: str, normalisation: str, side: int) -> Callable[[Image
     """timm's RandAugment as its ImageNet training transform sets it up."""
     from timm.data.auto_augment import rand_augment_transform  # slow to import, and few recipes need it
 
-    mean = denormalise(np.zeros((1, 1, 3), np.float32), normalisation, truncate=False)[0, 0].tolist()
-    options = {"translate_const": int(side * 0.45), "img_mean": tuple(mean), "interpolation": Image.Resampling.BICUBIC}
+    mean = mean_colour(normalisation)
+    options = {"translate_const": int(side * 0.45), "img_mean": mean, "interpolation": Image.Resampling.BICUBIC}
     return rand_augment_transform(policy, options)
 
 

@@ -36,40 +36,17 @@ NORMALISATIONS: dict[str, Normalisation] = {
 def normalise_image(image: np.ndarray, name: str) -> np.ndarray:
     """(H, W, 3) uint8 RGB -> (H, W, 3) float32 network values; zero is the mean colour."""
     norm = NORMALISATIONS[name]
-    # in double precision and then rounded, as the published code: what `denormalise` truncates hangs on the last bit
+    # in double precision and then rounded, as the published code: what is truncated (picture.py) hangs on the last bit
     table = (np.arange(256)[:, None] / norm.scale - np.array(norm.mean)) / np.array(norm.std)  # (256, 3)
     values = np.ascontiguousarray(image[..., ::-1] if norm.bgr else image)
     return cv2.LUT(values, table.astype(np.float32)[:, None])
 
 
-def denormalise(values: np.ndarray, name: str, *, truncate: bool = True) -> np.ndarray:
-    """(H, W, 3) float32 network values -> (H, W, 3) uint8 RGB, clipped.
-
-    ``truncate``: cut the fraction off, as the published code does before its CRF, so that values can come out one
-    grey level lower (psa.md 6, deeplab.md A.3); otherwise round.
-    """
+def mean_colour(name: str) -> tuple[int, int, int]:
+    """The RGB colour, 0 .. 255, whose network values are nearest to zero: that of padding."""
     norm = NORMALISATIONS[name]
-    pixels = (values * np.float32(norm.std) + np.float32(norm.mean)) * np.float32(norm.scale)
-    pixels = np.clip(pixels if truncate else np.rint(pixels), 0, 255).astype(np.uint8)
-    return np.ascontiguousarray(pixels[..., ::-1] if norm.bgr else pixels)
-
-
-def truncated(image: np.ndarray, name: str) -> np.ndarray:
-    """What is left of an image that torchvision normalised (in single precision) and that is brought back with the
-    fraction cut off: (H, W, 3) uint8 RGB -> the same, some grey levels one lower (mctformer.md section 4)."""
-    norm = NORMALISATIONS[name]
-    grey = np.arange(256, dtype=np.float32)[:, None, None] / np.float32(norm.scale)
-    table = denormalise((grey - np.float32(norm.mean)) / np.float32(norm.std), name)  # (256, 1, 3)
-    return cv2.LUT(np.ascontiguousarray(image), table)
-
-
-def restore_rgb(images: Tensor, name: str) -> Tensor:
-    """``denormalise`` on tensors of any device, the fraction cut off: (B, 3, H, W) network values -> (B, 3, H, W)
-    float32 of the whole numbers 0 .. 255, RGB."""
-    norm = NORMALISATIONS[name]
-    mean, std = (images.new_tensor(x, dtype=torch.float32).view(3, 1, 1) for x in (norm.mean, norm.std))
-    values = ((images.float() * std + mean) * norm.scale).clamp(0, 255).floor()
-    return values.flip(1) if norm.bgr else values
+    red, green, blue = (round(value * norm.scale) for value in (norm.mean[::-1] if norm.bgr else norm.mean))
+    return red, green, blue
 
 
 def to_tensor(values: np.ndarray) -> Tensor:

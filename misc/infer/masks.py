@@ -17,7 +17,8 @@ from torch import Tensor
 
 from misc.config import SegInference
 from misc.crf.dense import DenseCRF
-from misc.image.pixels import denormalise, normalise_image, scaled_size, to_tensor
+from misc.image.picture import truncate_image
+from misc.image.pixels import normalise_image, scaled_size, to_tensor
 
 Logits = Callable[[Tensor], Tensor]
 """Images (B, 3, h, w), normalised -> logits (B, n, h', w') of any resolution."""
@@ -104,7 +105,7 @@ def with_crf(
     if infer.crf.iterations == 0:
         return scores
     if infer.crf_truncates_image:
-        image = denormalise(normalise_image(image, normalisation), normalisation, truncate=True)
+        image = truncate_image(image, normalisation)
     return DenseCRF(image, infer.crf, device)(scores)
 
 

@@ -21,6 +21,7 @@ from misc.checked import Probability, When
 from misc.config import Augment, Fit
 from misc.crf.dense import CRFSettings
 from misc.image.cam import Cam
+from misc.image.picture import Picture
 from misc.propagate.walk import Displacement, pair_views
 from misc.score.objects import Instances
 from net.backbone.resnet import SAMPLE_RESNET, STAGES
@@ -308,17 +309,17 @@ class IRN(EdgeNetwork):
         return options.instances
 
     @torch.no_grad()
-    def find_instances(self, image: Tensor, cam: Cam, options: IRNWalk) -> tuple[np.ndarray, Instances]:
+    def find_instances(self, picture: Picture, cam: Cam, options: IRNWalk) -> tuple[np.ndarray, Instances]:
         """Random walk, and the objects by a second walk of every class over each object of the displacement field
         (irnet.md section 10.3). Raises ValueError where image and CAM differ in size."""
-        size = check_sizes(image, cam)
+        size = check_sizes(picture, cam)
         if len(cam.keys) == 0:
             return np.ones((1, *size), np.float32), Instances.none(size)
-        taps = self.forward_pair(image, options.canvas)
+        taps = self.forward_pair(picture.values, options.canvas)
         boundary = self.pair_boundary(taps, size)  # (h, w)
         field = self.displacement_field({stage: tap[:1] for stage, tap in taps.items()})  # (1, 2, h', w')
         objects = self.find_objects(crop_like(field, boundary)[0], boundary, cam, size, options)
-        return self.walk_scores(image, cam, boundary, options), objects
+        return self.walk_scores(picture, cam, boundary, options), objects
 
     @staticmethod
     def find_objects(

@@ -21,7 +21,7 @@ from misc.config import Augment, Fit
 from misc.crf.dense import CRFSettings, DenseCRF
 from misc.image.cam import Cam
 from misc.image.labels import IGNORE
-from misc.image.pixels import denormalise, truncated
+from misc.image.picture import Picture, truncate_image, truncate_values_to_image
 from misc.propagate.walk import (
     affinity_losses,
     fitting_radius,
@@ -301,7 +301,7 @@ class PSA(AffinityNetwork):
             hard = options.crf_unary == "labels"
             return picture, np.stack([picture, picture] if hard else [np.ones_like(picture, np.float16)] * 2)
         if options.crf_truncates_image:
-            image = truncated(image, cls.normalisation)
+            image = truncate_image(image, cls.normalisation, single=True)
         crf = DenseCRF(image, options.crf)  # its lattices serve both backgrounds
         posteriors = []
         for alpha, threshold in (
@@ -369,32 +369,32 @@ class PSA(AffinityNetwork):
         return transition(source, target, pair_affinity(features, radius).flatten(), height * width, options.beta)
 
     @torch.no_grad()
-    def refine(self, image: Tensor, cam: Cam, options: PSAWalk) -> np.ndarray:
+    def refine(self, picture: Picture, cam: Cam, options: PSAWalk) -> np.ndarray:
         """Random walk, and the CRF where there is one, cut to the image; see ``spread_cam``. An image without a tag is
         all background. Raises ValueError where image and CAM differ in size."""
-        height, width = image.shape[-2:]
+        height, width = picture.size
         if len(cam.keys) == 0:
             return np.ones((1, height, width), np.float32)
         if cam.maps.shape[1:] != (height, width):
             raise ValueError(f"The CAM is {cam.maps.shape[1:]}, the image {(height, width)}: make the CAM again.")
-        return np.ascontiguousarray(self.spread_cam(image, cam, options)[:, :height, :width])
+        return np.ascontiguousarray(self.spread_cam(picture, cam, options)[:, :height, :width])
 
     @torch.no_grad()
-    def spread_cam(self, image: Tensor, cam: Cam, options: PSAWalk) -> np.ndarray:
+    def spread_cam(self, picture: Picture, cam: Cam, options: PSAWalk) -> np.ndarray:
         """``refine`` before the cut: (K + 1, 8 ceil(H/8), 8 ceil(W/8)) float32 (psa.md section 6, transcam.md section
         6). Absent classes are left out of the walk: theirs would stay zero."""
         if options.threshold is None:
             raise ValueError("walk.threshold is None: the background score that the CAMs' scores gave is needed here.")
         scores = stack_background(cam.maps, options.background, options.alpha, options.threshold)
-        step = self.make_transition(image, options)
-        walked = walk_maps(torch.from_numpy(scores).to(image.device), step, 2**options.logt).cpu().numpy()
-        return self._crf(image, walked, options) if options.crf.iterations else walked
+        step = self.make_transition(picture.values, options)
+        walked = walk_maps(torch.from_numpy(scores).to(picture.values.device), step, 2**options.logt).cpu().numpy()
+        return self._crf(picture.values, walked, options) if options.crf.iterations else walked
 
-    def _crf(self, image: Tensor, scores: np.ndarray, options: PSAWalk) -> np.ndarray:
+    def _crf(self, values: Tensor, scores: np.ndarray, options: PSAWalk) -> np.ndarray:
         """The CRF takes part in the padding, and its image is recovered with truncation (psa.md section 6); absent
         classes take part as well: (K + 1, H, W) scores of the padded size -> posteriors of the same labels."""
-        values = pad_to_stride(image).permute(1, 2, 0).float().cpu().numpy()  # (H, W, 3)
-        crf = DenseCRF(denormalise(values, self.normalisation), options.crf, image.device)
+        image = truncate_values_to_image(pad_to_stride(values), self.normalisation)
+        crf = DenseCRF(image, options.crf, values.device)
         labels = len(scores)
         if options.crf_unary == "labels":
             return crf.from_labels(scores.argmax(axis=0), self.num_classes + 1)[:labels]

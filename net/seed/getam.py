@@ -21,7 +21,8 @@ from misc.config import Augment, CamInference, Fit, SegInference
 from misc.crf.dense import CRFSettings
 from misc.crf.energy import DenseOptions, dense_energy
 from misc.image.labels import IGNORE
-from misc.image.pixels import box_mask, restore_rgb
+from misc.image.picture import truncate_values
+from misc.image.pixels import box_mask
 from misc.propagate.par import PAMR, PixelAdaptive
 from net.backbone.dpt import ChannelGate, DPTDecoder, DPTEncoder, DPTOptions
 from net.backbone.transformer import QueryKey
@@ -383,7 +384,7 @@ class Getam(SingleStage):
         that the network gives at this moment, in training mode as published."""
         if not self.is_segmenting(progress):
             return {}
-        options, colours = self.options.label, restore_rgb(batch["image"], self.normalisation)
+        options, colours = self.options.label, truncate_values(batch["image"], self.normalisation)
         maps = self.cam(batch["image"], batch["tags"])
         labels, salient = [], []
         for index, tags in enumerate(batch["tags"]):
@@ -434,7 +435,7 @@ class Getam(SingleStage):
         }
         if options.dense.weight:
             inside = box_mask(batch["box"], label.shape[-2:])
-            colours = restore_rgb(batch["image"], self.normalisation)
+            colours = truncate_values(batch["image"], self.normalisation)
             terms["dense"] = dense_energy(logits, label, colours, inside, options.dense)
         if options.label.saliency and options.saliency_loss != "none":
             target = saliency_target(batch["salient"], options.saliency_loss)

@@ -20,7 +20,7 @@ from misc.checked import Checked, Positive, Probability, Range
 from misc.crf.dense import CRFSettings, DenseCRF
 from misc.image.cam import Cam
 from misc.image.labels import IGNORE
-from misc.image.pixels import denormalise
+from misc.image.picture import Picture
 from misc.propagate.walk import (
     Displacement,
     affinity_losses,
@@ -271,31 +271,31 @@ class EdgeNetwork(AffinityNetwork):
         return ((logits[0] + logits[1].flip(-1)) / 2).sigmoid()
 
     @torch.no_grad()
-    def refine(self, image: Tensor, cam: Cam, options: EdgeWalk) -> np.ndarray:
+    def refine(self, picture: Picture, cam: Cam, options: EdgeWalk) -> np.ndarray:
         """Random walk, and the CRF where there is one (irnet.md section 10.2). An image without a tag is all
         background. Raises ValueError where image and CAM differ in size."""
-        size = check_sizes(image, cam)
+        size = check_sizes(picture, cam)
         if len(cam.keys) == 0:
             return np.ones((1, *size), np.float32)
-        return self.walk_scores(image, cam, self.pair_boundary(self.forward_pair(image, options.canvas), size), options)
+        boundary = self.pair_boundary(self.forward_pair(picture.values, options.canvas), size)
+        return self.walk_scores(picture, cam, boundary, options)
 
-    def walk_scores(self, image: Tensor, cam: Cam, boundary: Tensor, options: EdgeWalk) -> np.ndarray:
+    def walk_scores(self, picture: Picture, cam: Cam, boundary: Tensor, options: EdgeWalk) -> np.ndarray:
         """``refine`` from a boundary map (h, w) on: (K + 1, H, W) float32."""
         maps = torch.from_numpy(cam.on_grid(tuple(boundary.shape))).to(boundary.device)  # (K, h, w)
         scores = propagate_scores(maps, boundary, options.radius, options.beta, 2**options.logt)
-        scores = enlarge_cells(scores, image.shape[-2:])
+        scores = enlarge_cells(scores, picture.size)
         # the largest over all classes; published divides 0 by 0 where a CAM is empty
         scores = (scores / scores.max().clamp(min=torch.finfo(torch.float32).tiny)).cpu().numpy()
-        return self.sharpen_scores(image, scores, options)
+        return self.sharpen_scores(picture, scores, options)
 
-    def sharpen_scores(self, image: Tensor, scores: np.ndarray, options: EdgeWalk) -> np.ndarray:
+    def sharpen_scores(self, picture: Picture, scores: np.ndarray, options: EdgeWalk) -> np.ndarray:
         """Walked scores (K, H, W) of an image with their background, and the CRF where there is one (irnet.md section
         10.2, semformer.md section 9.4): (K + 1, H, W) float32."""
         scores = np.concatenate([np.full_like(scores[:1], options.threshold), scores])
         if options.crf.iterations == 0:
             return scores
-        pixels = denormalise(image.permute(1, 2, 0).float().cpu().numpy(), self.normalisation, truncate=False)
-        return DenseCRF(pixels, options.crf, image.device).from_labels(scores.argmax(axis=0), len(scores))
+        return DenseCRF(picture.rgb, options.crf, picture.values.device).from_labels(scores.argmax(axis=0), len(scores))
 
     def pretrained_names(self) -> tuple[str, ...]:
         """timm's ImageNet classifier of the backbone."""
@@ -308,9 +308,9 @@ class EdgeNetwork(AffinityNetwork):
         return load_resnet(self, weights, heads=self.heads)
 
 
-def check_sizes(image: Tensor, cam: Cam) -> tuple[int, int]:
-    """(H, W) of an image (3, H, W); ValueError where its CAM has another size."""
-    size = tuple(image.shape[-2:])
+def check_sizes(picture: Picture, cam: Cam) -> tuple[int, int]:
+    """(H, W) of an image; ValueError where its CAM has another size."""
+    size = picture.size
     if len(cam.keys) and cam.maps.shape[1:] != size:
         raise ValueError(f"The CAM is {cam.maps.shape[1:]}, the image {size}: make the CAM again.")
-    return size  # type: ignore[return-value]
+    return size

@@ -13,6 +13,7 @@ from misc.config import CamInference, Machine, SegInference
 from misc.files.camfiles import read_cam
 from misc.files.runfolder import RunFolder
 from misc.image.cam import Cam
+from misc.image.picture import Picture
 from misc.infer import cams
 from misc.infer.masks import segment, with_crf
 from misc.loop.fit import autocast
@@ -42,14 +43,14 @@ def infer_class_scores(
 
 
 def walk_cam(
-    network: AffinityNetwork, image: torch.Tensor, cam: Cam, options: Any, machine: Machine, device: torch.device
+    network: AffinityNetwork, picture: Picture, cam: Cam, options: Any, machine: Machine, device: torch.device
 ) -> tuple[np.ndarray, Instances]:
     """Scores (K + 1, H, W) float32 of background and the CAM's K classes, and the single objects, none where these are
-    not told apart: (3, H, W) normalised image, the recipe's ``walk``."""
+    not told apart, by the recipe's ``walk``."""
     with torch.inference_mode(), autocast(machine, device):
         if network.finds_instances(options):
-            return network.find_instances(image.to(device), cam, options)
-        return network.refine(image.to(device), cam, options), Instances.none(image.shape[1:])
+            return network.find_instances(picture.to(device), cam, options)
+        return network.refine(picture.to(device), cam, options), Instances.none(picture.size)
 
 
 def read_full_cam(job: Job, image_id: str, size: tuple[int, int]) -> Cam:

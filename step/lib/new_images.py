@@ -24,6 +24,7 @@ from misc.files.ids import checked_id
 from misc.files.imagefiles import safe_name
 from misc.files.images import jpeg_bytes, read_image, write_mask
 from misc.image import draw, pixels
+from misc.image.picture import Picture
 from misc.loop.each import EachFailed, each
 from net.contract import AffinityNetwork, Phase, SeedNetwork, Segmenter, SingleStage
 from net.model import Model
@@ -150,10 +151,10 @@ def map_images(
         values = np.array([0, *(keys + 1)], np.uint8)
         if refine == "walk":
             assert refiner is not None and isinstance(walker, AffinityNetwork)
-            values_in = pixels.to_tensor(pixels.normalise_image(image, walker.normalisation))
+            picture = Picture.of_rgb(image, walker.normalisation)
             seen = replace(stored, size=image.shape[:2])  # the walk is over the image that the network saw
             at = folder.machine.with_recipe(refiner.recipe.amp, device)
-            return walk_cam(walker, values_in, seen, refiner.recipe.walk, at, device)[0], values
+            return walk_cam(walker, picture, seen, refiner.recipe.walk, at, device)[0], values
         found = np.concatenate([np.full_like(maps[:1], threshold), maps])  # (K + 1, h, w)
         return (DenseCRF(image, CRFSettings(), device)(found) if refine == "crf" else found), values
 

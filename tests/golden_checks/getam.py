@@ -18,7 +18,7 @@ from misc.config import Fit, SegInference, override
 from misc.crf.dense import CRFSettings
 from misc.crf.energy import DenseOptions, dense_energy
 from misc.crf.lattice import Lattice
-from misc.image.pixels import restore_rgb
+from misc.image.picture import truncate_values
 from misc.infer.masks import segment, with_crf
 from misc.loop.fit import make_optimiser, set_lr
 from net.backbone.dpt import DPTOptions
@@ -127,7 +127,7 @@ def check_getam_label_pipeline(case: Any) -> None:
     net = network(case)
     x, (rows, tags) = image(case), present(case, "labels_zero_based")
     case.compare("labels", tags)
-    colours = restore_rgb(x, net.normalisation)
+    colours = truncate_values(x, net.normalisation)
     case.compare("image_u8", colours)
     maps = net.cam(x, tags)
     saliency = torch.from_numpy(case.input("saliency"))

@@ -21,6 +21,7 @@ from misc.config import Fit, override
 from misc.crf.dense import DenseCRF
 from misc.image import pixels
 from misc.image.cam import Cam
+from misc.image.picture import Picture
 from misc.infer import cams
 from misc.loop.fit import make_optimiser, set_lr
 from misc.propagate.walk import (
@@ -360,7 +361,7 @@ def check_irn_sem_seg(case: Any) -> None:
     walked = propagate_scores(torch.from_numpy(cam.coarse), boundary, options.radius, options.beta, 2**options.logt)
     case.compare("rw", walked[:, None], absolute=case.meta["tolerance"]["rw"])
     network = IRNOptions().build(20, {})
-    scores = network.walk_scores(torch.zeros(3, *size), cam, boundary, options)
+    scores = network.walk_scores(Picture(np.zeros((*size, 3), np.uint8), torch.zeros(3, *size)), cam, boundary, options)
     _mostly(case, "label", np.array([0, *(cam.keys + 1)])[scores.argmax(0)], case.meta["tolerance"]["label"])
     assert enlarge_cells(walked, size).shape == (len(cam.keys), *size)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from misc.config import override
 from misc.image.cam import Cam
-from misc.image.pixels import denormalise, normalise_image, to_tensor
+from misc.image.picture import Picture, truncate_values_to_image
 from misc.propagate.walk import fitting_radius, half_circle, pair_cells, walk
 from net.refine.psa import (
     PSA,
@@ -115,10 +115,10 @@ def _settings(text: str) -> PSAWalk:
     return PSAWalk(**rule, beta=float(beta[1]), logt=int(logt[1]))
 
 
-def _inputs(case: Any) -> tuple[Tensor, Cam]:
-    """Normalised image (3, H, W) and CAMs of the case."""
+def _inputs(case: Any) -> tuple[Picture, Cam]:
+    """Image and CAMs of the case."""
     cam = Cam.of_maps(np.array(case.meta["input"]["classes"]), case.input("cams"))
-    return to_tensor(normalise_image(case.input("image"), "imagenet")), cam
+    return Picture.of_rgb(case.input("image"), "imagenet"), cam
 
 
 def _assert_same_label(case: Any, name: str, scores: np.ndarray, cam: Cam) -> None:
@@ -141,7 +141,7 @@ def check_psa_random_walk(case: Any) -> None:
     network = _network(case, "resnet38", classes)
     image, cam = _inputs(case)
     for number, (name, options) in enumerate(variants.items()):
-        step = network.make_transition(image, options)
+        step = network.make_transition(image.values, options)
         if number == 0:  # columns of A^beta divided by their sums; the diagonal of A is one
             columns = step.to_dense().t()
             case.check("aff_pow", columns / columns.diagonal())
@@ -162,8 +162,8 @@ def check_seam_random_walk_crf(case: Any) -> None:
     image, cam = _inputs(case)
     options = override(_settings(text), {"shrink_early": True})
     _assert_same_label(case, "label", network.refine(image, cam, options), cam)
-    padded = pad_to_stride(image)
-    case.check("crf_image", denormalise(padded.permute(1, 2, 0).numpy(), network.normalisation))
+    padded = pad_to_stride(image.values)
+    case.check("crf_image", truncate_values_to_image(padded, network.normalisation))
     options = override(options, {"crf.iterations": int(iterations)})
     _assert_same_label(case, "label_crf", network.refine(image, cam, options), cam)
     case.check("crf_prob", network.spread_cam(image, cam, options))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from misc.config import CamInference, Fit
 from misc.image.cam import Cam
-from misc.image.pixels import normalise_image, to_tensor
+from misc.image.picture import Picture
 from misc.infer import cams
 from misc.loop.fit import make_optimiser, set_lr
 from misc.propagate.walk import pair_cells, path_affinity
@@ -464,7 +464,7 @@ def check_semformer_pseudo_label(case: Case) -> None:
     assert (options.threshold, options.crf.iterations) == (float(threshold), int(iterations))
     image, maps, keys = (case.input(name) for name in ("image", "rw", "keys"))
     network = EdgeOnly.recipes["sample"].network.build(len(keys), {})
-    x = to_tensor(normalise_image(image, network.normalisation))
+    x = Picture.of_rgb(image, network.normalisation)
     plain = replace(options, crf=replace(options.crf, iterations=0))
     case.compare("argmax", network.sharpen_scores(x, maps, plain).argmax(0))
     agreement(case, "label", keys[network.sharpen_scores(x, maps, options).argmax(0)])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from misc.config import override
 from misc.image.cam import Cam
-from misc.image.pixels import normalise_image, to_tensor
+from misc.image.picture import Picture
 from misc.infer import cams
 from misc.propagate.walk import transition
 from net.backbone.conformer import Conformer, ConformerOptions
@@ -191,7 +191,7 @@ def check_transcam_random_walk(case: Any) -> None:
     network = PSA.recipes["sample"].network.build(20, {})
     network.make_transition = lambda image, options: step
     keys = np.array(case.meta["input"]["present_classes"])
-    x = to_tensor(normalise_image(case.input("in_image"), network.normalisation))
+    x = Picture.of_rgb(case.input("in_image"), network.normalisation)
     for name, walk, share in zip(
         ("label", "label_crf"), (override(options, {"crf.iterations": 0}), options), shares(case), strict=True
     ):

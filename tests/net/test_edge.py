@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from misc.config import override
 from misc.crf.dense import CRFSettings
 from misc.image.cam import Cam
+from misc.image.picture import Picture
 from net.refine.edge import EdgeOnly
 
 PUBLISHED, SAMPLE = (EdgeOnly.recipes[name] for name in ("published", "sample"))
@@ -71,9 +72,7 @@ def test_puzzle_cam_is_the_same_refiner_with_other_fields() -> None:
 @pytest.mark.parametrize("iterations", [0, 1])
 def test_pseudo_masks_have_a_background_and_a_crf_if_asked(iterations: int) -> None:
     network, (image, cam) = tiny(), scene([1, 2])
-    pixels = torch.from_numpy(image.transpose(2, 0, 1)).float()
-    x = (pixels / 255 - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor(
-        [0.229, 0.224, 0.225])[:, None, None]  # fmt: skip
+    x = Picture.of_rgb(image, network.normalisation)
     walk = replace(PUBLISHED.walk, canvas=64, crf=CRFSettings(iterations, bilateral_sxy=50.0, bilateral_srgb=5.0))
     scores = network.refine(x, cam, walk)
     assert scores.shape == (3, 40, 56)

@@ -9,6 +9,7 @@ import numpy as np
 import plain
 import pytest
 import torch
+from plain import picture_of
 from torch import Tensor
 
 import run_sample
@@ -186,10 +187,10 @@ def test_no_size_of_image_is_too_large_or_odd(size: tuple[int, int]) -> None:
     canvas = [max(side, 64) for side in size]
     assert taps["stem"].shape[-2:] == tuple(-(-side // 4) for side in canvas)
     assert net.pair_boundary(taps, size).shape == tuple(-(-side // 4) for side in size)
-    scores, found = net.find_instances(pictures(1, *size)[0], cam, options)
+    scores, found = net.find_instances(picture_of(pictures(1, *size)[0]), cam, options)
     assert scores.shape == (3, *size) and np.isfinite(scores).all() and scores[1:].max() == 1
     assert found.masks.shape[1:] == size and (scores[0] == 0.25).all()
-    np.testing.assert_array_equal(net.refine(pictures(1, *size)[0], cam, options), scores)
+    np.testing.assert_array_equal(net.refine(picture_of(pictures(1, *size)[0]), cam, options), scores)
 
 
 def test_coarse_cams_go_before_those_at_image_size() -> None:
@@ -203,18 +204,18 @@ def test_coarse_cams_go_before_those_at_image_size() -> None:
 def test_an_empty_cam_gives_finite_background() -> None:
     net = network()
     cam = Cam.of_maps(np.array([1]), np.zeros((1, 40, 40), np.float32))
-    scores, found = net.find_instances(pictures(1, 40, 40)[0], cam, IRNWalk(logt=2, canvas=0))
+    scores, found = net.find_instances(picture_of(pictures(1, 40, 40)[0]), cam, IRNWalk(logt=2, canvas=0))
     assert np.isfinite(scores).all() and (scores.argmax(0) == 0).all()
     assert len(found.masks) == 0  # published fails without a detection
 
 
 def test_a_cam_of_another_image_is_refused() -> None:
     with pytest.raises(ValueError, match="make the CAM again"):
-        network().refine(pictures(1, 40, 40)[0], soft_cam(40, 44), IRNWalk())
+        network().refine(picture_of(pictures(1, 40, 40)[0]), soft_cam(40, 44), IRNWalk())
 
 
 def test_the_crf_after_the_walk_is_an_option() -> None:
-    net, cam, image = network(), soft_cam(40, 48), pictures(1, 40, 48)[0]
+    net, cam, image = network(), soft_cam(40, 48), picture_of(pictures(1, 40, 48)[0])
     plainly = net.refine(image, cam, IRNWalk(logt=2, canvas=0))
     sharpened = net.refine(image, cam, IRNWalk(logt=2, canvas=0, crf=CRFSettings(1)))
     assert sharpened.shape == plainly.shape

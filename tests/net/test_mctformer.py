@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from misc.config import Fit, override
-from misc.image import pixels
 from misc.image.cam import Cam
+from misc.image.picture import truncate_image
 from misc.infer.cams import scale_by_range
 from misc.loop.fit import lr_factor
 from net.backbone.transformer import Attention, AttentionSums, QueryKey
@@ -406,7 +406,7 @@ def test_normalisation_by_range() -> None:
 
 def test_truncated_image_loses_a_level_here_and_there() -> None:
     levels = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, 2)
-    lost = levels.astype(int) - pixels.truncated(levels, "imagenet")
+    lost = levels.astype(int) - truncate_image(levels, "imagenet", single=True)
     assert set(lost.ravel().tolist()) == {0, 1} and lost.mean() < 0.25
     # the labels of PSA see it: with a sharp enough CRF some posterior moves
     rng = np.random.default_rng(0)
@@ -415,7 +415,7 @@ def test_truncated_image_loses_a_level_here_and_there() -> None:
     label = override(PSA.recipes["published"].label, {"crf.bilateral_srgb": 2.0, "crf.iterations": 1})
     plain = PSA.make_label(image, cam, label)[1]
     moved = PSA.make_label(image, cam, override(label, {"crf_truncates_image": True}))[1]
-    expected = PSA.make_label(pixels.truncated(image, "imagenet"), cam, label)[1]
+    expected = PSA.make_label(truncate_image(image, "imagenet", single=True), cam, label)[1]
     assert np.array_equal(moved, expected) and not np.array_equal(moved, plain)
 
 

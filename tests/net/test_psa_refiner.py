@@ -247,7 +247,7 @@ def dense_refine(network: PSA, image: Tensor, cam: Cam, options: PSAWalk) -> Ten
 def test_refine_is_the_dense_walk_at_sizes_that_are_no_multiple_of_8(options: PSAWalk) -> None:
     network = tiny().eval()
     image, cam = torch.randn(3, 75, 90), soft_cam([0, 2], 75, 90)
-    scores = network.refine(image, cam, options)
+    scores = network.refine(plain.picture_of(image), cam, options)
     assert scores.shape == (3, 75, 90) and scores.dtype == np.float32
     np.testing.assert_allclose(scores, dense_refine(network, image, cam, options), rtol=1e-4, atol=1e-5)
 
@@ -256,32 +256,32 @@ def test_refine_is_the_dense_walk_at_sizes_that_are_no_multiple_of_8(options: PS
 @pytest.mark.parametrize("backbone", ["resnet38", "vgg16"])
 def test_refine_of_small_images(size: tuple[int, int], backbone: str) -> None:
     network = tiny(backbone).eval()
-    scores = network.refine(torch.randn(3, *size), soft_cam([1], *size), PSAWalk())
+    scores = network.refine(plain.picture_of(torch.randn(3, *size)), soft_cam([1], *size), PSAWalk())
     assert scores.shape == (2, *size) and np.isfinite(scores).all() and scores.max() <= 1
 
 
 def test_refine_without_a_tag_and_with_a_wrong_size() -> None:
     network = tiny().eval()
-    alone = network.refine(torch.randn(3, 16, 20), soft_cam([], 16, 20), PSAWalk(crf=QUICK))
+    alone = network.refine(plain.picture_of(torch.randn(3, 16, 20)), soft_cam([], 16, 20), PSAWalk(crf=QUICK))
     assert alone.shape == (1, 16, 20) and not alone.argmax(axis=0).any()
     with pytest.raises(ValueError, match="make the CAM again"):
-        network.refine(torch.randn(3, 16, 20), soft_cam([0], 20, 16), PSAWalk())
+        network.refine(plain.picture_of(torch.randn(3, 16, 20)), soft_cam([0], 20, 16), PSAWalk())
 
 
 def test_crf_after_the_walk() -> None:
     """Sharpens the scores; hard labels are held the harder the more classes the network knows (absent ones count)."""
     network = tiny().eval()
     image, cam = torch.randn(3, 40, 44), soft_cam([1], 40, 44)
-    plainly = network.refine(image, cam, PSAWalk(alpha=1.0))
-    sharpened = network.refine(image, cam, PSAWalk(alpha=1.0, crf=QUICK))
+    plainly = network.refine(plain.picture_of(image), cam, PSAWalk(alpha=1.0))
+    sharpened = network.refine(plain.picture_of(image), cam, PSAWalk(alpha=1.0, crf=QUICK))
     assert sharpened.shape == (2, 40, 44) and np.abs(sharpened - plainly).max() > 0.05
     np.testing.assert_allclose(sharpened.sum(axis=0), 1, atol=1e-3)
 
     weak = CRFSettings(iterations=1, gauss_weight=0.01, bilateral_weight=0.01)
     hard = PSAWalk(alpha=1.0, crf=weak, crf_unary="labels")
-    few = network.refine(image, cam, hard)
+    few = network.refine(plain.picture_of(image), cam, hard)
     network.num_classes = 20
-    many = network.refine(image, cam, hard)
+    many = network.refine(plain.picture_of(image), cam, hard)
     assert few.shape == many.shape == (2, 40, 44)
     np.testing.assert_allclose(few.min(axis=0), 0.3 / 3, atol=0.01)
     np.testing.assert_allclose(many.min(axis=0), 0.3 / 20, atol=0.01)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from plain import picture_of
 from torch import Tensor
 from torchvision.ops import StochasticDepth
 
@@ -294,7 +295,7 @@ def test_refiners_label_train_and_refine(name: str) -> None:
     network.eval()
     for keys, shape in (([0, 2], (64, 64)), ([1], (49, 75)), ([], (91, 58))):
         with torch.inference_mode():
-            scores = network.refine(pictures(1, *shape)[0], soft_cam(keys, *shape), recipe.walk)
+            scores = network.refine(picture_of(pictures(1, *shape)[0]), soft_cam(keys, *shape), recipe.walk)
         assert scores.shape == (len(keys) + 1, *shape) and scores.dtype == np.float32 and np.isfinite(scores).all()
 
 
@@ -309,7 +310,7 @@ def test_refiners_that_find_objects_refine_alike(name: str) -> None:
     network = built(recipe, {}).eval()
     for keys, shape in (([0, 2], (64, 64)), ([1], (49, 75)), ([], (91, 58))):
         with torch.inference_mode():
-            arguments = pictures(1, *shape)[0], soft_cam(keys, *shape), recipe.walk
+            arguments = picture_of(pictures(1, *shape)[0]), soft_cam(keys, *shape), recipe.walk
             scores, found = network.find_instances(*arguments)
             np.testing.assert_array_equal(scores, network.refine(*arguments))
         assert found.masks.shape[1:] == shape and set(found.classes.tolist()) <= set(keys)
