@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from misc.image.cam import Cam
 from misc.image.labels import IGNORE
+from misc.image.picture import Picture, truncate_values_to_image
 from misc.image.pixels import NORMALISATIONS
 from misc.loop.trainable import Batch
 from net.contract import AffinityNetwork, Network, Phase, RefineRecipe, SeedNetwork, Segmenter, SingleStage
@@ -75,7 +76,8 @@ def verify_refiner(cls: type[AffinityNetwork], recipe: RefineRecipe, num_classes
             _check_shape(network, "make_label (planes)", planes, (planes.shape[0], size, size))
 
         def scores(images: Tensor) -> Any:
-            return network.refine(images[0], _cam(num_classes, images.shape[-2:]), recipe.walk)
+            picture = Picture(truncate_values_to_image(images[0], network.normalisation), images[0])
+            return network.refine(picture, _cam(num_classes, picture.size), recipe.walk)
 
         refined = _asked(network.eval(), "refine", scores, recipe)
         classes = len(_cam(num_classes, (8, 8)).keys)
