@@ -10,11 +10,18 @@ status is 1. Pixels that are 255 in the ground truth drop out. Option names take
 
 from __future__ import annotations
 
+# ruff: noqa: E402
 import sys
+from pathlib import Path
+
+from misc import commandline
+
+if __name__ == "__main__" and (answered := commandline.answer_early(Path(__file__), sys.argv[1:])) is not None:
+    sys.exit(answered)  # before PyTorch is imported, which takes seconds
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -42,7 +49,8 @@ class Options:
     num_classes: int
     """Number of classes INCLUDING the background, as in the field's scripts: 21 for VOC, 81 for COCO."""
     type: Literal["png", "npz", "npy"] = "png"
-    """png: masks. npz: this project's maps. npy: the field's pickled dicts of maps (read without running code)."""
+    """What the predictions are. png: masks. npz: this project's maps. npy: the field's pickled dicts of maps (read
+    without running code)."""
     threshold: float | None = None
     """Background score for maps, given beforehand: a pixel is background unless a map is above it."""
     curve: bool = False
@@ -242,7 +250,8 @@ def summary(result: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status: 0 scored, 1 not scored (the reason is on stderr)."""
-    options = tyro.cli(Options, args=argv, description=__doc__)
+    words = commandline.as_help(sys.argv[1:] if argv is None else argv)
+    options = tyro.cli(Options, args=words, description=__doc__, prog="evaluation.py")
     try:
         result = evaluate(options)
         if options.json is not None:

@@ -1,4 +1,22 @@
-"""Masks of new images from trained networks; a trained segmentation network as ONNX (see --help)."""
+"""Masks of new images, without a list, a data set or truth.
+
+A segmentation network needs nothing else than its file:
+
+  python predict.py photos/ --weights runs/seam-sample/weights/seg.pt --out masks
+
+A CAM network needs the classes that are in the images:
+
+  python predict.py a.jpg b.jpg --run runs/seam-sample --tags "dog,person" --out maps
+
+The segmentation network for other software:
+
+  python predict.py --weights runs/seam-sample/weights/seg.pt --export onnx --out models
+
+Results: masks/ID.png (palette PNG: 0 background, then the classes; predict.json lists them), overlays/ID.jpg, with
+--tags maps/ID.npz and maps/ID_CLASS.jpg. Images are turned as their EXIF data says, transparency is left out, of
+an animation the first frame is taken. An image that can't be read is reported, the others go on. Called again,
+only what is missing, or older than its image, is made.
+"""
 
 # ruff: noqa: E402
 from __future__ import annotations
@@ -8,9 +26,15 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see run_sample.py
 
 import sys
+from pathlib import Path
+
+from misc import commandline
+
+if __name__ == "__main__" and (answered := commandline.answer_early(Path(__file__), sys.argv[1:])) is not None:
+    sys.exit(answered)  # before PyTorch is imported, which takes seconds
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -30,25 +54,7 @@ from step.lib.new_images import Refinement, ResultFolder, map_images, segment_im
 
 @dataclass(frozen=True)
 class Options:
-    """Masks of new images, without a list, a data set or truth.
-
-    A segmentation network needs nothing else than its file:
-
-      python predict.py photos/ --weights runs/seam-sample/weights/seg.pt --out masks
-
-    A CAM network needs the classes that are in the images:
-
-      python predict.py a.jpg b.jpg --run runs/seam-sample --tags "dog,person" --out maps
-
-    The segmentation network for other software:
-
-      python predict.py --weights runs/seam-sample/weights/seg.pt --export onnx --out models
-
-    Results: masks/ID.png (palette PNG: 0 background, then the classes; predict.json lists them), overlays/ID.jpg, with
-    --tags maps/ID.npz and maps/ID_CLASS.jpg. Images are turned as their EXIF data says, transparency is left out, of
-    an animation the first frame is taken. An image that can't be read is reported, the others go on. Called again,
-    only what is missing, or older than its image, is made.
-    """
+    """What to make, of which images, by which networks."""
 
     images: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Image files, folders (with all below) and globs; of folders and globs the files that end in jpg, jpeg, png, bmp,
@@ -154,18 +160,17 @@ def main(argv: Sequence[str]) -> int:
     """Command line; returns the exit status: 1 where an image, or all, failed."""
 
     def work() -> None:
-        options = tyro.cli(Options, args=list(argv), prog="predict.py")
+        options = tyro.cli(Options, args=commandline.as_help(argv), prog="predict.py", description=__doc__)
         if options.export:
             export(options)
         else:
             predict(options, distributed.start(options.machine.device))
             distributed.stop()
 
-    return distributed.command(
+    return commandline.command(
         work, (ValueError, OSError, EachFailed, WorkerDied), "start the same command again to go on."
     )
 
 
 if __name__ == "__main__":
-    torch.set_float32_matmul_precision("high")
-    distributed.end(main(sys.argv[1:]))
+    commandline.end(main(sys.argv[1:]))

@@ -6,10 +6,8 @@ Plain ``python`` is the one-process case of what ``torchrun`` starts; gloo on th
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable
 from datetime import timedelta
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import cv2
 import torch
@@ -41,6 +39,7 @@ def start(device: str) -> torch.device:
         )
     if on_gpu:
         torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("high")  # TF32
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_LONGEST_WAIT)
     return chosen
@@ -50,52 +49,6 @@ def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def end(status: int) -> NoReturn:
-    """End this process. Under torchrun without the interpreter's own teardown: after it torch's threads now and then
-    abort a process that has finished its work, which torchrun reports as a failure of all."""
-    if "RANK" in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
-def command(work: Callable[[], None], problems: tuple[type[Exception], ...], interrupted: str) -> int:
-    """Do the work of a command line and return its exit status.
-
-    0 at the end of the work; 1 for the named errors, which tell the user what to do: printed in one line; 130 for
-    Ctrl-C, with a line about what then; 141, as the shell has it, where nobody reads the output any more (``| head``),
-    without a word.
-    """
-    try:
-        try:
-            work()
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError as error:
-        if not _unread():
-            print(f"\nerror: {error}", file=sys.stderr)
-            return 1
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes as it ends
-        return 141
-    except problems as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: {interrupted}", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _unread() -> bool:
-    """Whether the other end of the standard output is closed."""
-    try:
-        print(flush=True)
-    except BrokenPipeError:
-        return True
-    return False
 
 
 def rank() -> int:

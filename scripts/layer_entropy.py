@@ -10,19 +10,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import run_sample
 from misc import distributed
-from step.lib import entropy
+from step import plan
+from step.lib import config, entropy
 from step.lib.config import open_job
 
 
 def main(argv: Sequence[str]) -> int:
     """Command line; returns the exit status."""
     try:
-        cfg = run_sample.parse(argv)
+        cfg = config.parse(argv)
         measured = entropy.run(open_job(cfg), distributed.start(cfg.machine.device))
         distributed.say("--cam.network.entropy", " ".join(f"{value:.9g}" for value in measured))
-    except run_sample.PROBLEMS as error:
+    except plan.PROBLEMS as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
     finally:

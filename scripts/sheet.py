@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import tyro
 
-import run_sample
 from misc import distributed
 from misc.config import override
 from misc.files import store
@@ -37,6 +36,8 @@ from misc.loop.fit import autocast
 from misc.score.metrics import Confusion, mask_at
 from misc.tables import ResultTable
 from net.contract import AffinityNetwork
+from step import plan
+from step.lib import config
 from step.lib.config import Job, open_job
 from step.lib.networks import load_network
 from voc12.lists import pick_evenly
@@ -155,7 +156,7 @@ def main(argv: Sequence[str]) -> int:
     found, flags = tyro.cli(arguments, prog="python -m scripts.sheet", args=list(argv), return_unknown_args=True)
     method, name, values, images, rows, count, height, sheet = found
     try:
-        cfg = run_sample.parse([method, *flags])
+        cfg = config.parse([method, *flags])
         job, device = open_job(cfg), distributed.start(cfg.machine.device)
         make = maker(job, name, device)
         ids = job.train_ids()
@@ -178,7 +179,7 @@ def main(argv: Sequence[str]) -> int:
                 pictures[image_id] = row
         drawn = draw.tile([pictures[i] for i in shown], height + 20)
         store.write_bytes(sheet, png_bytes(drawn))
-    except run_sample.PROBLEMS as error:
+    except plan.PROBLEMS as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
     finally:

@@ -8,12 +8,12 @@ import sys
 import pytest
 from running import ROOM
 
-from misc import distributed
+from misc import commandline
 
 
 def test_nobody_reading_ends_it_quietly() -> None:
     """As in ``run_sample.py --help | head``."""
-    command = [sys.executable, "-c", "import run_sample as r; r.distributed.end(r.main(['--help']))"]
+    command = [sys.executable, "-c", "import run_sample as r; r.commandline.end(r.main(['--help']))"]
     with subprocess.Popen(command, cwd=ROOM, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
         assert started.stdout is not None and started.stderr is not None
         started.stdout.close()
@@ -25,7 +25,7 @@ def test_another_broken_pipe_is_told(capsys: pytest.CaptureFixture[str]) -> None
     def work() -> None:
         raise BrokenPipeError(32, "Broken pipe")
 
-    assert distributed.command(work, (OSError,), "") == 1
+    assert commandline.command(work, (OSError,), "") == 1
     assert "error: [Errno 32] Broken pipe" in capsys.readouterr().err
 
 
@@ -34,9 +34,9 @@ def test_each_end_has_its_status(capsys: pytest.CaptureFixture[str]) -> None:
         def work() -> None:
             raise error
 
-        return distributed.command(work, (ValueError,), "call again.")
+        return commandline.command(work, (ValueError,), "call again.")
 
-    assert distributed.command(lambda: None, (), "") == 0
+    assert commandline.command(lambda: None, (), "") == 0
     assert raising(ValueError("say so")) == 1 and capsys.readouterr().err == "\nerror: say so\n"
     assert raising(KeyboardInterrupt()) == 130 and "interrupted: call again." in capsys.readouterr().err
     with pytest.raises(KeyError):  # a defect shows where it is

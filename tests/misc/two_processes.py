@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from test_fit import BATCH, RECIPE, Batch, Toy, micro_batches, train
 
-from misc import distributed
+from misc import commandline, distributed
 from misc.config import Fit
 from misc.files import store
 from misc.loop.each import EachFailed, each
@@ -49,7 +49,7 @@ def main(folder: Path) -> None:
         store.write_bytes(folder / f"failed{distributed.rank()}.txt", str(error).encode())
     assert distributed.joined([distributed.rank()]) == [0, 1]
     distributed.stop()
-    distributed.end(0)
+    commandline.end(0)
 
 
 def pairs(start: int):

@@ -15,7 +15,6 @@ from plain import picture_of
 from torch import Tensor
 from torchvision.ops import StochasticDepth
 
-import run_sample
 from misc import config as settings
 from misc.config import Fit
 from misc.files.runfolder import RunFolder
@@ -23,6 +22,7 @@ from misc.image.cam import Cam
 from net import contract, registry
 from net.contract import Batch, Network, Phase
 from step import STEPS, select
+from step.lib import config
 from step.lib.config import Config, default_config
 from step.lib.inference import settle_walk
 
@@ -93,7 +93,7 @@ def test_every_combination_has_a_configuration(recipe: tuple[str, str], refiner:
 
 @pytest.mark.parametrize("method, preset", PRESETS)
 def test_every_method_has_a_command_line(method: str, preset: str) -> None:
-    cfg = run_sample.parse([method, "--preset", preset, "--cam.fit.lr", "0.125", "--seg.infer.scales", "16", "32"])
+    cfg = config.parse([method, "--preset", preset, "--cam.fit.lr", "0.125", "--seg.infer.scales", "16", "32"])
     assert cfg.preset == preset and cfg.cam.fit.lr == 0.125 and cfg.seg.infer.scales == (16.0, 32.0)
     default = default_config(method, preset)
     unchanged = dataclasses.replace(

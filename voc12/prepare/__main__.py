@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from misc import distributed
+from misc import commandline
 from misc.loop.each import WorkerDied
 from voc12.prepare.coco14 import prepare_coco14
 from voc12.prepare.folder import prepare_folder
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         )
 
-    status = distributed.command(work, (ValueError, OSError, WorkerDied), "start the same command again to go on.")
+    status = commandline.command(work, (ValueError, OSError, WorkerDied), "start the same command again to go on.")
     return status or ended[0]
 
 

@@ -1,0 +1,205 @@
+"""What there is to choose on the command line of run_sample.py, told without importing PyTorch.
+
+The names are read from the decorators in the sources (``@seed("seam")``), the presets from the keys of ``recipes``. The
+flags of all recipes are listed by importing them once; the list is remembered in .cache until a source file changes.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import json
+import os
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from misc import commandline
+
+ROOM = Path(__file__).resolve().parents[2]
+INDEX = ROOM / ".cache" / "flags.json"
+OWN = "own"
+"""As a segmenter: the CAM network itself (net.registry.OWN)."""
+
+OPTIONS = (
+    ("--data NAME", "data set; default: the generated sample, or with --preset published VOC 2012"),
+    ("--root DIR", "folder of the data set (docs/your_data.md for your own)"),
+    ("--out DIR", "run folder, where all files go; default: runs/METHOD-DATA"),
+    ("--preset NAME", "recipe: sample trains tiny networks in minutes, published is the paper's"),
+    ("--refiner NAME", "what makes pseudo masks of CAMs, steps 3 to 5"),
+    ("--segmenter NAME", "segmentation network, steps 6 and 7; own: the method's own masks"),
+    ("--steps 2-4 report", "steps to run, by number, name or range; default: all that are not done"),
+    ("--redo", "do the named steps again, and those that rest on them"),
+    ("--force", "go on in a run folder of other settings"),
+    ("--train-list LIST", "training images, a list of the data set or a file"),
+    ("--val-list LIST", "images that the segmentation network is tested on"),
+    ("--masks truth", "train the segmentation network on true masks, for the upper bound"),
+    ("--overlays", "also lay the masks over their images"),
+    ("--cams RUN", "take the CAMs of another run folder over"),
+    ("--seed N", "seed of weights, order and augmentation"),
+    ("--cam.weights FILE", "weights to start from; also none, pretrained; --aff.weights, --seg.weights too: cam"),
+    ("--cam.fit.epochs N", "length of the training; --aff.fit..., --seg.fit... likewise"),
+    ("--cam.fit.batch-size N", "images in an update, of all GPUs together"),
+    ("--cam.fit.lr RATE", "learning rate"),
+    ("--machine.device NAME", "auto, cpu or cuda"),
+    ("--machine.amp KIND", "mixed precision: auto, off, bf16, fp16"),
+    ("--machine.workers N", "processes that read images"),
+)
+"""What the short help shows; all of it, with values and ranges, is in --help-all."""
+
+
+class WrongWord(ValueError):
+    """A word of the command line that is no method, preset, refiner, segmenter, data set (``status`` 1) or flag (2)."""
+
+    def __init__(self, told: str, status: int = 1):
+        super().__init__(told)
+        self.status = status
+
+
+@functools.cache
+def _registered(folder: str, decorator: str) -> dict[str, tuple[str, ...]]:
+    """Names that a decorator registers in a folder of sources, each with the presets of its class, as far as known."""
+    found: dict[str, tuple[str, ...]] = {}
+    for path in sorted((ROOM / folder).rglob("*.py")):
+        try:
+            classes = [n for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, ast.ClassDef)]
+        except SyntaxError:
+            continue  # the import says it, with the line
+        for node in classes:
+            for call in node.decorator_list:
+                if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == decorator:
+                    names = [word.value for word in call.args if isinstance(word, ast.Constant)]
+                    found |= dict.fromkeys(names, tuple(_recipe_names(node)))
+    return dict(sorted(found.items()))
+
+
+def _recipe_names(node: ast.ClassDef) -> Iterator[str]:
+    for line in node.body:
+        targets = line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
+        if any(isinstance(t, ast.Name) and t.id == "recipes" for t in targets) and isinstance(line.value, ast.Dict):
+            yield from (key.value for key in line.value.keys if isinstance(key, ast.Constant))
+
+
+def methods() -> dict[str, tuple[str, ...]]:
+    """The CAM methods, each with its presets."""
+    return _registered("net/seed", "seed")
+
+
+def refiners() -> list[str]:
+    """Names of ``--refiner``."""
+    return list(_registered("net/refine", "refiner"))
+
+
+def segmenters() -> list[str]:
+    """Names of ``--segmenter``."""
+    return [*_registered("net/segment", "segmenter"), OWN]
+
+
+def data_sets() -> list[str]:
+    """Names of ``--data``."""
+    return list(_registered("voc12/data_sets", "data_set"))
+
+
+def value(argv: Sequence[str], name: str) -> str | None:
+    """What a flag is given; the last one counts."""
+    for i, word in reversed(list(enumerate(argv))):
+        flag, equals, given = word.partition("=")
+        if flag.replace("_", "-") == name and (equals or i + 1 < len(argv)):
+            return given if equals else argv[i + 1]
+    return None
+
+
+def method_of(argv: Sequence[str]) -> str:
+    """METHOD, which comes first."""
+    return argv[0] if argv and not argv[0].startswith("-") else "seam"
+
+
+def check_words(argv: Sequence[str]) -> None:
+    """Raises WrongWord for the first name or flag that there is not."""
+    method = method_of(argv)
+    if "net.registry" not in sys.modules:  # else it is there to ask, and may know methods of other places
+        _check_names(method, {name: value(argv, f"--{name}") for name in ("preset", "refiner", "segmenter", "data")})
+    known = known_flags(method)
+    for flag in commandline.given_flags(argv):
+        if known and flag not in (*known, "--help-all"):
+            hint = commandline.did_you_mean(flag, known)
+            raise WrongWord(f"{method} has no flag {flag}.{hint} All: python run_sample.py {method} --help-all", 2)
+
+
+def _check_names(method: str, given: Mapping[str, str | None]) -> None:
+    rooms = {"method": "seed", "refiner": "refine", "segmenter": "segment"}
+    tables = {"method": (method, list(methods())), "refiner": (given["refiner"], refiners()),
+              "segmenter": (given["segmenter"], segmenters()), "data set": (given["data"], data_sets()),
+              "preset": (given["preset"], methods().get(method, ()))}  # fmt: skip
+    for what, (name, names) in tables.items():
+        # a file that can't be read is told of by the registry, with the reason
+        if name is None or name in names or not names or (ROOM / "net" / rooms.get(what, "") / f"{name}.py").exists():
+            continue
+        told = {"preset": f"{method} has no preset {name!r}.", "data set": f"--data {name}: there is no such data set."}
+        raise WrongWord(f"{told.get(what, f'There is no {what} {name!r}.')} There are: {', '.join(names)}.")
+
+
+def known_flags(method: str) -> list[str]:
+    """All flags of a method with any refiner and segmenter; none where its file does not import."""
+    key = _sources_key()
+    try:
+        index = json.loads(INDEX.read_text(encoding="utf-8"))
+        if index["key"] == key:
+            return index["flags"].get(method, [])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none yet, or of other sources
+    from step.lib.config import all_flags  # with PyTorch: once after a change
+
+    found = all_flags()
+    try:
+        INDEX.parent.mkdir(exist_ok=True)
+        part = INDEX.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps({"key": key, "flags": found}), encoding="utf-8")
+        part.replace(INDEX)
+    except OSError:
+        pass  # a checkout that can't be written to: slower, not worse
+    return found.get(method, [])
+
+
+def _sources_key() -> str:
+    digest = hashlib.sha256()
+    for folder in ("misc", "net", "step", "voc12"):
+        for path in sorted((ROOM / folder).rglob("*.py")):
+            digest.update(f"{path.relative_to(ROOM)}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def help_text() -> str:
+    """The short help, one screen."""
+    from step import STEPS
+
+    listed = ", ".join(f"{i} {s.name}" for i, s in enumerate(STEPS, 1))
+    presets = dict.fromkeys(preset for names in methods().values() for preset in names)
+    names = (
+        ("METHOD", ", ".join(methods())),
+        ("--refiner", ", ".join(refiners())),
+        ("--segmenter", ", ".join(segmenters())),
+        ("--data", ", ".join(data_sets())),
+        ("--preset", ", ".join(presets)),
+    )
+    return "\n".join(
+        [
+            "usage: python run_sample.py [METHOD] [--preset NAME] [--data NAME --root DIR] [--out RUN] [options]",
+            "",
+            *textwrap.wrap(f"Segmentation masks from image-level tags, in nine steps: {listed}.", commandline.WIDTH),
+            "",
+            "There are (any method goes with any refiner and any segmenter):",
+            commandline.columns(names, width=12),
+            "",
+            "Options that people use:",
+            commandline.columns(OPTIONS),
+            "",
+            "python run_sample.py                  SEAM on the generated sample set: minutes on two CPU cores",
+            "python run_sample.py seam --preset published --data voc12 --root VOCdevkit/VOC2012 --cam.weights F",
+            "python run_sample.py seam --steps 5-7 --aff.walk.beta 10 --out runs/beta10",
+            "python run_sample.py METHOD --help-all   every option that has an effect with METHOD, with its value",
+        ]
+    )

@@ -1,0 +1,195 @@
+"""Which steps a call of run_sample.py does: what is done, what does not apply, what is next, what can fail."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+from misc import distributed
+from misc.config import flatten
+from misc.files.runfolder import OtherConfiguration, RunFolder
+from misc.loop.each import EachFailed, WorkerDied
+from misc.loop.fit import NonFiniteLoss, divide, resume_point
+from net import registry, verify
+from step import STEPS, Step, report, select
+from step.lib.config import Config, Job, open_job
+from voc12 import loader
+from voc12.generated import sets
+
+PROBLEMS = (ValueError, OSError, EachFailed, WorkerDied, loader.WorkerDied, NonFiniteLoss, OtherConfiguration)
+"""Errors that tell the user what to do; anything else is a defect and shows its traceback."""
+
+
+@dataclass
+class Plan:
+    """The steps of one call, for a run folder that is ready to take their files."""
+
+    job: Job
+    listed: list[Step]
+    """Those to speak of: the ones that are named, or all nine."""
+    steps: list[Step]
+    """Those to do: the ones that are named, or all that apply."""
+    made: list[Step] = field(default_factory=list)
+    """Those that this call has done so far."""
+
+    @property
+    def parts(self) -> int:
+        """Number of parts that the images are done in (--shard)."""
+        return self.job.cfg.shard_part()[1]
+
+    def reason_to_skip(self, step: Step) -> str | None:
+        """Why a step is not to be done now; None: it is. To be called by all processes."""
+        if step not in self.steps:
+            return not_applying(step, self.job)
+        if not finished(self.job, step):
+            return None
+        outdated = step.name == "report" and (self.made or not report.current(self.job))
+        return None if outdated else "done already (--redo does it again)."
+
+    def waits(self, step: Step) -> bool:
+        """Whether a step must wait for the parts of the images that other jobs do."""
+        return self.parts > 1 and not step.per_image and any(made.per_image for made in self.made)
+
+    def recording(self, step: Step) -> AbstractContextManager[None]:
+        """Records in run.json that a step is done, and what it took."""
+        self.made.append(step)
+        return self.job.run.step(step.name, done=self.parts == 1 or not step.per_image, makes=step.makes)
+
+    def files(self, step: Step) -> list[str]:
+        """The files and folders that a step has made."""
+        made = (self.job.run.root / name for name in step.makes)
+        return [str(path) for path in made if path.exists()]
+
+    @staticmethod
+    def say(text: str) -> None:
+        """Print from the main process only."""
+        distributed.say(text)
+
+    def show_scores(self) -> None:
+        """Print the scores of a run whose page was made earlier."""
+        if self.job.run.report.exists():
+            report.show(self.job)
+
+    def following(self) -> Step | None:
+        """The step that the pipeline goes on with after what is named; None at its end."""
+        last = STEPS.index(self.steps[-1])
+        return next((s for s in select((), self.job.aim) if STEPS.index(s) > last), None)
+
+
+def open_plan(cfg: Config) -> Plan:
+    """Generate the sample set, check everything that can fail, and open the run folder.
+
+    Raises ValueError, OSError or OtherConfiguration, before any work is done or anything is removed.
+    """
+    select(cfg.steps)  # what is no step is refused before anything is generated
+    if cfg.data in sets.LAYOUTS and cfg.root is None and distributed.is_main():
+        s, layout = cfg.sample, sets.LAYOUTS[cfg.data]
+        sets.generate(cfg.data_root(), images=s.images, val=s.val, classes=s.classes, seed=s.seed, layout=layout)
+    distributed.barrier()
+    job = open_job(cfg)
+    steps = select(cfg.steps, job.aim)
+    source = None if cfg.cams is None else RunFolder(cfg.cams)
+    adopted = ("train_cam", "make_cam") if source else ()
+    todo = [s for s in steps if s.name not in adopted and (cfg.redo or not finished(job, s))]
+    check(job, todo)
+    verify_networks(job, todo)
+    names = [name for name in {job.train_list, cfg.score_list, cfg.val_list} if job.catalog.has_list(name)]
+    lists = {name: job.catalog.fingerprint(name) for name in sorted(names)}
+    if source:
+        source.check_cams(cfg.recorded(), lists)
+    job.run.begin(cfg.recorded(), flatten(cfg.machine), lists, cfg.force)
+    if cfg.redo:
+        distributed.barrier()
+        if distributed.is_main():
+            remove(job, steps)
+        distributed.barrier()
+    if source:
+        if distributed.is_main():
+            job.run.adopt_cams(source, [name for name, _ in cfg.cam.phases()])
+        distributed.barrier()
+    return Plan(job, steps if cfg.steps else list(STEPS), steps)
+
+
+def not_applying(step: Step, job: Job) -> str | None:
+    """Why a step is no part of the runs of this kind; None where it is (or would be, if it were named)."""
+    if job.aim in step.aims:
+        return None
+    if job.aim == "boxes":
+        return f"does not apply: {job.cfg.data} has boxes to find, not masks."
+    if step.aims == ("boxes",):
+        return f"does not apply: {job.cfg.data} has no boxes to find."
+    return f"does not apply: {job.cfg.method} predicts the masks itself (--segmenter own)."
+
+
+def check(job: Job, steps: Sequence[Step]) -> None:
+    """Everything that can be known to fail before any work starts. Raises ValueError or FileNotFoundError."""
+    cfg = job.cfg
+    if cfg.shard_part()[1] > 1 and cfg.redo:
+        raise ValueError("--redo with --shard would remove the files of the other parts too: call it once without.")
+    names = {s.name for s in steps}
+    phases = [("cam." if n == "cam" else f"cam.{n}.", p) for n, p in cfg.cam.phases()] if "train_cam" in names else []
+    phases += [("aff.", cfg.aff)] if "train_aff" in names else []
+    if "train_seg" in names:
+        if job.single_stage:
+            raise ValueError(
+                "train_seg: with --segmenter own the CAM network predicts the masks, there is nothing else to train. "
+                f"Name a segmenter: {', '.join(sorted(registry.SEGMENTERS))}."
+            )
+        phases += [("seg.", cfg.seg)]
+    if job.single_stage and cfg.masks == "truth":
+        raise ValueError("--masks truth: with --segmenter own nothing is trained on masks. Name a segmenter.")
+    for prefix, phase in phases:
+        divide(phase.fit, distributed.world())
+        phase.start.check(f"--{prefix}weights", None if "train_cam" in names else job.run.weights("cam"))
+    saliency = job.saliency_folder() if any(phase.network.wants_saliency for _, phase in phases) else None
+    lists: dict[str, dict[str, Any]] = {
+        job.train_list: {"need_masks": cfg.masks == "truth" and "train_seg" in names, "saliency": saliency}
+    }
+    scored = cfg.score_list != Config.score_list or job.catalog.has_list(cfg.score_list)
+    if scored and {"make_cam", "random_walk"} & names:
+        lists.setdefault(cfg.score_list, {})
+    if "infer_seg" in names:
+        lists.setdefault(cfg.val_list, {"need_tags": False})
+    if "localise" in names:
+        lists[cfg.val_list] = {"need_boxes": True}
+    for split, needs in lists.items():
+        for warning in job.catalog.check(split, **needs):
+            distributed.say(f"Note ({split}): {warning}")
+
+
+def verify_networks(job: Job, steps: Sequence[Step]) -> None:
+    """A tiny batch through every network that the steps train: a slip in a method's file is told before work starts.
+
+    Raises ValueError with the file and what is wrong.
+    """
+    names, classes, cfg = {s.name for s in steps}, job.catalog.num_classes, job.cfg
+    if "train_cam" in names:
+        verify.verify_seed(cfg.cam.phases(), classes)
+    if "train_aff" in names:
+        verify.verify_refiner(job.refine_method(), cfg.aff, classes)
+    if "train_seg" in names:
+        verify.verify_segmenter(cfg.seg, classes)
+
+
+def remove(job: Job, steps: Sequence[Step]) -> None:
+    """Remove what the named steps and all later ones made: later files rest on earlier ones."""
+    first = min(STEPS.index(s) for s in steps)
+    for step in STEPS[first:]:
+        job.run.forget(step.name)
+        for path in (job.run.root / made for made in step.makes):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+                resume_point(path).unlink(missing_ok=True)
+    if first == 0:
+        shutil.rmtree(job.run.root / "weights", ignore_errors=True)
+
+
+def finished(job: Job, step: Step) -> bool:
+    """Whether a step is recorded as done and all its files are there. To be called by all processes."""
+    done = job.run.finished(step.name) and all(path.exists() for path in step.files(job))
+    return all(distributed.joined([done]))  # one answer for all, and none goes on before all have looked

@@ -1,0 +1,69 @@
+"""Help and wrong words are answered from the sources, without importing PyTorch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from running import start
+
+import run_sample
+from net import registry
+from step.lib import choices
+from voc12.catalog import load_data_sets
+
+
+@pytest.mark.parametrize("flag, told", [
+    ("--nosuch-word", "seam has no flag --nosuch-word. All: python run_sample.py seam --help-all"),
+    ("--cam.fit.lrr", "Did you mean --cam.fit.lr"), ("--lr", "Did you mean --cam.fit.lr"),
+    ("--refnier=psa", "Did you mean --refiner"),
+])  # fmt: skip
+def test_a_wrong_flag_is_told_with_the_nearest(flag: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_sample.main(["seam", flag, "1"]) == 2
+    assert told in capsys.readouterr().err.replace(" or --aff.fit.lr", "")
+
+
+@pytest.mark.parametrize("argv", [
+    ["run_sample", "--help"], ["run_sample", "nosuch"], ["run_sample", "seam", "--preset", "big"],
+    ["run_sample", "seam", "--nosuch", "1"], ["predict", "--help"], ["evaluation", "--help"],
+    ["predict", "--nosuch"], ["evaluation", "--nosuch"],
+], ids=" ".join)  # fmt: skip
+def test_help_and_wrong_words_need_no_torch(argv: list[str]) -> None:
+    choices.known_flags("seam")  # the list of flags is made where it is not there
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = [{argv[0] + '.py'!r}, *{argv[1:]!r}]\n"
+        f"try: runpy.run_path({argv[0] + '.py'!r}, run_name='__main__')\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    ended = start(["-c", code])
+    assert ended.stdout.splitlines()[-1] == "False" and ("--help" in argv) == (ended.returncode == 0)
+
+
+def test_names_read_from_the_sources_are_those_that_are_registered() -> None:
+    registry.load_methods()
+    assert {name: set(presets) for name, presets in choices.methods().items()} == {
+        name: set(method.recipes) for name, method in registry.SEEDS.items()
+    }
+    assert set(choices.refiners()) == set(registry.REFINERS)
+    assert set(choices.segmenters()) == {*registry.SEGMENTERS, registry.OWN}
+    assert set(choices.data_sets()) == set(load_data_sets())
+
+
+def test_every_option_of_the_short_help_exists() -> None:
+    known = choices.known_flags("seam")
+    assert all(form.split()[0] in known for form, _ in choices.OPTIONS)
+
+
+def test_flags_are_listed_anew_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = tmp_path / "cache" / "flags.json"
+    monkeypatch.setattr(choices, "INDEX", index)
+    flags = choices.known_flags("seam")
+    assert "--cam.infer.no-flip" in flags and "--out" in flags and "--aff.walk.logt" in flags
+    index.write_text(json.dumps({**json.loads(index.read_text()), "flags": {"seam": ["--stale"]}}))
+    assert choices.known_flags("seam") == ["--stale"]  # it is read
+    monkeypatch.setattr(choices, "_sources_key", lambda: "another")
+    assert choices.known_flags("seam") == flags
+    index.write_text("{")
+    assert choices.known_flags("seam") == flags
