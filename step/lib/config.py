@@ -204,7 +204,7 @@ def all_flags() -> dict[str, list[str]]:
     for name, method in registry.SEEDS.items():
         mine = [flag for recipe in method.recipes.values() for flag in commandline.flags(recipe.cam, "cam.")]
         mine += [flag for r in method.recipes.values() if r.own for flag in commandline.flags(r.own, "seg.")]
-        found[name] = list(dict.fromkeys([*common, *mine]))
+        found[name] = list(dict.fromkeys([*mine, *common]))
     return found
 
 
