@@ -14,6 +14,7 @@ A step reads the files of the steps before it in the run folder and writes its o
 ``python run_sample.py --help`` says what there is to choose.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import os
@@ -22,14 +23,14 @@ import os
 # makes a training many times slower as soon as anything else runs on the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import shlex  # noqa: E402
-import sys  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
-from typing import TYPE_CHECKING  # noqa: E402
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from misc import commandline  # noqa: E402
-from step import STEPS  # noqa: E402
-from step.lib import choices  # noqa: E402
+from misc import commandline
+from step import STEPS
+from step.lib import choices
 
 if TYPE_CHECKING:
     import torch
