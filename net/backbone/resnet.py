@@ -14,6 +14,7 @@ from typing import Annotated, Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck
 
 from misc.checked import Checked, Positive, Range
 from net.backbone import scaled_channels
@@ -22,7 +23,7 @@ from net.foreign.reading import read_tensors
 
 Stage = Literal["stem", "layer1", "layer2", "layer3", "layer4"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
-_EXPANSION = 4
+_EXPANSION = Bottleneck.expansion
 _TELLTALE = "layer1.0.conv1.weight"
 
 
@@ -55,31 +56,13 @@ SAMPLE_RESNET = ResNetOptions(width=0.25, depth=(1, 1, 1, 1), strides=(2, 2, 1, 
 8 pixels a cell. One for all, so that a refiner or segmenter can start from the CAM network."""
 
 
-class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 with a shortcut: (B, cin, h, w) -> (B, 4 width, ceil(h/stride), ceil(w/stride)).
-
-    The stride sits in the 3x3 convolution (ResNet v1.5, as torchvision).
-    """
-
-    def __init__(self, cin: int, width: int, *, stride: int = 1, dilation: int = 1) -> None:
-        super().__init__()
-        cout = width * _EXPANSION
-        self.conv1 = nn.Conv2d(cin, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=dilation, dilation=dilation, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, cout, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(cout)
-        self.downsample: nn.Sequential | None = None
-        if stride != 1 or cin != cout:
-            self.downsample = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The block's rectified output."""
-        main = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        main = F.relu(self.bn2(self.conv2(main)), inplace=True)
-        main = self.bn3(self.conv3(main))
-        return F.relu(main + (x if self.downsample is None else self.downsample(x)), inplace=True)
+def _bottleneck(cin: int, width: int, *, stride: int = 1, dilation: int = 1) -> Bottleneck:
+    """torchvision's block, 1x1, 3x3, 1x1 with a shortcut and the stride in the 3x3 convolution (ResNet v1.5):
+    (B, cin, h, w) -> (B, 4 width, ceil(h/stride), ceil(w/stride))."""
+    cout, shortcut = width * _EXPANSION, None
+    if stride != 1 or cin != cout:
+        shortcut = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
+    return Bottleneck(cin, width, stride, shortcut, dilation=dilation)
 
 
 class Stages(nn.Module):
@@ -149,8 +132,8 @@ class ResNet(Stages):
         channels, strides = [stem], [2 * options.strides[0]]
         per_layer = zip(STAGES[1:], options.depth, widths, (1, *options.strides[1:]), options.dilations, strict=True)
         for name, depth, width, stride, dilation in per_layer:
-            blocks = [Bottleneck(channels[-1], width, stride=stride)]
-            blocks += [Bottleneck(width * _EXPANSION, width, dilation=dilation) for _ in range(depth - 1)]
+            blocks = [_bottleneck(channels[-1], width, stride=stride)]
+            blocks += [_bottleneck(width * _EXPANSION, width, dilation=dilation) for _ in range(depth - 1)]
             self.add_module(name, nn.Sequential(*blocks))
             channels.append(width * _EXPANSION)
             strides.append(strides[-1] * stride)

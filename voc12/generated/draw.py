@@ -306,7 +306,7 @@ def _paint(rng: Rng, image: Array, things: list[Thing]) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- pictures
 @dataclass
-class Picture:
+class DrawnPicture:
     """A picture of h x w pixels with its truth.
 
     rgb (h, w, 3) uint8; instances (h, w) uint8, 0 background, 1..K in the order of `labels`, without a rim;
@@ -349,7 +349,7 @@ def draw_picture(
     classes: int = 5,
     long_side: tuple[int, int] = (100, 160),
     single: bool = False,
-) -> Picture:
+) -> DrawnPicture:
     """Draw picture `index` (from 0) of a split, "train" or "val"; it depends on these arguments alone.
 
     Args:
@@ -386,7 +386,7 @@ def draw_picture(
     rim = cv2.morphologyEx(instances, cv2.MORPH_GRADIENT, disc) > 0
     difficult = [bool(t.seen.sum() < 0.65 * t.whole or rng.uniform() < 0.03) for t in things]
     step = np.s_[::SUPER, ::SUPER]
-    return Picture(
+    return DrawnPicture(
         np.clip(np.rint(image), 0, 255).astype(np.uint8),
         instances[step],
         rim[step],
@@ -396,7 +396,7 @@ def draw_picture(
     )
 
 
-def draw_saliency(seed: int, split: str, index: int, picture: Picture) -> Array:
+def draw_saliency(seed: int, split: str, index: int, picture: DrawnPicture) -> Array:
     """A saliency detector's idea of a picture, (h, w) uint8: uneven strength, blur, missing bits, false blobs."""
     rng = _rng(seed, split, index, 2)
     size = picture.instances.shape

@@ -24,7 +24,7 @@ from PIL import Image
 
 from misc.files import store
 from misc.image.draw import palette
-from voc12.generated.draw import SPLIT_YEARS, Picture, draw_picture, draw_saliency
+from voc12.generated.draw import SPLIT_YEARS, DrawnPicture, draw_picture, draw_saliency
 from voc12.generated.marks import MARKS, class_names
 
 LAYOUTS: dict[str, Literal["voc", "cub"]] = {"sample": "voc", "sample_cub": "cub"}
@@ -35,7 +35,7 @@ JPEG_QUALITY = 90
 SHORTEST = 64  # below this long side no mark is readable
 
 
-def _annotation(name: str, picture: Picture) -> str:
+def _annotation(name: str, picture: DrawnPicture) -> str:
     """The VOC annotation of a picture; boxes are of the seen pixels, 1-based, both ends included."""
     h, w = picture.instances.shape
     root = ET.Element("annotation")
@@ -60,7 +60,7 @@ def _annotation(name: str, picture: Picture) -> str:
     return ET.tostring(root, encoding="unicode") + "\n"
 
 
-def _write(root: Path, name: str, picture: Picture, saliency: np.ndarray) -> None:
+def _write(root: Path, name: str, picture: DrawnPicture, saliency: np.ndarray) -> None:
     """Write one picture's files below `root`; without syncing, as a set counts only once sample.json stands."""
     Image.fromarray(picture.rgb).save(root / "JPEGImages" / f"{name}.jpg", quality=JPEG_QUALITY)
     (root / "Annotations" / f"{name}.xml").write_bytes(_annotation(name, picture).encode())
