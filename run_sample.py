@@ -82,14 +82,14 @@ def main(argv: Sequence[str]) -> int:
 
     # from here on with PyTorch, whose import takes seconds
     from misc import distributed
-    from step.lib import config
+    from step.lib import parsing
     from step.plan import PROBLEMS, open_plan
 
     def work() -> None:
         if "--help-all" in argv:
-            print(config.help_all(argv))
+            print(parsing.help_all(argv))
             return
-        cfg = config.parse(argv)
+        cfg = parsing.parse(argv)
         device = distributed.start(cfg.machine.device)
         run(open_plan(cfg), device, ["python", "run_sample.py", *without_steps(argv)])
         distributed.stop()

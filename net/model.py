@@ -40,7 +40,7 @@ class Model:
     """Of its file (store.fingerprint)."""
 
 
-def describe(
+def describe_network(
     part: Part, method: str, preset: str, recipe: Mapping[str, Any], classes: Sequence[str], network: Network,
     test: SegmentTest | None = None,
 ) -> dict[str, Any]:

@@ -12,14 +12,14 @@ from collections.abc import Sequence
 
 from misc import distributed
 from step import plan
-from step.lib import config, entropy
+from step.lib import entropy, parsing
 from step.lib.config import open_job
 
 
 def main(argv: Sequence[str]) -> int:
     """Command line; returns the exit status."""
     try:
-        cfg = config.parse(argv)
+        cfg = parsing.parse(argv)
         measured = entropy.run(open_job(cfg), distributed.start(cfg.machine.device))
         distributed.say("--cam.network.entropy", " ".join(f"{value:.9g}" for value in measured))
     except plan.PROBLEMS as error:

@@ -53,7 +53,7 @@ SEGMENTERS = tuple(sorted(registry.SEGMENTERS))
 """Trained on the true masks, as there are no others."""
 
 
-def flags(name: str, root: Path, out: Path, batch: int) -> list[str]:
+def step_flags(name: str, root: Path, out: Path, batch: int) -> list[str]:
     """The arguments of run_sample.py for a name of ``METHODS`` or ``SEGMENTERS``; what is its own comes last and
     wins."""
     method, preset, *_ = [*name.split(":"), "published"]
@@ -84,7 +84,7 @@ def main(root: Path, methods: Sequence[str] = METHODS, out: Path = Path("runs/on
     for name in methods:
         if name not in (*METHODS, *SEGMENTERS):
             raise SystemExit(f"error: there is no {name}. There are: {', '.join((*METHODS, *SEGMENTERS))}.")
-        command = ["run_sample.py", *flags(name, root.resolve(), out.resolve(), batch)]
+        command = ["run_sample.py", *step_flags(name, root.resolve(), out.resolve(), batch)]
         print(f"\n== python {shlex.join(command)}", flush=True)
         if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
             failed = 1

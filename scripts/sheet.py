@@ -37,7 +37,7 @@ from misc.score.metrics import Confusion, mask_at
 from misc.tables import ResultTable
 from net.contract import AffinityNetwork
 from step import plan
-from step.lib import config
+from step.lib import parsing
 from step.lib.config import Job, open_job
 from step.lib.networks import load_network
 from voc12.lists import pick_evenly
@@ -156,7 +156,7 @@ def main(argv: Sequence[str]) -> int:
     found, flags = tyro.cli(arguments, prog="python -m scripts.sheet", args=list(argv), return_unknown_args=True)
     method, name, values, images, rows, count, height, sheet = found
     try:
-        cfg = config.parse([method, *flags])
+        cfg = parsing.parse([method, *flags])
         job, device = open_job(cfg), distributed.start(cfg.machine.device)
         make = maker(job, name, device)
         ids = job.train_ids()

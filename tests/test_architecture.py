@@ -35,6 +35,7 @@ MANY = {
     "check": "refuses what is not possible: one value (misc.checked), a whole run before it starts",
     "arguments": "command lines of scripts",
     "ROOT": "the repository, in scripts",
+    "OWN": "the word of --segmenter: net.registry, and step.lib.choices, which must not import PyTorch",
     "SEGMENTERS": "in scripts: the names of those that are registered",
     "Options": "the command line's options of a program; of a network: net.contract",
 }

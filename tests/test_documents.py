@@ -18,7 +18,7 @@ from running import ROOM, make_set, run
 import evaluation
 import predict
 from net import registry
-from step.lib import config
+from step.lib import parsing
 from step.lib.config import default_config
 from voc12.prepare.__main__ import COMMANDS
 
@@ -47,7 +47,7 @@ def check_command(line: str) -> None:
     if words[0] == "bash":
         assert (ROOM / program).is_file()
     elif program == "run_sample.py":
-        config.parse([word for word in arguments if word not in ("--help", "--help-all")])
+        parsing.parse([word for word in arguments if word not in ("--help", "--help-all")])
     elif program in ("predict.py", "evaluation.py"):
         room = {"predict.py": predict, "evaluation.py": evaluation}[program]
         tyro.cli(room.Options, args=arguments)

@@ -14,7 +14,7 @@ from net.registry import OWN, SEEDS, SEGMENTERS, load_methods
 from net.start_weights import REQUIRED
 from scripts import one_step
 from step import plan, select
-from step.lib import config
+from step.lib import parsing
 from step.lib.config import default_config, open_job
 
 load_methods()
@@ -58,7 +58,7 @@ def test_a_script_runs_its_published_recipe(system: str, room: Path) -> None:
     told = call(room, system, *given, "--seed", "7", "--run", "a b")
     assert told.returncode == 0, told.stderr
     driver, *flags = told.stdout[told.stdout.index("run_sample.py") :].splitlines()
-    cfg = config.parse(flags)
+    cfg = parsing.parse(flags)
     assert (driver, cfg.seed, cfg.run) == ("run_sample.py", 7, Path("a b"))
     assert cfg.preset == PRESETS.get(system, "published")
     assert cfg.method.startswith(system.split("_")[0])
@@ -85,7 +85,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", [*one_step.METHODS, *one_step.SEGMENTERS])
 def test_a_step_of_every_published_recipe_is_asked_for_at_full_size(name: str, data: Path, tmp_path: Path) -> None:
-    cfg = config.parse(one_step.flags(name, data, tmp_path, batch=2))
+    cfg = parsing.parse(one_step.step_flags(name, data, tmp_path, batch=2))
     job = open_job(cfg)
     plan.check(job, select(cfg.steps, job.aim))
     if name in one_step.SEGMENTERS:

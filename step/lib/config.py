@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +20,6 @@ from misc.config import Machine
 from misc.files.runfolder import RunFolder
 from net import contract, registry
 from net.start_weights import StartWeights
-from step.lib import choices
 from voc12.catalog import Catalog, load_data_sets, open_catalog
 from voc12.generated.sets import LAYOUTS
 from voc12.lists import pick_evenly
@@ -175,22 +174,6 @@ def default_config(method: str, preset: str, refiner: str | None = None, segment
     )
 
 
-def parse(argv: Sequence[str]) -> Config:
-    """The configuration that a command line asks for. METHOD, if given, comes first; --preset, --refiner and
-    --segmenter decide which defaults the other flags have. ValueError for names that there are not; what tyro refuses
-    (an impossible value) ends the process with status 2."""
-    choices.check_words(argv)
-    method = choices.method_of(argv)
-    given = {name: choices.value(argv, f"--{name}") for name in ("preset", "refiner", "segmenter")}
-    base = default_config(method, given["preset"] or "sample", given["refiner"], given["segmenter"])
-    if choices.value(argv, "--voc12-root") and not choices.value(argv, "--data"):
-        base = dataclasses.replace(base, data="voc12")
-    cfg = tyro.cli(Config, default=base, args=list(argv), prog="run_sample.py", add_help=False)
-    if cfg.method != method:
-        raise ValueError(f"METHOD comes first: python run_sample.py {cfg.method} ...")
-    return cfg
-
-
 def all_flags() -> dict[str, list[str]]:
     """Every method's flags, with any refiner and segmenter."""
     registry.load_methods()
@@ -206,25 +189,6 @@ def all_flags() -> dict[str, list[str]]:
         mine += [flag for r in method.recipes.values() if r.own for flag in commandline.flags(r.own, "seg.")]
         found[name] = list(dict.fromkeys([*mine, *common]))
     return found
-
-
-def help_all(argv: Sequence[str]) -> str:
-    """Every option that has an effect in the runs of a command line, which says --help-all besides."""
-    cfg = parse([word for word in argv if word != "--help-all"])
-    boxes = load_data_sets()[cfg.data].aim == "boxes"
-    hidden = ["method"] + ([] if boxes else ["cam.boxes."])
-    if boxes or cfg.segmenter == registry.OWN:
-        hidden += ["aff."] + (["seg.", "cam.infer.coarse"] if boxes else [])
-    if cfg.data not in LAYOUTS or cfg.root is not None:
-        hidden += ["sample."]
-    if not any(phase.network.wants_saliency for _, phase in cfg.cam.phases()):
-        hidden += ["saliency"]
-    return (
-        f"Every option that has an effect with {cfg.method}, preset {cfg.preset}, refiner {cfg.refiner}, segmenter "
-        f"{cfg.segmenter}, data {cfg.data}, and its value there.\nOthers show where what they belong to is chosen "
-        f"(python run_sample.py {cfg.method} --cam.fit.schedule cosine --help-all).\n\n"
-        + commandline.describe(cfg, hidden)
-    )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from misc.image.pixels import normalise_image, to_tensor
 from misc.loop.fit import divide, fit
 from misc.loop.trainable import Batch
 from net.contract import Network, Phase
-from net.model import Part, describe
+from net.model import Part, describe_network
 from step.lib.config import Job, identity
 from voc12.loader import Draws, TrainSet, make_loader
 
@@ -112,4 +112,5 @@ def _description(job: Job, name: str, phase: Phase, network: Network, device: to
     recipe = identity(flatten(getattr(cfg, part)))
     test = cfg.seg if name == "cam" and job.single_stage else None
     precision = job.machine(phase, device).precision(device)
-    return {**describe(part, method, cfg.preset, recipe, job.catalog.classes, network, test), "precision": precision}
+    told = describe_network(part, method, cfg.preset, recipe, job.catalog.classes, network, test)
+    return {**told, "precision": precision}

@@ -39,7 +39,7 @@ from net.shared.aream import (
     pseudo_labels,
     scale_entropy,
 )
-from step.lib import config, entropy
+from step.lib import entropy, parsing
 from step.lib.config import open_job
 from step.lib.networks import load_cam_network
 
@@ -398,7 +398,7 @@ def test_measuring_the_entropy_of_a_trained_network(tmp_path: Path) -> None:
     ]  # fmt: skip
     first = [*flags, "--run", str(out), "--steps", "train_cam", "--cam.network.pair-weight", "0"]
     assert run_sample.main(first) == 0
-    job = open_job(config.parse(first))
+    job = open_job(parsing.parse(first))
     state, description = store.read_model(job.run.weights("cam"))  # so short a training leaves all flat
     state = {n: v * 20 if "qkv" in n or n.startswith("head") else v for n, v in state.items()}
     store.write_model(job.run.weights("cam"), state, description)
@@ -426,7 +426,7 @@ def test_other_methods_have_no_entropy(tmp_path: Path) -> None:
     class Plain(nn.Module):
         pass
 
-    job = open_job(config.parse(["seam", "--root", str(make_set(tmp_path / "data", images=2, val=1))]))
+    job = open_job(parsing.parse(["seam", "--root", str(make_set(tmp_path / "data", images=2, val=1))]))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="seam has no entropy"):
         patch.setattr(entropy, "load_cam_network", lambda *_: Plain())
         entropy.run(job, torch.device("cpu"))

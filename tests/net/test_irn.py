@@ -23,7 +23,7 @@ from net.refine.irn import IRN, IRNOptions, IRNWalk, displacement_losses, find_c
 from net.seed.irn_cam import IRNCam, IRNCamOptions
 from net.shared import edge
 from net.shared.edge import EdgeLabel, enlarge_cells, hard_label, propagate_scores
-from step.lib import config
+from step.lib import parsing
 
 TINY = ResNetOptions(width=0.125, depth=(1, 1, 1, 1), frozen="layer4")
 
@@ -300,12 +300,12 @@ def test_published_numbers_that_are_easily_lost() -> None:
 
 def test_switches_are_switches_and_numbers_are_numbers() -> None:
     flags = ["irn_cam", "--preset", "published", "--data", "voc12"]
-    changed = config.parse([*flags, "--aff.walk.no-instances", "--aff.walk.beta", "7", "--aff.walk.logt", "3",
+    changed = parsing.parse([*flags, "--aff.walk.no-instances", "--aff.walk.beta", "7", "--aff.walk.logt", "3",
                                 "--cam.augment.crop", "256", "--cam.infer.scales", "1", "0.5"])  # fmt: skip
     walk = changed.aff.walk
     assert (walk.instances, walk.beta, walk.logt) == (False, 7.0, 3)
     assert changed.cam.augment.crop == 256 and changed.cam.infer.scales == (1.0, 0.5)
-    assert config.parse([*flags, "--aff.walk.instances"]).aff.walk.instances is True
+    assert parsing.parse([*flags, "--aff.walk.instances"]).aff.walk.instances is True
 
 
 def test_crts_settings_are_overrides() -> None:

@@ -14,7 +14,7 @@ from misc.files import store
 from net import contract, registry
 from net.contract import Phase
 from net.foreign.reading import read_tensors
-from net.model import describe, load_model, predicts_masks
+from net.model import describe_network, load_model, predicts_masks
 
 registry.load_methods()
 CLASSES = ("dog", "potted plant", "Tür")
@@ -35,7 +35,7 @@ def save(folder: Path, part: str, name: str, changed: Phase) -> dict[str, torch.
     phases = changed.phases() if isinstance(changed, contract.SeedRecipe) else ((part, changed),)
     for phase_name, phase in phases:
         network = earlier[phase_name] = phase.network.build(len(CLASSES), earlier)
-        description = describe(part, name, "sample", flatten(changed), CLASSES, network)
+        description = describe_network(part, name, "sample", flatten(changed), CLASSES, network)
         store.write_model(folder / f"{phase_name}.pt", network.state_dict(), description)
     return network.state_dict()
 
@@ -76,7 +76,7 @@ def test_a_cam_network_that_predicts_masks_serves_as_segmenter(name: str, tmp_pa
         assert isinstance(model.network, contract.SingleStage) and predicts_masks(tmp_path / "cam.pt")
         assert all(torch.equal(value, state[k]) for k, value in model.network.state_dict().items())
         network = model.network
-        description = describe("cam", name, "sample", flatten(whole.cam), CLASSES, network, changed)
+        description = describe_network("cam", name, "sample", flatten(whole.cam), CLASSES, network, changed)
         store.write_model(tmp_path / "cam.pt", state, description)  # for the second round
     assert isinstance(load_model(tmp_path / "cam.pt", "cam").recipe, contract.SeedRecipe)
     save(tmp_path, "cam", "psa", recipe("cam", "psa"))

@@ -27,7 +27,7 @@ from net.seed.semformer import (
     valid_mask,
 )
 from net.seed.semformer.autoencoder import CAAE, CAAEOptions, similarity, tags_with_background
-from step.lib import config
+from step.lib import parsing
 from step.lib.config import Config, Job, open_job
 from step.train_cam import scored_masks, train_miou
 
@@ -379,7 +379,7 @@ def job(data: Path, tmp_path: Path) -> Iterator[Job]:
 
 
 def open_config(data: Path) -> Config:
-    return config.parse(arguments(data, Path("unused")))
+    return parsing.parse(arguments(data, Path("unused")))
 
 
 def test_an_epoch_is_rated_by_the_best_background_score(job: Job) -> None:

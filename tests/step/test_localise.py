@@ -16,7 +16,7 @@ from misc.files import store
 from misc.files.runfolder import RunFolder
 from misc.score import wsol
 from step import localise, report
-from step.lib import config
+from step.lib import parsing
 from step.lib.config import open_job
 from voc12.generated.sets import generate
 
@@ -89,7 +89,7 @@ def test_recorded_boxes_are_those_of_the_maps(finished: Path, data: Path) -> Non
     """Each file agrees with the evaluation of its own boxes."""
     for path in (finished / "box").iterdir():
         found = store.read_arrays(path)
-        target = int(open_job(config.parse(arguments(data, finished))).catalog.tags(path.stem).argmax())
+        target = int(open_job(parsing.parse(arguments(data, finished))).catalog.tags(path.stem).argmax())
         verdict = wsol.judge_boxes(found["best"], found["boxes"], found["known"], target, found["truth"])
         assert {k: v.item() for k, v in found.items() if k in vars(verdict)} == pytest.approx(vars(verdict))
         assert len(found["best"]) == 5 and found["overlap"].shape == (2, 20) and found["pixels"].sum() == 64 * 64
@@ -115,7 +115,7 @@ def test_true_tags_change_nothing_of_what_is_found_without_them(data: Path, fini
 
 def test_maps_are_asked_for_without_a_hint_at_the_true_class(data: Path, tmp_path: Path) -> None:
     """Even a method whose maps depend on which others are asked for is told the true class for GT-Known only."""
-    job = open_job(config.parse(arguments(data, tmp_path)))
+    job = open_job(parsing.parse(arguments(data, tmp_path)))
     asked: list[list[int]] = []
 
     def maps(classes: np.ndarray) -> list[torch.Tensor]:
@@ -129,7 +129,7 @@ def test_maps_are_asked_for_without_a_hint_at_the_true_class(data: Path, tmp_pat
 
 def test_boxes_follow_their_classes(data: Path, tmp_path: Path) -> None:
     """Maps come in the order of the classes, boxes in that of the scores."""
-    job = open_job(config.parse(arguments(data, tmp_path)))
+    job = open_job(parsing.parse(arguments(data, tmp_path)))
 
     def maps(classes: np.ndarray) -> list[torch.Tensor]:
         made = torch.zeros(1, len(classes), 64, 64)

@@ -21,7 +21,7 @@ from misc.files import store
 from misc.files.camfiles import read_cam
 from misc.files.images import read_image, read_mask, write_mask
 from step import select
-from step.lib import config
+from step.lib import parsing
 
 MADE = ("weights/*.pt", "cam/*", "aff_label/*", "label/*", "seg/*")
 IDS = [f"2025_{i:06d}" for i in range(1, 9)]
@@ -227,9 +227,9 @@ def test_true_masks_can_be_trained_on(data: Path, tmp_path: Path, capsys: pytest
 
 def test_voc12_root_chooses_the_data_set(data: Path) -> None:
     for words in (["--voc12_root", str(data)], ["--voc12-root", str(data)], [f"--voc12_root={data}"]):
-        cfg = config.parse(["seam", *words])
+        cfg = parsing.parse(["seam", *words])
         assert cfg.data == "voc12" and cfg.root == data
-    assert config.parse(["seam", "--root", str(data)]).data == "sample"
+    assert parsing.parse(["seam", "--root", str(data)]).data == "sample"
 
 
 def test_an_interrupted_run_says_so_and_leaves_nothing_half(
@@ -525,5 +525,5 @@ def test_a_full_disk_ends_the_run_with_a_message_and_keeps_what_is_finished(
 
 
 def test_the_settings_of_these_tests_are_all_flags() -> None:
-    cfg = config.parse(arguments(Path("data"), Path("out")))
+    cfg = parsing.parse(arguments(Path("data"), Path("out")))
     assert cfg.cam.fit.steps == 4 and cfg.machine.workers == 0 and len(TINY) > 20

@@ -22,7 +22,7 @@ from misc.image.cam import Cam
 from net import contract, registry
 from net.contract import Batch, Network, Phase
 from step import STEPS, select
-from step.lib import config
+from step.lib import parsing
 from step.lib.config import Config, default_config
 from step.lib.inference import settle_walk
 
@@ -93,7 +93,7 @@ def test_every_combination_has_a_configuration(recipe: tuple[str, str], refiner:
 
 @pytest.mark.parametrize("method, preset", PRESETS)
 def test_every_method_has_a_command_line(method: str, preset: str) -> None:
-    cfg = config.parse([method, "--preset", preset, "--cam.fit.lr", "0.125", "--seg.infer.scales", "16", "32"])
+    cfg = parsing.parse([method, "--preset", preset, "--cam.fit.lr", "0.125", "--seg.infer.scales", "16", "32"])
     assert cfg.preset == preset and cfg.cam.fit.lr == 0.125 and cfg.seg.infer.scales == (16.0, 32.0)
     default = default_config(method, preset)
     unchanged = dataclasses.replace(

@@ -1,0 +1,50 @@
+"""A command line of run_sample.py as a configuration, and all its options told."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import tyro
+
+from misc import commandline
+from net import registry
+from step.lib import choices
+from step.lib.config import Config, default_config
+from voc12.catalog import load_data_sets
+from voc12.generated.sets import LAYOUTS
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """The configuration that a command line asks for. METHOD, if given, comes first; --preset, --refiner and
+    --segmenter decide which defaults the other flags have. ValueError for names that there are not; what tyro refuses
+    (an impossible value) ends the process with status 2."""
+    choices.check_words(argv)
+    method = choices.method_of(argv)
+    given = {name: choices.value(argv, f"--{name}") for name in ("preset", "refiner", "segmenter")}
+    base = default_config(method, given["preset"] or "sample", given["refiner"], given["segmenter"])
+    if choices.value(argv, "--voc12-root") and not choices.value(argv, "--data"):
+        base = dataclasses.replace(base, data="voc12")
+    cfg = tyro.cli(Config, default=base, args=list(argv), prog="run_sample.py", add_help=False)
+    if cfg.method != method:
+        raise ValueError(f"METHOD comes first: python run_sample.py {cfg.method} ...")
+    return cfg
+
+
+def help_all(argv: Sequence[str]) -> str:
+    """Every option that has an effect in the runs of a command line, which says --help-all besides."""
+    cfg = parse([word for word in argv if word != "--help-all"])
+    boxes = load_data_sets()[cfg.data].aim == "boxes"
+    hidden = ["method"] + ([] if boxes else ["cam.boxes."])
+    if boxes or cfg.segmenter == registry.OWN:
+        hidden += ["aff."] + (["seg.", "cam.infer.coarse"] if boxes else [])
+    if cfg.data not in LAYOUTS or cfg.root is not None:
+        hidden += ["sample."]
+    if not any(phase.network.wants_saliency for _, phase in cfg.cam.phases()):
+        hidden += ["saliency"]
+    return (
+        f"Every option that has an effect with {cfg.method}, preset {cfg.preset}, refiner {cfg.refiner}, segmenter "
+        f"{cfg.segmenter}, data {cfg.data}, and its value there.\nOthers show where what they belong to is chosen "
+        f"(python run_sample.py {cfg.method} --cam.fit.schedule cosine --help-all).\n\n"
+        + commandline.describe(cfg, hidden)
+    )
