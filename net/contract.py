@@ -95,6 +95,10 @@ class Phase(Checked):
     """What the checkpoint FILE was trained on, such as imagenet, or coco for COCO's pixel masks: said with every score.
     Empty: only the file's name is."""
 
+    released: str = ""
+    """A checkpoint FILE, such as the authors' own, that is used as it is: nothing is trained, the step counts as done.
+    It must hold the whole network. Empty: train."""
+
     @property
     def start(self) -> StartWeights:
         """``weights``, parsed."""
@@ -116,8 +120,15 @@ class SeedRecipe(Phase):
     training images, as the published SemFormer and Puzzle-CAM do; they do so on coarser maps."""
 
     def phases(self) -> tuple[tuple[str, Phase], ...]:
-        """The trainings in order, each with its name (weights/NAME.pt); the last is the CAM network, named cam."""
+        """The trainings in order, each with its name (weights/NAME.pt); the last is the CAM network, named cam.
+
+        What comes before it serves its training alone: applied, a network is built on earlier ones without weights.
+        """
         return (("cam", self),)
+
+    def needed_phases(self) -> tuple[tuple[str, Phase], ...]:
+        """The phases whose files there must be: of a released CAM network its own alone."""
+        return self.phases()[-1:] if self.released else self.phases()
 
 
 @dataclass(frozen=True)

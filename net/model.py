@@ -81,8 +81,8 @@ def load_state(network: Network, path: Path) -> None:
 def load_model(path: Path, part: Part) -> Model:
     """The network of a file, by its own description.
 
-    A CAM network that is trained in several phases needs the files of its earlier phases beside it. One that predicts
-    masks too (``contract.SingleStage``) serves as part seg: its recipe is then a SegmentRecipe.
+    A CAM network that predicts masks too (``contract.SingleStage``) serves as part seg: its recipe is then a
+    SegmentRecipe.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -97,7 +97,7 @@ def load_model(path: Path, part: Part) -> Model:
     try:
         method, classes, trained_on = description["method"], tuple(description["classes"]), description["normalisation"]
         recipe = restored(_recipe("cam" if own else part, method, description["preset"]), description["recipe"])
-        network = _build(recipe, len(classes), path)
+        network = _build(recipe, len(classes))
         if own:
             recipe = _as_segmenter(recipe, method, description)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -144,11 +144,10 @@ def _recipe(part: Part, method: str, preset: str) -> Phase:
     return registry.find_recipe(tables[part][method], preset, "published")
 
 
-def _build(recipe: Phase, num_classes: int, path: Path) -> Network:
-    """The network without its weights; those of the phases before it have theirs."""
+def _build(recipe: Phase, num_classes: int) -> Network:
+    """The network without its weights, on those of the phases before it, without theirs too."""
     earlier: dict[str, Network] = {}
     phases = recipe.phases() if isinstance(recipe, SeedRecipe) else ()
     for name, phase in phases[:-1]:
         earlier[name] = phase.network.build(num_classes, earlier)
-        load_state(earlier[name], path.with_name(f"{name}.pt"))
     return recipe.network.build(num_classes, earlier)

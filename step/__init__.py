@@ -34,7 +34,7 @@ ALL: tuple[Aim, ...] = get_args(Aim)
 
 STEPS: tuple[Step, ...] = (
     Step("train_cam", "train the CAM network from tags", ("weights/cam.pt",),
-         lambda job: [job.run.weights(name) for name, _ in job.cfg.cam.phases()], aims=ALL),
+         lambda job: [job.run.weights(name) for name, _ in job.cfg.cam.needed_phases()], aims=ALL),
     Step("make_cam", "infer the CAMs of the training images", ("cam",),
          lambda job: map(job.run.cam, job.cam_ids()), per_image=True, aims=("masks", "single_stage")),
     Step("make_aff_label", "make affinity labels from the CAMs", ("aff_label",),

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from misc import distributed
@@ -91,6 +92,8 @@ def open_plan(cfg: Config) -> Plan:
     distributed.barrier()
     job = open_job(cfg)
     steps = select(cfg.steps, job.aim)
+    if cfg.aff.released and not cfg.steps:
+        steps = [s for s in steps if s.name != "make_aff_label"]
     source = None if cfg.cams is None else RunFolder(cfg.cams)
     adopted = ("train_cam", "make_cam") if source else ()
     todo = [s for s in steps if s.name not in adopted and (cfg.redo or not finished(job, s))]
@@ -108,7 +111,7 @@ def open_plan(cfg: Config) -> Plan:
         distributed.barrier()
     if source:
         if distributed.is_main():
-            job.run.adopt_cams(source, [name for name, _ in cfg.cam.phases()])
+            job.run.adopt_cams(source, [name for name, _ in cfg.cam.needed_phases()])
         distributed.barrier()
     return Plan(job, steps if cfg.steps else list(STEPS), steps)
 
@@ -116,6 +119,8 @@ def open_plan(cfg: Config) -> Plan:
 def not_applying(step: Step, job: Job) -> str | None:
     """Why a step is no part of the runs of this kind; None where it is (or would be, if it were named)."""
     if job.aim in step.aims:
+        if step.name == "make_aff_label" and job.cfg.aff.released:
+            return "does not apply: the affinity network is a released one, nothing is trained on labels."
         return None
     if job.aim == "boxes":
         return f"does not apply: {job.cfg.data} has boxes to find, not masks."
@@ -130,7 +135,8 @@ def check(job: Job, steps: Sequence[Step]) -> None:
     if cfg.shard_part()[1] > 1 and cfg.redo:
         raise ValueError("--redo with --shard would remove the files of the other parts too: call it once without.")
     names = {s.name for s in steps}
-    phases = [("cam." if n == "cam" else f"cam.{n}.", p) for n, p in cfg.cam.phases()] if "train_cam" in names else []
+    phases = [("cam." if n == "cam" else f"cam.{n}.", p) for n, p in cfg.cam.needed_phases()]
+    phases = phases if "train_cam" in names else []
     phases += [("aff.", cfg.aff)] if "train_aff" in names else []
     if "train_seg" in names:
         if job.single_stage:
@@ -142,6 +148,10 @@ def check(job: Job, steps: Sequence[Step]) -> None:
     if job.single_stage and cfg.masks == "truth":
         raise ValueError("--masks truth: with --segmenter own nothing is trained on masks. Name a segmenter.")
     for prefix, phase in phases:
+        if phase.released:
+            if not Path(phase.released).is_file():
+                raise FileNotFoundError(f"--{prefix}released {phase.released}: there is no such file.")
+            continue
         divide(phase.fit, distributed.world())
         phase.start.check(f"--{prefix}weights", None if "train_cam" in names else job.run.weights("cam"))
     saliency = job.saliency_folder() if any(phase.network.wants_saliency for _, phase in phases) else None

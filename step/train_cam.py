@@ -14,7 +14,7 @@ from misc.score.metrics import ThresholdCurve
 from net.contract import Network, SeedNetwork
 from step.lib.config import Job
 from step.lib.inference import predict_cam
-from step.lib.networks import build_network, load_network
+from step.lib.networks import build_earlier, build_network, load_network
 from step.lib.training import train
 
 _THRESHOLDS = tuple(i / 100 for i in range(1, 100))
@@ -24,6 +24,10 @@ def run(job: Job, device: torch.device) -> None:
     """Train every phase of the method on the training list: writes weights/PHASE.pt, the last one weights/cam.pt."""
     masks = scored_masks(job) if job.cfg.cam.selection == "train_miou" else None
     earlier: dict[str, Network] = {}
+    if job.cfg.cam.released:  # phases before it served its training, which was elsewhere
+        *before, (name, phase) = job.cfg.cam.phases()
+        train(job, name, phase, build_network(job, phase, build_earlier(job, before)), device, ids=job.train_ids())
+        return
     for name, phase in job.cfg.cam.phases():
         network = build_network(job, phase, earlier)
         score = None

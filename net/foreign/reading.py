@@ -22,17 +22,28 @@ _READERS: dict[str, tuple[Callable[[bytes], bool], Callable[[Path], State]]] = {
     "a caffemodel": (lambda head: head.startswith((b"\x0a", b"\x12", b"\xa2\x06")), read_caffe),
 }
 
+_OTHERS: dict[bytes, str] = {
+    b"version https:/": "a pointer of git LFS, not the file itself: run git lfs pull, or download the file",
+    b"<!doctype": "a web page was saved in place of the file: download it again",
+    b"<html": "a web page was saved in place of the file: download it again",
+    b"\x1f\x8b": "a gzip archive: unpack it and give what is inside",
+}
+"""First bytes, in lower case, of what is often met in place of a weight file."""
+
 
 def _format(path: Path) -> str:
     """The key of ``_READERS`` that fits the file; ValueError where none does."""
     with path.open("rb") as file:
         head = file.read(16)
+    for begins, told in _OTHERS.items():
+        if head.lower().lstrip().startswith(begins):
+            raise ValueError(f"{path}: {told}.")
     for kind, (recognises, _) in _READERS.items():
         if recognises(head):
             return kind
     raise ValueError(
         f"{path}: no known weight format ({', '.join(_READERS)}); it begins with {head!r}. "
-        "A web page may have been saved in place of the file: download it again."
+        "Where it should be one of these, download it again."
     )
 
 
@@ -82,6 +93,8 @@ def read_tensors(path: str | Path) -> State:
             "code is at hand and trusted, save the bare tensors: torch.save(model.state_dict(), FILE)."
         ) from error
     except Exception as error:  # parsers meet damage in many ways
+        if kind == "a PyTorch checkpoint" and isinstance(error, ValueError):  # a sound file of something else
+            raise ValueError(f"{path}: {error}.") from error
         raise ValueError(
             f"{path}: can't be read as {kind}: {error}. Truncated or damaged? Compare its size or checksum with the "
             "source's and download it again."

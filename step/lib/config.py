@@ -140,7 +140,8 @@ def identity(flat: Mapping[str, Any]) -> dict[str, Any]:
     setting wherever it lies. A file that is not there (any more) keeps its path."""
 
     def content(name: str, value: Any) -> Any:
-        return StartWeights.parse(value).identity() if name.rpartition(".")[2] == "weights" else value
+        field = name.rpartition(".")[2]
+        return StartWeights.parse(value).identity() if field in ("weights", "released") and value else value
 
     return {name: content(name, value) for name, value in flat.items()}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -30,11 +30,20 @@ def load_network(
 
 
 def load_cam_network(job: Job, device: torch.device) -> SeedNetwork:
-    """The trained CAM network (the last phase), in evaluation mode. Raises as ``load_network``."""
+    """The trained CAM network (the last phase), in evaluation mode, on earlier ones without weights. Raises as
+    ``load_network``."""
+    *before, (name, phase) = job.cfg.cam.phases()
+    network = load_network(job, name, phase, device, build_earlier(job, before))
+    assert isinstance(network, SeedNetwork)
+    return network
+
+
+def build_earlier(job: Job, phases: Sequence[tuple[str, Phase]]) -> dict[str, Network]:
+    """The networks of earlier phases by name, with random weights: what an applied network is built on."""
     earlier: dict[str, Network] = {}
-    for name, phase in job.cfg.cam.phases():
-        earlier[name] = load_network(job, name, phase, device, earlier)
-    return earlier["cam"]  # type: ignore[return-value]
+    for name, phase in phases:
+        earlier[name] = build_network(job, phase, earlier)
+    return earlier
 
 
 def load_segmentation_network(job: Job, device: torch.device) -> Segmenter | SingleStage:

@@ -13,11 +13,13 @@ from misc import distributed
 from misc.config import flatten
 from misc.files.ids import checked_id
 from misc.files.images import read_image, read_mask
+from misc.files.store import write_model
 from misc.image.pixels import normalise_image, to_tensor
 from misc.loop.fit import divide, fit
 from misc.loop.trainable import Batch
 from net.contract import Network, Phase
 from net.model import Part, describe_network
+from net.released import load_released
 from step.lib.config import Job, identity
 from voc12.loader import Draws, TrainSet, make_loader
 
@@ -46,7 +48,8 @@ def train(
     target: Callable[[np.ndarray], Any] | None = None,
     score: Callable[[], float] | None = None,
 ) -> None:
-    """Train a network on the images ``ids`` as its phase says and write weights/NAME.pt, unless it is there.
+    """Train a network on the images ``ids`` as its phase says and write weights/NAME.pt, unless it is there. Where the
+    phase names a released checkpoint, that is written instead.
 
     The batches hold saliency maps where the network wants them.
 
@@ -59,6 +62,13 @@ def train(
     recipe = phase.fit
     if all(distributed.joined([job.run.weights(name).exists()])):
         distributed.say(f"{name}: trained already.")
+        return
+    if phase.released:
+        if distributed.is_main():
+            distributed.say(f"{name}: used as released, no update is made. {load_released(network, phase.released)}")
+            description = _description(job, name, phase, network, device)
+            write_model(job.run.weights(name), {k: v.cpu() for k, v in network.state_dict().items()}, description)
+        distributed.barrier()
         return
     for line in phase.start.load(network, job.run.weights("cam")):
         distributed.say(f"{name}: starts from {line}")
@@ -111,6 +121,6 @@ def _description(job: Job, name: str, phase: Phase, network: Network, device: to
     method = {"cam": cfg.method, "aff": cfg.refiner, "seg": cfg.segmenter}[part]
     recipe = identity(flatten(getattr(cfg, part)))
     test = cfg.seg if name == "cam" and job.single_stage else None
-    precision = job.machine(phase, device).precision(device)
+    precision = "not known (released)" if phase.released else job.machine(phase, device).precision(device)
     told = describe_network(part, method, cfg.preset, recipe, job.catalog.classes, network, test)
     return {**told, "precision": precision}

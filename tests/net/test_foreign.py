@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import collections
+import datetime
 import json
+import os
 import pickle
 import struct
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -414,3 +418,84 @@ def test_own_renaming(state: dict[str, Tensor]) -> None:
     assert torch.equal(net.weight, state["conv.weight"]) and not report.unexpected
     with pytest.raises(ValueError, match="become weight"):
         load_tensors(net, state, rename=lambda name: "weight")
+
+
+# ------------------------------------------------------------------------------------------------ wrappings of others
+
+TENSORS = {f"layer{i}.weight": torch.full((2, 2), float(i)) for i in range(6)}
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        {"model_state_dict": TENSORS, "optimizer_state_dict": {"state": {}, "param_groups": [{"lr": 0.1}]}},
+        {"model_state": TENSORS, "epoch": 1},
+        {"net": TENSORS},
+        {"network": TENSORS},
+        {"ema": TENSORS},
+        {"weights_of_mine": TENSORS, "epoch": 3},  # the one nested dict of tensors
+        {"state_dict": {f"backbone.{k}": v for k, v in TENSORS.items()}},
+        {"state_dict": {f"model.{k}": v for k, v in TENSORS.items()}},
+        {"model": {f"_orig_mod.module.{k}": v for k, v in TENSORS.items()}},
+        {**{f"module.{k}": v for k, v in TENSORS.items()}, "step": torch.tensor(3)},
+        {"state_dict": TENSORS, "best": np.float64(0.61), "iou": np.zeros(21), "name": np.str_("a")},
+        {"model": TENSORS, "args": argparse.Namespace(path=Path("/x"), lr=0.1)},
+        {"state_dict": TENSORS, "stats": collections.defaultdict(list), "when": datetime.datetime(2024, 1, 1)},
+    ],
+    ids=lambda wrapped: "-".join(list(wrapped)[:2]),
+)
+def test_wrappings_found_in_the_wild(wrapped: dict[str, object], tmp_path: Path) -> None:
+    torch.save(wrapped, tmp_path / "file.pth")
+    found = read_tensors(tmp_path / "file.pth")
+    assert found.keys() == TENSORS.keys() and all(torch.equal(found[name], value) for name, value in TENSORS.items())
+
+
+def test_of_several_networks_it_is_said_which_one_is_taken(tmp_path: Path) -> None:
+    student = {name: value + 1 for name, value in TENSORS.items()}
+    teacher = {f"module.backbone.{name}": value for name, value in TENSORS.items()}
+    torch.save({"student": student, "teacher": teacher}, tmp_path / "file.pth")
+    with pytest.warns(UserWarning, match="teacher, student: teacher is taken"):
+        found = read_tensors(tmp_path / "file.pth")
+    assert all(torch.equal(found[name], value) for name, value in TENSORS.items())
+
+
+class Executes:
+    """Runs a function when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("executed",)
+
+
+def test_nothing_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": TENSORS, "args": argparse.Namespace(x=Executes())}, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match="never unpickled"):
+        read_tensors(tmp_path / "file.pth")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_what_is_no_checkpoint_is_named_for_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "file.pth"
+    for content, told in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "pointer of git LFS"),
+        (b"<!DOCTYPE html><html>", "web page"),
+        (b"\n  <html lang=en>", "web page"),
+        (b"\x1f\x8b\x08\x00 and more than that", "gzip"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=told):
+            read_tensors(path)
+    torch.save(TENSORS, tmp_path / "inner.pth")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(tmp_path / "inner.pth", "weights/inner.pth")
+    with pytest.raises(ValueError, match="ZIP archive that holds weights/inner.pth: unpack"):
+        read_tensors(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("net/constants.pkl", b"")
+        archive.writestr("net/data.pkl", b"")
+    with pytest.raises(ValueError, match="TorchScript") as error:
+        read_tensors(path)
+    assert "weights_only" not in str(error.value)
+    torch.save({"epoch": 3, "optimizer": {"lr": 0.1}}, path)
+    with pytest.raises(ValueError, match="its entries are epoch, optimizer"):
+        read_tensors(path)
