@@ -154,7 +154,7 @@ def check(job: Job, steps: Sequence[Step]) -> None:
             continue
         divide(phase.fit, distributed.world())
         phase.start.check(f"--{prefix}weights", None if "train_cam" in names else job.run.weights("cam"))
-    saliency = job.saliency_folder() if any(phase.network.wants_saliency for _, phase in phases) else None
+    saliency = job.saliency_folder() if any(p.network.wants_saliency and not p.released for _, p in phases) else None
     lists: dict[str, dict[str, Any]] = {
         job.train_list: {"need_masks": cfg.masks == "truth" and "train_seg" in names, "saliency": saliency}
     }
@@ -176,11 +176,11 @@ def verify_networks(job: Job, steps: Sequence[Step]) -> None:
     Raises ValueError with the file and what is wrong.
     """
     names, classes, cfg = {s.name for s in steps}, job.catalog.num_classes, job.cfg
-    if "train_cam" in names:
+    if "train_cam" in names and not cfg.cam.released:
         verify.verify_seed(cfg.cam.phases(), classes)
-    if "train_aff" in names:
+    if "train_aff" in names and not cfg.aff.released:
         verify.verify_refiner(job.refine_method(), cfg.aff, classes)
-    if "train_seg" in names:
+    if "train_seg" in names and not cfg.seg.released:
         verify.verify_segmenter(cfg.seg, classes)
 
 
