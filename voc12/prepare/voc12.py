@@ -54,7 +54,8 @@ def aug_mask_path(catalog: Catalog, image_id: str) -> Path:
 
 def prepare_voc12(
     root: DirOption, sbd: DirOption | None = None, sbd_lists: DirOption | None = None,
-    tags: Literal["xml", "masks"] = "xml", difficult: bool = True, decode: bool = True, overwrite: bool = False, workers: int = WORKERS,
+    tags: Literal["xml", "masks"] = "xml", difficult: bool = True, decode: bool = True,
+    overwrite: bool = False, workers: int = WORKERS,
 ) -> int:
     """VOC 2012's devkit: SBD's masks, the list train_aug, tags in labels.csv, a check of every file.
 
