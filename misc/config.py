@@ -22,6 +22,7 @@ _T = TypeVar("_T")
 
 
 
+POLY = When("schedule", "poly", "warmup_poly")
 COSINE = When("schedule", "cosine", "timm_cosine")
 
 Precision = Literal["off", "bf16", "fp16", "fast"]
@@ -56,26 +57,32 @@ class Fit(Checked):
     """Nesterov form of the SGD momentum."""
     weight_decay: Annotated[float, Range(least=0)] = 5e-4
     """Decay of the groups that are decayed at all."""
-    # wsol.md 5, aream.md 8, mctformer.md 6
-    schedule: Literal["poly", "constant", "step", "cosine", "timm_cosine"] = "poly"
+    # toco.md 7, wsol.md 5, aream.md 8, mctformer.md 6
+    schedule: Literal["poly", "warmup_poly", "constant", "step", "cosine", "timm_cosine"] = "poly"
     """poly: lr x (1 - step / (steps + schedule_extra)) ^ power, set before each update (see schedule_every).
+    warmup_poly: lr x (1 - (1 - step / warmup_steps) x (1 - warmup_ratio)) before warmup_steps, then as poly, which
+    counts from 0 on: the rate falls where the warm-up ends.
     constant: lr.
     step: lr x step_factor for each epoch so far whose number, from 1 on, a value of step_epochs divides.
     cosine: linear from warmup_lr to lr over the warm-up, both included, then by a cosine towards final_lr.
     timm_cosine: set once an epoch, one epoch late: epoch e has f(e - 1), the first f(0); f(t) rises linearly from
     warmup_lr at 0 to lr at warmup_epochs, from there on it is the cosine from lr at 0 to final_lr at the last
     epoch."""
-    power: Annotated[float, Range(above=0), When("schedule", "poly")] = 0.9
+    power: Annotated[float, Range(above=0), POLY] = 0.9
     """Exponent of the poly schedule."""
-    schedule_extra: Annotated[int, When("schedule", "poly")] = 0
+    schedule_extra: Annotated[int, POLY] = 0
     """Steps added to the length in the poly schedule's denominator."""
     # deeplab.md C.3
-    schedule_every: Annotated[int, Range(least=1), When("schedule", "poly")] = 1
+    schedule_every: Annotated[int, Range(least=1), POLY] = 1
     """Updates between two settings of the poly schedule's rate."""
     step_epochs: Annotated[tuple[int, ...], Range(least=1), When("schedule", "step")] = (30,)
     """step: the rate falls at the start of the epochs that one of these divides: (30,) is 30, 60, 90 ..."""
     step_factor: Annotated[float, Range(above=0, most=1), When("schedule", "step")] = 0.1
     """step: what the rate is multiplied by there."""
+    warmup_steps: Annotated[int, Range(least=1), When("schedule", "warmup_poly")] = 1500
+    """warmup_poly: updates of the warm-up."""
+    warmup_ratio: Annotated[float, Range(least=0, most=1), When("schedule", "warmup_poly")] = 1e-6
+    """warmup_poly: factor of the rate at the first update."""
     warmup_epochs: Annotated[int, Range(least=0), COSINE] = 5
     """Length of the warm-up of the cosine schedules. An epoch is 1 / epochs of the training, with steps too."""
     warmup_lr: Annotated[float, Range(least=0), COSINE] = 1e-6
@@ -93,13 +100,14 @@ class Fit(Checked):
 
 
 AugmentOp = Literal[
-    "long_side", "scale", "square", "resized_crop", "flip", "jitter", "hsv", "rand_augment", "normalize", "erase",
-    "crop",
+    "long_side", "scale", "square", "resized_crop", "flip", "jitter", "hsv", "grey", "blur", "solarise", "rand_augment",
+    "normalize", "erase", "crop",
 ]
 _AUGMENT_ORDER = (
     # these act on 8-bit images
     ("long_side", "normalize"), ("resized_crop", "normalize"), ("jitter", "normalize"), ("hsv", "normalize"),
-    ("rand_augment", "normalize"), ("square", "normalize"),
+    ("rand_augment", "normalize"), ("square", "normalize"), ("grey", "normalize"), ("blur", "normalize"),
+    ("solarise", "normalize"),
     ("normalize", "erase"),  # the noise has the scale of normalised values
     # crop gives the final size
     ("long_side", "crop"), ("scale", "crop"), ("resized_crop", "crop"), ("square", "crop"),
@@ -142,6 +150,14 @@ class Augment(Checked):
     """jitter: probability that it is applied to an image."""
     hsv: Annotated[int, Range(least=0, below=90), When("order", "hsv")] = 10
     """hsv: largest integer shift of hue, saturation, value (OpenCV 8-bit HSV)."""
+    grey: Annotated[float, Range(least=0, most=1), When("order", "grey")] = 0.2
+    """grey: probability that the colours are taken away."""
+    blur: Annotated[float, Range(least=0, most=1), When("order", "blur")] = 1.0
+    """blur: probability of a Gaussian blur (PIL's)."""
+    blur_radius: Annotated[tuple[float, float], Range(least=0, rising=True), When("order", "blur")] = (0.1, 2.0)
+    """blur: its radius is drawn from [low, high]. Pixels."""
+    solarise: Annotated[float, Range(least=0, most=1), When("order", "solarise")] = 0.2
+    """solarise: probability that grey levels of 128 and more are inverted."""
     area: Annotated[
         tuple[float, float], Range(above=0, most=1, rising=True), When("order", "resized_crop")
     ] = (0.08, 1.0)
@@ -177,6 +193,21 @@ class Augment(Checked):
 
 
 @dataclass(frozen=True)
+class View(Augment):
+    """A further picture of every training sample (read by voc12/loader.py)."""
+
+    start: Literal["file", "shared"] = "file"
+    """What its operations start from. file: the image of the file. shared: the crop that the recipe's own operations
+    make before they normalise it, so that views show the same place."""
+
+    def cross_check(self) -> None:
+        """Raises ValueError for views without a size of their own."""
+        super().cross_check()
+        sized = bool({"crop", "resized_crop"} & set(self.order))
+        check(sized or self.start == "shared", "order", self.order, "a list with crop or resized_crop, from a file")
+
+
+@dataclass(frozen=True)
 class CamInference(Checked):
     """How CAMs are inferred and merged over scales (read by step/make_cam.py)."""
 
@@ -187,10 +218,19 @@ class CamInference(Checked):
     # transcam.md 5
     square: bool = False
     """Scales are not factors but sides in pixels of a square that the image is stretched to."""
-    resize: Literal["bicubic", "bilinear"] = "bicubic"
-    """PIL's filter that resizes the image."""
+    # toco.md 8
+    squash: Annotated[int, Range(least=0)] = 0
+    """Side of a square that the normalised image is stretched to first (bilinear); scales are then factors of it.
+    Pixels. 0: the image keeps its shape."""
+    resize: Literal["bicubic", "bilinear", "linear"] = "bicubic"
+    """Filter that resizes the image. bicubic, bilinear: PIL's, on the 8-bit image. linear: bilinear on the normalised
+    image, without antialiasing."""
     flip: bool = True
-    """Add the maps of the mirrored image."""
+    """Look at the mirrored image too."""
+    # toco.md 3
+    merge: Literal["sum", "max", "max_relu"] = "sum"
+    """How the maps of the image and of its mirror image become one, before the scales are added up. sum: their sum.
+    max: the larger value. max_relu: the larger value, clipped at 0."""
     # semformer.md 6
     stretch: Annotated[int, Range(least=1)] = 1
     """Sides of the network's inputs are rounded up to multiples of this: images are stretched, not padded."""
@@ -199,12 +239,13 @@ class CamInference(Checked):
     maps are brought to the padded size and cut to the image again. 1: no padding."""
     pad_first: bool = False
     """Pad before mirroring, so that the mirrored image has its margin on the left, instead of after it."""
-    # psa.md 2.4, seam.md 5, mctformer.md 4, aream.md 9
-    normalise: Literal["max", "shifted", "minmax", "rectified"] = "max"
+    # psa.md 2.4, seam.md 5, mctformer.md 4, aream.md 9, toco.md 3
+    normalise: Literal["max", "shifted", "minmax", "rectified", "span"] = "max"
     """max: each class map divided by (its maximum + 1e-5).
     shifted: clipped at 0, then (S - min - 1e-5) / (max - min + 1e-5) with entries below min + 1e-5 at 0 before.
     minmax: (S - min) / (max - min + 1e-8).
-    rectified: clipped at 0, then D / (max D + 1e-6) with D = S - min."""
+    rectified: clipped at 0, then D / (max D + 1e-6) with D = S - min.
+    span: D / (max D + 1e-5) with D = S - min."""
     # irnet.md 6
     round_up: Annotated[int, Range(least=1)] = 1
     """Maps, whatever the inputs' sizes, are added up at sides that are multiples of this, then cut to the image:
@@ -221,8 +262,10 @@ class CamInference(Checked):
     cam: 4). 0: they get the maps at image size."""
 
     def cross_check(self) -> None:
-        """Raises ValueError for squares that are too small to be sizes."""
+        """Raises ValueError for squares that are too small to be sizes, or that are asked for twice."""
         check(not self.square or min(self.scales) >= 8, "scales", self.scales, "sides of 8 pixels or more for square")
+        check(not (self.squash and self.square), "squash", self.squash, "0 where square is used")
+        check(not self.squash or self.resize == "linear", "resize", self.resize, "linear where squash is used")
 
 
 @dataclass(frozen=True)
@@ -249,15 +292,22 @@ class SegInference(Checked):
     # getam.md 7
     square: bool = False
     """Scales are not factors but sides in pixels of a square that the image is stretched to."""
+    # toco.md 8
+    squash: Annotated[int, Range(least=0)] = 0
+    """Side of a square that the normalised image is stretched to first (bilinear); scales are then factors of it.
+    Pixels. 0: the image keeps its shape."""
     flip: bool = False
     """Test the mirrored image too."""
-    resize: Literal["cubic", "linear", "bicubic"] = "cubic"
+    resize: Literal["cubic", "linear", "bilinear", "bicubic"] = "cubic"
     """Filter that scales the image. cubic: OpenCV on the normalised image, sizes rounded. linear: bilinear with aligned
-    corners on the normalised image, sizes truncated; of squares OpenCV's. bicubic: PIL on the 8-bit image, sizes
-    rounded."""
-    merge: Literal["mean_logits", "sum_logits", "max_softmax"] = "mean_logits"
-    """How the results of all scales and mirrors become one: softmax of the mean logit, softmax of their sum (the labels
-    are the same, the CRF sees sharper scores), or maximum of the softmax."""
+    corners on the normalised image, sizes truncated; of squares OpenCV's. bilinear: the same without aligned corners.
+    bicubic: PIL on the 8-bit image, sizes rounded."""
+    # deeplab.md A.3, B.3 and D.3, toco.md 8
+    merge: Literal["mean_logits", "sum_logits", "max_softmax", "sum_max_logits", "max_sum_logits"] = "mean_logits"
+    """How the results of all scales and mirrors become one. mean_logits: softmax of the mean logit. sum_logits: softmax
+    of their sum (the labels are the same, the CRF sees sharper scores). max_softmax: maximum of the softmax.
+    sum_max_logits: an image and its mirror are added, then the maximum over the scales, then the softmax.
+    max_sum_logits: the maximum of an image and its mirror, the scales added, then the softmax."""
     align_corners: bool = True
     """Bilinear convention when logits are resized to the image."""
     crf_truncates_image: bool = False
@@ -266,8 +316,10 @@ class SegInference(Checked):
     """Dense CRF on the merged scores; ``iterations`` 0 switches it off."""
 
     def cross_check(self) -> None:
-        """Raises ValueError for squares that are too small to be sizes."""
+        """Raises ValueError for squares that are too small to be sizes, or that are asked for twice."""
         check(not self.square or min(self.scales) >= 8, "scales", self.scales, "sides of 8 pixels or more for square")
+        check(not (self.squash and self.square), "squash", self.squash, "0 where square is used")
+        check(not self.squash or self.resize != "bicubic", "resize", self.resize, "another than bicubic with squash")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from misc.checked import Checked
-from misc.config import Augment, BoxInference, CamInference, Fit, Precision, SegInference
+from misc.config import Augment, BoxInference, CamInference, Fit, Precision, SegInference, View
 from misc.image.cam import Cam
 from misc.image.labels import IGNORE
 from misc.image.picture import Picture
@@ -103,6 +103,12 @@ class Phase(Checked):
     def start(self) -> StartWeights:
         """``weights``, parsed."""
         return StartWeights.parse(self.weights)
+
+    def views(self) -> Mapping[str, View]:
+        """Further pictures of every training sample, by name: ``view/NAME``, ``box/NAME`` and ``mirrored/NAME`` of the
+        batch (voc12.loader.TrainSet). One named ``image`` takes the place of the image itself. A recipe that needs
+        some subclasses this and gives each a field."""
+        return {}
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,10 @@ def _check_losses(network: Network, phase: Phase, extra: Callable[[int], Batch])
 def _losses(network: Network, phase: Phase, side: int, progress: float, extra: Batch) -> Any:
     """Loss terms of two images of ``side`` pixels, as the training loop asks for them."""
     values = torch.linspace(-2, 2, 2 * 3 * side * side).view(2, 3, side, side)
-    batch = {"image": values.sin(), "box": torch.tensor([[0, side, 0, side]] * 2), **extra}
+    images, box = values.sin(), torch.tensor([[0, side, 0, side]] * 2)
+    batch = {"image": images, "box": box, "seed": torch.tensor([1, 2]), **extra}
+    for name in phase.views():
+        batch |= {f"view/{name}": images, f"box/{name}": box, f"mirrored/{name}": torch.tensor([False, True])}
     if phase.network.wants_saliency:
         batch["saliency"] = torch.arange(2 * side * side).view(2, side, side).remainder(256).to(torch.uint8)
     batch |= network.prepare(batch, progress)

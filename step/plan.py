@@ -135,13 +135,6 @@ def check(job: Job, steps: Sequence[Step]) -> None:
     if cfg.shard_part()[1] > 1 and cfg.redo:
         raise ValueError("--redo with --shard would remove the files of the other parts too: call it once without.")
     names = {s.name for s in steps}
-    if cfg.train_list is None and not job.catalog.has_list(job.train_list) and names - {"infer_seg", "report"}:
-        raise ValueError(
-            f"The recipe {cfg.preset} on {cfg.data} is trained on the list {job.train_list} (VOC's train and SBD: "
-            f"10,582 images), and {job.catalog.root} has none. Make it: python -m voc12.prepare voc12 --root "
-            f"{job.catalog.root} --sbd DIR (or --sbd-lists DIR, without masks). To train on fewer images say so: "
-            "--train-list train (1,464 in VOC; published scores are about 5 points away then)."
-        )
     phases = [("cam." if n == "cam" else f"cam.{n}.", p) for n, p in cfg.cam.needed_phases()]
     phases = phases if "train_cam" in names else []
     phases += [("aff.", cfg.aff)] if "train_aff" in names else []

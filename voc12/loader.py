@@ -6,7 +6,7 @@ not on the number of processes, workers or micro-batches, nor on where a trainin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from misc.config import Augment
+from misc.config import Augment, View
 from misc.distributed import quiet_threads
 from misc.files.images import read_image
 from misc.image.labels import IGNORE
@@ -27,12 +27,12 @@ from voc12.transforms import TrainSample, augment_sample
 Draw = tuple[int, int, int]
 """One sample to make: (index into the list of ids, position in the training, number of the update)."""
 
-_SHUFFLE, _SAMPLE, _BATCH = range(3)
+_SHUFFLE, _SAMPLE, _BATCH, _VIEW, _SEED = range(5)
 
 
-def _stream(seed: int, kind: int, number: int) -> np.random.Generator:
-    """Independent random stream for each (seed, kind, number)."""
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(kind, number)))
+def _stream(seed: int, kind: int, *numbers: int) -> np.random.Generator:
+    """Independent random stream for each (seed, kind, numbers)."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(kind, *numbers)))
 
 
 class Draws:
@@ -122,6 +122,7 @@ class TrainSet(Dataset[dict[str, Tensor]]):
         plane_fill: what the planes hold where a crop shows no image.
         target: makes the target of a sample from its augmented planes (P, S, S); needed with ``planes``.
         saliency: reads the saliency map of an id, (H, W) uint8; None: samples have none.
+        views: further pictures of every sample, by name.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class TrainSet(Dataset[dict[str, Tensor]]):
         plane_fill: float = 0.0,
         target: Callable[[np.ndarray], np.ndarray] | None = None,
         saliency: Callable[[str], np.ndarray] | None = None,
+        views: Mapping[str, View] | None = None,
     ) -> None:
         if not {"crop", "resized_crop"} & set(recipe.order):
             raise ValueError(
@@ -154,6 +156,15 @@ class TrainSet(Dataset[dict[str, Tensor]]):
         self.plane_fill = plane_fill
         self.target = target
         self.saliency = saliency
+        self.views = dict(views or {})
+        if self.views and any((with_mask, planes, saliency)):
+            raise ValueError("Views are pictures only: a training with masks, label planes or saliency has none.")
+        shared = [name for name, view in self.views.items() if view.start == "shared"]
+        if shared and list(recipe.order).index("normalize") < len(recipe.order) - 1:
+            raise ValueError(
+                f"The views {', '.join(shared)} start from the crop that the augmentation makes before it normalises "
+                f"it, so normalize must come last in its order, which is {', '.join(recipe.order)}."
+            )
 
     def __len__(self) -> int:
         """Number of images."""
@@ -161,8 +172,11 @@ class TrainSet(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, draw: Draw) -> dict[str, Tensor]:
         """One sample: image (3, S, S) float32 normalised; tags (C,) float32; box (4,) int64, the part of the crop that
-        shows the image (top, bottom, left, right); mask (S, S) int64, target and saliency (S, S) uint8, where asked
-        for.
+        shows the image (top, bottom, left, right); seed () int64, of what a network draws for it
+        (misc.loop.trainable.sample_streams); mask (S, S) int64, target and saliency (S, S) uint8, where asked for.
+
+        For every view NAME: view/NAME (3, S', S') normalised, box/NAME (4,) and mirrored/NAME () bool, whether it was
+        mirrored. A view ``image`` is the image itself: ``box`` stays that of the crop it started from.
 
         Raises DataError with the id and the file where anything goes wrong.
         """
@@ -177,24 +191,30 @@ class TrainSet(Dataset[dict[str, Tensor]]):
             raise DataError(f"Image {image_id!r}{file}: {kind}{error}") from error
 
     def _make(self, image_id: str, image: np.ndarray, position: int, batch: int) -> dict[str, Tensor]:
+        sample = TrainSample(
+            image,
+            self.with_mask(image_id) if self.with_mask else None,
+            self.planes(image_id) if self.planes else None,
+            self.saliency(image_id) if self.saliency else None,
+        )
+        rngs = _stream(self.seed, _SAMPLE, position), _stream(self.seed, _BATCH, batch)
+        *before, last = self.recipe.order
+        views: dict[str, Tensor] = {}
+        if self.views:  # they start before the last operation, which is normalize
+            sample = augment_sample(sample, self.recipe, self.normalisation, *rngs, operations=before)
+            views = self._make_views(image, sample, position)
+            before = []
         sample = augment_sample(
-            TrainSample(
-                image,
-                self.with_mask(image_id) if self.with_mask else None,
-                self.planes(image_id) if self.planes else None,
-                self.saliency(image_id) if self.saliency else None,
-            ),
-            self.recipe,
-            self.normalisation,
-            _stream(self.seed, _SAMPLE, position),
-            _stream(self.seed, _BATCH, batch),
-            self.plane_fill,
+            sample, self.recipe, self.normalisation, *rngs, plane_fill=self.plane_fill, operations=[*before, last]
         )
         made = {
             "image": to_tensor(sample.image),  # (3, S, S)
             "tags": torch.tensor(self.catalog.tags(image_id)),
             "box": torch.tensor(sample.box),
+            "seed": torch.tensor(int(_stream(self.seed, _SEED, position).integers(2**62))),
+            **views,
         }
+        made["image"] = views.get("view/image", made["image"])
         if sample.mask is not None:
             strange = sample.mask[(sample.mask > self.catalog.num_classes) & (sample.mask != IGNORE)]
             if len(strange):
@@ -207,6 +227,21 @@ class TrainSet(Dataset[dict[str, Tensor]]):
             made["target"] = torch.from_numpy(np.ascontiguousarray(self.target(sample.planes)))
         if sample.saliency is not None:
             made["saliency"] = torch.from_numpy(np.ascontiguousarray(sample.saliency))
+        return made
+
+
+    def _make_views(self, image: np.ndarray, shared: TrainSample, position: int) -> dict[str, Tensor]:
+        """The views of a sample, each from a random stream of its own."""
+        made = {}
+        for number, (name, view) in enumerate(self.views.items()):
+            sample = TrainSample(image if view.start == "file" else shared.image)
+            if view.start == "shared":
+                sample.box = shared.box
+            rng = _stream(self.seed, _VIEW, position, number)
+            augment_sample(sample, view, self.normalisation, rng, rng)
+            made[f"view/{name}"] = to_tensor(sample.image)
+            made[f"box/{name}"] = torch.tensor(sample.box)
+            made[f"mirrored/{name}"] = torch.tensor(sample.mirrored)
         return made
 
 

@@ -7,7 +7,7 @@ global random state.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,7 +15,7 @@ from functools import lru_cache
 import cv2
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torchvision.transforms import RandomResizedCrop, functional
 
 from misc.config import Augment
@@ -32,6 +32,7 @@ class TrainSample:
     image (H, W, 3) uint8 RGB, after ``normalize`` float32; mask and saliency (H, W) uint8 or None; planes (P, H, W) of
     any dtype or None: integer planes are label maps (resized PIL nearest), floating ones scores (OpenCV bilinear).
     ``box`` (top, bottom, left, right), half-open: the part of the image that shows the photograph, the rest is canvas.
+    ``mirrored``: whether it is the mirror image of what it was.
 
     Raises ValueError where mask, planes or saliency have another size than the image.
     """
@@ -41,6 +42,7 @@ class TrainSample:
     planes: np.ndarray | None = None
     saliency: np.ndarray | None = None
     box: tuple[int, int, int, int] = field(init=False)
+    mirrored: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         height, width = self.image.shape[:2]
@@ -129,6 +131,7 @@ def flip_sample(sample: TrainSample) -> None:
         sample.planes = sample.planes[..., ::-1]
     top, bottom, left, right = sample.box
     sample.box = (top, bottom, width - right, width - left)
+    sample.mirrored = not sample.mirrored
 
 
 def jitter_colours(sample: TrainSample, strengths: tuple[float, float, float, float], rng: np.random.Generator) -> None:
@@ -156,6 +159,23 @@ def shift_hsv(sample: TrainSample, shifts: tuple[int, int, int]) -> None:
     values += np.array(shifts, np.int16)
     values[..., 0] %= 180
     sample.image = cv2.cvtColor(np.clip(values, 0, 255).astype(np.uint8), cv2.COLOR_HSV2RGB)
+
+
+def remove_colours(sample: TrainSample) -> None:
+    """Take the colours of the 8-bit image away: PIL's grey in all three channels."""
+    image = Image.fromarray(np.ascontiguousarray(sample.image)).convert("L")
+    sample.image = np.repeat(np.asarray(image)[:, :, None], 3, 2)
+
+
+def blur_sample(sample: TrainSample, radius: float) -> None:
+    """PIL's Gaussian blur of the 8-bit image (toco.md section 6)."""
+    image = Image.fromarray(np.ascontiguousarray(sample.image))
+    sample.image = np.asarray(image.filter(ImageFilter.GaussianBlur(radius)))
+
+
+def solarise_sample(sample: TrainSample) -> None:
+    """Invert grey levels of 128 and more of the 8-bit image."""
+    sample.image = np.where(sample.image < 128, sample.image, 255 - sample.image)
 
 
 def crop_sample(
@@ -283,6 +303,7 @@ def augment_sample(
     rng: np.random.Generator,
     batch_rng: np.random.Generator,
     plane_fill: float = 0.0,
+    operations: Sequence[str] | None = None,
 ) -> TrainSample:
     """Apply the operations of a recipe in its order, in place.
 
@@ -293,11 +314,13 @@ def augment_sample(
         rng: random stream of this sample.
         batch_rng: random stream that all samples of the batch have in common (``scale_per_batch``).
         plane_fill: what planes hold on the canvas.
+        operations: only these operations, in this order; None: all of the recipe.
 
     Returns:
-        ``sample``: image (S, S, 3) float32, mask and saliency (S, S), planes (P, S, S), with S = ``recipe.crop``.
+        ``sample``; after all operations with image (S, S, 3) float32, mask and saliency (S, S), planes (P, S, S),
+        S = ``recipe.crop``.
     """
-    for operation in recipe.order:
+    for operation in recipe.order if operations is None else operations:
         match operation:
             case "long_side":
                 length = int(rng.integers(recipe.long_side[0], recipe.long_side[1] + 1))
@@ -318,6 +341,15 @@ def augment_sample(
             case "hsv":
                 hue, saturation, value = rng.integers(-recipe.hsv, recipe.hsv + 1, 3).tolist()
                 shift_hsv(sample, (hue, saturation, value))
+            case "grey":
+                if rng.random() < recipe.grey:
+                    remove_colours(sample)
+            case "blur":
+                if rng.random() < recipe.blur:
+                    blur_sample(sample, float(rng.uniform(*recipe.blur_radius)))
+            case "solarise":
+                if rng.random() < recipe.solarise:
+                    solarise_sample(sample)
             case "resized_crop":
                 crop_and_resize(sample, recipe.crop, recipe.area, rng, recipe.area_filter)
             case "rand_augment":

@@ -41,12 +41,17 @@ class Picture:
         return replace(self, values=self.values.to(device))
 
 
-def truncate_values(values: Tensor, normalisation: str) -> Tensor:
-    """Network values (..., 3, H, W), on any device -> RGB of whole numbers 0 .. 255 as float32 (see the text above)."""
+def restore_values(values: Tensor, normalisation: str) -> Tensor:
+    """Network values (..., 3, H, W), on any device -> RGB of about 0 to 255 as float32, nothing cut off."""
     norm = NORMALISATIONS[normalisation]
     mean, std = (values.new_tensor(x, dtype=torch.float32).view(3, 1, 1) for x in (norm.mean, norm.std))
-    grey = ((values.float() * std + mean) * norm.scale).clamp(0, 255).floor()
+    grey = (values.float() * std + mean) * norm.scale
     return grey.flip(-3) if norm.bgr else grey
+
+
+def truncate_values(values: Tensor, normalisation: str) -> Tensor:
+    """Network values (..., 3, H, W), on any device -> RGB of whole numbers 0 .. 255 as float32 (see the text above)."""
+    return restore_values(values, normalisation).clamp(0, 255).floor()
 
 
 def truncate_values_to_image(values: Tensor, normalisation: str) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import Literal
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -52,6 +53,17 @@ def mean_colour(name: str) -> tuple[int, int, int]:
 def to_tensor(values: np.ndarray) -> Tensor:
     """(H, W, 3) float32 -> (3, H, W) float32 tensor, contiguous."""
     return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+
+
+def stretch_values(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) float32 -> (h, w, 3), bilinear, align_corners False, without antialiasing; ``size`` is (h, w)."""
+    resized = F.interpolate(to_tensor(values)[None], size=size, mode="bilinear", align_corners=False)
+    return resized[0].permute(1, 2, 0).numpy()
+
+
+def squash_values(values: np.ndarray, side: int) -> np.ndarray:
+    """``stretch_values`` to a square of this side."""
+    return stretch_values(values, (side, side))
 
 
 def scaled_size(size: tuple[int, int], factor: float) -> tuple[int, int]:

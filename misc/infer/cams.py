@@ -23,6 +23,7 @@ _EPSILON = 1e-5
 
 def input_sizes(size: tuple[int, int], infer: CamInference) -> list[tuple[int, int]]:
     """(h, w) that an image of ``size`` (H, W) is resized to, in the order of the scales; the padding comes on top."""
+    size = (infer.squash, infer.squash) if infer.squash else size
     scaled = pixels.truncated_size if infer.truncate else pixels.scaled_size
     sizes = [scaled((1, 1) if infer.square else size, scale) for scale in infer.scales]
     return [_rounded_up(s, infer.stretch) for s in sizes]
@@ -51,9 +52,15 @@ def scaled_inputs(image: np.ndarray, infer: CamInference, normalisation: str) ->
         (2, 3, h, w) float32, the image and its mirror image, both padded to ``infer.multiple``; (1, 3, h, w) without
         ``infer.flip``.
     """
+    whole = pixels.normalise_image(image, normalisation) if infer.resize == "linear" else image
+    if infer.squash:
+        whole = pixels.squash_values(whole, infer.squash)
     for size in input_sizes(image.shape[:2], infer):
-        resized = pixels.resize_image(image, size, infer.resize)
-        values = pixels.to_tensor(pixels.normalise_image(resized, normalisation))  # (3, h, w)
+        if infer.resize == "linear":
+            values = pixels.to_tensor(whole if size == whole.shape[:2] else pixels.stretch_values(whole, size))
+        else:
+            resized = pixels.resize_image(whole, size, infer.resize)
+            values = pixels.to_tensor(pixels.normalise_image(resized, normalisation))  # (3, h, w)
         bottom, right = _margin(size, infer.multiple)
         padded = F.pad(values, (0, right, 0, bottom))
         mirrored = padded.flip(-1) if infer.pad_first else F.pad(values.flip(-1), (0, right, 0, bottom))
@@ -76,19 +83,30 @@ def unpad_maps(maps: Tensor, size: tuple[int, int], infer: CamInference) -> Tens
     return torch.stack([m[:, :height, at : at + width] for m, at in zip(maps, left, strict=False)])
 
 
+MAP_MERGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda maps: maps.sum(0),
+    "max": lambda maps: maps.amax(0),
+    "max_relu": lambda maps: maps.amax(0).relu(),
+}
+"""How the maps of an image and of its mirror image (turned back), (1 or 2, ...), become one, by the name in
+``CamInference.merge``."""
+
+
 def merge_maps(
     maps: Iterable[Tensor],
     size: tuple[int, int],
     round_up: int = 1,
     mode: Literal["bilinear", "bicubic"] = "bilinear",
+    rule: str = "sum",
 ) -> Tensor:
-    """Sum of the maps of all passes at image size.
+    """Maps of all passes at image size: an image and its mirror by ``rule``, then the sum over the scales.
 
     Args:
         maps: a map a scale, (1, K, h, w), or (2, K, h, w) where the second is of the mirrored image; any h and w.
         size: (H, W) of the image, or another one that the maps are wanted at.
         round_up: they are added up at sides that are multiples of this, then cut (irnet.md section 6).
         mode: filter, with align_corners False (bilinear: seam.md section 7.2; bicubic: wsol.md section 8).
+        rule: a name of ``MAP_MERGES``.
 
     Returns:
         (K, H, W) float32.
@@ -100,7 +118,7 @@ def merge_maps(
     full = _rounded_up(size, round_up)
     for low in maps:
         high = F.interpolate(low.float(), size=full, mode=mode, align_corners=False)  # (1 or 2, K, H, W)
-        merged = high[0] + high[1].flip(-1) if len(high) == 2 else high[0]
+        merged = MAP_MERGES[rule](torch.stack([high[0], high[1].flip(-1)]) if len(high) == 2 else high)
         total = merged if total is None else total.add_(merged)
     if total is None:
         raise ValueError("There is no map to merge: the scales are empty.")
@@ -140,8 +158,15 @@ def scale_rectified(total: Tensor) -> Tensor:
     return total / (total.amax((-2, -1), keepdim=True) + 1e-6)
 
 
+def scale_by_span(total: Tensor) -> Tensor:
+    """(..., H, W) -> each class from its minimum, which becomes 0, to its maximum (toco.md section 3)."""
+    total = total - total.amin((-2, -1), keepdim=True)
+    return total / (total.amax((-2, -1), keepdim=True) + _EPSILON)
+
+
 MAP_SCALINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "max": scale_by_maximum, "shifted": scale_shifted, "minmax": scale_by_range, "rectified": scale_rectified,
+    "span": scale_by_span,
 }  # fmt: skip
 """By the name they have in ``CamInference.normalise``."""
 
@@ -226,9 +251,10 @@ def infer_cam(
         return Cam(keys, nothing, size, None if grid is None else np.zeros((0, *grid), np.float32))
     maps = infer_raw_maps(cam, image, tags, infer, normalisation, device)
     if grid is None:
-        full = normalise_maps(merge_maps(maps, size, infer.round_up), infer.normalise)
+        full = normalise_maps(merge_maps(maps, size, infer.round_up, rule=infer.merge), infer.normalise)
         return Cam(keys, full.cpu().numpy(), size)
     passes = list(maps)
-    full, coarse = merge_maps(passes, size, infer.round_up), merge_maps(passes, grid)
+    full = merge_maps(passes, size, infer.round_up, rule=infer.merge)
+    coarse = merge_maps(passes, grid, rule=infer.merge)
     full, coarse = normalise_maps(full, infer.normalise), normalise_maps(coarse, infer.normalise)
     return Cam(keys, full.cpu().numpy(), size, coarse.cpu().numpy())

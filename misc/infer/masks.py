@@ -6,7 +6,8 @@ memory doesn't grow with their number.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -18,10 +19,34 @@ from torch import Tensor
 from misc.config import SegInference
 from misc.crf.dense import DenseCRF
 from misc.image.picture import truncate_image
-from misc.image.pixels import normalise_image, scaled_size, to_tensor
+from misc.image.pixels import normalise_image, scaled_size, squash_values, to_tensor, truncated_size
 
 Logits = Callable[[Tensor], Tensor]
 """Images (B, 3, h, w), normalised -> logits (B, n, h', w') of any resolution."""
+
+
+@dataclass(frozen=True)
+class MaskMerge:
+    """How the logits of an image's passes become scores."""
+
+    mirror: Callable[[Tensor], Tensor]
+    """Of one scale: (1 or 2, n, h, w), the image's and those of its mirror turned back -> (n, h, w)."""
+    scales: Callable[[Tensor, Tensor], Tensor]
+    """What the scales have been merged to so far, and the next one."""
+    end: Callable[[Tensor, int], Tensor]
+    """What all scales were merged to, (n, H, W), and their number -> scores."""
+    linear: bool
+    """Whether ``mirror`` commutes with the resize."""
+
+
+MASK_MERGES = {
+    "mean_logits": MaskMerge(lambda maps: maps.mean(0), Tensor.add_, lambda x, n: x.div_(n).softmax(0), True),
+    "sum_logits": MaskMerge(lambda maps: maps.sum(0), Tensor.add_, lambda x, n: x.softmax(0), True),
+    "max_softmax": MaskMerge(lambda maps: maps.softmax(1).amax(0), torch.maximum, lambda x, n: x, False),
+    "sum_max_logits": MaskMerge(lambda maps: maps.sum(0), torch.maximum, lambda x, n: x.softmax(0), True),
+    "max_sum_logits": MaskMerge(lambda maps: maps.amax(0), Tensor.add_, lambda x, n: x.softmax(0), False),
+}
+"""By the name in ``SegInference.merge`` (deeplab.md A.3, B.3 and D.3, toco.md section 8)."""
 
 
 def segment(
@@ -34,9 +59,8 @@ def segment(
     """Merged scores of one image, before the CRF.
 
     The image is resized once for each of ``infer.scales`` (after it was normalised, but for ``bicubic``); an image and
-    its mirror go through the network together. Logits are resized to the image and merged as ``infer.merge`` says: the
-    softmax of their mean (deeplab.md A.3) or of their sum over scales and mirrors (deeplab.md D.3), or the maximum of
-    their softmaxes, which does not sum to one (deeplab.md B.3).
+    its mirror go through the network together. Logits are resized to the image and merged by the rule ``infer.merge``
+    of ``MASK_MERGES``; the scores of max_softmax don't sum to one (deeplab.md B.3).
 
     Args:
         logits: the network, on ``device`` and in evaluation mode; called with 1 image, or 2 with ``infer.flip``.
@@ -53,30 +77,34 @@ def segment(
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"Testing needs a (H, W, 3) uint8 RGB image, got {image.shape} {image.dtype}: convert it.")
-    size = image.shape[:2]
-    linear = infer.merge in ("mean_logits", "sum_logits")
+    if infer.resize == "bicubic":
+        inputs: Iterator[Tensor] = (_resized_first(image, factor, infer, normalisation) for factor in infer.scales)
+    else:
+        inputs = scale_values(normalise_image(image, normalisation), infer)
+    return merge_passes(logits, inputs, image.shape[:2], infer, device)
+
+
+def merge_passes(
+    logits: Logits, inputs: Iterable[Tensor], size: tuple[int, int], infer: SegInference, device: torch.device | str
+) -> np.ndarray:
+    """Scores (n, H, W) float32 at ``size`` from the network inputs of an image, (1, 3, h, w) one a scale; see
+    ``segment``."""
+    rule = MASK_MERGES[infer.merge]
     merged: Tensor | None = None
     with torch.inference_mode():
-        for factor in infer.scales:
-            images = _scaled(image, factor, infer, normalisation)  # (1, 3, h, w)
+        for images in inputs:
             if infer.flip:
                 images = torch.cat([images, images.flip(-1)])  # (2, 3, h, w): the image and its mirror
             maps = logits(images.to(device)).float()  # (1 or 2, n, h', w')
             if infer.flip:
                 maps = torch.cat([maps[:1], maps[1:].flip(-1)])
-            if linear:
-                # the mean may be taken before the resize, which is linear: half the work at full size
-                maps = maps.mean(dim=0, keepdim=True)
+            if rule.linear:  # then it may come before the resize, which is linear too: half the work at full size
+                maps = rule.mirror(maps)[None]
             maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=infer.align_corners)
-            if linear:
-                merged = maps[0] if merged is None else merged.add_(maps[0])
-            else:
-                peak = maps.softmax(dim=1).amax(dim=0)  # (n, H, W)
-                merged = peak if merged is None else torch.maximum(merged, peak, out=merged)
+            one = maps[0] if rule.linear else rule.mirror(maps)  # (n, H, W)
+            merged = one if merged is None else rule.scales(merged, one)
         assert merged is not None  # SegInference has at least one scale
-        if linear:  # the sum over scales of the mean of image and mirror
-            factor = 1 / len(infer.scales) if infer.merge == "mean_logits" else 1 + infer.flip
-            merged = merged.mul_(factor).softmax(dim=0)
+        merged = rule.end(merged, len(infer.scales))
     return merged.cpu().numpy()
 
 
@@ -109,17 +137,26 @@ def with_crf(
     return DenseCRF(image, infer.crf, device)(scores)
 
 
-def _scaled(image: np.ndarray, factor: float, infer: SegInference, normalisation: str) -> Tensor:
-    """The (H, W, 3) uint8 image resized by ``factor`` and normalised: (1, 3, h, w). The size is rounded, for linear
-    truncated (deeplab.md A.3, B.3, D.3); of a square it is the factor itself (getam.md section 7)."""
-    height, width = image.shape[:2]
-    if infer.square or infer.resize != "linear":
-        h, w = scaled_size((1, 1) if infer.square else (height, width), factor)
-        if infer.resize == "bicubic":
-            small = Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC)
-            return to_tensor(normalise_image(np.asarray(small), normalisation))[None]
-        kind = {"cubic": cv2.INTER_CUBIC, "linear": cv2.INTER_LINEAR}[infer.resize]
-        return to_tensor(cv2.resize(normalise_image(image, normalisation), (w, h), interpolation=kind))[None]
-    truncated = max(1, int(height * factor)), max(1, int(width * factor))
-    values = to_tensor(normalise_image(image, normalisation))[None]
-    return F.interpolate(values, size=truncated, mode="bilinear", align_corners=True)
+def _resized_first(image: np.ndarray, factor: float, infer: SegInference, normalisation: str) -> Tensor:
+    """The (H, W, 3) uint8 image resized by PIL and normalised then: (1, 3, h, w), sizes rounded (deeplab.md D.3)."""
+    h, w = scaled_size((1, 1) if infer.square else image.shape[:2], factor)
+    small = Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC)
+    return to_tensor(normalise_image(np.asarray(small), normalisation))[None]
+
+
+def scale_values(values: np.ndarray, infer: SegInference) -> Iterator[Tensor]:
+    """A normalised image (H, W, 3) at every scale: (1, 3, h, w). The size is rounded for cubic, truncated for linear
+    and bilinear (deeplab.md A.3, B.3); of a square it is the scale itself (getam.md section 7)."""
+    if infer.squash:
+        values = squash_values(values, infer.squash)
+    for factor in infer.scales:
+        if infer.square:
+            size = scaled_size((1, 1), factor)
+        else:
+            size = (scaled_size if infer.resize == "cubic" else truncated_size)(values.shape[:2], factor)
+        if infer.resize == "cubic" or (infer.square and infer.resize == "linear"):
+            kind = {"cubic": cv2.INTER_CUBIC, "linear": cv2.INTER_LINEAR}[infer.resize]
+            yield to_tensor(cv2.resize(values, size[::-1], interpolation=kind))[None]
+        else:
+            align = infer.resize == "linear"
+            yield F.interpolate(to_tensor(values)[None], size=size, mode="bilinear", align_corners=align)

@@ -68,6 +68,8 @@ def lr_factor(fit: Fit, step: int, total: int) -> float:
     if fit.schedule == "timm_cosine":
         # published: the rate is set after an epoch with the index of that epoch, so all lags by one (mctformer.md 6)
         return _timm_cosine(fit, max(0, min(step, total - 1) * fit.epochs // total - 1)) / fit.lr
+    if fit.schedule == "warmup_poly" and step < fit.warmup_steps:
+        return 1 - (1 - step / fit.warmup_steps) * (1 - fit.warmup_ratio)
     step = min(step, total - 1)
     return (1 - (step - step % fit.schedule_every) / (total + fit.schedule_extra)) ** fit.power
 
@@ -230,6 +232,7 @@ def fit(
             for optimiser, rule in rules:
                 set_lr(optimiser, rule, step, total, network.lr_scale(step / total))
             seed_step(seed, step)
+            move_copies(network)
             micro = [_to(batch, device, machine) for batch in _take(stream, division.micro)]
             terms = _update(model, network, rules, scaler, micro, step / total, recipe, machine, device)
             if not all(math.isfinite(v) for v in terms.values()):
@@ -312,6 +315,14 @@ def _update(
             scaler.step(optimiser)
         scaler.update()
     return values
+
+
+@torch.no_grad()
+def move_copies(network: Trainable) -> None:
+    """Move the network's momentum copies one step towards what they follow (Trainable.momentum_copies)."""
+    for pair in network.momentum_copies():
+        for copy, source in zip(pair.copy.parameters(), pair.source.parameters(), strict=True):
+            copy.mul_(pair.momentum).add_(source, alpha=1 - pair.momentum)
 
 
 def _share_counts(network: Trainable, micro: list[Batch]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor, nn
 
 from misc.config import Fit
@@ -26,6 +28,24 @@ class Group:
     rule: Fit | None = None
 
 
+@dataclass(frozen=True)
+class MomentumCopy:
+    """A module that follows another one of the same layers by a moving average of its parameters (an EMA)."""
+
+    copy: nn.Module
+    """Never trained by the optimiser; in the state dict like everything else, so that it is saved and resumed."""
+    source: nn.Module
+    """What it follows."""
+    momentum: float
+    """copy <- momentum x copy + (1 - momentum) x source, once an update."""
+
+
+def sample_streams(batch: Batch) -> list[np.random.Generator]:
+    """A random stream for each sample of a batch, from its ``seed`` (B,): the same for a sample of the training
+    wherever and whenever it is made, in one process or in many, at once or after a resume."""
+    return [np.random.default_rng(number) for number in batch["seed"].tolist()]
+
+
 class Trainable(nn.Module, ABC):
     """Anything that misc/loop/fit.py trains.
 
@@ -42,8 +62,13 @@ class Trainable(nn.Module, ABC):
     def prepare(self, batch: Batch, progress: float) -> Batch:
         """Entries that are added to a batch before ``counts`` and ``forward`` see it: labels that the network makes
         itself while it trains. Called on the bare network in full precision, with gradients enabled; what it gives
-        carries none, and no random number is drawn."""
+        carries none. Random numbers are drawn from ``sample_streams`` alone."""
         return {}
+
+    def momentum_copies(self) -> Sequence[MomentumCopy]:
+        """Moving averages that the loop moves at the beginning of every update, before ``prepare``: equal in all
+        processes, as what they follow is, and once an update however it is divided into micro-batches."""
+        return ()
 
     def lr_scale(self, progress: float) -> float:
         """Factor of all learning rates at this fraction of the training, on top of the recipe's schedule."""

@@ -68,7 +68,7 @@ class Config(Checked):
     """Seed of initial weights, data order, augmentation and dropout."""
     train_list: str | None = None
     """List of training images: a name in ImageSets/Segmentation (coco14, folder: in splits) or a file. Default:
-    train_aug where the data set has it, else train; a published recipe on voc12 insists on train_aug."""
+    train_aug where the data set has it, else train."""
     score_list: str = "train"
     """List on which CAMs and pseudo masks are scored, where it has masks."""
     val_list: str = "val"
@@ -202,10 +202,7 @@ class Job:
 
     @property
     def train_list(self) -> str:
-        """Name of the list that CAMs, pseudo masks and trainings go through: on VOC 2012 a published recipe's own,
-        train_aug, whether it is there or not."""
-        if self.cfg.train_list is None and self.cfg.data == "voc12" and self.cfg.preset.startswith("published"):
-            return "train_aug"
+        """Name of the list that CAMs, pseudo masks and trainings go through."""
         return self.cfg.train_list or self.catalog.default_train_list()
 
     def train_ids(self) -> list[str]:

@@ -70,7 +70,6 @@ def train(
             write_model(job.run.weights(name), {k: v.cpu() for k, v in network.state_dict().items()}, description)
         distributed.barrier()
         return
-    distributed.say(f"{name}: trains on the list {job.train_list}, {len(ids)} images.")
     for line in phase.start.load(network, job.run.weights("cam")):
         distributed.say(f"{name}: starts from {line}")
     division = divide(recipe, distributed.world())
@@ -79,7 +78,7 @@ def train(
     samples = TrainSet(
         job.catalog, ids, phase.augment, network.normalisation, job.cfg.seed,
         with_mask=mask, planes=planes, plane_fill=plane_fill, target=target,
-        saliency=_Saliency(job) if phase.network.wants_saliency else None,
+        saliency=_Saliency(job) if phase.network.wants_saliency else None, views=phase.views(),
     )
 
     def batches(start: int) -> Iterable[Batch]:

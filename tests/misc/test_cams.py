@@ -100,6 +100,36 @@ def test_inputs_follow_the_network_s_normalisation() -> None:
     assert torch.equal(pair[1], pair[0].flip(-1))
 
 
+@pytest.mark.parametrize(
+    ("rule", "merged"), [("sum", [[4.0, -3.0]]), ("max", [[3.0, -1.0]]), ("max_relu", [[3.0, 0.0]])]
+)
+def test_an_image_and_its_mirror_become_one_by_the_rule(rule: str, merged: list[list[float]]) -> None:
+    maps = torch.tensor([[[[1.0, -1.0]]], [[[-2.0, 3.0]]]])  # the second is mirrored: 3, -2 turned back
+    once = cams.merge_maps([maps], (1, 2), rule=rule)
+    torch.testing.assert_close(once, torch.tensor(merged)[None])
+    torch.testing.assert_close(cams.merge_maps([maps, maps], (1, 2), rule=rule), 2 * once)
+    alone = {"max_relu": maps[:1].relu()}.get(rule, maps[:1])
+    torch.testing.assert_close(cams.merge_maps([maps[:1]], (1, 2), rule=rule), alone[0])
+
+
+def test_rule_span() -> None:
+    total = torch.tensor([[[-2.0, 0.0, 2.0]], [[3.0, 3.0, 3.0]]])
+    expected = torch.tensor([[[0.0, 2.0, 4.0]], [[0.0, 0.0, 0.0]]]) / torch.tensor([4 + 1e-5, 1.0]).view(2, 1, 1)
+    torch.testing.assert_close(cams.normalise_maps(total, "span"), expected)
+
+
+def test_a_squashed_image_is_stretched_once_and_then_scaled() -> None:
+    infer = CamInference(scales=(1.0, 0.5), squash=32, resize="linear", truncate=True, flip=False)
+    image = picture()
+    whole, half = cams.scaled_inputs(image, infer, "imagenet")
+    values = pixels.to_tensor(pixels.normalise_image(image, "imagenet"))[None]
+    square = F.interpolate(values, size=(32, 32), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(whole, square)
+    torch.testing.assert_close(half, F.interpolate(square, size=(16, 16), mode="bilinear", align_corners=False))
+    cam = cams.infer_cam(Toy(3), image, np.array([0.0, 1, 1], np.float32), infer, "imagenet")
+    assert cam.maps.shape == (2, 41, 58)
+
+
 def test_merge_of_nothing_is_an_error() -> None:
     with pytest.raises(ValueError, match="no map"):
         cams.merge_maps([], (4, 4))

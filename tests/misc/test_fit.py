@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from misc.config import Fit, Machine
 from misc.files.store import read_model
 from misc.loop.fit import NonFiniteLoss, divide, fit, lr_factor, make_optimiser, make_rules, resume_point, set_lr
-from misc.loop.trainable import Batch
+from misc.loop.trainable import Batch, MomentumCopy
 from net.groups import Group
 
 TOTAL, BATCH = 8, 4
@@ -25,7 +25,8 @@ MACHINE = Machine(device="cpu", workers=0, checkpoint_every=3)
 
 
 class Toy(nn.Module):
-    """A regression with a mean over images and one over valid entries, dropout, and a statistic kept in a buffer."""
+    """A regression with a mean over images and one over valid entries, dropout, a statistic kept in a buffer, and a
+    layer that follows another one by a moving average."""
 
     finds_unused = False
 
@@ -35,6 +36,8 @@ class Toy(nn.Module):
         self.first = nn.Linear(6, 8)
         self.drop = nn.Dropout(dropout)
         self.last = nn.Linear(8, 1)
+        self.follower = nn.Linear(6, 8).requires_grad_(False)
+        self.follower.load_state_dict(self.first.state_dict())
         self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
@@ -48,6 +51,9 @@ class Toy(nn.Module):
 
     def lr_scale(self, progress: float) -> float:
         return 1.0
+
+    def momentum_copies(self) -> list[MomentumCopy]:
+        return [MomentumCopy(self.follower, self.first, 0.75)]
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         return {"valid": batch["valid"].sum()}
@@ -152,6 +158,33 @@ def test_accumulation_changes_nothing(tmp_path: Path) -> None:
         assert curves[0] == pytest.approx(curves[other], rel=1e-4)
 
 
+def test_momentum_copies_move_once_an_update_before_anything_else(tmp_path: Path) -> None:
+    class Watched(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps: list[tuple[Tensor, Tensor]] = []
+
+        def prepare(self, batch: Batch, progress: float) -> Batch:
+            self.steps.append((self.first.weight.detach().clone(), self.follower.weight.clone()))
+            return {}
+
+    network = Watched()
+    train(tmp_path, Fit(**{**vars(RECIPE), "micro_batch": 2}), network)
+    of_updates = network.steps[:: BATCH // 2]
+    assert len(of_updates) == TOTAL and len(network.steps) == TOTAL * BATCH // 2
+    expected = of_updates[0][0]
+    for source, copy in of_updates:
+        expected = 0.75 * expected + 0.25 * source
+        torch.testing.assert_close(copy, expected)
+    assert not torch.allclose(of_updates[-1][0], of_updates[-1][1])
+
+
+def test_the_warm_up_of_poly_ends_where_poly_is() -> None:
+    recipe = Fit(schedule="warmup_poly", warmup_steps=4, warmup_ratio=0.1, power=1.0)
+    rates = [lr_factor(recipe, step, 10) for step in range(10)]
+    assert rates == pytest.approx([0.1, 0.325, 0.55, 0.775, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+
+
 def test_poly_and_constant_rates_reach_every_group() -> None:
     network = Toy()
     optimiser = make_optimiser(network.param_groups(), RECIPE, torch.device("cpu"))
@@ -193,7 +226,9 @@ def test_groups_may_follow_another_rule() -> None:
         set_lr(optimiser, rule, 4, TOTAL)
     assert [g["lr"] for g in adamw.param_groups] == pytest.approx([0.005 * 0.5**0.9])
     assert [g["lr"] for g in sgd.param_groups] == [0.5] and sgd.param_groups[0]["weight_decay"] == 0
-    assert sum(len(g["params"]) for o in (adamw, sgd) for g in o.param_groups) == len(list(Toy().parameters()))
+    assert sum(len(g["params"]) for o in (adamw, sgd) for g in o.param_groups) == sum(
+        p.requires_grad for p in Toy().parameters()
+    )
 
 
 def test_a_training_by_two_rules_is_resumed_exactly(tmp_path: Path) -> None:

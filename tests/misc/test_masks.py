@@ -19,6 +19,8 @@ SCALES = (0.5, 1.0, 1.3)
 MEAN = SegInference(scales=SCALES, flip=True, resize="cubic", merge="mean_logits", align_corners=True)
 MAX = SegInference(scales=SCALES, resize="linear", merge="max_softmax", align_corners=False)
 SUM = SegInference(scales=SCALES, flip=True, resize="bicubic", merge="sum_logits", align_corners=False)
+SUM_MAX = SegInference(scales=SCALES, resize="bilinear", merge="sum_max_logits", align_corners=False)
+MAX_SUM = SegInference(scales=SCALES, squash=24, resize="bilinear", merge="max_sum_logits", align_corners=False)
 
 
 def picture(height: int = 21, width: int = 34) -> np.ndarray:
@@ -34,35 +36,46 @@ def network(images: Tensor) -> Tensor:
 def plain(image: np.ndarray, infer: SegInference) -> np.ndarray:
     """All results kept, merged at the end, as published."""
     values = normalise_image(image, "imagenet")
-    height, width = image.shape[:2]
+    height, width = size = image.shape[:2]
+    if infer.squash:
+        height = width = infer.squash
+        values = F.interpolate(to_tensor(values)[None], size=(height, width), mode="bilinear")[0]
+        values = values.permute(1, 2, 0).numpy()
     results = []
     for factor in infer.scales:
         if infer.resize == "bicubic":
-            size = round(width * factor), round(height * factor)
-            small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+            inner = round(width * factor), round(height * factor)
+            small = np.asarray(Image.fromarray(image).resize(inner, Image.Resampling.BICUBIC))
             scaled = to_tensor(normalise_image(small, "imagenet"))[None]
         elif infer.resize == "cubic":
-            size = round(width * factor), round(height * factor)
-            scaled = to_tensor(cv2.resize(values, size, interpolation=cv2.INTER_CUBIC))[None]
+            inner = round(width * factor), round(height * factor)
+            scaled = to_tensor(cv2.resize(values, inner, interpolation=cv2.INTER_CUBIC))[None]
         else:
-            size = int(height * factor), int(width * factor)
-            scaled = F.interpolate(to_tensor(values)[None], size=size, mode="bilinear", align_corners=True)
+            inner, align = (int(height * factor), int(width * factor)), infer.resize == "linear"
+            scaled = F.interpolate(to_tensor(values)[None], size=inner, mode="bilinear", align_corners=align)
         for mirrored in (False, True) if infer.flip else (False,):
             logits = network(scaled.flip(-1) if mirrored else scaled)
-            logits = F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=infer.align_corners)
+            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=infer.align_corners)
             results.append(logits.flip(-1) if mirrored else logits)
     stacked = torch.cat(results)
     if infer.merge == "mean_logits":
         return stacked.mean(0).softmax(0).numpy()
     if infer.merge == "sum_logits":
         return stacked.sum(0).softmax(0).numpy()
+    passes = stacked.unflatten(0, (len(infer.scales), -1))  # (scales, 1 or 2, n, H, W)
+    if infer.merge == "sum_max_logits":
+        return passes.sum(1).amax(0).softmax(0).numpy()
+    if infer.merge == "max_sum_logits":
+        return passes.amax(1).sum(0).softmax(0).numpy()
     return stacked.softmax(1).amax(0).numpy()
 
 
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize(
-    "infer", [MEAN, MAX, SUM, override(MEAN, {"resize": "linear"}), override(MAX, {"resize": "cubic"})]
-)
+    "infer",
+    [MEAN, MAX, SUM, SUM_MAX, MAX_SUM, override(MEAN, {"resize": "linear"}), override(MAX, {"resize": "cubic"}),
+     override(SUM_MAX, {"squash": 30})],
+)  # fmt: skip
 def test_running_merge_equals_keeping_everything(infer: SegInference, flip: bool) -> None:
     infer = override(infer, {"flip": flip})
     scores = segment(network, picture(), infer, "imagenet")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from misc.config import Augment
+from misc.config import Augment, View
 from misc.files.images import read_mask
 from voc12.catalog import Catalog, open_catalog
 from voc12.loader import Draws, TrainSet, WorkerDied, make_loader
@@ -69,10 +69,10 @@ def kill(image_id: str) -> np.ndarray:
 
 def global_batches(
     data: Catalog, *, world: int = 1, micro: int | None = None, workers: int = 0, start: int = 0, total: int = 4,
-    recipe: Augment = RECIPE, order: str = "epochs",
+    recipe: Augment = RECIPE, order: str = "epochs", views: dict[str, View] | None = None,
 ) -> list[dict[str, torch.Tensor]]:
-    """The global batches of 4 that all processes and micro-batches make together."""
-    train = TrainSet(data, IDS, recipe, "imagenet", 5, with_mask=Masks(data))
+    """The global batches of 4 that all processes and micro-batches make together; views stand in place of masks."""
+    train = TrainSet(data, IDS, recipe, "imagenet", 5, with_mask=None if views else Masks(data), views=views)
     micro = micro or 4 // world
     per_update = 4 // world // micro
     parts: list[list[dict[str, torch.Tensor]]] = [[] for _ in range(start, total)]
@@ -97,6 +97,7 @@ def test_batch_contents(data: Catalog) -> None:
         "image": ((4, 3, 24, 24), torch.float32),
         "tags": ((4, 20), torch.float32),
         "box": ((4, 4), torch.int64),
+        "seed": ((4,), torch.int64),
         "mask": ((4, 24, 24), torch.int64),
     }
     for image, box, mask in zip(batch["image"], batch["box"].tolist(), batch["mask"], strict=True):
@@ -120,6 +121,54 @@ def test_samples_of_a_batch_are_augmented_independently(data: Catalog) -> None:
     assert not any(torch.equal(images[0], other) for other in images[1:])
     assert torch.equal(images[2], train[(0, 2, 0)]["image"])
     assert not torch.equal(images[2], TrainSet(data, IDS, RECIPE, "imagenet", 6)[(0, 2, 0)]["image"])
+
+
+SHARED = Augment(order=("long_side", "flip", "crop", "normalize"), long_side=(14, 30), crop=24)
+VIEWS = {
+    "plain": View(start="shared", order=("normalize",)),
+    "turned": View(start="shared", order=("flip", "normalize"), flip=1.0),
+    "image": View(start="shared", order=("flip", "blur", "normalize"), flip=0.5, blur=1.0),
+    "global": View(order=("resized_crop", "solarise", "grey", "normalize"), crop=16, grey=1.0),
+}
+
+
+def test_views_show_the_same_crop_or_another_part_of_the_file(data: Catalog) -> None:
+    batches = global_batches(data, recipe=SHARED, views=VIEWS)
+    alone = global_batches(data, recipe=SHARED, views={"plain": VIEWS["plain"]})
+    for batch, other in zip(batches, alone, strict=True):
+        plain, turned = batch["view/plain"], batch["view/turned"]
+        assert torch.equal(plain, turned.flip(-1)) and torch.equal(plain, other["view/plain"])
+        assert torch.equal(other["image"], plain) and torch.equal(batch["image"], batch["view/image"])
+        assert batch["mirrored/turned"].all() and not batch["mirrored/plain"].any()
+        assert torch.equal(batch["box"], batch["box/plain"]) and batch["view/global"].shape == (4, 3, 16, 16)
+        top, bottom, left, right = batch["box"].unbind(1)
+        assert torch.equal(batch["box/turned"], torch.stack([top, bottom, 24 - right, 24 - left], 1))
+        truth = torch.where(batch["mirrored/image"][:, None], batch["box/turned"], batch["box"])
+        assert torch.equal(batch["box/image"], truth)
+        assert not torch.equal(batch["image"], plain)
+    mirrored = torch.cat([batch["mirrored/image"] for batch in batches])
+    assert mirrored.any() and not mirrored.all()
+    grey = batches[0]["view/global"] * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    grey = grey + torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    assert (grey.amax(1) - grey.amin(1)).max() < 1e-4
+
+
+def test_views_and_seeds_are_the_same_however_the_work_is_divided(data: Catalog) -> None:
+    plain = global_batches(data, recipe=SHARED, views=VIEWS)
+    seeds = torch.cat([batch["seed"] for batch in plain])
+    assert len(seeds.unique()) == len(seeds)
+    for division in ({"world": 2}, {"micro": 1}, {"workers": 2}):
+        assert same(plain, global_batches(data, recipe=SHARED, views=VIEWS, **division)), division
+    assert same(plain[3:], global_batches(data, recipe=SHARED, views=VIEWS, start=3))
+
+
+def test_views_that_cannot_be_are_refused(data: Catalog) -> None:
+    with pytest.raises(ValueError, match="masks, label planes or saliency has none"):
+        TrainSet(data, IDS, SHARED, "imagenet", 5, with_mask=Masks(data), views=VIEWS)
+    with pytest.raises(ValueError, match="normalize must come last in its order, which is long_side"):
+        TrainSet(data, IDS, RECIPE, "imagenet", 5, views=VIEWS)
+    with pytest.raises(ValueError, match="order = .* crop or resized_crop, from a file"):
+        View(order=("flip", "normalize"))
 
 
 @pytest.mark.parametrize("order", ["epochs", "stream"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -53,20 +52,17 @@ def aug_mask_path(catalog: Catalog, image_id: str) -> Path:
 
 
 def prepare_voc12(
-    root: DirOption, sbd: DirOption | None = None, sbd_lists: DirOption | None = None,
-    tags: Literal["xml", "masks"] = "xml", difficult: bool = True, decode: bool = True,
-    overwrite: bool = False, workers: int = WORKERS,
+    root: DirOption, sbd: DirOption | None = None, tags: Literal["xml", "masks"] = "xml", difficult: bool = True,
+    decode: bool = True, overwrite: bool = False, workers: int = WORKERS,
 ) -> int:
     """VOC 2012's devkit: SBD's masks, the list train_aug, tags in labels.csv, a check of every file.
 
     train_aug is every image with a mask that is not in val. Its masks are the official ones and SegmentationClassAug,
-    as the field passes it round or as made here from SBD. Learning from tags needs the list alone: --sbd-lists.
+    as the field passes it round or as made here from SBD.
 
     Args:
         root: VOC2012, or a folder that holds it.
         sbd: The unpacked Semantic Boundaries Dataset (benchmark_RELEASE), where there is no SegmentationClassAug.
-        sbd_lists: Folder of SBD's own train.txt and val.txt (benchmark_RELEASE/dataset), which make the list train_aug
-            without SBD's masks.
         tags: Where labels.csv takes the tags from. The published systems use the XML files.
         difficult: Count objects flagged difficult in the XML files, as the published systems do.
         decode: Read every image and mask; otherwise only look whether the files are there.
@@ -89,7 +85,7 @@ def prepare_voc12(
             lists[name] = catalog.ids(name)
         elif name != "test":
             findings.tell(f"There is no list {name} in {catalog.root / 'ImageSets' / 'Segmentation'}.")
-    _train_aug(catalog, lists, findings, sbd_lists)
+    _train_aug(catalog, lists, findings)
     tagged = sorted({i for name, ids in lists.items() if name != "test" for i in ids})
     rows: list[tuple[str, list[str]]] = []
     for image_id in tagged:
@@ -106,43 +102,20 @@ def prepare_voc12(
     return conclude(findings, f"--data voc12 --root {catalog.root}")
 
 
-def _train_aug(
-    catalog: Catalog, lists: dict[str, list[str]], findings: Findings, sbd_lists: Path | None = None
-) -> None:
+def _train_aug(catalog: Catalog, lists: dict[str, list[str]], findings: Findings) -> None:
     """Add train_aug to the lists, and write it where it is not there."""
     if catalog.has_list("train_aug"):
         lists["train_aug"] = catalog.ids("train_aug")
     elif any(path.startswith("SegmentationClassAug/") for path in catalog.masks.values()):
-        ids = _train_aug_ids(catalog.masks, lists)
-        findings.put(catalog.root / "ImageSets" / "Segmentation" / "train_aug.txt", join_lines(ids))
-        lists["train_aug"] = ids
-    elif sbd_lists is not None:
-        ids = _train_aug_ids(_sbd_ids(sbd_lists), lists)
+        ids = sorted({*catalog.masks, *lists.get("train", ())} - set(lists.get("val", ())))
         findings.put(catalog.root / "ImageSets" / "Segmentation" / "train_aug.txt", join_lines(ids))
         lists["train_aug"] = ids
     else:
-        print(
-            "There are no masks besides the official ones, hence no train_aug: give --sbd DIR to make it, or "
-            "--sbd-lists DIR for the list without the masks."
-        )
+        print("There are no masks besides the official ones, hence no train_aug: give --sbd DIR to make it.")
     for name in ("train", "train_aug"):
         both = sorted(set(lists.get(name, ())) & set(lists.get("val", ())))
         if both:
             findings.tell(f"{len(both)} images of {name} are in val too ({', '.join(both[:5])}): mend the lists.")
-
-
-def _train_aug_ids(more: Iterable[str], lists: dict[str, list[str]]) -> list[str]:
-    """VOC's train and more images, without those of val."""
-    return sorted({*more, *lists.get("train", ())} - set(lists.get("val", ())))
-
-
-def _sbd_ids(folder: Path) -> list[str]:
-    """The ids of SBD's two lists; DataError where one is missing."""
-    for place in (folder, folder / "dataset", folder / "benchmark_RELEASE" / "dataset"):
-        files = [place / name for name in ("train.txt", "val.txt")]
-        if all(file.is_file() for file in files):
-            return [word for file in files for word in file.read_text().split()]
-    raise DataError(f"No lists of SBD in {folder}: looked for train.txt and val.txt there and in dataset.")
 
 
 def _voc_tags(catalog: Catalog, image_id: str, source: str, difficult: bool) -> list[str]:
