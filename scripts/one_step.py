@@ -37,6 +37,12 @@ SPECIAL = {
     "getam:published:deitb_distilled": (
         "--cam.fit.steps 3 --saliency {saliency} --cam.network.dpt.backbone deitb_distilled"
     ),
+    "toco": "--cam.fit.steps 2",  # the decoder's terms begin after a tenth of the training, on COCO all have after 0.15
+    "toco:published_deit": "--cam.fit.steps 2",
+    "toco:published_coco": "--cam.fit.steps 2",
+    "toco:published_coco_deit": "--cam.fit.steps 2",
+    "more": "--cam.fit.steps 3",  # the third step is after the switch of the labels
+    "more:published_coco": "--cam.fit.steps 3",
 }
 """What METHOD, METHOD:PRESET or METHOD:PRESET:VARIANT needs besides the flags of all."""
 
@@ -61,8 +67,8 @@ def step_flags(name: str, root: Path, out: Path, batch: int) -> list[str]:
     if name in SEGMENTERS:
         method, part, own = "seam", "seg", f"--segmenter {name} --masks truth"
     common = (
-        f"{method} --preset {preset} --data voc12 --train-list train --steps train_{part} --{part}.weights none "
-        f"--{part}.fit.steps 1 --{part}.fit.batch-size {batch} --machine.device cpu --machine.workers 0"
+        f"{method} --preset {preset} --data voc12 --steps train_{part} --{part}.weights none --{part}.fit.steps 1 "
+        f"--{part}.fit.batch-size {batch} --machine.device cpu --machine.workers 0"
     )
     special = [word.format(batch=batch, saliency=root / "Saliency") for word in own.split()]
     return [*common.split(), "--root", str(root), "--out", str(out / name.replace(":", "_")), *special]

@@ -25,6 +25,8 @@ seam_train_step semformer_forward_train tscam_forward
 ZERO = {
     ("aream_aff_loss", "all_ignored"): "the loss of a label without a pair is zero",
     ("caffemodel_parse", "*.num_batches_tracked"): "a count that no Caffe file holds starts at zero",
+    ("more_losses", "seg_none"): "a label without a known pixel has no loss",
+    ("more_train_step", "grad0.decoder.*"): "before its terms begin the decoder's gradient is zero, not missing",
     ("semformer_activation_losses", "act_cplt_single"): "an image of the background has nothing to complement",
 }
 """Outputs that are zero, which neither zeros nor the negative can be told from: (checker, names), and the reason."""

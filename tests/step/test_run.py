@@ -22,7 +22,6 @@ from misc.files.camfiles import read_cam
 from misc.files.images import read_image, read_mask, write_mask
 from step import select
 from step.lib import parsing
-from step.lib.config import open_job
 
 MADE = ("weights/*.pt", "cam/*", "aff_label/*", "label/*", "seg/*")
 IDS = [f"2025_{i:06d}" for i in range(1, 9)]
@@ -119,25 +118,6 @@ def test_scores_say_where_they_come_from(finished: Path) -> None:
     assert [s["start_weights"] for s in (cam, walked, predicted)] == ["random"] * 3
     precision = {"training": "float32", "inference": "float32"}  # the sample recipes' fast, on a CPU
     assert [s["precision"] for s in (cam, walked, predicted)] == [precision] * 3
-
-
-def test_published_recipes_on_voc_insist_on_train_aug(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Training on train's 1,464 images without a word is how people lose five points."""
-    argv = ["seam", "--preset", "published", "--data", "voc12", "--root", str(data), "--cam.weights", "none"]
-    argv += ["--out", str(tmp_path / "run"), "--steps", "train_cam"]
-    assert run_sample.main(argv) == 1
-    error = capsys.readouterr().err
-    assert "train_aug" in error and "voc12.prepare" in error and "--train-list train" in error
-    assert open_job(parsing.parse([*argv, "--train-list", "train"])).train_list == "train"
-    sample = parsing.parse(["seam", "--data", "voc12", "--root", str(data)])
-    assert open_job(sample).train_list == "train"
-
-
-def test_a_training_begins_with_its_list(finished: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(data, finished.with_name("short"), "--steps", "train_cam") == 0
-    assert "cam: trains on the list train, 8 images." in capsys.readouterr().out
 
 
 def test_the_report_is_one_page(finished: Path) -> None:

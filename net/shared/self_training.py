@@ -1,0 +1,268 @@
+"""What ToCo and MoRe share: a vision transformer that makes its own labels while it trains, and the losses on them
+(toco.md sections 2 to 5, more.md sections 2 to 4).
+
+Its class maps, merged over scales and mirrors at every update, say which patch tokens should be alike and, refined by
+the image's colours, what its decoder should predict: CAM network and segmentation network in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from misc.checked import Checked, Count, Positive, Probability, Range, Weight, check
+from misc.crf.energy import DenseOptions, dense_energy
+from misc.image.labels import IGNORE
+from misc.image.picture import restore_values, truncate_values
+from misc.infer.online import merge_batch_maps, present_classes, refined_label
+from misc.loop.trainable import Batch
+from net.backbone.auxiliary_vit import AuxiliaryViT, LargeFovHead, MaxClassifier
+from net.backbone.vit import ViTOptions
+from net.contract import Options, SingleStage
+from net.foreign.loading import load_tensors
+from net.foreign.reading import read_tensors
+from net.groups import Group
+
+VIT_B = ViTOptions(
+    width=768, heads=12, drop_path=0.0, pretrained="vit_base_patch16_224.orig_in21k_ft_in1k"
+)
+"""The published backbone: the ViT of 2020, not today's default weights of that name in timm (toco.md section 2.1)."""
+
+
+@dataclass(frozen=True)
+class Term(Checked):
+    """Weight of a loss term and when it begins."""
+
+    weight: Weight
+    """Weight. 0: the term is not used."""
+    start: Annotated[float, Range(least=0, below=1)] = 0.0
+    """Fraction of the training after which it counts; before, it is multiplied by 0, so that its parameters decay but
+    do not learn. 0: from the first update on."""
+
+    def at(self, progress: float) -> float:
+        """Weight at this fraction of the training."""
+        return self.weight if not self.start or progress > self.start else 0.0
+
+
+@dataclass(frozen=True)
+class SelfTrainedOptions(Options):
+    """Network, maps and labels; the defaults are published for VOC."""
+
+    backbone: ViTOptions = field(default_factory=lambda: VIT_B)
+    """Transformer; image_size is the one that its position embedding is made for."""
+    aux_layer: int = -3
+    """Block of the auxiliary maps, from the end: -3 is the block two before the last."""
+    fov_channels: Count = 512
+    """Channels of the decoder."""
+    fov_dilation: Count = 5
+    """Dilation of the decoder's convolutions."""
+    scales: Annotated[tuple[float, ...], Range(above=0, filled=True)] = (1.0, 0.5, 1.5)
+    """Scales of the maps that labels are made from while it trains."""
+    high: Probability = 0.7
+    """Map value above which a pixel has its class. COCO: 0.65."""
+    low: Probability = 0.25
+    """Map value up to which a pixel is background; what lies between is unknown."""
+    iterations: Annotated[int, Range(least=0)] = 10
+    """Iterations of PAR on the labels of the decoder."""
+    dense: DenseOptions = field(default_factory=DenseOptions)
+    """Kernel of the dense energy loss."""
+    head_lr: Positive = 10.0
+    """Learning rate of everything behind the encoder, relative to the encoder's."""
+
+    def cross_check(self) -> None:
+        """Raises ValueError for a block that is not there and thresholds the wrong way round."""
+        super().cross_check()
+        depth = self.backbone.depth
+        check(-depth <= self.aux_layer < depth, "aux_layer", self.aux_layer, f"one of {depth} blocks (the depth)")
+        check(self.low <= self.high, "low", self.low, f"at most high = {self.high}")
+
+
+# ------------------------------------------------------------------------------------ losses (toco.md section 5)
+
+
+def token_pairs(label: Tensor) -> tuple[Tensor, Tensor]:
+    """Which pairs of an image's tokens have the same label and which different ones: (B, N) integers ->
+    same, different (B, N, N) bool. A token with itself or with an unknown one (255) is neither."""
+    known = label != IGNORE
+    both = known[:, :, None] & known[:, None]
+    equal = label[:, :, None] == label[:, None]
+    itself = torch.eye(label.shape[1], dtype=torch.bool, device=label.device)
+    return both & equal & ~itself, both & ~equal
+
+
+def count_token_pairs(label: Tensor) -> dict[str, Tensor]:
+    """How many pairs ``token_pairs`` finds in labels (B, h, w), each unordered pair counted twice."""
+    same, different = token_pairs(label.flatten(1))
+    return {"same_pairs": same.sum(), "different_pairs": different.sum()}
+
+
+def patch_contrast(patches: Tensor, label: Tensor, same_pairs: Tensor, different_pairs: Tensor) -> Tensor:
+    """Patch token contrast: tokens of one label should be alike, others not.
+
+    1/2 (1 - mean over same pairs of s) + 1/2 mean over different pairs of s, with s the absolute cosine. Published, 1
+    is added to the pair counts of a GPU's two images: here 1/2 for each image of the batch.
+
+    Args:
+        patches: (B, D, h, w).
+        label: (B, h, w) integers, 255 unknown.
+        same_pairs, different_pairs: counts over the batch (``Network.counts``).
+
+    Returns:
+        Scalar in [0, 1]; 1/2 where there is no pair.
+    """
+    with torch.autocast(patches.device.type, enabled=False):
+        unit = F.normalize(patches.float().flatten(2), dim=1, eps=1e-8)  # (B, D, N)
+        similarity = (unit.transpose(1, 2) @ unit).abs()  # (B, N, N)
+    same, different = token_pairs(label.flatten(1))
+    added = len(patches) / 2
+    alike = (similarity * same).sum() / (same_pairs + added)
+    unlike = (similarity * different).sum() / (different_pairs + added)
+    return (1 - alike + unlike) / 2
+
+
+def count_label_kinds(label: Tensor) -> dict[str, Tensor]:
+    """Numbers of background pixels and of pixels of a class in labels (B, H, W)."""
+    background = label == 0
+    return {"background": background.sum(), "foreground": (~background & (label != IGNORE)).sum()}
+
+
+def balanced_cross_entropy(logits: Tensor, label: Tensor, background: Tensor, foreground: Tensor) -> Tensor:
+    """Half the mean cross entropy of the background pixels plus half that of the others.
+
+    ToCo's code gives 0 / 0 for a half without pixels (toco.md section 9, trap 5); here it is 0, as in MoRe.
+
+    Args:
+        logits: (B, C + 1, H, W) float32.
+        label: (B, H, W) int64, 255 ignored.
+        background, foreground: counts over the batch (``Network.counts``).
+    """
+    errors = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")  # (B, H, W), 0 where unknown
+    is_background = label == 0
+    halves = (
+        errors[is_background].sum() / background.clamp(min=1e-6),
+        errors[~is_background].sum() / foreground.clamp(min=1e-6),
+    )
+    return sum(halves) / 2
+
+
+# ------------------------------------------------------------------------------------ network
+
+
+class SelfTrainedViT(SingleStage):
+    """Encoder, two classifiers and decoder, their maps and the labels made of them."""
+
+    encoder: AuxiliaryViT
+    map_merges: ClassVar[tuple[str, ...]] = ("max_relu", "max_relu")
+    """Merging rules of the kinds of ``raw_maps`` (misc.infer.cams.MAP_MERGES)."""
+
+    def __init__(self, options: SelfTrainedOptions, encoder: AuxiliaryViT, num_classes: int) -> None:
+        super().__init__()
+        self.settings = options
+        width = options.backbone.width
+        self.encoder = encoder
+        self.decoder = LargeFovHead(width, num_classes + 1, options.fov_channels, options.fov_dilation)
+        self.classifier = MaxClassifier(width, num_classes)
+        self.aux_classifier = MaxClassifier(width, num_classes)
+
+    def raw_maps(self, images: Tensor) -> Sequence[Tensor]:
+        """Class maps and auxiliary class maps, signed: (B, 3, H, W) -> (B, C, h, w) float32 each."""
+        _, patches, auxiliary = self.encoder(images)
+        return self.classifier.class_maps(patches), self.aux_classifier.class_maps(auxiliary)
+
+    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
+        """The class maps, signed."""
+        return self.raw_maps(images)[0]
+
+    def classify(self, images: Tensor, num_classes: int) -> Tensor:
+        """The classifier's logits: (B, 3, H, W) -> (B, C)."""
+        return self.classifier.class_logits(self.encoder(images)[1])
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Segmentation logits: (B, 3, H, W) -> (B, C + 1, h, w)."""
+        return self.decoder(self.encoder(images)[1])
+
+    # ----------------------------------------------------------------------------------- training
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Inside, the network is in evaluation mode and makes no graph."""
+        was = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(was)
+
+    def online_maps(self, batch: Batch) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Merged maps of the batch's images with the present weights.
+
+        Returns:
+            Kinds of maps (B, K, H, W) in [0, 1], 0 where an image has fewer classes; keys (B, K) and real (B, K) as
+            ``present_classes`` gives them.
+        """
+        keys, real = present_classes(batch["tags"])
+        with self.measuring():
+            kinds = merge_batch_maps(self.raw_maps, batch["image"], keys, self.settings.scales, self.map_merges)
+        return [maps * real[:, :, None, None] for maps in kinds], keys, real
+
+    def decoder_labels(self, images: Tensor, maps: Tensor, keys: Tensor, real: Tensor) -> Tensor:
+        """Labels of the decoder from maps (B, K, H, W): (B, H, W) int64 (misc.infer.online.refined_label)."""
+        options, labels = self.settings, []
+        pictures = truncate_values(images, self.normalisation) / 255
+        for colours, one, own, present in zip(pictures, maps, keys, real, strict=True):
+            labels.append(refined_label(colours, one[present], own[present], options.high, options.low,
+                                        options.iterations))  # fmt: skip
+        return torch.stack(labels)
+
+    def segmentation_terms(
+        self, logits: Tensor, batch: Batch, inside: Tensor, weights: tuple[float, float]
+    ) -> dict[str, Tensor]:
+        """{"seg", "reg"} of the decoder's logits (B, C + 1, h, w) against ``batch["label"]``, weighted; before they
+        begin (there is no label) both are 0 with gradients that are 0, not missing: the decoder's weights decay.
+
+        ``inside`` (B, H, W) bool: where the image is.
+        """
+        if "label" not in batch:
+            nothing = logits.float().sum() * 0.0
+            return {"seg": nothing, "reg": nothing.detach()}
+        label, images = batch["label"], batch["image"]
+        with torch.autocast(images.device.type, enabled=False):
+            logits = F.interpolate(logits.float(), size=label.shape[-2:], mode="bilinear", align_corners=False)
+            seg = balanced_cross_entropy(logits, label, batch["counts/background"], batch["counts/foreground"])
+            colours = restore_values(images, self.normalisation)
+            reg = dense_energy(logits, label, colours, inside, self.settings.dense)
+        return {"seg": weights[0] * seg, "reg": weights[1] * reg}
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Pairs of tokens, and pixels of the decoder's labels where there are any."""
+        pixels = count_label_kinds(batch["label"]) if "label" in batch else {}
+        return {**count_token_pairs(batch["token_label"]), **pixels}
+
+    def split_groups(self, *heads: Sequence[nn.Module]) -> list[Group]:
+        """Optimiser groups: encoder but for its norms, its norms, and each list of heads at ``head_lr`` times the rate;
+        everything is decayed, norms and biases too (toco.md section 7)."""
+        groups = [Group([]), Group([])]
+        for name, parameter in self.encoder.named_parameters():
+            if parameter.requires_grad:
+                groups["norm" in name].params.append(parameter)
+        for modules in heads:
+            params = [p for module in modules for p in module.parameters() if p.requires_grad]
+            groups.append(Group(params, self.settings.head_lr))
+        return groups
+
+    def pretrained_names(self) -> tuple[str, ...]:
+        """timm's classifier for the encoder."""
+        return self.encoder.pretrained_names()
+
+    def load_weights(self, weights: str) -> str:
+        """A whole checkpoint of this network, strictly, or an ImageNet classifier for the encoder, in timm's naming."""
+        if any(name.startswith("encoder.") for name in read_tensors(weights)):
+            return str(load_tensors(self, weights))
+        return self.encoder.load_weights(weights)
