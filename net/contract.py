@@ -97,7 +97,12 @@ class Phase(Checked):
 
     released: str = ""
     """A checkpoint FILE, such as the authors' own, that is used as it is: nothing is trained, the step counts as done.
-    It must hold the whole network. Empty: train."""
+    It must hold the whole network (FILE,FILE for one of two parts together). Empty: train."""
+
+    @property
+    def released_files(self) -> tuple[str, ...]:
+        """The files of ``released``; none where the network is trained."""
+        return tuple(self.released.split(",")) if self.released else ()
 
     @property
     def start(self) -> StartWeights:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from net.contract import Network
 
 
 @torch.no_grad()
-def load_released(network: Network, file: str) -> str:
-    """Give a network all its tensors from a released checkpoint, in whatever wrapping and under the official names.
+def load_released(network: Network, files: Sequence[str]) -> str:
+    """Give a network all its tensors from a released checkpoint, in whatever wrapping and under the official names, or
+    from several files where its parts were released one by one.
 
     The network's own loader reads the file. What it leaves untouched, such as a classifier that starts anew in a
     training, has no value here and is an error.
@@ -21,23 +24,24 @@ def load_released(network: Network, file: str) -> str:
         FileNotFoundError: there is no such file.
         ValueError: the file does not fit, holds a part of the network only, or values that are not finite.
     """
+    told = ", ".join(files)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     for value in network.state_dict().values():
         if value.is_floating_point():
             value.fill_(torch.nan)
     try:
-        report = network.load_weights(file)
+        report = "; ".join(network.load_weights(file) for file in files)
         state = {name: value for name, value in network.state_dict().items() if value.is_floating_point()}
         lacking = [name for name, value in state.items() if bool(value.isnan().all()) and value.numel()]
         if lacking:
             shown = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
             raise ValueError(
-                f"{file} holds no whole {type(network).__name__}: it lacks {shown}. To train from such a file, name it "
+                f"{told} holds no whole {type(network).__name__}: it lacks {shown}. To train from such a file, name it "
                 "as the start weights."
             )
         bad = [name for name, value in state.items() if not bool(torch.isfinite(value).all())]
         if bad:
-            raise ValueError(f"{file}: {bad[0]} holds values that are not finite. Download it again.")
+            raise ValueError(f"{told}: {bad[0]} holds values that are not finite. Download it again.")
     except Exception:
         network.load_state_dict(before)
         raise

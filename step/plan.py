@@ -149,8 +149,9 @@ def check(job: Job, steps: Sequence[Step]) -> None:
         raise ValueError("--masks truth: with --segmenter own nothing is trained on masks. Name a segmenter.")
     for prefix, phase in phases:
         if phase.released:
-            if not Path(phase.released).is_file():
-                raise FileNotFoundError(f"--{prefix}released {phase.released}: there is no such file.")
+            for file in phase.released_files:
+                if not Path(file).is_file():
+                    raise FileNotFoundError(f"--{prefix}released {file}: there is no such file.")
             continue
         divide(phase.fit, distributed.world())
         phase.start.check(f"--{prefix}weights", None if "train_cam" in names else job.run.weights("cam"))

@@ -26,7 +26,7 @@ def start_weights(phase: Phase, cam: SeedRecipe | None = None) -> str:
     """What the network of a phase was trained from, in words, for the provenance of its scores: random weights, a file
     and what that was trained on, or the CAM network, which ``cam`` made; or the released checkpoint that it is."""
     if phase.released:
-        return f"released checkpoint {Path(phase.released).name}, as it is"
+        return f"released checkpoint {', '.join(Path(file).name for file in phase.released_files)}, as it is"
     return phase.start.tell(phase.init, None if cam is None else start_weights(cam.phases()[-1][1]))
 
 

@@ -65,7 +65,8 @@ def train(
         return
     if phase.released:
         if distributed.is_main():
-            distributed.say(f"{name}: used as released, no update is made. {load_released(network, phase.released)}")
+            report = load_released(network, phase.released_files)
+            distributed.say(f"{name}: used as released, no update is made. {report}")
             description = _description(job, name, phase, network, device)
             write_model(job.run.weights(name), {k: v.cpu() for k, v in network.state_dict().items()}, description)
         distributed.barrier()

@@ -95,3 +95,18 @@ def test_scores_and_new_images_rest_on_the_released_file(data: Path, tmp_path: P
     classes = store.read_model(out / "weights" / "cam.pt")[1]["classes"]
     words = [str(image), "--run", str(out), "--tags", classes[0], "--out", str(tmp_path / "masks"), "--fast"]
     assert predict.main([*words, "--machine.device", "cpu", "--machine.workers", "0"]) == 0
+
+
+def test_parts_that_were_released_one_by_one(data: Path, tmp_path: Path) -> None:
+    """CRT: deits_cam.pth and res152_cam.pth."""
+    _, state, argv = release("cam", "crt", tmp_path)
+    files = []
+    for part in ("transformer", "cnn"):
+        files.append(tmp_path / f"{part}.pth")
+        torch.save({k.removeprefix(f"{part}."): v for k, v in state.items() if k.startswith(f"{part}.")}, files[-1])
+    common = ["--data", "voc12", "--root", str(data), "--steps", "train_cam"]
+    assert run_sample.main([*argv, *common, "--out", str(tmp_path / "one"), "--cam.released", str(files[0])]) == 1
+    both = ",".join(map(str, files))
+    assert run_sample.main([*argv, *common, "--out", str(tmp_path / "two"), "--cam.released", both]) == 0
+    written, _ = store.read_model(tmp_path / "two" / "weights" / "cam.pt")
+    assert all(torch.equal(written[key], value) for key, value in state.items())
