@@ -51,7 +51,8 @@ def short(method: str) -> list[str]:
 @pytest.mark.parametrize("method", sorted(registry.SEEDS))
 def test_every_step_of_every_method(method: str, data: str, roots: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    saliency = ["--saliency", str(roots["voc12"] / "Saliency")] if method == "getam" else []
+    wanted = any(phase.network.wants_saliency for _, phase in default_config(method, "sample").cam.phases())
+    saliency = ["--saliency", str(roots["voc12"] / "Saliency")] if wanted else []
     flags = ["--data", data, "--root", str(roots[data]), "--out", str(out), *short(method), *saliency]
     assert run_sample.main([method, *flags]) == 0
     catalog = open_catalog(data, roots[data])
