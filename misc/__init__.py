@@ -1,1 +1,1 @@
-"""What steps and networks share and that knows no method and no data set."""
+"""What steps and networks share. Nothing here knows a method or a data set."""

@@ -1,9 +1,10 @@
-"""Settings that check themselves: what a value may be stands beside its type, and one checker refuses the rest.
+"""Settings that check themselves: the allowed values are annotated beside the type, and one checker enforces them.
 
     lr: Annotated[float, Range(above=0), When("optimiser", "sgd")] = 0.01
 
 ``Literal`` types and the lengths of ``tuple[int, int]`` are checked too; rules between fields are in ``cross_check``.
-The command line (misc/commandline.py) shows the ranges, and leaves out of its help what ``When`` says has no effect.
+The command line (misc/commandline.py) shows the ranges. Its help leaves out fields that, according to ``When``, have no
+effect.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a number, or every number of a tuple, may have; all of them are finite.
+    """The range of a number, or of every number in a tuple. Infinity and NaN are never allowed.
 
-    ``above`` and ``below`` are excluded, ``least`` and ``most`` included. ``multiple``: whole multiples of this only.
-    ``rising``: the numbers of a tuple do not fall. ``filled``: a tuple holds at least one.
+    ``above`` and ``below`` are exclusive bounds, ``least`` and ``most`` inclusive. ``multiple``: only multiples of
+    this. ``rising``: the numbers of a tuple must not decrease. ``filled``: a tuple must not be empty.
     """
 
     above: float | None = None
@@ -33,7 +34,7 @@ class Range:
     filled: bool = False
 
     def holds(self, number: Any) -> bool:
-        """Whether one number is possible."""
+        """Whether one number lies in the range."""
         if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
             return False
         return (
@@ -45,7 +46,7 @@ class Range:
         )
 
     def words(self) -> str:
-        """The range as help texts and errors say it: "above 0", "in [0, 1)", "at least 1 and a multiple of 8"."""
+        """The range as shown in help texts and errors: "above 0", "in [0, 1)", "at least 1 and a multiple of 8"."""
         low = self.least if self.above is None else self.above
         high = self.most if self.below is None else self.below
         said = []
@@ -60,8 +61,10 @@ class Range:
 
 
 class When:
-    """The field has an effect only where the field ``name`` of the same settings has one of ``values`` (or, a tuple,
-    holds one of them); without values, where it is neither zero nor empty."""
+    """The annotated field has an effect only if the field ``name`` of the same settings has one of ``values``.
+
+    A tuple matches if it contains one of them. Without values: only if ``name`` is neither zero nor empty.
+    """
 
     def __init__(self, name: str, *values: Any):
         self.name, self.values = name, values
@@ -79,19 +82,21 @@ Positive = Annotated[float, Range(above=0)]
 Weight = Annotated[float, Range(least=0)]
 Probability = Annotated[float, Range(least=0, most=1)]
 DropProbability = Annotated[float, Range(least=0, below=1)]
-"""1 would drop everything."""
+"""Below 1, because 1 would drop everything."""
 
 
 def check(good: bool, name: str, value: object, wanted: str) -> None:
-    """Refuse the value of a setting that is not ``good``: ValueError says what it must be."""
+    """Raise a ValueError that says what the value must be, unless it is ``good``."""
     if not good:
         raise ValueError(f"{name} = {value!r} is not possible: it must be {wanted}.")
 
 
 @dataclass(frozen=True)
 class Checked:
-    """Base of dataclasses whose values are checked when they are made: ValueError names the field, its value and what
-    it must be."""
+    """Base of dataclasses that check their values on construction.
+
+    A ValueError names the field, its value and what it must be.
+    """
 
     def __post_init__(self) -> None:
         for name, hint in hints(type(self)).items():
@@ -100,7 +105,7 @@ class Checked:
         self.cross_check()
 
     def cross_check(self) -> None:
-        """Rules between fields; ValueError where one is broken. Subclasses call the base's."""
+        """Check rules between fields; raises ValueError if one is broken. Subclasses call the base's method."""
 
 
 @functools.cache
@@ -121,7 +126,7 @@ def bare(hint: Any) -> Any:
 
 
 def choices(hint: Any) -> tuple[Any, ...]:
-    """The values that a ``Literal`` type, or a tuple of them, is made of; none of another type."""
+    """The values of a ``Literal`` type, or of a tuple of them; empty for any other type."""
     hint = bare(hint)
     if get_origin(hint) is Literal:
         return get_args(hint)
@@ -135,7 +140,7 @@ def _optional(hint: Any) -> bool:
 
 
 def _length(hint: Any) -> int | None:
-    """Number of values of a tuple type of a fixed length."""
+    """Length of a tuple type of fixed length, else None."""
     inner = get_args(hint)
     return len(inner) if get_origin(hint) is tuple and inner[-1] is not Ellipsis else None
 
@@ -155,7 +160,7 @@ def _possible(value: Any, hint: Any) -> bool:
 
 
 def wanted(hint: Any) -> str:
-    """What a value must be, in words; empty where the type says nothing but itself."""
+    """What a value must be, in words; empty if the type has no annotation that restricts it."""
     kind, ranges, among = bare(hint), marks(hint, Range), choices(hint)
     said = [f"one of {', '.join(map(str, among))}"] if among else []
     said += [r.words() for r in ranges]

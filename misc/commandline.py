@@ -1,7 +1,7 @@
 """Command lines: how they end, what their help shows, and which flag a mistyped one is nearest to.
 
-Nothing here imports PyTorch: a help text and a mistyped flag are answered before its import, which takes seconds.
-Field texts are read from the source, where they stand under the fields.
+Nothing here imports PyTorch, which takes seconds: help texts and mistyped flags are answered before that import.
+The help text of a field is its docstring, read from the source file.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from typing import Any, NoReturn
 from misc.checked import Range, When, bare, choices, hints, marks, wanted
 
 WIDTH = 100
-"""Columns of the help texts."""
+"""Width of the help texts in characters."""
 
 
 def end(status: int) -> NoReturn:
-    """End this process. Under torchrun without the interpreter's own teardown: after it torch's threads now and then
-    abort a process that has finished its work, which torchrun reports as a failure of all."""
+    """End this process.
+
+    Under torchrun the interpreter's teardown is skipped: during it, torch's threads sometimes abort a process that has
+    finished its work, and torchrun then reports that all processes failed.
+    """
     if "RANK" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -36,11 +39,10 @@ def end(status: int) -> NoReturn:
 
 
 def command(work: Callable[[], None], problems: tuple[type[Exception], ...] = (), interrupted: str = "") -> int:
-    """Do the work of a command line and return its exit status.
+    """Run the work of a command line and return its exit status.
 
-    0 at the end of the work; 1 for the named errors, which tell the user what to do: printed in one line; 130 for
-    Ctrl-C, with a line about what then; 141, as the shell has it, where nobody reads the output any more (``| head``),
-    without a word.
+    0: finished. 1: one of the errors in ``problems``, which tell the user what to do; printed without a traceback.
+    130: Ctrl-C; ``interrupted`` is printed. 141 (as in a shell): the reader of the output has gone (``| head``).
     """
     try:
         try:
@@ -51,7 +53,7 @@ def command(work: Callable[[], None], problems: tuple[type[Exception], ...] = ()
         if not _unread():
             print(f"\nerror: {error}", file=sys.stderr)
             return 1
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit
         return 141
     except problems as error:
         print(f"\nerror: {error}", file=sys.stderr)
@@ -72,18 +74,18 @@ def _unread() -> bool:
 
 
 def wants_help(argv: Sequence[str]) -> bool:
-    """Whether the short help is asked for."""
+    """Whether the command line asks for the short help."""
     return "--help" in argv or "-h" in argv
 
 
 def as_help(argv: Sequence[str]) -> list[str]:
-    """A command line for tyro, which calls the whole help --help."""
+    """The command line for tyro, where --help means the full help."""
     return ["--help" if word == "--help-all" else word for word in argv]
 
 
 @functools.cache
 def documented(path: Path) -> dict[str, dict[str, str]]:
-    """The classes of a source file, each with its fields and the texts under them, on one line each."""
+    """Docstrings of the fields of every class in a source file: {class: {field: text in one line}}."""
     found: dict[str, dict[str, str]] = {}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ClassDef):
@@ -97,7 +99,7 @@ def documented(path: Path) -> dict[str, dict[str, str]]:
 
 
 def columns(rows: Iterable[tuple[str, str]], indent: int = 2, width: int = 26) -> str:
-    """Words and what they mean, the latter from one column on, wrapped."""
+    """A two-column table: words, and their explanations wrapped in an aligned column."""
     lines: list[str] = []
     for word, text in rows:
         start = f"{' ' * indent}{word:<{width}} "
@@ -116,9 +118,9 @@ def _negative(path: str) -> str:
 
 
 def leaves(settings: Any, prefix: str = "", *, effective: bool = False) -> Iterator[tuple[str, Any, Any, str]]:
-    """(dotted name, value, type, class's name) of the fields of nested settings that are no settings themselves.
+    """Yields (dotted name, value, type, help text) of the leaf fields of nested settings.
 
-    effective: only those that have an effect beside the other values (misc.checked.When), and can be given by a flag.
+    effective: only fields that have an effect given the other values (misc.checked.When).
     """
     fields = [
         (name, getattr(settings, name), hint) for name, hint in hints(type(settings)).items()
@@ -133,7 +135,7 @@ def leaves(settings: Any, prefix: str = "", *, effective: bool = False) -> Itera
 
 
 def _text(cls: type, field: str) -> str:
-    """What stands under a field, in the class or the one it is inherited from."""
+    """Docstring of a field, from the class or the base class that defines it."""
     for base in cls.__mro__:
         if field in base.__dict__.get("__annotations__", {}):
             return documented(Path(inspect.getfile(base)))[base.__name__].get(field, "")
@@ -152,9 +154,9 @@ def flags(settings: Any, prefix: str = "") -> list[str]:
 
 
 def describe(settings: Any, hidden: Collection[str] = ()) -> str:
-    """Every option of nested settings that has an effect, by sections, with its value, choices, range and text.
+    """Every option of nested settings that has an effect, by section, with value, choices, range and help text.
 
-    hidden: beginnings of dotted names to leave out.
+    hidden: prefixes of dotted names to leave out.
     """
     lines: list[str] = []
     section = None
@@ -186,21 +188,21 @@ def given_flags(argv: Sequence[str]) -> list[str]:
 
 
 def nearest(word: str, known: Iterable[str]) -> list[str]:
-    """Up to three known flags that a mistyped one may have meant: those of sections that end like it (``--lr``), then
-    those spelled alike."""
+    """Up to three known flags that a mistyped one may have meant: first flags with the same last part (``--lr``),
+    then flags spelled alike."""
     known = list(dict.fromkeys(known))
     alike = [one for one in known if one.lstrip("-").rpartition(".")[2] == word.lstrip("-").rpartition(".")[2]]
     return [*dict.fromkeys([*alike, *difflib.get_close_matches(word, known, 3, cutoff=0.8)])][:3]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of an error about a word that is not known; empty where no other is near."""
+    """The suggestion at the end of an error about an unknown word; empty if no known word is similar."""
     near = nearest(word, known)
     return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
 def source_options(path: Path, name: str) -> dict[str, str]:
-    """The flags of a class of options, read from its source, each with the first sentence under its field."""
+    """The flags of a class of options with the first sentence of each field's docstring, read from its source file."""
     found: dict[str, str] = {}
     texts = documented(path)[name]
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -218,8 +220,10 @@ def source_options(path: Path, name: str) -> dict[str, str]:
 
 
 def answer_early(program: Path, argv: Sequence[str]) -> int | None:
-    """The exit status where a program's command line asks for its short help or has a flag that its class ``Options``
-    lacks: both are answered without importing it. None: the program is to go on."""
+    """Answer a request for the short help, or an unknown flag of a program, without importing the program.
+
+    ``Options`` is the class of the program's options. Returns the exit status, or None if the program should go on.
+    """
     options = source_options(program, "Options")
     machine = source_options(Path(__file__).with_name("config.py"), "Machine") if "--machine" in options else {}
     options = {f: t for f, t in options.items() if f != "--machine"} | {
@@ -230,7 +234,7 @@ def answer_early(program: Path, argv: Sequence[str]) -> int | None:
         about = ast.get_docstring(tree) or ""
         unshown = [f"--machine.{name}" for name in ("compile", "channels-last", "checkpoint-every")]  # of trainings
         rows = [row for row in options.items() if row[1] and row[0] not in unshown]
-        all_of_it = ("--help-all", "all options with their whole texts, defaults and choices")
+        all_of_it = ("--help-all", "all options with full descriptions, defaults and choices")
         return command(lambda: print(f"{about}\n\noptions:\n{columns([*rows, all_of_it])}"))
     for word in given_flags(argv):
         if word not in (*options, "--help-all"):

@@ -1,7 +1,7 @@
-"""Typed settings of a run: what a recipe says, what the command line can change, what ``run.json`` records.
+"""Typed settings of a run: recipes are made of them, the command line changes them, ``run.json`` records them.
 
-Every field has its explanation under it: the command line (built by tyro) shows these texts in ``--help``.
-A method's recipe is a set of instances of these classes in the method's own file, with the paper's numbers.
+Every field has a docstring, which the command line (built by tyro) shows in ``--help``.
+A method's recipe is a set of instances of these classes, in the method's own file, with the paper's numbers.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ POLY = When("schedule", "poly", "warmup_poly")
 COSINE = When("schedule", "cosine", "timm_cosine")
 
 Precision = Literal["off", "bf16", "fp16", "fast"]
-"""off: float32 throughout, without TF32. bf16, fp16: mixed precision, matrix products and convolutions of the forward
-pass in this type (fp16 with loss scaling). fast: bf16 on GPUs that have it, float32 elsewhere, and TF32."""
+"""off: float32 everywhere, without TF32. bf16, fp16: mixed precision; matrix products and convolutions of the forward
+pass in this type (fp16 with loss scaling). fast: bf16 on GPUs that support it, else float32; also TF32."""
 
 
 @dataclass(frozen=True)
@@ -37,24 +37,26 @@ class Fit(Checked):
     epochs: Annotated[int, Range(least=1)] = 8
     """Passes over the training list; ignored where ``steps`` is given."""
     steps: Annotated[int | None, Range(least=1)] = None
-    """Number of updates. None: epochs x floor(images / batch_size) (ceil where the last batch is kept)."""
+    """Number of updates. None: epochs x floor(images / batch_size); ceil if the last batch is kept."""
     batch_size: Annotated[int, Range(least=1)] = 8
-    """Images in one update over ALL processes and accumulation steps together (the global batch)."""
+    """Global batch size: images per update over ALL processes and accumulation steps together."""
     micro_batch: Annotated[int | None, Range(least=1)] = None
-    """Most images that one process holds at a time; the rest of its share is accumulated. None: its whole share."""
+    """Largest number of images that one process handles at a time; the rest of its part of the global batch is handled
+    by gradient accumulation. None: the whole part at once."""
     sample_order: Literal["epochs", "stream"] = "epochs"
-    """epochs: shuffled anew each pass. stream: shuffled passes joined end to end, batches cross their borders."""
+    """epochs: reshuffled for each epoch. stream: shuffled epochs joined end to end; a batch may span two epochs."""
     last_batch: Annotated[Literal["drop", "keep"], When("sample_order", "epochs")] = "drop"
-    """What an epoch does with the images that fill no batch. keep: they make a smaller last batch (CUB); processes and
-    accumulation steps share it as evenly as it goes."""
+    """What happens to the images at the end of an epoch that do not fill a batch. keep: they form a smaller last batch
+    (CUB), divided over processes and accumulation steps as evenly as possible."""
     optimiser: Literal["sgd", "adamw"] = "sgd"
-    """Update rule."""
+    """Optimiser."""
     lr: Annotated[float, Range(above=0)] = 0.01
-    """Base learning rate; parameter groups multiply it."""
+    """Base learning rate; parameter groups have factors of it."""
     momentum: Annotated[float, Range(least=0, below=1), When("optimiser", "sgd")] = 0.0
-    """SGD momentum. The published poly-SGD passes its weight decay here, so published recipes have tiny values."""
+    """SGD momentum. Published recipes with poly-SGD have tiny values here: the published code passes its weight decay
+    as momentum."""
     nesterov: Annotated[bool, When("optimiser", "sgd")] = False
-    """Nesterov form of the SGD momentum."""
+    """Use Nesterov momentum in SGD."""
     weight_decay: Annotated[float, Range(least=0)] = 5e-4
     """Decay of the groups that are decayed at all."""
     # toco.md 7, wsol.md 5, aream.md 8, mctformer.md 6
@@ -63,10 +65,10 @@ class Fit(Checked):
     warmup_poly: lr x (1 - (1 - step / warmup_steps) x (1 - warmup_ratio)) before warmup_steps, then as poly, which
     counts from 0 on: the rate falls where the warm-up ends.
     constant: lr.
-    step: lr x step_factor for each epoch so far whose number, from 1 on, a value of step_epochs divides.
-    cosine: linear from warmup_lr to lr over the warm-up, both included, then by a cosine towards final_lr.
-    timm_cosine: set once an epoch, one epoch late: epoch e has f(e - 1), the first f(0); f(t) rises linearly from
-    warmup_lr at 0 to lr at warmup_epochs, from there on it is the cosine from lr at 0 to final_lr at the last
+    step: lr is multiplied by step_factor at every epoch (counted from 1) that is a multiple of a value of step_epochs.
+    cosine: linear from warmup_lr to lr over the warm-up, both included, then a cosine towards final_lr.
+    timm_cosine: set once per epoch, one epoch late: epoch e has f(e - 1), the first f(0). f(t) rises linearly from
+    warmup_lr at 0 to lr at warmup_epochs; from there on it is the cosine that goes from lr at 0 to final_lr at the last
     epoch."""
     power: Annotated[float, Range(above=0), POLY] = 0.9
     """Exponent of the poly schedule."""
@@ -76,7 +78,7 @@ class Fit(Checked):
     schedule_every: Annotated[int, Range(least=1), POLY] = 1
     """Updates between two settings of the poly schedule's rate."""
     step_epochs: Annotated[tuple[int, ...], Range(least=1), When("schedule", "step")] = (30,)
-    """step: the rate falls at the start of the epochs that one of these divides: (30,) is 30, 60, 90 ..."""
+    """step: the rate falls at the start of epochs that are multiples of one of these: (30,) means 30, 60, 90 ..."""
     step_factor: Annotated[float, Range(above=0, most=1), When("schedule", "step")] = 0.1
     """step: what the rate is multiplied by there."""
     warmup_steps: Annotated[int, Range(least=1), When("schedule", "warmup_poly")] = 1500
@@ -84,16 +86,17 @@ class Fit(Checked):
     warmup_ratio: Annotated[float, Range(least=0, most=1), When("schedule", "warmup_poly")] = 1e-6
     """warmup_poly: factor of the rate at the first update."""
     warmup_epochs: Annotated[int, Range(least=0), COSINE] = 5
-    """Length of the warm-up of the cosine schedules. An epoch is 1 / epochs of the training, with steps too."""
+    """Length of the warm-up of the cosine schedules, in epochs. An epoch is 1 / epochs of the training, also where
+    steps is given."""
     warmup_lr: Annotated[float, Range(least=0), COSINE] = 1e-6
-    """Rate at the beginning of the cosine schedules."""
+    """Learning rate at the start of the cosine schedules."""
     final_lr: Annotated[float, Range(least=0), COSINE] = 1e-5
-    """Rate that the cosine schedules end at."""
+    """Learning rate at the end of the cosine schedules."""
     clip_norm: Annotated[float, Range(least=0)] = 0.0
-    """Largest gradient norm; larger gradients are scaled down to it. 0: no clipping."""
+    """Gradients are clipped to this norm. 0: no clipping."""
 
     def cross_check(self) -> None:
-        """Raises ValueError for a momentum form without momentum and a warm-up longer than the training."""
+        """Raises ValueError for Nesterov without momentum and for a warm-up longer than the training."""
         check(not self.nesterov or self.momentum > 0, "nesterov", self.nesterov, "False where momentum is 0")
         check(self.warmup_epochs <= self.epochs or "cosine" not in self.schedule, "warmup_epochs",
               self.warmup_epochs, "in 0 .. epochs")
@@ -116,7 +119,7 @@ _AUGMENT_ORDER = (
 
 @dataclass(frozen=True)
 class Augment(Checked):
-    """How a training image is made from a file (read by voc12/transforms.py)."""
+    """Augmentation: how a training image is made from a file (read by voc12/transforms.py)."""
 
     order: tuple[AugmentOp, ...] = ("long_side", "flip", "jitter", "normalize", "crop")
     """The operations that are applied, in this order; operations not named are not applied."""
@@ -125,7 +128,7 @@ class Augment(Checked):
     long_side_filter: Annotated[Literal["bicubic", "linear"], When("order", "long_side")] = "bicubic"
     """long_side: filter of the image. bicubic: PIL's, antialiased when shrinking. linear: OpenCV's."""
     scale: Annotated[tuple[float, float], Range(above=0, rising=True), When("order", "scale")] = (0.5, 1.5)
-    """scale: both sides are multiplied by a random factor in [low, high]; mask nearest."""
+    """scale: both sides are multiplied by a random factor in [low, high]; the mask is resized by nearest neighbour."""
     scale_filter: Annotated[Literal["cubic", "linear", "bicubic", "bilinear"], When("order", "scale")] = "cubic"
     """Filter of the image in ``scale``. cubic, linear: OpenCV's. bicubic, bilinear: PIL's, antialiased when
     shrinking."""
@@ -134,12 +137,12 @@ class Augment(Checked):
     """scale: the factors to draw from, instead of any one in the range."""
     # deeplab.md C.3
     scale_mask: Annotated[Literal["opencv", "pil"], When("order", "scale")] = "opencv"
-    """Nearest-neighbour filter of the mask in ``scale``; the two differ by up to one pixel."""
+    """Nearest-neighbour filter of the mask in ``scale``; PIL's and OpenCV's differ by up to one pixel."""
     scale_by: Annotated[Literal["size", "factor"], When("order", "scale")] = "size"
-    """scale: how OpenCV is asked. size: for the scaled size, the fraction cut off. factor: for the factor itself: sizes
-    are rounded and the samples lie where the factor puts them."""
+    """scale: what OpenCV is given. size: the scaled size, truncated to integers. factor: the factor itself; OpenCV then
+    rounds the size and places the samples by the factor."""
     scale_per_batch: Annotated[bool, When("order", "scale")] = False
-    """scale: one factor for all images of a batch instead of one for each."""
+    """scale: one factor per batch instead of one per image."""
     square: Annotated[int, Range(above=0), When("order", "square")] = 256
     """square: side of the square that the image is stretched to, PIL bilinear. Pixels."""
     flip: Annotated[float, Range(least=0, most=1), When("order", "flip")] = 0.5
@@ -161,27 +164,27 @@ class Augment(Checked):
     area: Annotated[
         tuple[float, float], Range(above=0, most=1, rising=True), When("order", "resized_crop")
     ] = (0.08, 1.0)
-    """resized_crop: a random part of the image, this share of its area and of aspect 3/4 to 4/3, is resized to the
-    square of side ``crop``."""
+    """resized_crop: a random part of the image, with this fraction of its area and an aspect ratio of 3/4 to 4/3, is
+    resized to a square of side ``crop``."""
     area_filter: Annotated[Literal["bicubic", "bilinear"], When("order", "resized_crop")] = "bicubic"
     """resized_crop: PIL's filter of the image."""
     policy: Annotated[str, When("order", "rand_augment")] = "rand-m9-mstd0.5-inc1"
-    """rand_augment: timm's RandAugment by the name that timm gives its settings. It moves no mask."""
+    """rand_augment: timm's RandAugment, settings in timm's notation. It is applied to the image only, not to a mask."""
     erase: Annotated[float, Range(least=0, most=1), When("order", "erase")] = 0.25
     """erase: probability that a box of 2 to 33 % of the area is replaced by normal noise (timm's random erasing)."""
     crop: Annotated[int, Range(above=0)] = 448
-    """crop, resized_crop: side of the square that becomes the training image. crop cuts it from the image (or, where
-    the image is smaller, lays it on a canvas). Pixels."""
+    """crop, resized_crop: side of the square training image. crop cuts it from the image; an image smaller than that is
+    placed on a canvas. Pixels."""
     # deeplab.md B.2
     crop_place: Annotated[Literal["random", "corner", "top_left"], When("order", "crop")] = "random"
-    """Where an image smaller than the crop lands on its canvas: a random place, or (corner, top_left) the top left
-    corner. corner also takes the published offset of a larger image, int(u x (side - crop)), never the very last
-    one."""
+    """Where an image smaller than the crop is placed on its canvas: at random, or (corner, top_left) in the top left
+    corner. corner also uses the published random offset in larger images, int(u x (side - crop)), which never reaches
+    the last position."""
     mask_fill: Annotated[int, Range(least=0, most=255), When("order", "crop")] = IGNORE
-    """Label of the canvas where there is no image: 255 ignore, 0 background."""
+    """Mask label of the canvas outside the image: 255 ignored, 0 background."""
 
     def cross_check(self) -> None:
-        """Raises ValueError for operations in an order that makes no sense."""
+        """Raises ValueError for operations in an impossible order."""
         check("normalize" in self.order, "order", self.order, "a list that contains normalize")
         check(len(set(self.order)) == len(self.order), "order", self.order, "a list without repetition")
         place = {operation: number for number, operation in enumerate(self.order)}
@@ -214,7 +217,7 @@ class CamInference(Checked):
     scales: Annotated[tuple[float, ...], Range(above=0, filled=True)] = (1.0, 0.5, 1.5, 2.0)
     """Factors of the image size; PIL bicubic, sizes rounded half to even."""
     truncate: bool = False
-    """Cut the fraction of the sizes off instead of rounding them."""
+    """Truncate the sizes to integers instead of rounding them."""
     # transcam.md 5
     square: bool = False
     """Scales are not factors but sides in pixels of a square that the image is stretched to."""
@@ -236,7 +239,7 @@ class CamInference(Checked):
     """Sides of the network's inputs are rounded up to multiples of this: images are stretched, not padded."""
     multiple: Annotated[int, Range(least=1)] = 1
     """Scaled images are padded with the mean colour at the bottom and the right to sides that are multiples of this;
-    maps are brought to the padded size and cut to the image again. 1: no padding."""
+    maps are resized to the padded size and cropped to the image. 1: no padding."""
     pad_first: bool = False
     """Pad before mirroring, so that the mirrored image has its margin on the left, instead of after it."""
     # psa.md 2.4, seam.md 5, mctformer.md 4, aream.md 9, toco.md 3
@@ -248,18 +251,18 @@ class CamInference(Checked):
     span: D / (max D + 1e-5) with D = S - min."""
     # irnet.md 6
     round_up: Annotated[int, Range(least=1)] = 1
-    """Maps, whatever the inputs' sizes, are added up at sides that are multiples of this, then cut to the image:
-    misaligned by up to as many pixels, which published thresholds were tuned with (IRNet's high_res: 16). 1: at image
-    size."""
+    """The maps of all scales are resized to sides that are multiples of this, added up and cropped to the image. Published
+    by IRNet (high_res: 16): this misaligns them by up to as many pixels, and the thresholds were tuned with it. 1: add
+    up at image size."""
     # irnet.md 6
     search_to: Annotated[float, Range(least=0, most=1)] = 0.59
-    """Largest background score that is searched for the best mIoU, from 0 in steps of 0.01. Published: 0.59, AReAM
-    0.79."""
+    """Largest background score in the search for the best mIoU, which starts at 0 in steps of 0.01. Published: 0.59;
+    AReAM 0.79."""
     fixed_background: Annotated[float | None, Range(least=0, most=1)] = None
-    """Background score that the CAMs are scored at besides the searched one, as published by IRNet and CRT: 0.15."""
+    """Also score the CAMs at this fixed background score, as published by IRNet and CRT: 0.15."""
     coarse: Annotated[int, Range(least=0)] = 0
-    """Also keep the maps added up on a grid with this many pixels a cell, for refiners that work on it (IRNet's
-    cam: 4). 0: they get the maps at image size."""
+    """Also keep the maps added up on a grid with cells of this many pixels, for refiners that work on such a grid
+    (IRNet: 4). 0: refiners get the maps at image size."""
 
     def cross_check(self) -> None:
         """Raises ValueError for squares that are too small to be sizes, or that are asked for twice."""
@@ -274,13 +277,13 @@ class BoxInference(Checked):
     # wsol.md sections 6 to 8
 
     side: Annotated[int, Range(least=2)] = 224
-    """Side of the square grid that maps and true boxes are brought to. Pixels."""
+    """Side of the square grid that maps and true boxes are resized to. Pixels."""
     # wsol.md 6
     threshold: Annotated[float, Range(least=0, below=1)] = 0.1
-    """Share of a map's maximum above which a pixel is foreground, for Top-1, Top-5 and GT-Known. Other maps than
-    TS-CAM's need another one: GT-Known may double."""
+    """Fraction of a map's maximum above which a pixel is foreground, for Top-1, Top-5 and GT-Known. Tune it for maps of
+    other methods than TS-CAM: GT-Known may double."""
     interval: Annotated[float, Range(above=0, most=0.5)] = 0.01
-    """Distance of the thresholds that MaxBoxAcc searches, and of PxAP's. The published evaluation takes 0.001."""
+    """Step between the thresholds of MaxBoxAcc and PxAP. The published evaluation uses 0.001."""
 
 
 @dataclass(frozen=True)
@@ -309,9 +312,10 @@ class SegInference(Checked):
     sum_max_logits: an image and its mirror are added, then the maximum over the scales, then the softmax.
     max_sum_logits: the maximum of an image and its mirror, the scales added, then the softmax."""
     align_corners: bool = True
-    """Bilinear convention when logits are resized to the image."""
+    """align_corners of the bilinear resize of logits to the image."""
     crf_truncates_image: bool = False
-    """Give the CRF the image recovered from the normalised one by truncation (up to one grey level lower)."""
+    """Give the CRF the image recovered from normalised values by truncation (up to one grey level lower), as
+    published."""
     crf: CRFSettings = dataclasses.field(default_factory=CRFSettings)
     """Dense CRF on the merged scores; ``iterations`` 0 switches it off."""
 
@@ -324,40 +328,42 @@ class SegInference(Checked):
 
 @dataclass(frozen=True)
 class Machine(Checked):
-    """What concerns the machine and not the result; may change between two calls on one run folder."""
+    """Settings of the machine, which do not belong to the recipe; they may change between two calls on one run
+    folder."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where networks run; auto: a GPU where there is one."""
+    """Where networks run. auto: the GPU if there is one, else the CPU."""
     amp: Literal["recipe", "off", "bf16", "fp16", "fast"] = "recipe"
-    """Precision of all networks. recipe: what each network's recipe says (--cam.amp, --aff.amp, --seg.amp), the
-    published trainings' own. The others as there; fast is the choice where time counts more than the last digit."""
+    """Precision of all networks. recipe: as in each network's recipe (--cam.amp, --aff.amp, --seg.amp), which is that
+    of the published training. The other values are explained there; use fast where speed matters more than the last
+    digit."""
     workers: Annotated[int, Range(least=0)] = dataclasses.field(default_factory=lambda: min(8, os.cpu_count() or 1))
     """Worker processes for reading training images and for per-image work on the CPU. 0: none."""
     compile: bool = False
     """Compile networks with torch.compile for training."""
     channels_last: bool = False
-    """Store images and convolutions channels-last on GPUs (often quicker there; on the CPU it is left out, where the
-    backward pass of some PyTorch builds crashes with it)."""
+    """Use the channels-last memory format on GPUs, where it is often faster. Not used on the CPU, where the backward
+    pass of some PyTorch builds crashes with it."""
     checkpoint_every: Annotated[int | None, Range(least=1)] = None
-    """Updates between two resume points. None: twenty times a training."""
+    """Updates between two resume points. None: twenty resume points per training."""
 
     def with_recipe(self, amp: Precision, device: torch.device) -> Machine:
-        """The machine at the precision that a network's recipe asks for, unless another one was named.
+        """These settings with the precision of a network's recipe, unless the user has named another one.
 
-        A recipe's fp16 is meant for GPUs: on the CPU, where it is slow, it is float32.
+        fp16 of a recipe becomes float32 on the CPU, where fp16 is slow.
         """
         if self.amp != "recipe":
             return self
         return dataclasses.replace(self, amp="off" if amp == "fp16" and device.type == "cpu" else amp)
 
     def amp_dtype(self, device: torch.device) -> torch.dtype | None:
-        """The reduced precision that is used on a device, or None. Without a recipe (``with_recipe``): None."""
+        """The reduced precision to use on a device; None for float32, or before ``with_recipe``."""
         if self.amp == "fast":
             return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.amp)
 
     def precision(self, device: torch.device) -> str:
-        """The precision that is used on a device, in words."""
+        """The precision to use on a device, in words."""
         kind = {None: "float32", torch.bfloat16: "bfloat16 autocast", torch.float16: "float16 autocast"}
         tf32 = " with TF32" if self.amp == "fast" and device.type == "cuda" else ""
         return f"{kind[self.amp_dtype(device)]}{tf32}"
@@ -366,7 +372,7 @@ class Machine(Checked):
 def override(instance: _T, changes: Mapping[str, Any]) -> _T:
     """A copy of a (nested, frozen) dataclass with dotted fields replaced: ``{"fit.lr": 0.01, "walk.logt": 6}``.
 
-    Raises ValueError for a name that is no field, listing the fields there are.
+    Raises ValueError for an unknown field, listing the known ones.
     """
     for dotted, value in changes.items():
         head, _, rest = dotted.partition(".")
@@ -393,8 +399,8 @@ def flatten(instance: Any, prefix: str = "") -> dict[str, Any]:
 def restored(instance: _T, flat: Mapping[str, Any]) -> _T:
     """The inverse of ``flatten``: a copy of a (nested, frozen) dataclass with the flat values (lists become tuples).
 
-    Fields that ``flat`` lacks keep the instance's value. Raises ValueError for a name that is no field, and for values
-    that the dataclasses refuse.
+    Fields missing in ``flat`` keep the instance's value. Raises ValueError for unknown fields and for values that the
+    dataclasses refuse.
     """
     unknown = sorted(set(flat) - set(flatten(instance)))
     if unknown:
@@ -411,6 +417,6 @@ def restored(instance: _T, flat: Mapping[str, Any]) -> _T:
                 changes[field.name] = build(value, f"{name}.")
             elif name in flat:
                 changes[field.name] = tuples(flat[name])
-        return dataclasses.replace(old, **changes)  # all at once: single values may be impossible beside old ones
+        return dataclasses.replace(old, **changes)  # all at once: a single new value may conflict with old ones
 
     return build(instance, "")

@@ -1,6 +1,6 @@
-"""Ranks, devices, threads: the one place that knows how many processes there are (docs/design.md section 7).
+"""Ranks, devices, threads: the only file that knows about processes (docs/design.md section 7).
 
-Plain ``python`` is the one-process case of what ``torchrun`` starts; gloo on the CPU, nccl on GPUs.
+Plain ``python`` is the case of one process, ``torchrun`` that of several; gloo on the CPU, nccl on GPUs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 _T = TypeVar("_T")
 
-# processes wait for each other at the end of a step, where their shares of the images can be hours apart
+# at the end of a step processes wait for each other, possibly for hours: their images take different times
 _LONGEST_WAIT = timedelta(days=7)
 
 
@@ -24,9 +24,9 @@ def start(device: str) -> torch.device:
     """Join the process group if torchrun started us, and choose this process's device.
 
     Args:
-        device: 'auto' (a GPU where there is one), 'cpu' or 'cuda'.
+        device: 'auto' (a GPU if there is one), 'cpu' or 'cuda'.
 
-    Raises ValueError where 'cuda' is asked for and there is no GPU, or fewer than processes.
+    Raises ValueError if 'cuda' is requested and there is no GPU, or fewer GPUs than processes.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--machine.device cuda: PyTorch sees no GPU here. Leave the flag out to run on the CPU.")
@@ -46,13 +46,13 @@ def start(device: str) -> torch.device:
 
 
 def stop() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if this process is in one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """Number of this process, 0-based."""
+    """Rank of this process, 0-based."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -62,7 +62,7 @@ def world() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes shared files and prints."""
+    """Whether this is the main process (rank 0), which writes shared files and prints."""
     return rank() == 0
 
 
@@ -82,7 +82,7 @@ def total(value: Tensor) -> Tensor:
 
 
 def joined(items: list[_T]) -> list[_T]:
-    """The lists of all processes, one after the other; on every process. Waits for all."""
+    """The concatenated lists of all processes, on every process. Waits for all."""
     if not dist.is_initialized():
         return items
     lists: list[list[_T]] = [[] for _ in range(world())]
@@ -97,6 +97,6 @@ def say(*parts: object) -> None:
 
 
 def quiet_threads() -> None:
-    """One thread for this process: worker processes share the cores among themselves."""
+    """Use one thread in this process. For worker processes, which share the cores among themselves."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)

@@ -1,4 +1,4 @@
-"""Tables of results: one form of the data, shown as aligned text, Markdown or (step/lib/report.html.jinja) HTML."""
+"""Tables of results, shown as aligned text, Markdown or (step/lib/report.html.jinja) HTML."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ResultTable:
-    """Cells as they are to be read; all rows have as many cells as the head."""
+    """A table of formatted cells; all rows have as many cells as the head."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     numbers: Collection[int] = ()
-    """Columns that are aligned to the right, from 0."""
+    """Indices of the columns that are right-aligned."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a row of another length than the head."""
+        """Raises ValueError for a row whose length differs from the head's."""
         for row in self.rows:
             if len(row) != len(self.head):
                 raise ValueError(f"A row of {len(row)} cells in a table of {len(self.head)} columns: {row}")

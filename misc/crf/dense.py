@@ -1,4 +1,4 @@
-"""The fully connected CRF that every published system here sharpens its scores with.
+"""The fully connected CRF with which the published systems sharpen their scores.
 
 Same numbers as pydensecrf (psa.md section 3), on the lattice of misc/crf/lattice.py and without a compiler.
 """
@@ -22,7 +22,7 @@ CRF = When("iterations")
 
 @dataclass(frozen=True)
 class CRFSettings(Checked):
-    """Kernels and length of the mean-field inference. The defaults make PSA's affinity labels."""
+    """Kernels and iterations of the mean-field inference. The defaults are those of PSA's affinity labels."""
     # psa.md section 3
 
     iterations: Annotated[int, Range(least=0)] = 10
@@ -40,18 +40,18 @@ class CRFSettings(Checked):
 
 
 class DenseCRF:
-    """Mean-field inference on one image; the lattices are built once and serve any number of score stacks.
+    """Mean-field inference on one image; the lattices are built once and reused for any number of score stacks.
 
     Unary energy of a score stack p: -ln clip(p, 1e-5, 1), so scores need not sum to one. Pairwise: Potts terms with a
     Gaussian kernel on (x, y) and one on (x, y, r, g, b), both symmetrically normalised, the pixel itself included.
     Source: psa.md section 3.
 
     Args:
-        image: (H, W, 3) uint8, any strides. The order of the colours only changes the lattice's approximation.
+        image: (H, W, 3) uint8, any strides. The order of the colour channels only changes the lattice's approximation.
         settings: kernels and number of iterations; None for PSA's.
         device: where to compute.
 
-    Raises:
+            Raises:
         ValueError: ``image`` is not (H, W, 3) uint8, or is empty.
     """
 
@@ -76,7 +76,7 @@ class DenseCRF:
             self._kernels.append((s.bilateral_weight, Lattice(appearance, normalised=True)))
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
-        """Sharpen scores.
+        """Sharpen class scores by mean-field inference.
 
         Args:
             scores: (n, H, W), n >= 1 labels; clipped to [1e-5, 1].
@@ -95,7 +95,7 @@ class DenseCRF:
         return self._infer(rows.to(self._device).clamp(_LOWEST_SCORE, 1).log_())
 
     def from_labels(self, labels: np.ndarray, n: int, confidence: float = 0.7) -> np.ndarray:
-        """Posteriors of hard labels that are all held with the same confidence; there is no "unsure" label.
+        """Posteriors from hard labels, all with the same confidence; there is no "unsure" label.
 
         Unary energy: -ln confidence for a pixel's own label, -ln((1 - confidence) / (n - 1)) for each of the others.
         Source: psa.md section 3, irnet.md section 7.
@@ -134,6 +134,6 @@ class DenseCRF:
 
 
 def _softmax_(logits: Tensor) -> Tensor:
-    """Softmax of the rows of (N, n), in place; several times as fast as torch's own on short rows."""
+    """Softmax of the rows of (N, n), in place; several times as fast as torch.softmax on short rows."""
     logits.sub_(logits.amax(dim=1, keepdim=True)).exp_()
     return logits.div_(logits.sum(dim=1, keepdim=True))

@@ -1,4 +1,4 @@
-"""The dense energy loss: predictions should change where colours do (getam.md section 5, after Tang et al., 2018).
+"""The dense energy loss: predictions should change where colours change (getam.md section 5, after Tang et al., 2018).
 
 Nothing is compiled, memory is linear in the number of pixels: all pairs are filtered on a permutohedral lattice.
 """
@@ -23,29 +23,30 @@ class DenseOptions(Checked):
     # getam.md section 5
 
     weight: Weight = 1e-7
-    """Weight. It belongs to the lattice's filter, whose values are about 0.62 of those of exact Gaussian sums. 0: no
-    such loss."""
+    """Weight of the loss. It is tuned for the lattice's filter, whose values are about 0.62 of exact Gaussian sums. 0:
+    no such loss."""
     scale: Annotated[float, Range(above=0, most=1)] = 0.5
-    """Factor of the sides at which it is computed."""
+    """The loss is computed on images resized by this factor."""
     sigma_rgb: Positive = 15.0
-    """Standard deviation in colour. Grey levels."""
+    """Standard deviation of the kernel in colour. Grey levels."""
     sigma_xy: Positive = 100.0
-    """Standard deviation in place, multiplied by ``scale``. Pixels."""
+    """Standard deviation of the kernel in position, multiplied by ``scale``. Pixels."""
 
 
 def dense_energy(
     logits: Tensor, label: Tensor, colours: Tensor, inside: Tensor, options: DenseOptions, ignore: int = IGNORE
 ) -> Tensor:
-    """Pairwise energy of all pixels: the lower, the more alike predictions are where place and colour are.
+    """Pairwise energy of all pixels: low where pixels that are near and of similar colour have similar predictions.
 
     The gradient is the hand-written one of the published code, not the derivative: the gate and the filtered values
     count as constants, the two ends of a pair as two terms.
 
     Args:
         logits: (B, C + 1, H, W) float32.
-        label: (B, H, W) int64; where it is ``ignore`` the gate is open, elsewhere the less the surer the prediction.
+        label: (B, H, W) int64; the gate is 1 where it is ``ignore``, elsewhere smaller the more confident
+            the prediction.
         colours: (B, 3, H, W) RGB of 0 .. 255.
-        inside: (B, H, W) bool, the part of the crop that shows the image.
+        inside: (B, H, W) bool, true where the crop shows the image (not padding).
 
     Returns:
         Scalar, negative.
@@ -68,5 +69,5 @@ def dense_energy(
         filtered = lattice.filter((p * inside).flatten(2).transpose(1, 2))  # (B, h * w, C + 1)
         filtered = filtered.transpose(1, 2).unflatten(2, p.shape[-2:])
     energy = -options.weight / len(p) * (p * inside * gate * filtered).sum()
-    # value once, gradient twice: both ends of a pair
+    # the value counts a pair once, the gradient twice: at both ends
     return 2 * energy - energy.detach()

@@ -17,26 +17,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _BLOCK = 4
-"""Points the published code handles at once; it fills its last block up with points at the origin."""
+"""Block size of the published code; it pads its last block with points at the origin."""
 
 _CHUNK = 1 << 16
-"""Points whose simplices are found at once, so that what is only needed meanwhile stays in the processor's cache."""
+"""Points per chunk when simplices are found, so that intermediate tensors stay in the processor's cache."""
 
 _FARTHEST = 1e6
-"""Beyond it float32 can no longer tell lattice coordinates apart."""
+"""Beyond this, float32 can no longer distinguish lattice coordinates."""
 
 
 class Lattice:
     """Gaussian filter ``out_i = sum_j exp(-|f_i - f_j|^2 / 2) * value_j`` (j = i included), approximated on a lattice.
 
-    Built once, it serves any number of ``filter`` calls; cost and memory grow linearly with the number of points.
+    It is built once for any number of ``filter`` calls; cost and memory grow linearly with the number of points.
     Everything lives on the device of ``features`` and nothing is differentiated. As published, the filter is not quite
     symmetric in i and j: blur directions only commute where no neighbour is missing. Source: psa.md section 3, getam.md
     section 5.
 
     Args:
         features: (N, d) positions of the points, already divided by the standard deviation of each axis; or (B, N, d)
-            for B sets of points that don't see each other. Converted to float32.
+            for B independent sets of points. Converted to float32.
         normalised: filter with the symmetrically normalised kernel k(i, j) / sqrt(sum_l k(i, l) * sum_l k(l, j)).
 
     Raises:
@@ -94,8 +94,8 @@ class Lattice:
             raise ValueError(f"values must be {(*self.shape, 'K')} as the features were, got {tuple(values.shape)}")
         return self._slice(self._blur(self._splat(values)))
 
-    # An embedding bag is a product with a sparse matrix given by rows: in torch the fastest there is on a CPU, and the
-    # same code on a GPU.
+    # An embedding bag is a product with a sparse matrix given by rows: the fastest form in torch on a CPU, and the
+    # same code runs on a GPU.
 
     def _splat(self, values: Tensor) -> Tensor:
         """Spread the points' values over the lattice: (N, K) or (B, N, K) -> (M + 1, K), the last row zero."""
@@ -192,9 +192,10 @@ def _pack(coordinates: Sequence[Tensor], strides: Sequence[int]) -> Tensor:
 
 
 def _vertices(cells: Tensor, rank: Tensor, sets: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Number the lattice vertices around all points.
+    """Assign numbers to the lattice vertices around all points.
 
-    Neighbouring pixels mostly share a simplex, so simplices are told apart first, and only their vertices sorted.
+    Neighbouring pixels mostly share a simplex, so the distinct simplices are found first, and only their vertices are
+    sorted.
 
     Args:
         cells, rank: (d, N) as from ``_enclosing_simplices``.
@@ -212,7 +213,7 @@ def _vertices(cells: Tensor, rank: Tensor, sets: int) -> tuple[Tensor, Tensor, l
 
     keys = _pack([group, *cells, *rank], _strides([sets, *spans, *[d + 1] * d]))
     simplices, owner = torch.unique(keys, return_inverse=True)
-    # Any point of a simplex can speak for it.
+    # Any point of a simplex can represent it.
     example = torch.empty_like(simplices).scatter_(0, owner, torch.arange(n, device=rank.device))
     group, cells, rank = (table.index_select(-1, example).long() for table in (group, cells, rank))
 

@@ -1,1 +1,1 @@
-"""Images as arrays: pixel values, drawing."""
+"""Images, CAMs and masks of one image as arrays: normalisation, resizing, drawing."""

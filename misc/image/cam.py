@@ -1,4 +1,4 @@
-"""The class activation maps of one image, as steps, refiners and evaluation hand them on."""
+"""The class activation maps of one image, as passed between steps, refiners and evaluation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Cam:
 
     keys (K,) int64, present classes, 0-based, ascending; maps (K, h, w) float32, in [0, 1] when they come from a file;
     size: height H and width W of the image; coarse (K, h', w') float32, the same maps added up on a coarser grid of
-    cells, where the CAM method's recipe keeps them (``infer.coarse``). K is 0 for an image without a tag.
+    cells, if the CAM method's recipe keeps them (``infer.coarse``), else None. K is 0 for an image without a tag.
     """
 
     keys: np.ndarray
@@ -25,7 +25,7 @@ class Cam:
 
     @classmethod
     def of_maps(cls, keys: np.ndarray, maps: np.ndarray, coarse: np.ndarray | None = None) -> Cam:
-        """CAMs whose image has the size of the maps (K, H, W)."""
+        """CAMs whose maps (K, H, W) have the size of the image."""
         return cls(keys, maps, tuple(maps.shape[1:]), coarse)  # type: ignore[arg-type]
 
     def full_maps(self) -> np.ndarray:
@@ -33,19 +33,19 @@ class Cam:
         return _resize_maps(self.maps, self.size)
 
     def at_image_size(self) -> Cam:
-        """The same CAMs with their maps at image size: what a refiner takes."""
+        """The same CAMs with their maps at image size, as refiners take them."""
         return replace(self, maps=self.full_maps())
 
     def on_grid(self, size: tuple[int, int]) -> np.ndarray:
-        """The maps on a grid of (h, w) cells: ``coarse`` where that is its size, else the maps resized to it, bilinear
-        with align_corners False: (K, h, w) float32."""
+        """The maps on a grid of (h, w) cells: (K, h, w) float32. ``coarse`` if it has that size, else the maps resized,
+        bilinear with align_corners False."""
         if self.coarse is not None and self.coarse.shape[1:] == tuple(size):
             return self.coarse
         return _resize_maps(self.maps, size)
 
 
 def _resize_maps(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(K, h, w), K may be 0 -> (K, H, W) float32."""
+    """Resize maps (K, h, w), K may be 0 -> (K, H, W) float32."""
     if len(maps) == 0:
         return np.zeros((0, *size), np.float32)
     if maps.shape[1:] == tuple(size):

@@ -1,4 +1,4 @@
-"""Pictures for people: the VOC palette, overlays, heat maps, boxes, contact sheets."""
+"""Visualisation: the VOC palette, overlays, heat maps, boxes, contact sheets."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def colour_mask(mask: np.ndarray) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.55) -> np.ndarray:
-    """The mask's colours on the image, background left clear, ignored pixels under a white veil, a white line
-    round each class: (H, W, 3) uint8."""
+    """The mask's colours blended over the image: (H, W, 3) uint8. Background is left unchanged, ignored pixels are
+    whitened, and each class has a white outline."""
     colours = palette()
     colours[IGNORE] = 255
     mixed, inside = image.copy(), mask != 0
@@ -48,7 +48,7 @@ def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.55) -> np.nd
 
 
 def resized_argmax(scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Largest of (n, h, w) scores resized to ``size`` (H, W), bilinear with align_corners False: (H, W) uint8 indices.
+    """Arg-max of (n, h, w) scores resized to ``size`` (H, W), bilinear with align_corners False: (H, W) uint8 indices.
 
     One class at a time, so that memory doesn't grow with their number.
     """
@@ -73,9 +73,9 @@ def heat(image: np.ndarray, score: np.ndarray) -> np.ndarray:
 
 
 def draw_box(image: np.ndarray, box: Sequence[float], colour: tuple[int, int, int]) -> np.ndarray:
-    """The outline of a box (x0, y0, x1, y1), both ends inside, on a copy of the image: (H, W, 3) uint8.
+    """Draw the outline of a box (x0, y0, x1, y1), last pixel included, on a copy of the image: (H, W, 3) uint8.
 
-    About a hundredth of the longer side thick, in ``colour`` with a black edge; ends outside come to the border.
+    The line is about 1 % of the longer side thick, in ``colour`` with a black edge. The box is clipped to the image.
     """
     canvas = np.ascontiguousarray(image).copy()
     height, width = image.shape[:2]
@@ -92,8 +92,8 @@ def tile(
 ) -> np.ndarray:
     """A contact sheet: rows of (H, W, 3) uint8 pictures, each scaled to ``height``, on white.
 
-    With ``headings``, one per column, they stand above the columns, and the pictures of a column are centred below its
-    heading; without, the pictures of a row follow one another.
+    ``headings``: one per column, shown above it; pictures are then centred in their columns. Without them the pictures
+    of a row follow one another.
     """
     cells = [[resize_image(p, (height, max(1, round(p.shape[1] * height / p.shape[0])))) for p in row] for row in rows]
     columns = [0] * max(map(len, cells))
@@ -118,7 +118,7 @@ def tile(
 
 
 def _heading_line(headings: Sequence[str], columns: Sequence[int], gap: int) -> np.ndarray:
-    """The headings, each in the middle of its column, broken between words where they are wider than it."""
+    """The headings, centred over their columns and wrapped between words where they are too wide."""
     font = ImageFont.load_default(13)
     line = Image.new("RGB", (sum(columns) + gap * len(columns), 38), "white")
     pen = ImageDraw.Draw(line)

@@ -1,6 +1,7 @@
-"""Values that pixels of masks have."""
+"""Mask values with a meaning of their own."""
 
 from __future__ import annotations
 
 IGNORE = 255
-"""A pixel whose class is unknown: not trained on, not scored. 0 is background, c + 1 class c (0-based)."""
+"""Ignore label: the class is unknown, the pixel is neither trained on nor scored. 0 is background, c + 1 is class c
+(0-based)."""

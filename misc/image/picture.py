@@ -1,10 +1,10 @@
-"""A picture as people and as networks see it, and what is left of it where published code goes back from the one to the
-other.
+"""An image in two forms, RGB and network values, and the published conversion from the latter back to the former.
 
-**The published truncation.** Several systems give their CRF (GETAM also its label refinement and its dense energy) not
-the image that they read but one recovered from the network's values: times the deviation, plus the mean, times 255, cut
-to 8 bits without rounding. Values that come out a hair below a whole number lose a grey level (psa.md section 6,
-mctformer.md section 4, deeplab.md A.3, getam.md section 5). Published numbers rest on it, and it happens here alone.
+**The published truncation.** In several systems the CRF (in GETAM also the label refinement and the dense energy) does
+not get the image that was read but one recovered from network values: times the standard deviation, plus the mean,
+times 255, truncated to 8 bits without rounding. Values slightly below a whole number lose a grey level (psa.md
+section 6, mctformer.md section 4, deeplab.md A.3, getam.md section 5). Published numbers depend on it. Only this file
+does it.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from misc.image.pixels import NORMALISATIONS, normalise_image, to_tensor
 
 @dataclass(frozen=True)
 class Picture:
-    """One image: rgb (H, W, 3) uint8, values (3, H, W) float32, the same as the network takes it."""
+    """One image: rgb (H, W, 3) uint8, values (3, H, W) float32, the same image normalised for the network."""
 
     rgb: np.ndarray
     values: Tensor
 
     @classmethod
     def of_rgb(cls, rgb: np.ndarray, normalisation: str) -> Picture:
-        """The picture of an image (H, W, 3) uint8, for networks of this normalisation (``pixels.NORMALISATIONS``)."""
+        """Make it from an image (H, W, 3) uint8, for networks with this normalisation (``pixels.NORMALISATIONS``)."""
         return cls(rgb, to_tensor(normalise_image(rgb, normalisation)))
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width."""
+        """(H, W) of the image."""
         return self.rgb.shape[:2]
 
     def to(self, device: torch.device) -> Picture:
-        """The same with its values on a device."""
+        """The same picture with its values on a device."""
         return replace(self, values=self.values.to(device))
 
 
@@ -63,7 +63,8 @@ def truncate_values_to_image(values: Tensor, normalisation: str) -> np.ndarray:
 def truncate_image(image: np.ndarray, normalisation: str, *, single: bool = False) -> np.ndarray:
     """An image (H, W, 3) uint8 RGB after normalisation and truncation: the same shape, some grey levels one lower.
 
-    ``single``: normalised in single precision, as torchvision does (mctformer.md section 4), not in double and rounded.
+    ``single``: normalise in single precision, as torchvision does (mctformer.md section 4), instead of double
+    precision.
     """
     if not single:
         return truncate_values_to_image(to_tensor(normalise_image(image, normalisation)), normalisation)

@@ -31,20 +31,20 @@ NORMALISATIONS: dict[str, Normalisation] = {
     "imagenet": Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "caffe_bgr": Normalisation((104.008, 116.669, 122.675), (1.0, 1.0, 1.0), scale=1.0, bgr=True),
 }
-"""By name (a network names its own). caffe_bgr: psa.md 2.2, deeplab.md C.3."""
+"""Normalisations by name; each network names its own. caffe_bgr: psa.md 2.2, deeplab.md C.3."""
 
 
 def normalise_image(image: np.ndarray, name: str) -> np.ndarray:
     """(H, W, 3) uint8 RGB -> (H, W, 3) float32 network values; zero is the mean colour."""
     norm = NORMALISATIONS[name]
-    # in double precision and then rounded, as the published code: what is truncated (picture.py) hangs on the last bit
+    # in double precision, then rounded to single, as published: the truncation in picture.py depends on the last bit
     table = (np.arange(256)[:, None] / norm.scale - np.array(norm.mean)) / np.array(norm.std)  # (256, 3)
     values = np.ascontiguousarray(image[..., ::-1] if norm.bgr else image)
     return cv2.LUT(values, table.astype(np.float32)[:, None])
 
 
 def mean_colour(name: str) -> tuple[int, int, int]:
-    """The RGB colour, 0 .. 255, whose network values are nearest to zero: that of padding."""
+    """The RGB colour, 0 .. 255, whose network values are nearest to zero; used for padding."""
     norm = NORMALISATIONS[name]
     red, green, blue = (round(value * norm.scale) for value in (norm.mean[::-1] if norm.bgr else norm.mean))
     return red, green, blue
@@ -67,12 +67,12 @@ def squash_values(values: np.ndarray, side: int) -> np.ndarray:
 
 
 def scaled_size(size: tuple[int, int], factor: float) -> tuple[int, int]:
-    """(H, W) times a factor, rounded half to even as Python does (seam.md 5), at least 1."""
+    """(H, W) times a factor, rounded half to even as in Python (seam.md 5), at least 1."""
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
 def truncated_size(size: tuple[int, int], factor: float) -> tuple[int, int]:
-    """(H, W) times a factor, the fraction cut off (aream.md 9), at least 1."""
+    """(H, W) times a factor, truncated (aream.md 9), at least 1."""
     return max(1, int(size[0] * factor)), max(1, int(size[1] * factor))
 
 
@@ -91,10 +91,10 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_masks(masks: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, H, W) integers -> (B, h, w), the pixels that ``resize_mask`` takes, on any device; ``size`` is (h, w)."""
+    """``resize_mask`` of a batch on any device: (B, H, W) integers -> (B, h, w); ``size`` is (h, w)."""
 
     def centres(old: int, new: int) -> Tensor:
-        # floor((i + 1 / 2) old / new), by adding up as PIL does: rounding decides where a centre meets a border
+        # floor((i + 1 / 2) old / new), summed up as in PIL: rounding decides the cases where a centre lies on a border
         steps = np.full(new, old / new)
         steps[0] /= 2
         return torch.from_numpy(np.cumsum(steps).astype(np.int64)).to(masks.device)

@@ -1,1 +1,1 @@
-"""Test-time inference of class maps and masks over scales and mirrors."""
+"""Multi-scale inference of class maps and masks."""

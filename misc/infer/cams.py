@@ -1,7 +1,7 @@
 """Multi-scale inference of class maps: sizes of the inputs, merging, normalisation. Knows no method.
 
-The passes of an image are its scales, each with the mirrored image beside it. A method's geometry is what
-``input_sizes`` gives; how a method's sum becomes scores is an entry of ``MAP_SCALINGS``.
+Each image is passed through the network once per scale, together with its mirror image. ``input_sizes`` gives the
+sizes; the rules that turn a sum of maps into scores are in ``MAP_SCALINGS``.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ def input_sizes(size: tuple[int, int], infer: CamInference) -> list[tuple[int, i
 
 
 def _margin(size: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """Rows at the bottom and columns on the right that make (h, w) a multiple."""
+    """Number of rows at the bottom and columns on the right that pad (h, w) to multiples."""
     return -size[0] % multiple, -size[1] % multiple
 
 
 def _rounded_up(size: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """(h, w) as the next multiples."""
+    """(h, w) rounded up to multiples."""
     bottom, right = _margin(size, multiple)
     return size[0] + bottom, size[1] + right
 
 
 def scaled_inputs(image: np.ndarray, infer: CamInference, normalisation: str) -> Iterator[Tensor]:
-    """Network inputs of one image, one batch a scale (psa.md section 2.4, seam.md section 5).
+    """Network inputs of one image, one batch per scale (psa.md section 2.4, seam.md section 5).
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -68,7 +68,7 @@ def scaled_inputs(image: np.ndarray, infer: CamInference, normalisation: str) ->
 
 
 def unpad_maps(maps: Tensor, size: tuple[int, int], infer: CamInference) -> Tensor:
-    """Maps of padded inputs without what lies on the margin (aream.md section 9).
+    """Crop the padding off the maps of padded inputs (aream.md section 9).
 
     Args:
         maps: (1 or 2, K, h', w'), any h' and w', of an image padded to ``infer.multiple`` and of its mirror image.
@@ -102,9 +102,9 @@ def merge_maps(
     """Maps of all passes at image size: an image and its mirror by ``rule``, then the sum over the scales.
 
     Args:
-        maps: a map a scale, (1, K, h, w), or (2, K, h, w) where the second is of the mirrored image; any h and w.
-        size: (H, W) of the image, or another one that the maps are wanted at.
-        round_up: they are added up at sides that are multiples of this, then cut (irnet.md section 6).
+        maps: one entry per scale, (1, K, h, w), or (2, K, h, w) where the second is of the mirrored image; any h, w.
+        size: (H, W) of the result, usually that of the image.
+        round_up: maps are added up at sides that are multiples of this, then cropped (irnet.md section 6).
         mode: filter, with align_corners False (bilinear: seam.md section 7.2; bicubic: wsol.md section 8).
         rule: a name of ``MAP_MERGES``.
 
@@ -112,7 +112,7 @@ def merge_maps(
         (K, H, W) float32.
 
     Raises:
-        ValueError: there is no map.
+        ValueError: ``maps`` is empty.
     """
     total = None
     full = _rounded_up(size, round_up)
@@ -131,10 +131,10 @@ def scale_by_maximum(total: Tensor) -> Tensor:
 
 
 def scale_shifted(total: Tensor) -> Tensor:
-    """(K, H, W) -> each class clipped at 0 and spread from its minimum m to its maximum M (seam.md section 5).
+    """(K, H, W) -> each class clipped at 0 and scaled from its minimum m and maximum M to 0 and 1 (seam.md section 5).
 
-    Entries below m + 1e-5 become 0 before m is taken off, so they come out negative, clearly so where m is not small:
-    published and kept, they act as "never this class".
+    Entries below m + 1e-5 become 0 before m is subtracted, so they end negative, clearly so if m is not small. This is
+    published and kept: such pixels never get this class.
     """
     total = total.clamp(min=0)
     high, low = total.amax((1, 2), keepdim=True), total.amin((1, 2), keepdim=True)
@@ -143,15 +143,15 @@ def scale_shifted(total: Tensor) -> Tensor:
 
 
 def scale_by_range(total: Tensor) -> Tensor:
-    """(K, H, W) -> each class from its minimum, which becomes 0, to its maximum (mctformer.md section 4)."""
+    """(K, H, W) -> each class scaled from its minimum and maximum to 0 and 1 (mctformer.md section 4)."""
     high, low = total.amax((1, 2), keepdim=True), total.amin((1, 2), keepdim=True)
     return (total - low) / (high - low + 1e-8)
 
 
 def scale_rectified(total: Tensor) -> Tensor:
-    """(..., H, W) -> each class clipped at 0, from its minimum, which becomes 0, to its maximum (aream.md section 4).
+    """(..., H, W) -> each class clipped at 0, then scaled from minimum and maximum to 0 and 1 (aream.md section 4).
 
-    The epsilon is seen where maps are products of attentions: these are tiny, so that they end near 0.9997.
+    The epsilon matters for products of attentions, which are tiny: their maxima become about 0.9997.
     """
     total = total.clamp(min=0)
     total = total - total.amin((-2, -1), keepdim=True)
@@ -168,11 +168,11 @@ MAP_SCALINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "max": scale_by_maximum, "shifted": scale_shifted, "minmax": scale_by_range, "rectified": scale_rectified,
     "span": scale_by_span,
 }  # fmt: skip
-"""By the name they have in ``CamInference.normalise``."""
+"""Scaling rules by their names in ``CamInference.normalise``."""
 
 
 def normalise_maps(total: Tensor, rule: str) -> Tensor:
-    """Merged sums (K, H, W) -> scores of about [0, 1], each class for itself, by a rule of ``MAP_SCALINGS``."""
+    """Merged sums (K, H, W) -> scores of about [0, 1], each class separately, by a rule of ``MAP_SCALINGS``."""
     return MAP_SCALINGS[rule](total)
 
 
@@ -184,8 +184,8 @@ def infer_raw_maps(
     normalisation: str,
     device: torch.device | str = "cpu",
 ) -> Iterator[Tensor]:
-    """Raw maps of the present classes, one batch a scale: (1, K, h, w), or (2, K, h, w) with that of the mirrored
-    image, as ``merge_maps`` takes them. Arguments as for ``infer_cam``; there must be a tag."""
+    """Raw maps of the present classes, one batch per scale, as ``merge_maps`` takes them: (1, K, h, w), or (2, K, h, w)
+    with those of the mirrored image. Arguments as for ``infer_cam``; at least one tag must be set."""
     size = image.shape[:2]
     keys = torch.from_numpy(np.flatnonzero(tags)).to(device)  # (K,)
     row = torch.tensor(tags, dtype=torch.float32, device=device)  # (C,)
@@ -203,7 +203,7 @@ def infer_logits(
     normalisation: str,
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
-    """Class scores of one image, tags unseen: the mean logits over the scales and mirrors of its CAM inference.
+    """Class scores of one image without its tags: the mean logits over the scales and mirrors of CAM inference.
 
     Args:
         classify: images (B, 3, h, w), C -> logits (B, C): a network's ``classify``.
@@ -228,15 +228,15 @@ def infer_cam(
 ) -> Cam:
     """The CAMs of one image: merged, normalised maps at its size, and on the recipe's coarse grid.
 
-    Only maps of present classes are merged, so the merging's cost does not grow with the number of classes. The
+    Only maps of present classes are merged, so the cost of merging does not grow with the number of classes. The
     caller decides on gradients (``inference_mode`` unless the map needs a backward pass) and on mixed precision.
 
     Args:
         cam: images (B, 3, h, w), tags (B, C) -> maps (B, C, h', w'): a network's ``cam``.
         image: (H, W, 3) uint8 RGB.
         tags: (C,) in {0, 1}.
-        infer: scales, flip, normalisation rule.
-        normalisation: how the network wants its images.
+        infer: scales, flip, rule for scaling maps.
+        normalisation: of the network's input images, a name of misc.image.pixels.NORMALISATIONS.
         device: where the network is.
 
     Returns:

@@ -1,7 +1,7 @@
 """Multi-scale testing of a segmentation network: scales, mirrors, merging, CRF (deeplab.md A.3, B.3, C.4).
 
-Knows no network: it is given a function from normalised images to logits. One accumulator runs over the scales, so
-memory doesn't grow with their number.
+The network is given as a function from normalised images to logits. Results are accumulated over the scales, so memory
+does not grow with their number.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def segment(
         image: (H, W, 3) uint8 RGB, any H and W.
         infer: scales, mirror, filters and merging.
         normalisation: name in misc.image.pixels.NORMALISATIONS.
-        device: where the images go and the merging is computed.
+        device: where the network runs and results are merged.
 
     Returns:
         (n, H, W) float32 in [0, 1].
@@ -115,17 +115,17 @@ def with_crf(
     normalisation: str,
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
-    """Scores sharpened by ``infer.crf`` over all labels; returned as they are where it has no iterations.
+    """Sharpen scores by ``infer.crf`` over all labels; unchanged if it has 0 iterations.
 
     Args:
         scores: (n, H, W) float32, as ``segment`` gives them.
         image: (H, W, 3) uint8 RGB, the same H and W.
-        infer: the CRF and which image it sees.
+        infer: settings of the CRF, and which image it gets.
         normalisation: as for ``segment``; needed where ``infer.crf_truncates_image``.
         device: where the CRF is computed.
 
     Returns:
-        (n, H, W) float32, summing to one where there was a CRF.
+        (n, H, W) float32, summing to one if the CRF was applied.
 
     Raises:
         ValueError: scores and image differ in size, or the scores contain NaN.

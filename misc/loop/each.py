@@ -1,4 +1,4 @@
-"""The loop over images: whatever per-image function a step gives, over all its ids (docs/design.md section 2, rule 3).
+"""The per-image loop: runs a step's function for all image ids (docs/design.md section 2, rule 3).
 
 Sharding over processes and jobs, worker processes, look-ahead reading, resume by finished files, progress with ETA,
 and a per-image report of what failed live here and nowhere else.
@@ -27,14 +27,14 @@ from misc.loop.progress import Progress
 
 @dataclass(frozen=True)
 class Failure:
-    """An image whose work failed, and why."""
+    """An image that failed, and the cause."""
 
     image_id: str
     cause: str
 
 
 class EachFailed(RuntimeError):
-    """Some images of a step failed; the others are done. ``failures`` lists them."""
+    """Some images of a step failed, listed in ``failures``; the others are finished."""
 
     def __init__(self, name: str, failures: list[Failure], total: int):
         self.failures = failures
@@ -44,16 +44,16 @@ class EachFailed(RuntimeError):
         super().__init__(
             f"{name}: {len(failures)} of {total} images failed, the others are finished and kept:\n"
             + "\n".join(lines)
-            + "\nMend or unlist them and start the same command again: only they will be worked on."
+            + "\nFix them or take them off the list, then start the same command again: finished images are skipped."
         )
 
 
 class WorkerDied(RuntimeError):
-    """A worker process was killed or crashed; what was finished before is kept."""
+    """A worker process was killed or crashed; finished images are kept."""
 
 
 def shard(ids: Sequence[str], part: tuple[int, int] = (0, 1)) -> list[str]:
-    """This process's share of the ids: every n-th, over jobs (``part`` = (i, n)) and then over ranks."""
+    """The ids that this process handles: every n-th, divided over jobs (``part`` = (i, n)), then over ranks."""
     return list(ids[part[0] :: part[1]])[distributed.rank() :: distributed.world()]
 
 
@@ -67,15 +67,15 @@ def each(
     workers: int = 0,
     part: tuple[int, int] = (0, 1),
 ) -> None:
-    """Do ``work`` for every id that is not done.
+    """Call ``work`` for every id that is not done.
 
     Args:
-        name: what the progress bar says.
+        name: label of the progress bar.
         ids: all image ids of the step.
         work: called as work(id), or work(id, prepared) in this process if ``prepare`` is given. It writes its own
             files, atomically.
-        done: whether an id's files are there already.
-        prepare: reads and computes what work needs (thread-safe); runs ahead in ``workers`` threads.
+        done: whether the files of an id exist already.
+        prepare: reads and computes the input of ``work`` in ``workers`` threads, ahead of it; must be thread-safe.
         workers: processes for ``work`` (which must then be picklable), or look-ahead threads for ``prepare``.
             0: everything in this process.
         part: (i, n): only every n-th id, from the i-th on (``--shard``).
@@ -139,7 +139,7 @@ def _look_ahead(
 def _processes(
     ids: list[str], work: Callable[[str], None], workers: int, failures: list[Failure], bar: Progress
 ) -> None:
-    # fork is quick, but a forked child cannot use a GPU context its parent has opened
+    # fork is fast, but a forked child cannot use a GPU context that its parent has opened
     method = "spawn" if torch.cuda.is_initialized() or "fork" not in multiprocessing.get_all_start_methods() else "fork"
     context = multiprocessing.get_context(method)
     waiting: deque[tuple[str, Future[None]]] = deque()
@@ -168,15 +168,15 @@ def _processes(
 
 
 def _start_worker(work: Callable[[str], None]) -> None:
-    """The function reaches a worker process once, not with every image."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which lets begun images finish
+    """Receive the function once per worker process instead of once per image."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which waits for images
     threading.Thread(target=_end_with_parent, daemon=True).start()
     quiet_threads()
     _in_worker.work = work  # type: ignore[attr-defined]
 
 
 def _end_with_parent() -> None:
-    """A killed parent would leave its workers waiting for images for ever."""
+    """End this worker when its parent is killed; it would wait for images for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

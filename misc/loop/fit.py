@@ -1,4 +1,4 @@
-"""The training loop: trains whatever network a step gives it (docs/design.md section 2, rule 3).
+"""The training loop for all networks (docs/design.md section 2, rule 3).
 
 AMP, DDP under torchrun, the global batch and its division, exact resume, TensorBoard and the finite-loss guard live
 here and nowhere else. A network's ``forward(batch, progress)`` returns named loss terms whose sum is minimised.
@@ -29,7 +29,7 @@ from misc.loop.trainable import Batch, Trainable
 
 
 class NonFiniteLoss(RuntimeError):
-    """A loss term became NaN or infinite; training stopped, the last resume point is kept."""
+    """A loss term became NaN or infinite. Training has stopped; the last resume point is kept."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +44,21 @@ class Division:
 def divide(fit: Fit, world: int) -> Division:
     """Division of the global batch over processes and accumulation steps.
 
-    Raises ValueError where it does not come out even (the result would be another batch than the recipe's).
+    Raises ValueError if the global batch cannot be divided evenly: the batch would differ from the recipe's.
     """
     if fit.batch_size % world:
-        raise ValueError(f"The global batch of {fit.batch_size} images cannot be shared by {world} processes evenly.")
+        raise ValueError(
+            f"The global batch of {fit.batch_size} images cannot be divided evenly over {world} processes."
+        )
     per_process = fit.batch_size // world
     size = min(fit.micro_batch or per_process, per_process)
     if per_process % size:
-        raise ValueError(f"A process's share of {per_process} images is no multiple of micro_batch = {size}.")
+        raise ValueError(f"The {per_process} images per process are not a multiple of micro_batch = {size}.")
     return Division(per_process, per_process // size, size)
 
 
 def lr_factor(fit: Fit, step: int, total: int) -> float:
-    """Factor of the base learning rate at update ``step`` (0-based) of ``total``; past the end the last one stays."""
+    """Factor of the base learning rate at update ``step`` (0-based) of ``total``; constant after the end."""
     if fit.schedule == "constant":
         return 1.0
     if fit.schedule == "step":
@@ -66,7 +68,7 @@ def lr_factor(fit: Fit, step: int, total: int) -> float:
     if fit.schedule == "cosine":
         return _cosine(fit, step, total) / fit.lr
     if fit.schedule == "timm_cosine":
-        # published: the rate is set after an epoch with the index of that epoch, so all lags by one (mctformer.md 6)
+        # published: the rate is set after an epoch with that epoch's index, so it lags by one epoch (mctformer.md 6)
         return _timm_cosine(fit, max(0, min(step, total - 1) * fit.epochs // total - 1)) / fit.lr
     if fit.schedule == "warmup_poly" and step < fit.warmup_steps:
         return 1 - (1 - step / fit.warmup_steps) * (1 - fit.warmup_ratio)
@@ -75,12 +77,12 @@ def lr_factor(fit: Fit, step: int, total: int) -> float:
 
 
 def _half_wave(high: float, low: float, share: float) -> float:
-    """From ``high`` at 0 to ``low`` at 1."""
+    """Cosine from ``high`` at 0 to ``low`` at 1."""
     return low + (high - low) / 2 * (1 + math.cos(math.pi * share))
 
 
 def _cosine(fit: Fit, step: int, total: int) -> float:
-    """Rate of an update where the warm-up is a prefix of the cosine (aream.md section 8, Conformer)."""
+    """Rate of an update if the cosine starts after the warm-up (aream.md section 8, Conformer)."""
     step, warmup = min(step, total - 1), round(total * fit.warmup_epochs / fit.epochs)
     if step < warmup:
         return fit.warmup_lr + (fit.lr - fit.warmup_lr) * step / max(1, warmup - 1)
@@ -88,7 +90,7 @@ def _cosine(fit: Fit, step: int, total: int) -> float:
 
 
 def _timm_cosine(fit: Fit, t: int) -> float:
-    """timm's rate for epoch ``t``: the warm-up is no prefix, the cosine counts from 0 on (mctformer.md section 6)."""
+    """timm's rate for epoch ``t``: the cosine counts from epoch 0, warm-up included (mctformer.md section 6)."""
     if t < fit.warmup_epochs:
         return fit.warmup_lr + t * (fit.lr - fit.warmup_lr) / fit.warmup_epochs
     return _half_wave(fit.lr, fit.final_lr, t / fit.epochs)
@@ -113,11 +115,11 @@ def make_optimiser(groups: list[Any], fit: Fit, device: torch.device) -> torch.o
 
 
 Rules = list[tuple[torch.optim.Optimizer, Fit]]
-"""Optimisers of a training, each with the recipe that it follows."""
+"""The optimisers of a training, each with its recipe."""
 
 
 def make_rules(groups: list[Any], fit: Fit, device: torch.device) -> Rules:
-    """An optimiser for the groups of the recipe, and one more for each other rule that groups name."""
+    """One optimiser for the groups that follow the recipe, and one for each other ``rule`` of a group."""
     sorted_groups: dict[Fit, list[Any]] = {}
     for group in groups:
         sorted_groups.setdefault(group.rule or fit, []).append(group)
@@ -125,14 +127,14 @@ def make_rules(groups: list[Any], fit: Fit, device: torch.device) -> Rules:
 
 
 def set_lr(optimiser: torch.optim.Optimizer, fit: Fit, step: int, total: int, scale: float = 1.0) -> None:
-    """Set every group's rate for update ``step``, before the update; ``scale`` is the network's factor of them all."""
+    """Set every group's rate for update ``step``, before the update; ``scale`` is the network's factor of all rates."""
     for group in optimiser.param_groups:
         group["lr"] = fit.lr * group["lr_scale"] * lr_factor(fit, step, total) * scale
 
 
 def autocast(machine: Machine, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The mixed-precision context of a run; does nothing where amp is off. Also sets, for the whole process, whether
-    float32 may be computed in TF32 (PyTorch lets convolutions do so unless told)."""
+    """The autocast context of a run; no effect if amp is off. Also sets, for the whole process, whether float32 may be
+    computed in TF32 (PyTorch's default allows it for convolutions)."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = machine.amp == "fast"
     kind = machine.amp_dtype(device)
     if kind is None:
@@ -141,8 +143,8 @@ def autocast(machine: Machine, device: torch.device) -> contextlib.AbstractConte
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Make the random stream of an update (dropout, drop path) a function of (seed, step, rank) alone, so that a
-    resumed training draws what an undisturbed one draws."""
+    """Seed the random numbers of an update (dropout, drop path) from (seed, step, rank) alone, so that a resumed
+    training draws the same numbers as an uninterrupted one."""
     mixed = (seed * 1_000_003 + step * 7919 + distributed.rank() * 104_729) % (2**32)
     random.seed(mixed)
     np.random.seed(mixed)
@@ -150,12 +152,12 @@ def seed_step(seed: int, step: int) -> None:
 
 
 def resume_point(weights: Path) -> Path:
-    """The file beside a training's weights that holds its resume point while it goes on."""
+    """Path of the resume point, beside the weights file; it exists while the training is unfinished."""
     return weights.with_name(f"{weights.stem}.resume.pt")
 
 
 def _best_point(weights: Path) -> Path:
-    """The file beside a training's weights that holds its best epoch while it goes on."""
+    """Path of the best weights so far, beside the weights file; it exists while the training is unfinished."""
     return weights.with_name(f"{weights.stem}.best.pt")
 
 
@@ -185,21 +187,20 @@ def fit(
         recipe: optimiser and schedule.
         total: number of updates.
         machine: precision, compilation, resume points.
-        seed: of dropout and the like.
-        weights: final file.
-        log: TensorBoard folder; this training's curves are in its sub-folder ``name``.
-        name: what the progress bar and the log say.
-        made_by: plain values that decide the result (settings, data); a resume point of other ones is refused.
-        description: plain values that the file says of the network.
-        score: rates the network, which is in evaluation mode then; called by the main process after every epoch (each
-            1 / epochs of the updates). The weights of the best one are written, the first of equal ones. None: the last
-            weights are.
+        seed: of random numbers during the training, such as dropout.
+        weights: path of the final weights file.
+        log: TensorBoard folder; this training's curves go to its sub-folder ``name``.
+        name: label in the progress bar and the log.
+        made_by: plain values that determine the result (settings, data); a resume point with other values is refused.
+        description: plain values that describe the network in the weights file.
+        score: scores the network in evaluation mode; called by the main process after every epoch (1 / epochs of the
+            updates). The weights of the best epoch are written (the first one in a tie). None: those of the last update.
         finish: called by the main process after the last update, with the network in evaluation mode and without
             gradients, before the weights are written (Network.calibrate).
 
     Raises:
-        NonFiniteLoss: a loss term is NaN or infinite; the batch is kept for a look.
-        ValueError: the resume point belongs to another training.
+        NonFiniteLoss: a loss term is NaN or infinite; the batch is saved for inspection.
+        ValueError: the resume point belongs to a different training.
     """
     division = divide(recipe, distributed.world())
     main = distributed.is_main()
@@ -214,7 +215,7 @@ def fit(
     start = _resume(resume, network, rules, scaler, identity)
     best = _best_point(weights)
     if main and not start:
-        best.unlink(missing_ok=True)  # of a training that left no resume point
+        best.unlink(missing_ok=True)  # left over from a training without a resume point
     model = _wrap(network, machine, device)
     distributed.say(
         f"{name}: {total} updates of {recipe.batch_size} images = {distributed.world()} process(es) x "
@@ -224,7 +225,7 @@ def fit(
     every = machine.checkpoint_every or max(1, total // 20)
     stream = iter(batches(start))
     with (
-        # a folder for each training: what purge_step takes back of an interrupted one, it takes from the whole folder
+        # one folder per training: purge_step removes the events of an interrupted one from the whole folder
         SummaryWriter(str(log / name), purge_step=start) if main else contextlib.nullcontext() as writer,
         Progress(total=total, initial=start, desc=name, unit="update", disable=not main) as bar,
     ):
@@ -296,7 +297,7 @@ def _update(
         optimiser.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
     for number, batch in enumerate(micro):
-        # gradients travel between processes once an update, with the last micro-batch
+        # processes exchange gradients once per update, with the last micro-batch
         quiet = isinstance(model, DistributedDataParallel) and number + 1 < len(micro)
         with model.no_sync() if quiet else contextlib.nullcontext():  # type: ignore[operator]
             with autocast(machine, device):
@@ -326,7 +327,7 @@ def move_copies(network: Trainable) -> None:
 
 
 def _share_counts(network: Trainable, micro: list[Batch]) -> None:
-    """Give every micro-batch the mean count over all micro-batches of all processes (Network.counts)."""
+    """Add to every micro-batch the mean counts over all micro-batches of all processes (Network.counts)."""
     counted = [network.counts(batch) for batch in micro]
     for key in counted[0]:
         mean = distributed.total(torch.stack([c[key].float() for c in counted]).sum())
@@ -336,13 +337,13 @@ def _share_counts(network: Trainable, micro: list[Batch]) -> None:
 
 
 def _keep_best(path: Path, network: Trainable, score: Callable[[], float], name: str) -> None:
-    """Rate the network and keep its weights where they are better than those that are kept. A resumed training rates
-    some epochs again and finds them kept already."""
+    """Score the network and save its weights if they are the best so far. A resumed training scores some epochs again,
+    whose weights are saved already."""
     if distributed.is_main():
         network.eval()
         value, kept = score(), float(store.read_weights(path)["score"]) if path.exists() else -math.inf
         network.train()
-        distributed.say(f"{name}: epoch rated {value:.4f}" + (", the best so far" if value > kept else ""))
+        distributed.say(f"{name}: epoch score {value:.4f}" + (", the best so far" if value > kept else ""))
         if value > kept:
             store.write_weights(path, {"network": network.state_dict(), "score": value})
     distributed.barrier()
@@ -369,23 +370,23 @@ def _resume(
     if differing:
         shown = "; ".join(f"{k} was {there.get(k)!r}, is {now.get(k)!r}" for k in differing[:5])
         raise ValueError(
-            f"{path} is the resume point of another training ({shown}). Delete it to train from the start, or give the "
+            f"{path} is the resume point of another training ({shown}). Delete it to train from the start, or use the "
             "settings it was made with."
         )
     network.load_state_dict(state["network"])
     for (optimiser, _), stored in zip(rules, state["optimisers"], strict=True):
         optimiser.load_state_dict(stored)
-    if state["scaler"]:  # empty where it was saved without fp16
+    if state["scaler"]:  # empty if it was saved without fp16
         scaler.load_state_dict(state["scaler"])
     return int(state["step"])
 
 
 def _check_weights(network: Trainable, step: int, name: str) -> None:
-    """A finite loss can have gradients that are not: weights they spoiled are never written."""
+    """Refuse to write weights that are not finite: a finite loss can have non-finite gradients."""
     if not all(bool(torch.isfinite(p).all()) for p in network.parameters()):
         raise NonFiniteLoss(
-            f"{name}: weights are not finite after update {step}, they are not written. A resume point made before "
-            f"stays. Start the same command again with --machine.amp off, or train anew with a smaller --{name}.fit.lr."
+            f"{name}: weights are not finite after update {step} and are not written. An earlier resume point is kept. "
+            f"Start the same command again with --machine.amp off, or train anew with a smaller --{name}.fit.lr."
         )
 
 
@@ -394,7 +395,7 @@ def _stop(micro: list[Batch], terms: dict[str, float], step: int, log: Path, nam
     store.write_weights(kept, [{k: v.cpu() for k, v in batch.items()} for batch in micro])
     shown = ", ".join(f"{k} = {v}" for k, v in terms.items())
     raise NonFiniteLoss(
-        f"{name}: the loss is not finite at update {step} ({shown}). A resume point made before stays; the batch is in "
+        f"{name}: the loss is not finite at update {step} ({shown}). An earlier resume point is kept; the batch is in "
         f"{kept}. Start the same command again with --machine.amp off, or train anew with a smaller "
         f"--{name}.fit.lr in another run folder."
     )

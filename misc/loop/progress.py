@@ -9,17 +9,17 @@ from typing import Any
 from tqdm import tqdm
 
 LOG_INTERVAL = 30.0
-"""Seconds between two lines where the output is no terminal."""
+"""Seconds between two lines if the output is not a terminal."""
 
 
 class Progress(tqdm):
-    """tqdm on the standard error. Where that is no terminal (a file, a scheduler's log), it writes whole lines with the
-    remaining time, at most one in ``LOG_INTERVAL`` seconds and the first after as many: quick work writes none."""
+    """tqdm on stderr. If that is not a terminal (a file, a scheduler's log), it writes whole lines with the remaining
+    time, at most one per ``LOG_INTERVAL`` seconds, the first after that time: short work writes none."""
 
     def __init__(self, iterable: Iterable[Any] | None = None, **settings: Any):
         self.in_log = not sys.stderr.isatty()
         if self.in_log:
-            # miniters 1: the time alone decides, whatever the rate was before
+            # miniters 1: only the time decides when a line is written
             how: dict[str, Any] = {"mininterval": LOG_INTERVAL, "maxinterval": LOG_INTERVAL, "delay": LOG_INTERVAL,
                                    "miniters": 1, "ncols": 100}  # fmt: skip
         else:
@@ -28,7 +28,7 @@ class Progress(tqdm):
 
     @staticmethod
     def status_printer(file: Any) -> Callable[[str], None]:
-        """What writes a state of the bar: over the last one, or in a log as a line of its own."""
+        """The function that writes a state of the bar: over the last one, or in a log on a line of its own."""
         if file.isatty():
             return tqdm.status_printer(file)
 
@@ -39,7 +39,7 @@ class Progress(tqdm):
         return write_line
 
     def close(self) -> None:
-        """Leave the last state on a terminal; in a log there is nothing to tidy up."""
+        """Leave the last state on a terminal; write nothing more in a log."""
         if self.in_log:
             self.delay = float("inf")  # tqdm writes no last state of a bar that was not shown
         super().close()

@@ -1,4 +1,4 @@
-"""What the training loop asks of a network: the one declaration of it."""
+"""What the training loop requires of a network; declared only here."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from misc.config import Fit
 
 Batch = dict[str, Tensor]
-"""What a network is trained on, by names: image (B, 3, S, S), tags (B, C) and so on (net.contract)."""
+"""A training batch by names: image (B, 3, S, S), tags (B, C) and so on (net.contract)."""
 
 
 @dataclass(frozen=True)
 class Group:
     """Parameters that share a learning rate: ``lr_scale`` times the base rate, decayed or not.
 
-    ``rule``: optimiser, rate, decay and schedule of these parameters where they are not the training's own.
+    ``rule``: optimiser, rate, decay and schedule of these parameters, if they differ from the training's.
     """
 
     params: list[nn.Parameter]
@@ -53,7 +53,8 @@ class Trainable(nn.Module, ABC):
     """
 
     finds_unused: bool = False
-    """Whether some trainable parameters get no gradient in some steps (DistributedDataParallel must then search)."""
+    """Whether some trainable parameters get no gradient in some steps (find_unused_parameters of
+    DistributedDataParallel)."""
 
     @abstractmethod
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
@@ -75,13 +76,14 @@ class Trainable(nn.Module, ABC):
         return 1.0
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Denominators of loss terms that are means over more than images (valid pixels, pairs), from the batch alone.
+        """Denominators of loss terms that are not means over images (but over valid pixels or pairs), from the batch
+        alone.
 
-        The loop averages each over all micro-batches and processes of the update and hands them back as
+        The loop averages each over all micro-batches and processes of the update and adds it to the batch as
         ``batch["counts/NAME"]``, so that a term ``sum / count`` is the same number however the batch is divided.
         """
         return {}
 
     def param_groups(self) -> list[Group]:
-        """Parameter groups; by default one of everything that is trained."""
+        """Parameter groups; by default one with all trainable parameters."""
         return [Group([p for p in self.parameters() if p.requires_grad])]

@@ -1,1 +1,1 @@
-"""Spreading class scores over an image: random walk, pixel-adaptive refinement."""
+"""Propagation of class scores over an image: random walk, pixel-adaptive refinement."""

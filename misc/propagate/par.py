@@ -1,7 +1,8 @@
-"""Pixel-adaptive refinement: maps that follow the colours of their image, by local averaging without parameters.
+"""Pixel-adaptive refinement: local averaging that makes maps follow the colours of their image. Nothing is learned.
 
-A pixel is replaced, some times over, by a weighted mean of 8 neighbours at each of some distances; the weights are
-made once from the image. PAR of AReAM (aream.md section 5) and PAMR of GETAM (getam.md section 4) are two settings.
+Each iteration replaces a pixel by a weighted mean of 8 neighbours at each of several distances. The weights are
+computed once, from the image. PAR of AReAM (aream.md section 5) and PAMR of GETAM (getam.md section 4) are two
+settings.
 """
 
 from __future__ import annotations
@@ -23,32 +24,32 @@ _AROUND = tuple((row, column) for row in (-1, 0, 1) for column in (-1, 0, 1) if 
 
 @dataclass(frozen=True)
 class Kernel(Checked):
-    """How much a neighbour weighs; the defaults are PAR's."""
+    """Kernel of the neighbours' weights; the defaults are those of PAR."""
 
     dilations: Annotated[tuple[int, ...], Range(least=1, filled=True)] = (1, 2, 4, 8, 12, 24)
-    """Distances of the neighbours, 8 each. Pixels."""
+    """Distances of the neighbours, with 8 neighbours at each. Pixels."""
     width: Positive = 0.3
     """Difference of colour, in standard deviations of the neighbourhood, at which the exponent is -1."""
     power: Literal[1, 2] = 2
     """Power of the difference in the exponent. 2: Gaussian. 1: Laplacian."""
     place: Weight = 0.01
-    """Weight of a second kernel, of the distance instead of the colour: the weights then sum to 1 + this, so that
-    every iteration makes the maps a little larger. 0: none."""
+    """Weight of a second kernel, on distance instead of colour. All weights then sum to 1 + this, so every iteration
+    increases the maps a little. 0: none."""
     deviation_of_centre: bool = False
-    """Count the pixel itself, once for every dilation, among the values that the standard deviation is of."""
+    """Include the pixel itself, once per dilation, in the standard deviation."""
 
 
 PAR = Kernel()
-"""AReAM's (aream.md section 5)."""
+"""Settings of AReAM (aream.md section 5)."""
 PAMR = Kernel(width=0.1, power=1, place=0.0, deviation_of_centre=True)
-"""GETAM's (getam.md section 4)."""
+"""Settings of GETAM (getam.md section 4)."""
 
 
 def neighbours(maps: Tensor, dilations: tuple[int, ...]) -> Iterator[Tensor]:
-    """The 8 D neighbours of every pixel, one after the other, as views of one padded copy.
+    """Yield the 8 D neighbours of every pixel as views of one padded copy.
 
     Args:
-        maps: (B, C, H, W). Beyond the border the border's values go on.
+        maps: (B, C, H, W). Padded by replicating the border.
         dilations: D distances.
 
     Yields:
@@ -64,16 +65,16 @@ def neighbours(maps: Tensor, dilations: tuple[int, ...]) -> Iterator[Tensor]:
 
 
 def distances(dilations: tuple[int, ...]) -> Tensor:
-    """(8 D,) float32 distances of the ``neighbours``. Pixels."""
+    """(8 D,) float32: distances of the ``neighbours``. Pixels."""
     return torch.tensor([d * (row**2 + column**2) ** 0.5 for d in dilations for row, column in _AROUND])
 
 
 class PixelAdaptive:
-    """Refinement by one batch of images: the weights are made once and serve any number of maps.
+    """Refinement guided by one batch of images; the weights are computed once for any number of maps.
 
     Args:
         images: (B, 3, H, W) float32, any range.
-        kernel: how neighbours are weighed.
+        kernel: weights of the neighbours.
     """
 
     weights: Tensor
@@ -89,7 +90,7 @@ class PixelAdaptive:
             self.weights.add_(places.softmax(0)[:, None, None], alpha=kernel.place)
 
     def __call__(self, maps: Tensor, iterations: int = 10) -> Tensor:
-        """(B, Q, H, W), any number of planes -> the same, refined; float32. ``iterations`` 0 changes nothing."""
+        """Refine maps (B, Q, H, W), any Q -> the same shape, float32. ``iterations`` 0 changes nothing."""
         maps = maps.float()
         for _ in range(iterations):
             total = torch.zeros_like(maps)

@@ -1,7 +1,7 @@
-"""Random walk of class scores over a grid of cells whose near pairs have affinities: sparse, exact, CPU and GPU.
+"""Random walk of class scores over a grid of cells with affinities between near cells: sparse, exact, CPU and GPU.
 
-Serves every refiner: PSA (psa.md sections 5.2 and 6), IRNet (irnet.md section 10.1) and SemFormer's edge network
-(semformer.md section 9.3) differ in the affinities, in which pairs there are, and in the numbers.
+Used by every refiner: PSA (psa.md sections 5.2 and 6), IRNet (irnet.md section 10.1) and SemFormer's edge network
+(semformer.md section 9.3). They differ in the affinities, the set of pairs and the settings.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def half_circle(radius: int) -> list[Displacement]:
 def fitting_radius(radius: int, height: int, width: int, *, early: bool = False) -> int:
     """The radius for a grid: shrunk to (shorter side - 1) // 2 where the grid is small (psa.md section 5.2).
 
-    PSA's own code has no sources and fails where the shorter side is below 2 radius - 1. The rule is SEAM's, which
-    (``early``) already applies it below 2 radius + 1. Radius 0 and 1 have no displacements: the walk then leaves the
-    scores as they are.
+    PSA's code fails if the shorter side is below 2 radius - 1: it then has no source cells. The rule is SEAM's, which
+    (``early``) applies it already below 2 radius + 1. Radius 0 and 1 have no displacements: the walk then changes
+    nothing.
     """
     shorter = min(height, width)
     return radius if shorter >= 2 * radius + (1 if early else -1) else (shorter - 1) // 2
@@ -45,8 +45,8 @@ def fitting_radius(radius: int, height: int, width: int, *, early: bool = False)
 def path(displacement: Displacement) -> list[Displacement]:
     """Cells between the ends of a pair, relative to its source: target first, source last (irnet.md section 9.1).
 
-    All cells of the rectangle that the ends span whose distance from their line is below 1: a thick line, no Bresenham
-    (the diagonal (1, 1) has four cells). Sorted by decreasing |y| + |x|, equal ones row by row.
+    All cells of the rectangle between the ends whose distance from the line is below 1: a thick line, not Bresenham's
+    (the diagonal (1, 1) has four cells). Sorted by decreasing |y| + |x|, ties row by row.
     """
     dy, dx = displacement
     rows, columns = (range(min(0, d), max(0, d) + 1) for d in displacement)
@@ -55,26 +55,26 @@ def path(displacement: Displacement) -> list[Displacement]:
 
 
 def by_path_length(displacements: Sequence[Displacement]) -> list[Displacement]:
-    """The displacements in IRNet's order: by the number of cells of their path, equal ones as they were (irnet.md
-    section 9.1)."""
+    """The displacements in IRNet's order: by the number of cells on their path, a stable sort (irnet.md section
+    9.1)."""
     return sorted(displacements, key=lambda displacement: len(path(displacement)))
 
 
 def cell_views(
     grid: Tensor, displacement: Displacement, cells: Sequence[Displacement], radius: int | None = None
 ) -> list[Tensor]:
-    """What lies at the same place of all pairs of one displacement, as views of the grid.
+    """Views of the grid at given places relative to the source, for all pairs of one displacement.
 
     Args:
         grid: (..., h, w).
         displacement: (dy, dx).
         cells: places relative to the source, in the rectangle that source and target span: (0, 0) is the source.
         radius: None for all pairs inside the grid. A number keeps the sources from which every displacement of
-            ``half_circle(radius)`` stays inside: rows 0 to h - radius, columns radius - 1 to w - radius. Those are
-            PSA's and IRNet's pairs (psa.md section 5.2); they have the same shape for each displacement.
+            ``half_circle(radius)`` stays inside: rows 0 to h - radius, columns radius - 1 to w - radius. These are
+            PSA's and IRNet's pairs (psa.md section 5.2); the shape is the same for all displacements.
 
     Returns:
-        a view (..., a, b) for each of the cells; equal positions belong to the same pair.
+        a view (..., a, b) per entry of ``cells``; equal positions belong to the same pair.
     """
     (height, width), (dy, dx) = grid.shape[-2:], displacement
     if radius is None:
@@ -102,7 +102,7 @@ def pair_cells(
         radius: as in ``pair_views``.
 
     Returns:
-        two (E,) int64 tensors. With a ``radius`` they can be reshaped to (D, P), P pairs a displacement.
+        two (E,) int64 tensors. With a ``radius`` they can be reshaped to (D, P), P pairs per displacement.
     """
     cells = torch.arange(height * width).view(height, width)
     views = [pair_views(cells, displacement, radius) for displacement in displacements]
@@ -114,16 +114,16 @@ def pair_cells(
 
 
 def pair_labels(target: Tensor, radius: int, displacements: Sequence[Displacement] | None = None) -> dict[str, Tensor]:
-    """What is known about every pair of cells (psa.md section 5.3, irnet.md section 9.2).
+    """Affinity labels of the pairs of cells (psa.md section 5.3, irnet.md section 9.2).
 
     Args:
         target: (B, h, w) local class indices, 0 background, 255 unknown.
-        radius: of the circle, fitting the grid.
+        radius: of the circle; must fit the grid.
         displacements: D of them, in any order; None for ``half_circle(radius)``.
 
     Returns:
-        {"bg", "fg", "neg"}: (B, D, P) bool, D displacements and P sources: both background, both of one class, of
-        different ones.
+        {"bg", "fg", "neg"}: (B, D, P) bool, D displacements and P sources: both background, both of the same class, of
+        different classes.
     """
     displacements = half_circle(radius) if displacements is None else displacements
     views = [pair_views(target, displacement, radius) for displacement in displacements]
@@ -138,12 +138,12 @@ def pair_labels(target: Tensor, radius: int, displacements: Sequence[Displacemen
 
 
 def affinity_losses(affinity: Tensor, labels: Mapping[str, Tensor], counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The three weighted loss terms (psa.md section 5.4, irnet.md section 9.3).
+    """The three weighted loss terms of the pairs (psa.md section 5.4, irnet.md section 9.3).
 
     Args:
         affinity: (B, D, P) float32 in [0, 1].
         labels: of ``pair_labels``.
-        counts: number of pairs of each kind, by the same names; over the whole batch, or its mean over micro-batches.
+        counts: number of pairs by the same names, over the whole batch; or its mean over micro-batches.
 
     Returns:
         {"bg", "fg", "neg"}: scalars, weighted 1/4, 1/4 and 1/2; the loss is their sum.
@@ -156,8 +156,8 @@ def affinity_losses(affinity: Tensor, labels: Mapping[str, Tensor], counts: Mapp
 class _PathMaximum(torch.autograd.Function):
     """Largest value on the path of every pair: (B, h, w) -> (B, E).
 
-    A running maximum with the number of the path's cell that gave it (one byte a pair) is all that is kept; the plain
-    form gathers every cell of every path, 20 times as many floats at radius 10.
+    Keeps only a running maximum and the index of its cell on the path (one byte per pair). The plain form gathers every
+    cell of every path, 20 times as many floats at radius 10.
     """
 
     @staticmethod
@@ -211,12 +211,12 @@ def path_affinity(boundary: Tensor, displacements: Sequence[Displacement], radiu
 def transition(source: Tensor, target: Tensor, affinity: Tensor, cells: int, beta: float) -> Tensor:
     """One step of the walk, from the affinities of the pairs.
 
-    The affinity matrix A is symmetric with a unit diagonal and zero for all other pairs; T = A^beta (element-wise),
-    each COLUMN divided by its sum, so that a step V T gives every cell a weighted mean of its neighbourhood
-    (psa.md section 6, trap 2 in section 8).
+    The affinity matrix A is symmetric, with a unit diagonal and zeros for all other pairs. T = A^beta (element-wise),
+    each COLUMN divided by its sum, so that a step V T gives every cell a weighted mean of its neighbourhood (psa.md
+    section 6, trap 2 in section 8).
 
     Args:
-        source, target: (E,) integer cell numbers; every pair at most once, in one direction, none with itself.
+        source, target: (E,) integer cell numbers; every pair at most once, in one direction; no cell with itself.
         affinity: (E,) in [0, 1], on the device of the walk.
         cells: number of cells N.
         beta: exponent.
@@ -226,7 +226,7 @@ def transition(source: Tensor, target: Tensor, affinity: Tensor, cells: int, bet
     """
     weight = (affinity if affinity.dtype == torch.float64 else affinity.float()).pow(beta)
     source, target = (cell.to(weight.device, torch.int32) for cell in (source, target))
-    # the unit diagonal comes last: small weights added to one would lose the digits that 256 steps make visible
+    # the unit diagonal is added last: small weights added to one would lose digits, visible after 256 steps
     total = weight.new_zeros(cells).index_add_(0, source, weight).index_add_(0, target, weight).add_(1)
     itself = torch.arange(cells, dtype=torch.int32, device=weight.device)
     rows = torch.cat([source, target, itself])  # of T', the columns of T
@@ -242,7 +242,7 @@ def transition(source: Tensor, target: Tensor, affinity: Tensor, cells: int, bet
 def _csr(starts: Tensor, columns: Tensor, values: Tensor) -> Tensor:
     """The (N, N) sparse matrix with these rows."""
     cells = len(starts) - 1
-    with warnings.catch_warnings():  # the library announces once that its CSR tensors may still change
+    with warnings.catch_warnings():  # PyTorch warns once that its CSR tensors are in beta
         warnings.filterwarnings("ignore", message="Sparse CSR")
         return torch.sparse_csr_tensor(starts, columns, values, (cells, cells), check_invariants=False)
 
@@ -251,13 +251,13 @@ def _csr(starts: Tensor, columns: Tensor, values: Tensor) -> Tensor:
 def walk(transition: Tensor, scores: Tensor, steps: int) -> Tensor:
     """V T^steps, exactly, as ``steps`` sparse products: O(steps * K * non-zeros), no dense matrix.
 
-    Since columns of T sum to one, a step is V + (what comes in - what goes out): what a cell has is never added to the
-    far smaller shares of its neighbours one by one, which in single precision would lose digits at every step.
+    Since columns of T sum to one, a step is V + (inflow - outflow). A cell's value is never added to the far smaller
+    contributions of its neighbours one by one, which would lose digits at every step in single precision.
 
     Args:
-        transition: (N, N) of the function of that name.
-        scores: (K, N), one row a class, of the same type and device.
-        steps: number of steps, 2^logt of the published codes.
+        transition: (N, N), as returned by the function of that name.
+        scores: (K, N), one row per class, of the same type and device.
+        steps: number of steps, 2^logt in the published code.
 
     Returns:
         (K, N).

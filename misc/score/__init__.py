@@ -1,1 +1,1 @@
-"""Scores: masks, maps, objects, boxes."""
+"""Evaluation of masks, maps, objects and boxes."""

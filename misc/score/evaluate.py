@@ -1,7 +1,7 @@
-"""Scores a set of images with misc/score/metrics.py: the one evaluator of the steps and of ``evaluation.py``.
+"""Scores a set of images with misc/score/metrics.py; used by the steps and by ``evaluation.py``.
 
-Images come from callables, id -> array, so nothing here knows where masks and maps are kept. All images are looked at
-before a problem is reported, and a set with a problem has no score.
+Images come from callables, id -> array, so nothing here depends on where masks and maps are stored. All images are
+checked before problems are reported, and a set with a problem gets no score.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ class Scores:
     """Result of ``evaluate_masks`` and ``evaluate_cams``."""
 
     confusion: Confusion
-    """Counts of the masks; for a curve those at its best threshold."""
+    """Pixel counts of the masks; for a curve those at its best threshold."""
     boundary: BoundaryConfusion | None
-    """Counts of the boundary bands of the same masks, if they were asked for."""
+    """Pixel counts of the boundary bands of the same masks, if requested."""
     images: int
-    """Images counted."""
+    """Number of images counted."""
     threshold: float | None = None
     """Background score of the maps; None for masks."""
     curve: ThresholdCurve | None = None
-    """All thresholds, if ``threshold`` was searched on these very images; None: it was given, or masks."""
+    """The threshold curve, if ``threshold`` was searched on these images; None if it was given, and for masks."""
     erosion: int = 0
-    """Side of the square that the cut maps were eroded by; 0: none."""
+    """Side of the square that eroded the masks cut from the maps; 0: no erosion."""
 
     def to_dict(self, names: Sequence[str], split: str, convention: Convention = "counting") -> dict[str, Any]:
-        """All scores and what they rest on, for JSON: scores in PERCENT, undefined ones None.
+        """All scores and their provenance, for JSON: scores in PERCENT, undefined ones None.
 
         ``names`` (n,) of the classes, background first; ``split`` names the images (a searched threshold says so).
         """
@@ -110,7 +110,7 @@ def _percent(value: float) -> float | None:
 
 @dataclass(frozen=True)
 class _Job:
-    """Work of a process, hence made of things that pickle."""
+    """The work of one process; all its parts are picklable."""
 
     read: Callable[[str], tuple[np.ndarray, ...]]
     """id -> arguments of the counters' ``add``."""
@@ -187,11 +187,11 @@ def evaluate_masks(
     workers: int = 1,
     progress: bool = True,
 ) -> Scores:
-    """Scores masks.
+    """Score masks.
 
     ``predict(id)`` and ``truth(id)`` give (H, W) integers, 0..n-1 or 255; a prediction None counts as background
     everywhere. ``num_classes`` n counts the background. ``workers`` > 1: that many processes, the callables must
-    pickle. Raises EvaluationError, after all images were looked at, naming those that can't be read or don't fit.
+    pickle. Raises EvaluationError after all images were checked; it names those that can't be read or don't fit.
     """
     job = _Job(partial(_read_mask, predict, truth), partial(_mask_counters, num_classes, boundary))
     confusion, *rest = job.count_all(ids, workers, progress)
@@ -211,13 +211,13 @@ def evaluate_cams(
     workers: int = 1,
     progress: bool = True,
 ) -> Scores:
-    """Scores class maps at one given background score, or at the one of several with the best mIoU on these images.
+    """Score class maps at a given background score, or at the one of several with the best mIoU on these images.
 
     ``cams(id)`` gives (keys (K,) 0-based classes, maps (K, H, W)), or None for background everywhere. One threshold is
-    *fixed*, several are *searched* and give a curve in one pass; ``boundary`` takes a second pass then, at the best.
-    ``erosion``: every region of the cut maps is eroded by a square of this odd side (published for SemFormer's CAMs:
-    7, semformer.md section 10), which takes one mask a threshold and image; 0: none.
-    Other arguments and errors as for ``evaluate_masks``.
+    *fixed*. Several are *searched* and give a curve in one pass; ``boundary`` then takes a second pass, at the best
+    one. ``erosion``: every region of the cut maps is eroded by a square of this odd side (published for SemFormer's
+    CAMs: 7, semformer.md section 10), which makes one mask per threshold and image; 0: none. Other arguments and errors
+    as for ``evaluate_masks``.
     """
     curve, best = None, float(thresholds[0])
     if len(thresholds) > 1:
@@ -237,13 +237,13 @@ class InstanceScores:
     """Result of ``evaluate_instances``."""
 
     precision: InstancePrecision
-    """Detections, matched."""
+    """Detections matched with true objects."""
     images: int
-    """Images counted."""
+    """Number of images counted."""
 
     def to_dict(self, names: Sequence[str], split: str) -> dict[str, Any]:
         """Scores in PERCENT for JSON, undefined ones None: ap50 (and one for each further IoU) as the mean over classes
-        and of each class. ``names`` (C,) of the foreground classes; ``split`` names the images."""
+        and per class. ``names`` (C,) of the foreground classes; ``split`` names the images."""
         keys = [f"ap{round(100 * iou)}" for iou in self.precision.ious]
         columns = {key: self.precision.average_precision(at) for at, key in enumerate(keys)}
         return {
@@ -274,7 +274,7 @@ def evaluate_instances(
     workers: int = 1,
     progress: bool = True,
 ) -> InstanceScores:
-    """Scores single objects by VOC's average precision at mask IoU 0.5 and 0.7 (irnet.md section 11).
+    """Score single objects by VOC's average precision at mask IoU 0.5 and 0.7 (irnet.md section 11).
 
     ``predict(id)`` and ``truth(id)`` give an image's objects; ``num_classes`` does not count the background. Other
     arguments and errors as for ``evaluate_masks``.

@@ -1,10 +1,10 @@
-"""How good masks and maps are: streaming 64-bit counts, reduced to scores last; threshold curves in one pass.
+"""Metrics of masks and maps: streaming 64-bit counts, reduced to scores at the end; threshold curves in one pass.
 
 Everything here works on arrays; misc/score/evaluate.py runs it over a set of images. Masks are (H, W) integers: 0
 background, 1..n-1 classes, 255 (IGNORE) void; ``n`` counts the background.
 
-How 255 is treated (stated with every score): in the truth the pixel drops out; in a prediction it is *no class*, so it
-is a miss (false negative) of the true class and a false positive of none.
+How 255 is treated (stated with every score): in the truth the pixel is ignored; in a prediction it is *no class*, i.e.
+a miss (false negative) of the true class and a false positive of none.
 
 Sources: evaluation.md sections 1 and 2; boundary IoU: Cheng et al., "Boundary IoU", CVPR 2021, equation 2; average
 precision of single objects: irnet.md section 11.
@@ -26,7 +26,7 @@ from misc.score.objects import Instances
 VOID_RULE = "no class: a miss (false negative) of the true class, a false positive of none"
 
 Convention = Literal["counting", "nanmean", "ground-truth"]
-"""Which classes the mean IoU is over (evaluation.md sections 1, 2). ``counting``: all; one that occurs nowhere counts 0
+"""The classes in the mean IoU (evaluation.md sections 1, 2). ``counting``: all; a class that occurs nowhere counts 0
 (SEAM, MCTformer, AReAM). ``nanmean``: those in truth or prediction (MCTformer's and AReAM's segmentation, IRNet).
 ``ground-truth``: those in the truth (deeplab-pytorch)."""
 
@@ -37,7 +37,7 @@ _C = TypeVar("_C", bound="ClassCounts")
 
 
 def _labels(name: str, mask: np.ndarray) -> np.ndarray:
-    """(H, W) integers in 0..255 as uint8; ValueError for anything else, so that no value can wrap into another."""
+    """(H, W) integers in 0..255 as uint8; ValueError for anything else, so that no value can overflow into another."""
     mask = np.asarray(mask)
     if mask.ndim != 2 or mask.size == 0 or not np.issubdtype(mask.dtype, np.integer):
         raise ValueError(f"{name} must be a non-empty (H, W) array of integers, it is {mask.dtype} {mask.shape}")
@@ -99,7 +99,7 @@ class ClassCounts:
         self.counts = np.zeros((self.num_classes + 1, self.num_classes + 1), np.int64)
 
     def merge(self: _C, other: _C) -> _C:
-        """Adds the counts of ``other`` (from another part of the images); returns self."""
+        """Add the counts of ``other`` (from another part of the images); returns self."""
         if type(other) is not type(self) or other.num_classes != self.num_classes:
             raise ValueError("only counts of the same kind and number of classes can be merged")
         self.counts += other.counts
@@ -112,7 +112,7 @@ class ClassCounts:
 
     @property
     def hits(self) -> np.ndarray:
-        """TP: (n,) int64 pixels whose class is predicted."""
+        """TP: (n,) int64, correctly predicted pixels of each class."""
         return self.matrix.diagonal()
 
     @property
@@ -149,7 +149,7 @@ class Confusion(ClassCounts):
     """Streaming confusion matrix of masks (evaluation.md sections 1, 2); 255 as in the text at the top of this file."""
 
     def add(self, truth: np.ndarray, prediction: np.ndarray) -> None:
-        """Counts one image: ``truth`` and ``prediction`` (H, W) integers, 0..n-1 or 255.
+        """Count one image: ``truth`` and ``prediction`` (H, W) integers, 0..n-1 or 255.
 
         Raises ValueError, before anything is counted, for different sizes and for other values.
         """
@@ -169,7 +169,7 @@ class Confusion(ClassCounts):
 
     @property
     def pixel_accuracy(self) -> float:
-        """Part of the counted pixels that is right; nan without pixels."""
+        """Fraction of the counted pixels that are correct; nan without pixels."""
         total = int(self.truth_pixels.sum())
         return int(self.hits.sum()) / total if total else math.nan
 
@@ -180,7 +180,7 @@ class Confusion(ClassCounts):
 
     @property
     def frequency_weighted_iou(self) -> float:
-        """IoUs weighted with the part of the true pixels that each class has; nan without pixels."""
+        """Mean of the IoUs, weighted by each class's fraction of the true pixels; nan without pixels."""
         total = int(self.truth_pixels.sum())
         return float((self.truth_pixels / total * self.iou("counting")).sum()) if total else math.nan
 
@@ -199,8 +199,8 @@ def boundary_band(labels: np.ndarray, dilation_ratio: float = 0.02) -> np.ndarra
     """Pixels within d of the contour of their own class: (H, W) bool of uint8 ``labels`` (H, W).
 
     d = ``dilation_ratio`` x the diagonal, rounded, at least 1. The paper erodes every class's mask d times by a 3 x 3
-    square with the outside of the image as background; a pixel is lost there exactly if the square of side 2d + 1
-    around it holds another label or leaves the image, which the label map tells for all classes together.
+    square with the outside of the image as background; this removes a pixel exactly if the square of side 2d + 1 around
+    it contains another label or leaves the image. So one pass over the label map does it for all classes.
     """
     height, width = labels.shape
     d = max(1, round(dilation_ratio * math.hypot(height, width)))
@@ -214,8 +214,8 @@ def boundary_band(labels: np.ndarray, dilation_ratio: float = 0.02) -> np.ndarra
 class BoundaryConfusion(ClassCounts):
     """Boundary IoU: the IoU of the boundary bands of truth and prediction, counts summed over the images of the set.
 
-    Ignored pixels (truth 255) drop out, and belong to no class in the prediction as well before its band is taken: a
-    prediction that is right wherever it can be judged has boundary IoU 1 whatever it says in an ignored rim.
+    Ignored pixels (truth 255) are not counted. They are also set to no class in the prediction before its band is
+    computed, so a prediction that is right at all other pixels has boundary IoU 1.
     """
 
     def __init__(self, num_classes_with_background: int, dilation_ratio: float = 0.02) -> None:
@@ -223,13 +223,13 @@ class BoundaryConfusion(ClassCounts):
         self.dilation_ratio = dilation_ratio
 
     def merge(self, other: BoundaryConfusion) -> BoundaryConfusion:
-        """As in the base; the dilation ratios must agree too."""
+        """Add the counts of ``other``, as in the base class; the dilation ratios must be equal too."""
         if getattr(other, "dilation_ratio", None) != self.dilation_ratio:
             raise ValueError("only boundary counts of the same dilation ratio can be merged")
         return super().merge(other)
 
     def add(self, truth: np.ndarray, prediction: np.ndarray) -> None:
-        """Counts one image; arguments and errors as for ``Confusion.add``."""
+        """Count one image; arguments and errors as for ``Confusion.add``."""
         truth, prediction = _labels("truth", truth), _labels("prediction", prediction)
         _check_size(prediction, truth)
         prediction = np.where(truth == IGNORE, np.uint8(IGNORE), prediction)
@@ -281,9 +281,9 @@ def mask_at(maps: Maps, threshold: float) -> np.ndarray:
 class ThresholdCurve:
     """Confusion matrices of CAMs at many background scores from ONE pass over the images (docs/design.md section 6).
 
-    Which class is strongest does not depend on the background score, only whether it beats it. So pixels are counted by
-    (true class, strongest class, number of thresholds below its score), and the matrix at a threshold is a sum of these
-    counts: exactly that of ``mask_at`` and ``Confusion`` at this threshold, ties included.
+    The strongest class of a pixel does not depend on the background score; only whether it wins does. So pixels are
+    counted by (true class, strongest class, number of thresholds below its score). The matrix at a threshold is a sum
+    of these counts, exactly that of ``mask_at`` and ``Confusion``, ties included.
     """
 
     BUCKETS = 256  # of the look-up below: one uint8
@@ -300,7 +300,7 @@ class ThresholdCurve:
         self._tables = {np.dtype(d): self._table(t.astype(d)) for d in (np.float32, np.float64)}
 
     def _bucket(self, values: np.ndarray, low: np.floating, scale: np.floating) -> np.ndarray:
-        """uint8 bucket of each value; never falls as the value rises, which is all that ``_below`` needs."""
+        """uint8 bucket of each value; monotone in the value, which is all that ``_below`` needs."""
         with np.errstate(over="ignore"):
             return np.clip((values - low) * scale, 0, self.BUCKETS - 1).astype(np.uint8)
 
@@ -317,8 +317,8 @@ class ThresholdCurve:
     def _below(self, score: np.ndarray) -> np.ndarray:
         """np.searchsorted(thresholds, score): how many thresholds are below each score, (H, W) int32.
 
-        Several times as fast: thresholds in lower buckets are below for certain, and only the one (or few) in the
-        score's own bucket are compared. Exact, for it compares in the score's precision as the plain arg-max does.
+        Several times as fast: thresholds in lower buckets are certainly below, and only those in the score's own bucket
+        are compared. Exact: it compares in the score's precision, as the plain arg-max does.
         """
         low, scale, below, inside = self._tables[score.dtype]
         bucket = self._bucket(score, low, scale)
@@ -328,11 +328,11 @@ class ThresholdCurve:
         return count
 
     def add(self, truth: np.ndarray, keys: np.ndarray, maps: np.ndarray) -> None:
-        """Counts one image: ``truth`` (H, W) in 0..n-1 or 255, ``keys`` (K,) 0-based classes, ``maps`` (K, H, W).
+        """Count one image: ``truth`` (H, W) in 0..n-1 or 255, ``keys`` (K,) 0-based classes, ``maps`` (K, H, W).
 
-        Maps are compared in their own precision (float16 as float32). K = 0 is background at every threshold; the maps
-        are not looked at then. Raises ValueError, before anything is counted, for sizes, values, classes or nan that
-        don't fit.
+        Maps are compared in their own precision (float16 as float32). K = 0 is background at every threshold; ``maps``
+        is not used then. Raises ValueError, before anything is counted, for sizes, values, classes or nan that don't
+        fit.
         """
         truth = _labels("truth", truth)
         if len(keys) == 0:
@@ -349,7 +349,7 @@ class ThresholdCurve:
         self.counts[:, keys] += found[: self.num_classes]
 
     def merge(self, other: ThresholdCurve) -> ThresholdCurve:
-        """Adds the counts of ``other`` (from another part of the images); returns self."""
+        """Add the counts of ``other`` (from another part of the images); returns self."""
         if other.num_classes != self.num_classes or not np.array_equal(other.thresholds, self.thresholds):
             raise ValueError("only curves of the same classes and thresholds can be merged")
         self.counts += other.counts
@@ -377,20 +377,20 @@ class ThresholdCurve:
 class InstancePrecision:
     """VOC's average precision of single objects by mask IoU, at several IoUs (irnet.md section 11).
 
-    A detection belongs to the true object of its class that it overlaps most, if that IoU is reached; a second one on
-    the same object is a false positive. The area is that under the monotone envelope, not the 11 points of VOC 2007.
+    A detection matches the true object of its class that it overlaps most, if that IoU is reached; a second detection
+    of the same object is a false positive. Area under the monotone envelope, not the 11 points of VOC 2007.
     """
 
     def __init__(self, num_classes: int, ious: Sequence[float] = (0.5, 0.7)) -> None:
-        """``num_classes`` foreground classes."""
+        """num_classes: number of foreground classes."""
         self.num_classes = num_classes
         self.ious = tuple(ious)
         self.objects = np.zeros(num_classes, np.int64)
-        """True objects of each class."""
+        """Number of true objects of each class."""
         self._found: dict[int, list[tuple[float, tuple[bool, ...]]]] = defaultdict(list)
 
     def add(self, truth: Instances, found: Instances) -> None:
-        """Counts one image. Raises ValueError, before anything is counted, for different sizes and unknown classes."""
+        """Count one image. Raises ValueError, before anything is counted, for different sizes and unknown classes."""
         if len(truth.masks) and len(found.masks):
             _check_size(found.masks[0], truth.masks[0])
         for name, instances in (("truth", truth), ("prediction", found)):
@@ -402,7 +402,7 @@ class InstancePrecision:
             self._found[label] += self._match(truth.masks[truth.classes == label], found, label)
 
     def _match(self, objects: np.ndarray, found: Instances, label: int) -> list[tuple[float, tuple[bool, ...]]]:
-        """Score and whether it hits (at each IoU) of the detections of a class, the surest first."""
+        """Scores of a class's detections, highest first, and whether each is a hit at each IoU."""
         chosen = np.flatnonzero(found.classes == label)
         chosen = chosen[np.argsort(found.scores[chosen], kind="stable")[::-1]]
         scores = found.scores[chosen].tolist()
@@ -426,7 +426,7 @@ class InstancePrecision:
         return result
 
     def merge(self, other: InstancePrecision) -> InstancePrecision:
-        """Adds the detections of ``other`` (from another part of the images); returns self."""
+        """Add the detections of ``other`` (from another part of the images); returns self."""
         if (other.num_classes, other.ious) != (self.num_classes, self.ious):
             raise ValueError("only precisions of the same classes and IoUs can be merged")
         self.objects += other.objects
@@ -435,7 +435,8 @@ class InstancePrecision:
         return self
 
     def average_precision(self, at: int = 0) -> np.ndarray:
-        """Of every class at ``ious[at]``: (C,) float64 in [0, 1], nan for a class without true objects."""
+        """Average precision of every class at ``ious[at]``: (C,) float64 in [0, 1], nan for classes without true
+        objects."""
         return np.array([self._area(label, at) for label in range(self.num_classes)])
 
     def _area(self, label: int, at: int) -> float:

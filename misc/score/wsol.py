@@ -1,4 +1,4 @@
-"""Boxes from localisation maps and what they are worth: Top-1, Top-5, GT-Known, MaxBoxAcc, PxAP (wsol.md 6 to 8).
+"""Boxes from localisation maps, and their scores: Top-1, Top-5, GT-Known, MaxBoxAcc, PxAP (wsol.md 6 to 8).
 
 Plain arrays. Maps, boxes and true boxes lie on one square grid of ``side`` pixels; a box is [x0, y0, x1, y1]. Two
 published protocols stand side by side, with their small differences: TS-CAM's (a fixed threshold; a box may end one
@@ -15,18 +15,18 @@ import cv2
 import numpy as np
 
 IOUS = (0.3, 0.5, 0.7)
-"""Overlaps of MaxBoxAccV2; MaxBoxAcc takes the middle one."""
+"""IoU thresholds of MaxBoxAccV2; MaxBoxAcc uses the middle one."""
 _BEST = 5
 
 ERRORS = ("right", "class", "several", "part", "more", "wrong")
-"""Kinds of a top-1 box (wsol.md section 7), from right over: wrong class; several true objects in it; part of the
-object; more than the object; elsewhere."""
+"""Kinds of a top-1 box (wsol.md section 7): correct; wrong class; contains several true objects; part of the object;
+more than the object; elsewhere."""
 
 
 def stretch_map(scores: np.ndarray) -> np.ndarray:
-    """(H, W) -> the same from its minimum, which becomes 0, to its maximum, 1; a constant or broken map becomes 0.
+    """(H, W) -> the same shape, scaled from minimum and maximum to 0 and 1; a constant map or one with NaN becomes 0.
 
-    (Published: of a constant map TS-CAM makes NaN, wsolevaluation zeros; wsol.md sections 6 and 8.)
+    (Published: for a constant map TS-CAM gives NaN, wsolevaluation zeros; wsol.md sections 6 and 8.)
     """
     scores = scores - scores.min()
     top = scores.max()
@@ -34,18 +34,18 @@ def stretch_map(scores: np.ndarray) -> np.ndarray:
 
 
 def resize_map(scores: np.ndarray, side: int, kind: Literal["bilinear", "bicubic"] = "bilinear") -> np.ndarray:
-    """A map (h, w) on the grid, then ``stretch_map``: (side, side) of the same type."""
+    """Resize a map (h, w) to the grid, then ``stretch_map``: (side, side) of the same type."""
     interpolation = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}[kind]
     return stretch_map(cv2.resize(scores, (side, side), interpolation=interpolation))
 
 
 def to_levels(scores: np.ndarray) -> np.ndarray:
-    """Scores (H, W) in [0, 1] in 8 bits, truncated."""
+    """Scores (H, W) in [0, 1] -> uint8 0 .. 255, truncated."""
     return (scores * 255).astype(np.uint8)
 
 
 def contour_boxes(grey: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Bounding rectangles of the contours, outer and inner, of what is above a share of the maximum.
+    """Bounding rectangles of all contours, outer and inner, of the pixels above a fraction of the maximum.
 
     Args:
         grey: (H, W) uint8.
@@ -63,15 +63,15 @@ def contour_boxes(grey: np.ndarray, threshold: float) -> tuple[np.ndarray, np.nd
 
 
 def fixed_box(scores: np.ndarray, threshold: float) -> np.ndarray:
-    """TS-CAM's box of a map (side, side) in [0, 1]: (4,) int64, of the contour of the largest area, the first of equal
-    ones; [0, 0, 1, 1] where there is none."""
+    """TS-CAM's box of a map (side, side) in [0, 1]: (4,) int64, of the contour with the largest area, the first one in
+    a tie; [0, 0, 1, 1] if there is no contour."""
     boxes, areas = contour_boxes(to_levels(scores), threshold)
     return boxes[areas.argmax()] if len(boxes) else np.array([0, 0, 1, 1])
 
 
 def all_boxes(grey: np.ndarray, threshold: float) -> tuple[np.ndarray, int]:
-    """wsolevaluation's boxes of an 8-bit map: (n, 4) int64, which end at the last pixel, one [0, 0, 0, 0] where there
-    is no contour; and the number of the one with the largest contour."""
+    """wsolevaluation's boxes of an 8-bit map: (n, 4) int64, which end at the last pixel, and the index of the one with
+    the largest contour. A single [0, 0, 0, 0] if there is no contour."""
     boxes, areas = contour_boxes(grey, threshold)
     if not len(boxes):
         return np.zeros((1, 4), np.int64), 0
@@ -82,7 +82,7 @@ def all_boxes(grey: np.ndarray, threshold: float) -> tuple[np.ndarray, int]:
 def scaled_boxes(boxes: np.ndarray, size: tuple[int, int], side: int, clip: bool) -> np.ndarray:
     """True boxes in image pixels on the grid: (n, 4) of an image of ``size`` (H, W) -> (n, 4) int64, truncated.
 
-    ``clip``: kept within 0 .. side - 1 (TS-CAM: wsol.md section 4); else as they come (wsolevaluation: section 8).
+    ``clip``: clip to 0 .. side - 1 (TS-CAM: wsol.md section 4); else unchanged (wsolevaluation: section 8).
     """
     extent = np.array([size[1], size[0]] * 2, np.float64)
     if not clip:
@@ -92,7 +92,7 @@ def scaled_boxes(boxes: np.ndarray, size: tuple[int, int], side: int, clip: bool
 
 
 def box_overlaps(boxes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Intersections and areas, in pixels with both ends of a box inside: (n, 4), (m, 4) -> (n, m), (n, 1), (1, m)."""
+    """Intersections and areas in pixels, last pixel included: (n, 4), (m, 4) -> (n, m), (n, 1), (1, m)."""
     low = np.maximum(boxes[:, None, :2], others[None, :, :2])
     high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
     inside = (high - low + 1).clip(min=0).prod(2)  # (n, m)
@@ -111,26 +111,26 @@ def box_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one image counts for, each 0 or 1 (``iou`` in [0, 1])."""
+    """The scores of one image, each 0 or 1 (``iou`` in [0, 1])."""
 
     cls_top1: bool
     """The class of the highest logit is the true one."""
     cls_top5: bool
-    """The true class is among the five of the highest logits."""
+    """The true class is among the five highest logits."""
     loc_top1: bool
     """cls_top1, and the box of that class's map overlaps a true box by more than half."""
     loc_top5: bool
-    """The same of one of the five classes, each with the box of its own map."""
+    """The same for any of the five highest classes, each with the box of its own map."""
     gt_known: bool
     """The box of the true class's map overlaps a true box by half or more (here ≥, above >: published)."""
     iou: float
-    """Best overlap of that box."""
+    """Best overlap (IoU) of that box with a true box."""
     error: str
     """Kind of the top-1 box, one of ERRORS."""
 
 
 def best_classes(logits: np.ndarray) -> np.ndarray:
-    """The five classes (or all, where there are fewer) of the highest of (C,) logits, the highest first."""
+    """The five classes (or all, if there are fewer) with the highest of the (C,) logits, highest first."""
     return np.argsort(-logits, kind="stable")[:_BEST]
 
 
@@ -153,7 +153,7 @@ def judge_boxes(best: np.ndarray, boxes: np.ndarray, known: np.ndarray, target: 
 
 
 def _error(right_class: bool, box: np.ndarray, truth: np.ndarray) -> str:
-    """Kind of a top-1 box (1, 4); the order of the questions counts."""
+    """Kind of a top-1 box (1, 4); the order of the tests matters."""
     if not right_class:
         return "class"
     inside, area, others = box_overlaps(box, truth)
@@ -173,12 +173,12 @@ def _error(right_class: bool, box: np.ndarray, truth: np.ndarray) -> str:
 
 
 def list_thresholds(interval: float) -> np.ndarray:
-    """Thresholds from 0 on, below 1: (T,)."""
+    """Thresholds from 0, included, to 1, excluded: (T,)."""
     return np.arange(0, 1, interval)
 
 
 def best_overlaps(scores: np.ndarray, taus: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Best overlap of an image's boxes with its true boxes at each threshold.
+    """Best IoU of an image's boxes with its true boxes at each threshold.
 
     Args:
         scores: (side, side) in [0, 1], the map of the true class.
@@ -186,10 +186,10 @@ def best_overlaps(scores: np.ndarray, taus: np.ndarray, truth: np.ndarray) -> np
         truth: (n, 4).
 
     Returns:
-        (2, T) float64: of the largest contour alone, and of all contours.
+        (2, T) float64: for the largest contour only, and for all contours.
     """
     grey = to_levels(scores)
-    known: dict[int, tuple[float, float]] = {}  # many thresholds cut 8 bits at the same level
+    known: dict[int, tuple[float, float]] = {}  # many thresholds give the same 8-bit level
     columns = []
     for tau in taus:
         level = int(tau * grey.max())
@@ -202,32 +202,33 @@ def best_overlaps(scores: np.ndarray, taus: np.ndarray, truth: np.ndarray) -> np
 
 
 def box_accuracy(overlap: np.ndarray) -> np.ndarray:
-    """Percentage of the images that are right: best overlaps (N, T) at each threshold -> (3, T), by IOUS."""
+    """Percentage of correct images: best overlaps (N, T) at each threshold -> (3, T), one row per entry of IOUS."""
     return 100 * np.stack([(overlap >= least).mean(0) for least in IOUS])
 
 
 def max_box_acc(overlap: np.ndarray, taus: np.ndarray) -> tuple[float, float]:
-    """MaxBoxAcc in percent, of the overlaps (N, T) of the largest contours, and the first threshold that gives it."""
+    """MaxBoxAcc in percent from the overlaps (N, T) of the largest contours, and the first threshold that gives it."""
     curve = box_accuracy(overlap)[IOUS.index(0.5)]
     return float(curve.max()), float(taus[curve.argmax()])
 
 
 def max_box_acc_v2(overlap: np.ndarray) -> float:
-    """MaxBoxAccV2 in percent, of the overlaps (N, T) of all contours: each overlap of IOUS has its own threshold."""
+    """MaxBoxAccV2 in percent from the overlaps (N, T) of all contours; each entry of IOUS has its own best
+    threshold."""
     return float(box_accuracy(overlap).max(1).mean())
 
 
 def region_on_grid(region: np.ndarray, side: int) -> np.ndarray:
-    """Which pixels are of the object, brought to the grid: (H, W) uint8 -> (side, side), nearest."""
+    """The object's mask resized to the grid: (H, W) uint8 -> (side, side), nearest."""
     return cv2.resize(region, (side, side), interpolation=cv2.INTER_NEAREST)
 
 
 def region_histograms(scores: np.ndarray, region: np.ndarray, taus: np.ndarray) -> np.ndarray:
-    """Scores of object and background pixels, counted: (2, T + 2) int64.
+    """Histograms of the scores of object and background pixels: (2, T + 2) int64.
 
     Args:
         scores: (side, side) in [0, 1].
-        region: (side, side) uint8: 1 object, 0 background, 255 not counted.
+        region: (side, side) uint8: 1 object, 0 background, 255 ignored.
         taus: (T,); the bins go from each to the next, then from the last to 1, 1 to 2, 2 to 3.
     """
     edges = [*taus, 1.0, 2.0, 3.0]
@@ -235,7 +236,7 @@ def region_histograms(scores: np.ndarray, region: np.ndarray, taus: np.ndarray) 
 
 
 def pxap(histograms: np.ndarray) -> float:
-    """PxAP in percent, of ``region_histograms`` (2, T + 2) added up over all images. NaN without object pixels."""
+    """PxAP in percent from ``region_histograms`` (2, T + 2) summed over all images. NaN without object pixels."""
     hits, misses = (h[::-1].cumsum() for h in histograms.astype(np.float64))
     if not hits[-1]:
         return float("nan")
@@ -248,7 +249,7 @@ def pxap(histograms: np.ndarray) -> float:
 
 
 def summarise_verdicts(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Means over images in percent, by the names they are published under."""
+    """Means over images in percent, under their published names."""
     names = {
         "Cls Top-1": "cls_top1", "Cls Top-5": "cls_top5", "Loc Top-1": "loc_top1", "Loc Top-5": "loc_top5",
         "GT-Known": "gt_known",
@@ -257,6 +258,6 @@ def summarise_verdicts(verdicts: Sequence[Verdict]) -> dict[str, float]:
 
 
 def error_shares(verdicts: Iterable[Verdict]) -> dict[str, float]:
-    """Share of each kind of ERRORS among the top-1 boxes, in percent."""
+    """Fraction of each kind of ERRORS among the top-1 boxes, in percent."""
     kinds = [v.error for v in verdicts]
     return {kind: 100 * kinds.count(kind) / len(kinds) for kind in ERRORS}

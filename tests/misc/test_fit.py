@@ -115,9 +115,9 @@ def test_the_global_batch_is_divided_evenly_or_not_at_all() -> None:
     division = divide(Fit(batch_size=12, micro_batch=2), 3)
     assert (division.per_process, division.micro, division.micro_size) == (4, 2, 2)
     assert divide(Fit(batch_size=12, micro_batch=50), 3).micro_size == 4
-    with pytest.raises(ValueError, match="12 images cannot be shared by 5 processes"):
+    with pytest.raises(ValueError, match="12 images cannot be divided evenly over 5 processes"):
         divide(Fit(batch_size=12), 5)
-    with pytest.raises(ValueError, match="6 images is no multiple of micro_batch = 4"):
+    with pytest.raises(ValueError, match="6 images per process are not a multiple of micro_batch = 4"):
         divide(Fit(batch_size=12, micro_batch=4), 2)
 
 

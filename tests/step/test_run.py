@@ -283,7 +283,7 @@ WRONG = {
     "data": (["seam", "--data", "coco"], "--data coco: there is no such data set. There are: "),
     "root": (["seam", "--data", "coco14"], "--data coco14 needs --root"),
     "weights": (["seam", "--cam.weights", "nowhere.pth"], "--cam.weights nowhere.pth: there is no such file"),
-    "batch": (["seam", "--aff.fit.micro-batch", "3"], "no multiple of micro_batch = 3"),
+    "batch": (["seam", "--aff.fit.micro-batch", "3"], "not a multiple of micro_batch = 3"),
     "score list": (["seam", "--score-list", "trian"], "There is no list 'trian'"),
     "required": (["seam", "--preset", "published", "--data", "sample"], "give --cam.weights FILE"),
 }  # fmt: skip
