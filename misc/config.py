@@ -58,7 +58,7 @@ class Fit(Checked):
     nesterov: Annotated[bool, When("optimiser", "sgd")] = False
     """Use Nesterov momentum in SGD."""
     weight_decay: Annotated[float, Range(least=0)] = 5e-4
-    """Decay of the groups that are decayed at all."""
+    """Weight decay, for the parameter groups that have any."""
     # toco.md 7, wsol.md 5, aream.md 8, mctformer.md 6
     schedule: Literal["poly", "warmup_poly", "constant", "step", "cosine", "timm_cosine"] = "poly"
     """poly: lr x (1 - step / (steps + schedule_extra)) ^ power, set before each update (see schedule_every).
@@ -73,16 +73,16 @@ class Fit(Checked):
     power: Annotated[float, Range(above=0), POLY] = 0.9
     """Exponent of the poly schedule."""
     schedule_extra: Annotated[int, POLY] = 0
-    """Steps added to the length in the poly schedule's denominator."""
+    """Steps added to the training length in the denominator of the poly schedule."""
     # deeplab.md C.3
     schedule_every: Annotated[int, Range(least=1), POLY] = 1
-    """Updates between two settings of the poly schedule's rate."""
+    """The poly schedule sets the rate once every this many updates."""
     step_epochs: Annotated[tuple[int, ...], Range(least=1), When("schedule", "step")] = (30,)
     """step: the rate falls at the start of epochs that are multiples of one of these: (30,) means 30, 60, 90 ..."""
     step_factor: Annotated[float, Range(above=0, most=1), When("schedule", "step")] = 0.1
-    """step: what the rate is multiplied by there."""
+    """step: factor of the rate at these epochs."""
     warmup_steps: Annotated[int, Range(least=1), When("schedule", "warmup_poly")] = 1500
-    """warmup_poly: updates of the warm-up."""
+    """warmup_poly: number of warm-up updates."""
     warmup_ratio: Annotated[float, Range(least=0, most=1), When("schedule", "warmup_poly")] = 1e-6
     """warmup_poly: factor of the rate at the first update."""
     warmup_epochs: Annotated[int, Range(least=0), COSINE] = 5
@@ -223,16 +223,16 @@ class CamInference(Checked):
     """Scales are not factors but sides in pixels of a square that the image is stretched to."""
     # toco.md 8
     squash: Annotated[int, Range(least=0)] = 0
-    """Side of a square that the normalised image is stretched to first (bilinear); scales are then factors of it.
+    """Side of a square to which the normalised image is first stretched (bilinear); scales are then factors of it.
     Pixels. 0: the image keeps its shape."""
     resize: Literal["bicubic", "bilinear", "linear"] = "bicubic"
     """Filter that resizes the image. bicubic, bilinear: PIL's, on the 8-bit image. linear: bilinear on the normalised
     image, without antialiasing."""
     flip: bool = True
-    """Look at the mirrored image too."""
+    """Also infer the mirrored image."""
     # toco.md 3
     merge: Literal["sum", "max", "max_relu"] = "sum"
-    """How the maps of the image and of its mirror image become one, before the scales are added up. sum: their sum.
+    """How the maps of the image and of its mirror image are merged, before the scales are added up. sum: their sum.
     max: the larger value. max_relu: the larger value, clipped at 0."""
     # semformer.md 6
     stretch: Annotated[int, Range(least=1)] = 1
@@ -241,19 +241,19 @@ class CamInference(Checked):
     """Scaled images are padded with the mean colour at the bottom and the right to sides that are multiples of this;
     maps are resized to the padded size and cropped to the image. 1: no padding."""
     pad_first: bool = False
-    """Pad before mirroring, so that the mirrored image has its margin on the left, instead of after it."""
+    """Pad before mirroring instead of after it, so that the mirrored image has its margin on the left."""
     # psa.md 2.4, seam.md 5, mctformer.md 4, aream.md 9, toco.md 3
     normalise: Literal["max", "shifted", "minmax", "rectified", "span"] = "max"
-    """max: each class map divided by (its maximum + 1e-5).
-    shifted: clipped at 0, then (S - min - 1e-5) / (max - min + 1e-5) with entries below min + 1e-5 at 0 before.
+    """How the merged maps S are normalised, each class map separately. max: S / (max + 1e-5).
+    shifted: clipped at 0, entries below min + 1e-5 set to 0, then (S - min - 1e-5) / (max - min + 1e-5).
     minmax: (S - min) / (max - min + 1e-8).
     rectified: clipped at 0, then D / (max D + 1e-6) with D = S - min.
     span: D / (max D + 1e-5) with D = S - min."""
     # irnet.md 6
     round_up: Annotated[int, Range(least=1)] = 1
-    """The maps of all scales are resized to sides that are multiples of this, added up and cropped to the image. Published
-    by IRNet (high_res: 16): this misaligns them by up to as many pixels, and the thresholds were tuned with it. 1: add
-    up at image size."""
+    """The maps of all scales are resized to sides that are multiples of this, added up and cropped to the image.
+    Published by IRNet (high_res: 16): this misaligns them by up to as many pixels, and the thresholds were tuned with
+    it. 1: add up at image size."""
     # irnet.md 6
     search_to: Annotated[float, Range(least=0, most=1)] = 0.59
     """Largest background score in the search for the best mIoU, which starts at 0 in steps of 0.01. Published: 0.59;
@@ -265,7 +265,7 @@ class CamInference(Checked):
     (IRNet: 4). 0: refiners get the maps at image size."""
 
     def cross_check(self) -> None:
-        """Raises ValueError for squares that are too small to be sizes, or that are asked for twice."""
+        """Raises ValueError for square sides below 8 pixels, and for ``square`` together with ``squash``."""
         check(not self.square or min(self.scales) >= 8, "scales", self.scales, "sides of 8 pixels or more for square")
         check(not (self.squash and self.square), "squash", self.squash, "0 where square is used")
         check(not self.squash or self.resize == "linear", "resize", self.resize, "linear where squash is used")
@@ -297,18 +297,19 @@ class SegInference(Checked):
     """Scales are not factors but sides in pixels of a square that the image is stretched to."""
     # toco.md 8
     squash: Annotated[int, Range(least=0)] = 0
-    """Side of a square that the normalised image is stretched to first (bilinear); scales are then factors of it.
+    """Side of a square to which the normalised image is first stretched (bilinear); scales are then factors of it.
     Pixels. 0: the image keeps its shape."""
     flip: bool = False
     """Test the mirrored image too."""
     resize: Literal["cubic", "linear", "bilinear", "bicubic"] = "cubic"
     """Filter that scales the image. cubic: OpenCV on the normalised image, sizes rounded. linear: bilinear with aligned
-    corners on the normalised image, sizes truncated; of squares OpenCV's. bilinear: the same without aligned corners.
+    corners on the normalised image, sizes truncated; for ``square`` OpenCV's. bilinear: the same without aligned
+    corners.
     bicubic: PIL on the 8-bit image, sizes rounded."""
     # deeplab.md A.3, B.3 and D.3, toco.md 8
     merge: Literal["mean_logits", "sum_logits", "max_softmax", "sum_max_logits", "max_sum_logits"] = "mean_logits"
-    """How the results of all scales and mirrors become one. mean_logits: softmax of the mean logit. sum_logits: softmax
-    of their sum (the labels are the same, the CRF sees sharper scores). max_softmax: maximum of the softmax.
+    """How the results of all scales and mirrors are merged. mean_logits: softmax of the mean logits. sum_logits:
+    softmax of their sum (same labels, but sharper scores for the CRF). max_softmax: maximum of the softmaxes.
     sum_max_logits: an image and its mirror are added, then the maximum over the scales, then the softmax.
     max_sum_logits: the maximum of an image and its mirror, the scales added, then the softmax."""
     align_corners: bool = True
@@ -320,7 +321,7 @@ class SegInference(Checked):
     """Dense CRF on the merged scores; ``iterations`` 0 switches it off."""
 
     def cross_check(self) -> None:
-        """Raises ValueError for squares that are too small to be sizes, or that are asked for twice."""
+        """Raises ValueError for square sides below 8 pixels, and for ``square`` together with ``squash``."""
         check(not self.square or min(self.scales) >= 8, "scales", self.scales, "sides of 8 pixels or more for square")
         check(not (self.squash and self.square), "squash", self.squash, "0 where square is used")
         check(not self.squash or self.resize != "bicubic", "resize", self.resize, "another than bicubic with squash")

@@ -42,7 +42,7 @@ class Picture:
 
 
 def restore_values(values: Tensor, normalisation: str) -> Tensor:
-    """Network values (..., 3, H, W), on any device -> RGB of about 0 to 255 as float32, nothing cut off."""
+    """Network values (..., 3, H, W), on any device -> RGB of about 0 to 255 as float32, not truncated."""
     norm = NORMALISATIONS[normalisation]
     mean, std = (values.new_tensor(x, dtype=torch.float32).view(3, 1, 1) for x in (norm.mean, norm.std))
     grey = (values.float() * std + mean) * norm.scale

@@ -22,7 +22,7 @@ _EPSILON = 1e-5
 
 
 def input_sizes(size: tuple[int, int], infer: CamInference) -> list[tuple[int, int]]:
-    """(h, w) that an image of ``size`` (H, W) is resized to, in the order of the scales; the padding comes on top."""
+    """(h, w) that an image of ``size`` (H, W) is resized to, one per scale, before padding."""
     size = (infer.squash, infer.squash) if infer.squash else size
     scaled = pixels.truncated_size if infer.truncate else pixels.scaled_size
     sizes = [scaled((1, 1) if infer.square else size, scale) for scale in infer.scales]

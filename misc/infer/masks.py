@@ -58,9 +58,9 @@ def segment(
 ) -> np.ndarray:
     """Merged scores of one image, before the CRF.
 
-    The image is resized once for each of ``infer.scales`` (after it was normalised, but for ``bicubic``); an image and
-    its mirror go through the network together. Logits are resized to the image and merged by the rule ``infer.merge``
-    of ``MASK_MERGES``; the scores of max_softmax don't sum to one (deeplab.md B.3).
+    The image is resized for each of ``infer.scales`` (after normalisation, except for ``bicubic``). An image and its
+    mirror image are one batch. Logits are resized to the image and merged by the rule ``infer.merge`` of
+    ``MASK_MERGES``; the scores of max_softmax don't sum to one (deeplab.md B.3).
 
     Args:
         logits: the network, on ``device`` and in evaluation mode; called with 1 image, or 2 with ``infer.flip``.
@@ -98,7 +98,7 @@ def merge_passes(
             maps = logits(images.to(device)).float()  # (1 or 2, n, h', w')
             if infer.flip:
                 maps = torch.cat([maps[:1], maps[1:].flip(-1)])
-            if rule.linear:  # then it may come before the resize, which is linear too: half the work at full size
+            if rule.linear:  # then the resize, linear too, may come last: half the work at full size
                 maps = rule.mirror(maps)[None]
             maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=infer.align_corners)
             one = maps[0] if rule.linear else rule.mirror(maps)  # (n, H, W)

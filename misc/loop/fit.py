@@ -194,7 +194,7 @@ def fit(
         made_by: plain values that determine the result (settings, data); a resume point with other values is refused.
         description: plain values that describe the network in the weights file.
         score: scores the network in evaluation mode; called by the main process after every epoch (1 / epochs of the
-            updates). The weights of the best epoch are written (the first one in a tie). None: those of the last update.
+            updates). The weights of the best epoch are written, the first in a tie. None: those of the last.
         finish: called by the main process after the last update, with the network in evaluation mode and without
             gradients, before the weights are written (Network.calibrate).
 

@@ -61,9 +61,9 @@ class Trainable(nn.Module, ABC):
         """Loss terms (scalars) of a batch; ``progress`` in [0, 1) is the fraction of the training that is done."""
 
     def prepare(self, batch: Batch, progress: float) -> Batch:
-        """Entries that are added to a batch before ``counts`` and ``forward`` see it: labels that the network makes
-        itself while it trains. Called on the bare network in full precision, with gradients enabled; what it gives
-        carries none. Random numbers are drawn from ``sample_streams`` alone."""
+        """Entries to add to a batch before ``counts`` and ``forward``: labels that the network makes itself during
+        training. Called on the network without DDP, in full precision, with gradients enabled; the entries carry no
+        gradient. Random numbers come from ``sample_streams`` only."""
         return {}
 
     def momentum_copies(self) -> Sequence[MomentumCopy]:
