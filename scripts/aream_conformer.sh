@@ -7,8 +7,8 @@
 #                               ImageSets/Segmentation/{train,train_aug,val}.txt
 #              CONFORMER_PTH    Conformer_small_patch16.pth (Conformer-S, ImageNet)
 #              RES38_CLS        res38_cls.pth, PSA's VOC classifier (weights of steps 4 and 6)
-#   hardware   the authors' is not stated; batch 8 of 384 x 384 in float32, as the recipe says. With N GPUs put "torchrun
-#              --nproc-per-node N" before run_sample.py; the batch stays the recipe's, but batch norms see each
+#   hardware   the authors' is not stated; batch 8 of 384 x 384 in float32, as the recipe says. With N GPUs say GPUS=N
+#              before the command; the batch stays the recipe's, but batch norms see each
 #              process's own images, and the pairs' loss is normalised by its own pairs.
 #
 #   step           list        expected                                        source

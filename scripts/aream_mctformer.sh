@@ -8,8 +8,8 @@
 #              RES38_CLS        res38_cls.pth, PSA's VOC classifier (weights of steps 4 and 6)
 #              The CAM network starts from DeiT-S, fetched from the internet by timm; without internet add
 #              --cam.weights deit_small_patch16_224-cd65a155.pth.
-#   hardware   the authors' is not stated; batch 64 of 224 x 224 in float32, as the recipe says. With N GPUs put "torchrun
-#              --nproc-per-node N" before run_sample.py; the batch stays the recipe's, but the pairs' loss is then
+#   hardware   the authors' is not stated; batch 64 of 224 x 224 in float32, as the recipe says. With N GPUs say
+#              GPUS=N before the command; the batch stays the recipe's, but the pairs' loss is then
 #              normalised by each process's own pairs.
 #
 #   step           list        expected                                        source

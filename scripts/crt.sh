@@ -10,8 +10,8 @@
 #              DeiT-S, ResNet-152 and ResNet-50 are fetched from the internet by timm; without internet add
 #              --cam.weights deit_small_patch16_224-cd65a155.pth,resnet152-b121ed2d.pth
 #              --aff.weights resnet50-19c8e357.pth
-#   hardware   the authors: two RTX 2080 Ti, batch 16 of 336 x 336. With N GPUs put "torchrun --nproc-per-node N" before
-#              run_sample.py; the batch stays the recipe's. Published in float32, as the recipe says.
+#   hardware   the authors: two RTX 2080 Ti, batch 16 of 336 x 336. With N GPUs say GPUS=N before the command; the
+#              batch stays the recipe's. Published in float32, as the recipe says.
 #
 #   step           list        expected                                                        source
 #   2 make_cam     train       57.7 mIoU (best background score)                               published

@@ -8,8 +8,8 @@
 #                               train_test_split.txt, bounding_boxes.txt (and segmentations, for PxAP)
 #              DeiT-S (and ResNet-50) are fetched from the internet by timm; without internet add
 #              --cam.weights deit_small_patch16_224-cd65a155.pth,resnet50-19c8e357.pth   (tscam: the first alone)
-#   hardware   the authors: one GPU, batch 64 (tscam: 128) of 224 x 224. With N GPUs put "torchrun --nproc-per-node N"
-#              before run_sample.py; the batch stays the recipe's. Published in float32, as the recipe says.
+#   hardware   the authors: one GPU, batch 64 (tscam: 128) of 224 x 224. With N GPUs say GPUS=N before the command;
+#              the batch stays the recipe's. Published in float32, as the recipe says.
 #
 #   step           list        expected (percent):  Loc Top-1  Top-5  GT-Known  Cls Top-1  Top-5    source
 #   8 localise     test        crt                  72.9       86.4   90.1      80.1       95.2     published

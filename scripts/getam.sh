@@ -15,8 +15,8 @@
 #              A released checkpoint (weight/NAME_last.pth) is tested without a training: copy it to
 #              RUN/weights/cam.pt first; to go on training from it, give it to --cam.weights
 #   backbone   --cam.network.dpt.backbone vitb_hybrid (default), vitb, deitb, deitb_distilled
-#   hardware   published: one GPU, batch 4 of 256 x 256 in float32, as the recipe says (several GPUs: put
-#              "torchrun --nproc-per-node N" before run_sample.py; the batch stays the recipe's, and gradients are
+#   hardware   published: one GPU, batch 4 of 256 x 256 in float32, as the recipe says (several GPUs: say
+#              GPUS=N before the command; the batch stays the recipe's, and gradients are
 #              averaged in both phases)
 #
 #   step          list   expected: hybrid  vitb  deitb  deitb_distilled     source

@@ -9,8 +9,8 @@
 #   weights    torchvision's first ResNet-50 and ResNet-101, fetched once. Without a way to the internet bring the files
 #              (torchvision's names) and add: --cam.weights resnet50-19c8e357.pth --aff.weights resnet50-19c8e357.pth
 #              --seg.weights resnet101-5d3b4d8f.pth
-#   hardware   batches of 16 and 32 crops of 512; one GPU. On several put "torchrun --nproc-per-node N" before
-#              run_sample.py: the pairs of all processes count as one batch. Published in float32, as the recipe says.
+#   hardware   batches of 16 and 32 crops of 512; one GPU. On several say GPUS=N before the command: the pairs of all
+#              processes count as one batch. Published in float32, as the recipe says.
 #
 #   step           list     expected                               source
 #   2 make_cam     train    48.3 mIoU (48.1 to 48.6)               paper, issues

@@ -9,8 +9,8 @@
 #              RES38_CLS        res38_cls.pth, PSA's VOC classifier (weights of steps 4 and 6)
 #              The CAM network starts from DeiT-S, fetched from the internet by timm; without internet add
 #              --cam.weights deit_small_patch16_224-cd65a155.pth.
-#   hardware   trained and applied in half precision in steps 1 and 2; the authors' GPUs are not stated. With N GPUs put
-#              "torchrun --nproc-per-node N" before run_sample.py; the batch stays the recipe's.
+#   hardware   trained and applied in half precision in steps 1 and 2; the authors' GPUs are not stated. With N GPUs say
+#              GPUS=N before the command; the batch stays the recipe's.
 #
 #   step           list        expected: v1    v2      plus    source
 #   2 make_cam     train                 55.2  61.7    68.8    papers (users of v2: 55 to 58.7)

@@ -7,8 +7,8 @@
 #                         ImageSets/Segmentation/{train,train_aug,val}.txt
 #   weights    timm's vit_base_patch16_224.orig_in21k_ft_in1k is fetched; without a way to the internet: --cam.weights
 #              jx_vit_base_p16_224-80ecf9dd.pth
-#   hardware   published: one RTX 3090, batch 4, 6 h 12 min (several GPUs: put "torchrun --nproc-per-node N" before
-#              run_sample.py; the batch stays the recipe's)
+#   hardware   published: one RTX 3090, batch 4, 6 h 12 min (several GPUs: say GPUS=N before the command; the batch
+#              stays the recipe's)
 #   map        --cam.network.map lam --cam.infer.merge max: localisation attention maps in place of class maps
 #   mended     --cam.network.window-centre: uncertain patches at their windows' centres, not at their corners; published
 #              is the default

@@ -10,8 +10,8 @@
 #              --aff.weights FILE --seg.weights FILE, one file for all three: resnest101-22405ba7.pth,
 #              resnest269-0cc87c48.pth (resnest50-528c19ca.pth, resnest200-75117900.pth) of the authors of ResNeSt,
 #              resnet50-19c8e357.pth of torchvision
-#   hardware   the authors' is not stated; batch 32 of 512 x 512, each image twice (whole and in tiles). With N GPUs put
-#              "torchrun --nproc-per-node N" before run_sample.py; --cam.fit.micro-batch limits what one holds at a time.
+#   hardware   the authors' is not stated; batch 32 of 512 x 512, each image twice (whole and in tiles). With N GPUs say
+#              GPUS=N before the command; --cam.fit.micro-batch limits what one holds at a time.
 #              Published in float32, as the recipe says.
 #
 #   step           list        expected                                                      source

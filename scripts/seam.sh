@@ -6,8 +6,8 @@
 #              VOC_ROOT         VOCdevkit/VOC2012 with JPEGImages, Annotations, SegmentationClass(Aug) and
 #                               ImageSets/Segmentation/{train,train_aug,val}.txt
 #              IMAGENET_PARAMS  ilsvrc-cls_rna-a1_cls1000_ep-0001.params (ResNet38 A1, MXNet file of ademxapp)
-#   hardware   the authors: 4 GPUs of 12 GB, batch 8 in all. With 2 GPUs put
-#              "torchrun --nproc-per-node 2" before run_sample.py; the batches stay the recipe's (8 or 16, and 10 for
+#   hardware   the authors: 4 GPUs of 12 GB, batch 8 in all. With 2 GPUs say
+#              GPUS=2 before the command; the batches stay the recipe's (8 or 16, and 10 for
 #              the segmentation network: the number of GPUs must divide them). Published in float32, as the recipe says.
 #
 #   step           list        expected                                   source

@@ -9,8 +9,8 @@
 #              The other networks start from ImageNet weights fetched from the internet by timm; without internet add
 #              --cam.caae.weights deit_base_distilled_patch16_224-df68dfff.pth
 #              --cam.weights deit_small_patch16_224-cd65a155.pth --aff.weights resnet50-19c8e357.pth
-#   hardware   the authors': 2 GPUs for the autoencoder (batch 64), float32. With N GPUs put
-#              "torchrun --nproc-per-node N" before run_sample.py; the batches stay the recipe's (64, 8, 32: N must
+#   hardware   the authors': 2 GPUs for the autoencoder (batch 64), float32. With N GPUs say
+#              GPUS=N before the command; the batches stay the recipe's (64, 8, 32: N must
 #              divide them).
 #
 #   step           list        expected                       source

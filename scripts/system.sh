@@ -4,6 +4,8 @@
 # usage: . "$(dirname "$0")/system.sh" NAME... -- "$@"
 #        launch METHOD [flags of run_sample.py]
 #
+# GPUS=N before the calling script's command runs N processes, one a GPU (torchrun on this machine).
+#
 # Each NAME becomes a variable with the argument at its place, made absolute where it is a path ("version=" with an equals
 # sign takes the argument as it is). What follows these arguments is added to the flags of launch. With too few arguments
 # the calling script's header is printed.
@@ -30,5 +32,7 @@ more=("$@")
 launch() {
     method=$1
     shift
-    exec .venv/bin/python run_sample.py "$method" --preset "${preset:-published}" "$@" ${more[@]+"${more[@]}"}
+    local python=(.venv/bin/python)
+    [ "${GPUS:-1}" = 1 ] || python+=(-m torch.distributed.run --standalone --nproc-per-node "$GPUS")
+    exec "${python[@]}" run_sample.py "$method" --preset "${preset:-published}" "$@" ${more[@]+"${more[@]}"}
 }

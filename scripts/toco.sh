@@ -8,8 +8,8 @@
 #   weights    timm's vit_base_patch16_224.orig_in21k_ft_in1k is fetched; without a way to the internet: --cam.weights
 #              jx_vit_base_p16_224-80ecf9dd.pth. From DeiT-B (deit_base_patch16_224-b5f2ef4d.pth): preset=published_deit
 #              before the command
-#   hardware   published: 2 GPUs, 2 images each; here the global batch of 4 is divided over the processes there are (put
-#              "torchrun --nproc-per-node N" before run_sample.py). Means over pairs and pixels are those of the whole
+#   hardware   published: 2 GPUs, 2 images each; here the global batch of 4 is divided over the processes there are (say
+#              GPUS=N before the command). Means over pairs and pixels are those of the whole
 #              batch, published those of each GPU's 2 images
 #   mended     --cam.network.mirrored-box, --cam.network.token-box, --cam.network.shared-mirror: three places where the
 #              published augmentation and its labels don't fit together; published is the default

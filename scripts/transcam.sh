@@ -9,8 +9,8 @@
 #              IMAGENET_PARAMS  ilsvrc-cls_rna-a1_cls1000_ep-0001.params (ResNet38 A1, MXNet file of ademxapp), for the
 #                               affinity and the segmentation network
 #   hardware   the authors' is not stated; batch 8 of 512 x 512 in float32, as the recipe says. Measured here on a CPU:
-#              about 1 GiB an image and 1.2 GiB besides. With N GPUs put "torchrun --nproc-per-node N" before
-#              run_sample.py; the batch stays the recipe's. Published on one GPU: the segmentation network's batch
+#              about 1 GiB an image and 1.2 GiB besides. With N GPUs say GPUS=N before the command; the batch stays
+#              the recipe's. Published on one GPU: the segmentation network's batch
 #              normalisation sees the images of one process, so step 6 is as published (all 10) in one process only.
 #
 #   step           list        expected                                            source

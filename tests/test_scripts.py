@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from running import ROOM, make_set
 
+from misc.files.images import write_mask
 from net.registry import OWN, SEEDS, SEGMENTERS, load_methods
 from net.start_weights import REQUIRED
-from scripts import one_step
+from scripts import one_step, voc_server
 from step import plan, select
 from step.lib import parsing
 from step.lib.config import default_config, open_job
+from voc12.catalog import open_catalog
 
 load_methods()
 SYSTEMS = sorted(p.stem for p in (ROOM / "scripts").glob("*.sh") if "\nlaunch " in p.read_text())
@@ -24,7 +29,7 @@ PRESETS = {"mctformer": "published_plus", "crt_cub": "published_cub", "psa_vgg16
 """Arguments that are no paths."""
 
 PYTHON = """#!/usr/bin/env bash
-if [ "$1" != -m ]; then for word in "$@"; do echo "$word"; done; fi
+if [ "$1" != -m ] || [ "$2" = torch.distributed.run ]; then for word in "$@"; do echo "$word"; done; fi
 """
 
 
@@ -70,6 +75,37 @@ def test_a_script_runs_its_published_recipe(system: str, room: Path) -> None:
     assert places <= {str(cfg.root), str(cfg.saliency), *weights} and REQUIRED not in weights
 
 
+def test_several_gpus_are_named_before_the_command(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPUS", "4")
+    words = call(room, "seam", "root", "params", "--seed", "7").stdout.splitlines()
+    at = words.index("run_sample.py")
+    assert words[at - 5 : at] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    assert words[at + 1 : at + 4] == ["seam", "--preset", "published"] and words[-2:] == ["--seed", "7"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        ("train", "torchrun --nnodes 2 --nproc-per-node 3 --rdzv-backend c10d --rdzv-id 5 --rdzv-endpoint node1:29500 "
+                  "run_sample.py seam --steps train_cam"),
+        ("images", "python run_sample.py seam --steps train_cam --shard 2/8"),
+    ],
+)  # fmt: skip
+def test_slurm_runs_a_training_on_all_nodes_and_images_in_parts(kind: str, wanted: str, tmp_path: Path) -> None:
+    for name, does in (("srun", '"$@"'), ("scontrol", "echo node1; echo node2"), ("torchrun", "echo torchrun $*"),
+                       ("python", "echo python $*")):  # fmt: skip
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"NNODES": 2, "GPUS_ON_NODE": 3, "JOB_ID": 5, "JOB_NODELIST": "node[1-2]", "ARRAY_TASK_ID": 2,
+             "ARRAY_TASK_COUNT": 8, "SUBMIT_DIR": tmp_path}  # fmt: skip
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment |= {f"SLURM_{name}": str(value) for name, value in slurm.items()}
+    command = ["bash", str(ROOM / "scripts" / "slurm.sbatch"), kind, "seam", "--steps", "train_cam"]
+    told = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.strip() == wanted
+
+
 def test_every_script_of_a_system_uses_the_launcher() -> None:
     texts = {p.stem: p.read_text() for p in (ROOM / "scripts").glob("*.sh")}
     others = set(texts) - set(SYSTEMS) - {"env", "sample", "step", "system", "test"}
@@ -107,3 +143,17 @@ def test_no_published_recipe_is_left_out_and_every_special_case_is_one() -> None
     recipes = {(name, preset) for name, cls in SEEDS.items() for preset in cls.recipes}
     taken = {tuple([*name.split(":"), "published"][:2]) for name in one_step.METHODS}
     assert taken == {(name, preset) for name, preset in recipes if preset.startswith("published")}
+
+
+def test_predictions_are_packed_as_the_server_takes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_set(tmp_path / "voc", images=2, val=2)
+    ids = open_catalog("voc12", root).ids("val")
+    out = tmp_path / "results.tgz"
+    assert voc_server.main(tmp_path / "run", root, "val", out) == 1
+    assert "2 of 2 predictions" in capsys.readouterr().err and not out.exists()
+    for image_id in ids:
+        write_mask(tmp_path / "run" / "seg" / f"{image_id}.png", np.full((4, 5), 2, np.uint8))
+    assert voc_server.main(tmp_path / "run", root, "val", out) == 0
+    with tarfile.open(out) as archive:
+        names = archive.getnames()
+    assert names == [f"results/VOC2012/Segmentation/comp6_test_cls/{i}.png" for i in ids]
