@@ -12,8 +12,8 @@
 #   weights    timm's ImageNet weights are fetched; without a way to the internet: --cam.weights FILE, one of
 #              jx_vit_base_resnet50_384-9fd3c705.pth, jx_vit_base_p16_384-83fb41ba.pth (vitb),
 #              deit_base_patch16_384-8de9b5d1.pth (deitb), deit_base_distilled_patch16_384-d0272ac0.pth (its kind).
-#              A released checkpoint (weight/NAME_last.pth) is tested without a training: copy it to
-#              RUN/weights/cam.pt first; to go on training from it, give it to --cam.weights
+#              A released checkpoint (weight/NAME_last.pth) is tested without a training: --cam.released FILE --steps
+#              1-2 infer_seg; to go on training from it, give it to --cam.weights
 #   backbone   --cam.network.dpt.backbone vitb_hybrid (default), vitb, deitb, deitb_distilled
 #   hardware   published: one GPU, batch 4 of 256 x 256 in float32, as the recipe says (several GPUs: say
 #              GPUS=N before the command; the batch stays the recipe's, and gradients are

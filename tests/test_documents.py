@@ -139,3 +139,25 @@ def test_fields_named_in_documents_are_of_the_recipe() -> None:
                 node = getattr(node, part, None) if dataclasses.is_dataclass(node) else None
             found |= node is not None
         assert found, field
+
+
+def released_rows() -> list[list[str]]:
+    """METHOD, PRESETS and FLAGS of the table of released files."""
+    text = (ROOM / "docs" / "results.md").read_text()
+    section = text[text.index("## Released files") : text.index("## Not tried")]
+    cells = [[cell.strip() for cell in line.split("|")[3:5]] for line in section.splitlines() if line.startswith("| ")]
+    return [[*(word.strip("` ") for word in names.split(",")), flags] for names, flags in cells if "`" in names]
+
+
+def test_every_method_has_a_row_of_released_files() -> None:
+    assert len(released_rows()) > 20
+    assert {row[0] for row in released_rows()} >= set(registry.SEEDS) - {"more", "toco", "clipes", "weclip"}
+
+
+@pytest.mark.parametrize("row", released_rows(), ids=lambda row: "-".join(row[:2]))
+def test_flags_of_released_files_are_understood(row: list[str]) -> None:
+    method, *presets, flags = row
+    words = [word for code in re.findall(r"`([^`]+)`", flags) for word in shlex.split(code) if code.startswith("--")]
+    for preset in presets:
+        config = parsing.parse([method, "--preset", preset, *words])
+        assert words and config.preset == preset
