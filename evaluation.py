@@ -4,8 +4,8 @@ Masks: python evaluation.py --list val.txt --predict-dir runs/x/seg --gt-dir Seg
 
 Maps: the same with --type npz, and --threshold 0.26 (a given background score) or --curve (the best of many).
 
-All images of the list must have a prediction of the right size with known values, or nothing is scored and the exit
-status is 1. Pixels that are 255 in the ground truth drop out. Option names take - and _ alike.
+Every image of the list must have a prediction of the right size with known values; otherwise nothing is scored and the
+exit status is 1. Pixels with 255 in the ground truth are ignored. Option names accept - and _.
 """
 
 from __future__ import annotations
@@ -38,53 +38,55 @@ from misc.tables import ResultTable
 
 @dataclass(frozen=True)
 class Options:
-    """What to score, against what, and how."""
+    """Options: predictions, ground truth, and how to score."""
 
     list_file: Annotated[Path, tyro.conf.arg(name="list")]
-    """Text file of the images to score, one a line: an id, or a path whose file name is the id."""
+    """Text file of the images to score, one per line: an id, or a path whose file name is the id."""
     predict_dir: Path
-    """Folder with one prediction ID.png, ID.npz or ID.npy an image."""
+    """Folder with one prediction per image: ID.png, ID.npz or ID.npy."""
     gt_dir: Path
-    """Folder with the ground-truth masks ID.png (palette or grey; 255: pixel not scored)."""
+    """Folder with the ground-truth masks ID.png (palette or grey; 255: ignored)."""
     num_classes: int
-    """Number of classes INCLUDING the background, as in the field's scripts: 21 for VOC, 81 for COCO."""
+    """Number of classes INCLUDING the background, as is usual: 21 for VOC, 81 for COCO."""
     type: Literal["png", "npz", "npy"] = "png"
-    """What the predictions are. png: masks. npz: this project's maps. npy: the field's pickled dicts of maps (read
-    without running code)."""
+    """What the predictions are. png: masks. npz: maps of this project. npy: pickled dicts of maps, as other WSSS
+    repositories write them (read safely, without running code)."""
     threshold: float | None = None
-    """Background score for maps, given beforehand: a pixel is background unless a map is above it."""
+    """Fixed background score for maps: a pixel is background unless a map is above it."""
     curve: bool = False
-    """Try all background scores and report the best, as "searched" on the ground truth of these very images."""
+    """Try many background scores and report the best one, marked as "searched" on the ground truth of these images."""
     start: float = 0.0
     """First background score of the curve."""
     end: float = 0.59
     """Last background score of the curve."""
     step: float = 0.01
-    """Distance of the background scores of the curve."""
+    """Step between the background scores of the curve."""
     erosion: int = 0
-    """For maps: erode every region of the cut maps, the background's too, by a square of this odd side; what is left
-    over becomes background. 0: not. Published scores of SemFormer's CAMs: 7; of all others: 0."""
+    """For maps: erode every region of the mask, background included, by a square of this odd side before scoring; the
+    remaining pixels become background. 0: no erosion. Published scores of SemFormer's CAMs: 7; all others: 0."""
     convention: Convention = "counting"
-    """Mean over all classes, absent as 0 (counting), those in truth or prediction (nanmean), or those in the truth."""
+    """Classes in the mean: all, absent ones as 0 (counting); those in truth or prediction (nanmean); or those in the
+    truth."""
     boundary: bool = True
-    """Boundary IoU as well (within 2 % of the image diagonal). With --curve it takes a second pass over the files."""
+    """Also compute the boundary IoU (within 2 % of the image diagonal). With --curve this takes a second pass over the
+    files."""
     missing_as_background: bool = False
-    """Count an image without prediction as background everywhere, and say how many there were."""
+    """Count an image without a prediction as all background, and report the number of such images."""
     split: str | None = None
-    """Name of the set of images for the report, such as train or val; by default the list's file name."""
+    """Name of the set of images in the report, such as train or val. Default: the list's file name."""
     classes: Path | None = None
-    """Text file of class names, one a line, with or without the background in front."""
+    """Text file of class names, one per line, with or without the background as the first."""
     json: Path | None = None
-    """Write all results to this file as well (in percent)."""
+    """Also write all results to this JSON file (in percent)."""
     workers: int = 1
-    """Processes that read and count."""
+    """Number of processes that read and score images."""
 
     def prediction(self, image_id: str) -> Path:
-        """The file with the prediction of an image."""
+        """Path of the prediction of an image."""
         return self.predict_dir / f"{image_id}.{self.type}"
 
     def truth(self, image_id: str) -> Path:
-        """The file with the ground truth of an image."""
+        """Path of the ground-truth mask of an image."""
         return self.gt_dir / f"{image_id}.png"
 
 
@@ -106,7 +108,7 @@ def _maps(options: Options, image_id: str) -> Maps | None:
 
 
 def _thresholds(options: Options) -> list[float]:
-    """Background scores to try: none for masks. ValueError for a combination of options that makes no sense."""
+    """Background scores to try; empty for masks. Raises ValueError for an impossible combination of options."""
     if options.erosion and (options.type == "png" or options.erosion < 0 or options.erosion % 2 == 0):
         raise ValueError(f"--erosion {options.erosion} must be odd, and is for maps (--type npz or npy)")
     if options.type == "png":
@@ -120,7 +122,7 @@ def _thresholds(options: Options) -> list[float]:
     if options.step <= 0 or options.end <= options.start:
         raise ValueError("--curve needs --end above --start and a positive --step")
     count = int((options.end - options.start) / options.step + 1e-6) + 1
-    # rounded, so that a score is the number one writes (0.29, as i/100 gives in the published scripts)
+    # rounded, so that scores are exact decimals (0.29, as i/100 in the published scripts)
     return [round(options.start + i * options.step, 9) for i in range(count)]
 
 
@@ -140,7 +142,8 @@ def _names(options: Options) -> list[str]:
 
 
 def _check_present(options: Options, ids: Sequence[str]) -> int:
-    """Number of missing predictions to be counted as background; FileNotFoundError for files that have to be there."""
+    """Number of missing predictions to be counted as background. Raises FileNotFoundError if other files are
+    missing."""
     absent_truth = [i for i in ids if not options.truth(i).is_file()]
     absent = [i for i in ids if not options.prediction(i).is_file()]
     remedies = [(absent_truth, "ground truths", options.gt_dir, "png", "check --gt-dir and --list")]
@@ -172,7 +175,7 @@ def _score(options: Options, ids: Sequence[str]) -> Scores:
 
 
 def evaluate(options: Options) -> dict[str, Any]:
-    """Scores and their provenance, ready for JSON: ``Scores.to_dict`` and the files they come from.
+    """Scores and their provenance for JSON: ``Scores.to_dict`` and the paths of the files.
 
     Raises ValueError (options, EvaluationError for images) and OSError (missing files) before anything is written.
     """
@@ -198,7 +201,7 @@ def _percent(value: float | None) -> str:
 
 
 def class_table(result: dict[str, Any]) -> str:
-    """The scores of every class and their means as aligned text, in percent; "-": not in the mean."""
+    """The scores per class and their means as aligned text, in percent; "-": not in the mean."""
     heads = {"iou": "IoU", "precision": "precision", "recall": "recall", "boundary_iou": "boundary IoU"}
     keys = [key for key in heads if key in result["classes"][0]]
     means = {"iou": "miou", "precision": "mean_precision", "recall": "mean_recall", "boundary_iou": "boundary_miou"}
@@ -209,7 +212,7 @@ def class_table(result: dict[str, Any]) -> str:
 
 
 def curve_text(result: dict[str, Any]) -> str:
-    """The curve, one "threshold  mIoU" a line, the best (the reported one) marked."""
+    """The threshold curve, one "threshold  mIoU" per line; the best one, which is reported, is marked."""
     return "\n".join(
         f"{point['threshold']:<6g}  {_percent(point['miou']):>6}"
         f"{'  <- best' if point['threshold'] == result['threshold'] else ''}"
@@ -218,7 +221,7 @@ def curve_text(result: dict[str, Any]) -> str:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Overall scores and what they rest on, one a line."""
+    """Overall scores and their provenance, one per line."""
     matrix = np.array(result["confusion"])
     absent = int((matrix.sum(0) + matrix.sum(1) + result["predicted_void"] == 0).sum())
     lines = {
@@ -249,7 +252,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status: 0 scored, 1 not scored (the reason is on stderr)."""
+    """Command line. Returns the exit status: 0 scored, 1 not scored (the reason is on stderr)."""
     words = commandline.as_help(sys.argv[1:] if argv is None else argv)
     options = tyro.cli(Options, args=words, description=__doc__, prog="evaluation.py")
     try:

@@ -1,21 +1,21 @@
-"""Masks of new images, without a list, a data set or truth.
+"""Masks of new images, without a list, a data set or ground truth.
 
-A segmentation network needs nothing else than its file:
+A segmentation network needs only its weights file:
 
   python predict.py photos/ --weights runs/seam-sample/weights/seg.pt --out masks
 
-A CAM network needs the classes that are in the images:
+A CAM network needs the classes in the images:
 
   python predict.py a.jpg b.jpg --run runs/seam-sample --tags "dog,person" --out maps
 
-The segmentation network for other software:
+Export of the segmentation network:
 
   python predict.py --weights runs/seam-sample/weights/seg.pt --export onnx --out models
 
 Results: masks/ID.png (palette PNG: 0 background, then the classes; predict.json lists them), overlays/ID.jpg, with
---tags maps/ID.npz and maps/ID_CLASS.jpg. Images are turned as their EXIF data says, transparency is left out, of
-an animation the first frame is taken. An image that can't be read is reported, the others go on. Called again,
-only what is missing, or older than its image, is made.
+--tags maps/ID.npz and maps/ID_CLASS.jpg. Images are rotated as their EXIF data says, transparency is dropped, and of an
+animation the first frame is used. An image that can't be read is reported, and the others are processed. A second call
+makes only the files that are missing or older than their image.
 """
 
 # ruff: noqa: E402
@@ -54,44 +54,46 @@ from step.lib.new_images import Refinement, ResultFolder, map_images, segment_im
 
 @dataclass(frozen=True)
 class Options:
-    """What to make, of which images, by which networks."""
+    """Options: images, networks and results."""
 
     images: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Image files, folders (with all below) and globs; of folders and globs the files that end in jpg, jpeg, png, bmp,
-    webp, tif, tiff or gif."""
+    """Image files, folders (searched recursively) and globs; in folders and globs only files that end in jpg, jpeg,
+    png, bmp, webp, tif, tiff or gif."""
     weights: Path | None = None
-    """File of a trained segmentation network (a run's weights/seg.pt, or weights/cam.pt of a method that predicts masks
-    itself)."""
+    """Weights file of a trained segmentation network (weights/seg.pt of a run, or weights/cam.pt of a method that
+    predicts masks itself)."""
     run: Annotated[Path | None, tyro.conf.arg(aliases=["--run-folder"])] = None
-    """Run folder: its segmentation network, or with --tags its CAM network and refiner. Under torchrun say
-    --run-folder: it takes --run for an option of its own."""
+    """Run folder: use its segmentation network, or with --tags its CAM network and refiner. Under torchrun write
+    --run-folder, because torchrun has its own option --run."""
     out: Path = Path("predictions")
-    """Folder of the results."""
+    """Folder for the results."""
     tags: str | None = None
-    """Classes that are in the images, separated by commas: take the run's CAM network and make maps from them."""
+    """Classes in the images, separated by commas: use the run's CAM network and make maps of these classes."""
     refine: Refinement = "auto"
-    """With --tags, what makes the mask. walk: the run's refiner. crf: a dense CRF over the maps and the background
-    score. threshold: the background score alone. auto: the walk if the run has trained its refiner, else the CRF."""
+    """With --tags, how the mask is made. walk: random walk by the run's refiner. crf: dense CRF over the maps and the
+    background score. threshold: background score only. auto: the walk if the run has a trained refiner, else the
+    CRF."""
     threshold: float | None = None
-    """With --tags and without a walk: the background score in [0, 1]. Default: the one that the run found best on its
-    own scored list, else 0.3."""
+    """With --tags and without a walk: the background score in [0, 1]. Default: the best one on the run's scored list,
+    else 0.3."""
     probabilities: bool = False
-    """Also write probabilities/ID.npz: probabilities (classes + 1, h, w) float16 at the size the network saw, size."""
+    """Also write probabilities/ID.npz: probabilities (classes + 1, h, w) float16 at the size of the network's input,
+    and the image size."""
     fast: bool = False
-    """One scale, no mirror image, no CRF in testing: many times as quick, a little less exact."""
+    """One scale, no mirror image, no CRF: many times as fast, a little less accurate."""
     max_megapixels: float | None = None
-    """Larger images are shrunk to this for the network; masks have the image's own size. 0: never. Default: six times
-    the area of the crops it was trained on (448 pixels: 1.2), as objects far larger than there are not recognised."""
+    """Larger images are downscaled to this for the network; masks keep the image's size. 0: never. Default: six times
+    the area of the training crops (for 448 pixels: 1.2), as far larger objects than in training are not recognised."""
     redo: bool = False
-    """Make the masks of these images anew."""
+    """Make the masks of these images again."""
     export: Literal["onnx"] | None = None
-    """Write the segmentation network as ONNX (one scale, no CRF; any batch, height, width; normalisation inside)
-    instead, checked against PyTorch: OUT/NAME.onnx."""
+    """Export the segmentation network to OUT/NAME.onnx instead (one scale, no CRF; any batch size, height and width;
+    normalisation included), and compare it with PyTorch."""
     machine: Machine = field(default_factory=Machine)
     """Devices, processes, precision."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what makes no sense together."""
+        """Raises ValueError for impossible combinations of options."""
         if (self.weights is None) == (self.run is None):
             raise ValueError("Give either --weights FILE or --run RUNFOLDER.")
         if self.tags is not None and (self.run is None or self.export):
@@ -102,8 +104,8 @@ class Options:
             raise ValueError("--max-megapixels must be 0 or more, --threshold in [0, 1].")
 
     def network_file(self) -> Path:
-        """File of the segmentation network, or of a CAM network that predicts masks itself where the run has no other;
-        FileNotFoundError where it has neither."""
+        """Weights file of the segmentation network, or of a CAM network that predicts masks itself if the run has no
+        other. Raises FileNotFoundError if it has neither."""
         if self.weights is not None:
             return self.weights
         assert self.run is not None
@@ -157,7 +159,7 @@ def predict(options: Options, device: torch.device) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Command line; returns the exit status: 1 where an image, or all, failed."""
+    """Command line. Returns the exit status: 1 if any image failed."""
 
     def work() -> None:
         options = tyro.cli(Options, args=commandline.as_help(argv), prog="predict.py", description=__doc__)
@@ -168,7 +170,7 @@ def main(argv: Sequence[str]) -> int:
             distributed.stop()
 
     return commandline.command(
-        work, (ValueError, OSError, EachFailed, WorkerDied), "start the same command again to go on."
+        work, (ValueError, OSError, EachFailed, WorkerDied), "start the same command again to continue."
     )
 
 

@@ -1,4 +1,4 @@
-"""The driver: one method, one data set, the nine steps in order, each in its file in step/:
+"""The driver: runs one method on one data set, in nine steps. Each step is a file in step/:
 
   1 train_cam        train the CAM network from tags
   2 make_cam         infer the CAMs of the training images
@@ -8,10 +8,10 @@
   6 train_seg        train the segmentation network on the pseudo masks
   7 infer_seg        predict the validation images
   8 localise         draw boxes round the objects of the validation images (data sets of boxes; they need no 2 to 7)
-  9 report           write the page that shows it all
+  9 report           write a page with scores and pictures
 
 A step reads the files of the steps before it in the run folder and writes its own (misc/files/runfolder.py).
-``python run_sample.py --help`` says what there is to choose.
+``python run_sample.py --help`` lists methods and options.
 """
 
 # ruff: noqa: E402
@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import os
 
-# OpenMP reads this when PyTorch is loaded: threads that wait for each other sleep. Spinning, as they do otherwise,
-# makes a training many times slower as soon as anything else runs on the same cores.
+# OpenMP reads this when PyTorch is loaded: waiting threads sleep. By default they spin, which makes a training many
+# times slower as soon as anything else runs on the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import shlex
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 
 
 def run(plan: Plan, device: torch.device, command: Sequence[str] = ("python", "run_sample.py")) -> None:
-    """Do the steps of a plan; ``command`` is what a hint at the next step repeats."""
+    """Run the steps of a plan; ``command`` is repeated in the hint at the next step."""
     for step in plan.listed:
         title = f"[{STEPS.index(step) + 1}/{len(STEPS)}] {step.name}"
         if reason := plan.reason_to_skip(step):
             plan.say(f"{title}: {reason}")
             continue
         if plan.waits(step):
-            plan.say(f"\n{title}: needs all {plan.parts} parts. When they are there, call without --shard.")
+            plan.say(f"\n{title}: needs all {plan.parts} parts. When they are finished, run it without --shard.")
             return
         plan.say(f"\n{title}: {step.does}")
         with plan.recording(step):
@@ -59,7 +59,7 @@ def run(plan: Plan, device: torch.device, command: Sequence[str] = ("python", "r
 
 
 def without_steps(argv: Sequence[str]) -> list[str]:
-    """A command line without its --steps and --redo."""
+    """The command line without --steps and --redo."""
     kept: list[str] = []
     skipping = False
     for word in argv:
@@ -71,7 +71,7 @@ def without_steps(argv: Sequence[str]) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Command line; returns the exit status."""
+    """Command line. Returns the exit status."""
     if commandline.wants_help(argv):
         return commandline.command(lambda: print(choices.help_text()))
     try:
@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"\nerror: {error}", file=sys.stderr)
         return error.status
 
-    # from here on with PyTorch, whose import takes seconds
+    # these import PyTorch, which takes seconds
     from misc import distributed
     from step.lib import parsing
     from step.plan import PROBLEMS, open_plan
@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
         run(open_plan(cfg), device, ["python", "run_sample.py", *without_steps(argv)])
         distributed.stop()
 
-    return commandline.command(work, PROBLEMS, "start the same command again (without --redo) to go on.")
+    return commandline.command(work, PROBLEMS, "start the same command again (without --redo) to continue.")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Speed and memory of the fast forms beside the published ones, in one run: ``python -m scripts.bench [CASE ...]``.
+"""Speed and memory of our fast forms and the published ones, in one run: ``python -m scripts.bench [CASE ...]``.
 
-Every form runs in a process of its own: the best of its repeats counts as its time, the growth of the process's peak
-resident memory over what it was before the first repeat, inputs included there, as its memory. Both forms get the
-same inputs; the largest difference of their results is printed and must stay below the case's bound.
+Every form runs in its own process. Time: the best of the repeats. Memory: the growth of the process's peak resident
+memory since before the first repeat, when the inputs were already in memory. Both forms get the same inputs; the
+largest difference of their results is printed and must stay below the bound of the case.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from tests import plain  # the plain forms live with the tests
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: what it is, its inputs, both forms of it, how far they may be apart."""
+    """One comparison: title, inputs, both forms, and the largest difference allowed."""
 
     what: str
     prepare: Callable[[], tuple[Any, ...]]
@@ -54,7 +54,7 @@ class Case:
     published: Callable[..., Any] | None = None
     """None where the published form takes minutes or more memory than a common machine has."""
     bound: float = 1e-4
-    """Largest absolute difference that is the same result."""
+    """Largest absolute difference allowed between the results."""
     repeats: int = 3
     """Runs of our form; the published form runs once."""
 
@@ -185,7 +185,7 @@ class AreamInputs:
         side = recipe.augment.crop
         tags = torch.zeros(self.images, 20).index_fill_(1, torch.tensor([3, 7]), 1.0)
         box = torch.tensor([[0, side, 0, side]]).expand(self.images, -1)
-        # without dropping paths: both forms are to see the same
+        # without drop path: both forms must compute the same
         network = recipe.network.build(20, {}).eval()
         return network, {"image": torch.randn(self.images, 3, side, side), "tags": tags, "box": box}
 
@@ -275,7 +275,7 @@ def crf_ours(image: np.ndarray, stacks: list[np.ndarray]) -> np.ndarray:
 
 
 def crf_pydensecrf(image: np.ndarray, stacks: list[np.ndarray]) -> np.ndarray:
-    """pydensecrf, a CRF of its own for each stack (needs the package pydensecrf2)."""
+    """pydensecrf, which builds a CRF for each stack (needs the package pydensecrf2)."""
     from pydensecrf import densecrf
 
     results = []
@@ -339,7 +339,7 @@ CASES: dict[str, Case] = {
 
 
 def _measure(name: str, form: str, threads: int) -> tuple[float, float, np.ndarray]:
-    """Seconds, MB and result of one form; runs in a process of its own."""
+    """Seconds, MB and result of one form; runs in its own process."""
     torch.set_num_threads(threads)
     case = CASES[name]
     inputs = case.prepare()
@@ -356,7 +356,7 @@ def _measure(name: str, form: str, threads: int) -> tuple[float, float, np.ndarr
 
 
 def compare(name: str, threads: int) -> str:
-    """The lines of one case. Raises ValueError where the two forms disagree."""
+    """The lines of one case. Raises ValueError if the two forms disagree."""
     case = CASES[name]
     lines, measured = [f"{name}: {case.what}"], {}
     for form in ("published", "ours"):
@@ -380,8 +380,8 @@ def main(cases: tyro.conf.Positional[tuple[str, ...]] = (), threads: int = 1) ->
     """Compare fast and published forms.
 
     Args:
-        cases: Names of the cases; all of them by default.
-        threads: Threads of every measured process.
+        cases: Names of the cases. Default: all.
+        threads: Number of threads of every measured process.
     """
     unknown = set(cases) - set(CASES)
     if unknown:

@@ -1,8 +1,8 @@
 """Entropy of the layers of a trained AReAM network: ``python -m scripts.layer_entropy METHOD --run DIR [flags]``.
 
-Takes the flags of run_sample.py, and the run folder in which train_cam has run, best with --cam.network.pair-weight 0
-(classification only). Prints the flags that train another run with layers weighted by their entropy (aream.md section
-3), for a run folder of its own.
+Takes the flags of run_sample.py, and a run folder in which train_cam has run, best with --cam.network.pair-weight 0
+(classification only). Prints the flags for training a second run, in another run folder, with layers weighted by their
+entropy (aream.md section 3).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from step.lib.config import open_job
 
 
 def main(argv: Sequence[str]) -> int:
-    """Command line; returns the exit status."""
+    """Command line. Returns the exit status."""
     try:
         cfg = parsing.parse(argv)
         measured = entropy.run(open_job(cfg), distributed.start(cfg.machine.device))

@@ -1,9 +1,10 @@
 """One training step of every published recipe at full size: ``python -m scripts.one_step --root DIR``.
 
-Shows that the published networks, sizes and losses run on this machine, and prints what a step takes; it trains nothing
-worth having. Start weights are random, the batch is reduced; where a loss begins later in the training, there are as
-many steps as it takes to reach it. DIR is a folder in VOC 2012's layout, such as a generated one (data/sample-...).
-Without names it runs the CAM networks; segmentation networks (``--methods deeplabv2``) need masks in DIR.
+Shows that the published networks, sizes and losses run on this machine, and prints the time of a step; the trained
+weights are useless. Start weights are random and the batch is reduced. If a loss starts later in the training, the
+script runs as many steps as it takes to reach it. DIR is a folder in VOC 2012's layout, such as a generated one
+(data/sample-...). Without names it runs the CAM networks; segmentation networks (``--methods deeplabv2``) need masks in
+DIR.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SPECIAL = {
     "puzzlecam:published:resnet50": "--cam.network.backbone resnet",
-    "aream_mctformer": "--cam.fit.steps 2",  # the pairs' loss waits for a sixth of the training
+    "aream_mctformer": "--cam.fit.steps 2",  # the pair loss starts after a sixth of the training
     "aream_conformer": "--cam.fit.steps 2",
     "semformer": "--cam.caae.weights none --cam.caae.fit.steps 1 --cam.caae.fit.batch-size {batch}",
-    # the branches' difference counts from the second epoch on. Batch normalisation is frozen: random weights of 50
-    # blocks give enormous values, and a second step only where the first one moved nothing
+    # the loss between the branches starts in the second epoch. Batch normalisation is frozen, so random weights of 50
+    # blocks give enormous values: the second step is finite only if the first one changed nothing
     "crt": "--cam.fit.steps 2 --cam.fit.lr 1e-30",
     "crt:published_cub": "--cam.fit.steps 2 --cam.fit.lr 1e-30 --cam.network.agreement-from 0.5",
     "getam": "--cam.fit.steps 3 --saliency {saliency}",  # the third step is in the second half of the training
@@ -44,7 +45,7 @@ SPECIAL = {
     "more": "--cam.fit.steps 3",  # the third step is after the switch of the labels
     "more:published_coco": "--cam.fit.steps 3",
 }
-"""What METHOD, METHOD:PRESET or METHOD:PRESET:VARIANT needs besides the flags of all."""
+"""Extra flags of METHOD, METHOD:PRESET or METHOD:PRESET:VARIANT."""
 
 registry.load_methods()
 RECIPES = tuple(
@@ -56,12 +57,12 @@ RECIPES = tuple(
 """The published recipes of all methods, METHOD or METHOD:PRESET."""
 METHODS = (*RECIPES, *(name for name in SPECIAL if name not in RECIPES))
 SEGMENTERS = tuple(sorted(registry.SEGMENTERS))
-"""Trained on the true masks, as there are no others."""
+"""Segmentation networks; they are trained on the true masks, as there are no pseudo masks."""
 
 
 def step_flags(name: str, root: Path, out: Path, batch: int) -> list[str]:
-    """The arguments of run_sample.py for a name of ``METHODS`` or ``SEGMENTERS``; what is its own comes last and
-    wins."""
+    """The arguments of run_sample.py for a name of ``METHODS`` or ``SEGMENTERS``; its extra flags come last and
+    override."""
     method, preset, *_ = [*name.split(":"), "published"]
     part, own = "cam", SPECIAL.get(name, "")
     if name in SEGMENTERS:
@@ -75,16 +76,16 @@ def step_flags(name: str, root: Path, out: Path, batch: int) -> list[str]:
 
 
 def main(root: Path, methods: Sequence[str] = METHODS, out: Path = Path("runs/one_step"), batch: int = 2) -> int:
-    """Run the steps one after the other, each in a process of its own; a step that has run is not run again.
+    """Run the steps one after the other, each in its own process; a step that has run is not run again.
 
     Args:
-        root: Data set in VOC 2012's layout; getam's saliency maps are in its folder Saliency.
-        methods: Which.
+        root: Data set in VOC 2012's layout; its folder Saliency holds the saliency maps for getam.
+        methods: Names to run.
         out: Folder for the run folders.
-        batch: Images a step.
+        batch: Images per step.
 
     Returns:
-        1 where one of them failed, else 0.
+        1 if one of them failed, else 0.
     """
     rows, failed = [], 0
     for name in methods:

@@ -1,7 +1,7 @@
-"""What a large data set costs before any work: ``python -m scripts.scale [--images 82783] [--at DIR]``.
+"""Overhead of a large data set: ``python -m scripts.scale [--images 82783] [--at DIR]``.
 
-Makes a COCO-like set of tiny images (80 classes, three tags an image) and a run folder with a finished file for each,
-and measures time and memory of everything that a run does once, not once an image.
+Makes a COCO-like set of tiny images (80 classes, three tags per image) and a run folder with a finished file for each.
+Measures time and memory of everything that a run does once rather than per image.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from voc12.catalog import open_catalog
 
 
 def make(root: Path, run: RunFolder, images: int, classes: int = 80) -> None:
-    """Write the set and the finished files (without flushing each: they are thrown away)."""
+    """Write the set and the finished files (without fsync, as they are temporary)."""
     rng = np.random.default_rng(0)
     names = [f"class {n}" for n in range(classes)]
     ids = [f"COCO_train2014_{n:012d}" for n in range(images)]
@@ -52,7 +52,7 @@ def memory() -> float:
 
 
 def measure(what: str, action: Callable[[], object]) -> None:
-    """Do it, and print its time and by how much memory has grown."""
+    """Call ``work`` and print its time and the growth of memory."""
     before, start = memory(), time.perf_counter()
     action()
     print(f"{what:<58} {time.perf_counter() - start:7.2f} s {memory() - before:+8.1f} MB")
@@ -62,8 +62,9 @@ def main(images: int = 82783, at: Path | None = None) -> None:
     """Measure a data set of many images.
 
     Args:
-        images: How many.
-        at: Folder for the set, on the file system to be measured; removed again. Left out: the system's for such.
+        images: Number of images.
+        at: Folder for the set, on the file system to measure; removed at the end. Default: the system's temporary
+            folder.
     """
     folder = Path(tempfile.mkdtemp(dir=at))
     try:

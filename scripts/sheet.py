@@ -1,14 +1,14 @@
-"""One number of a recipe at several values, seen: ``python -m scripts.sheet METHOD --field F --values V... [flags]``.
+"""One setting of a recipe at several values, in a picture: ``python -m scripts.sheet METHOD --field F --values V...``.
 
-Takes the flags of run_sample.py that the run was made with, and makes nothing in the run folder. Fields:
+Takes the flags of run_sample.py with which the run was made, and does not change the run folder. Fields:
 
-    background                the CAMs cut at constant background scores (needs make_cam)
-    aff.label.NAME            affinity labels, with any number of the refiner's label settings (needs make_cam)
-    aff.walk.NAME             pseudo masks, with any number of the refiner's walk settings (needs train_aff)
+    background                the CAMs at constant background scores (needs make_cam)
+    aff.label.NAME            affinity labels, by any numeric label setting of the refiner (needs make_cam)
+    aff.walk.NAME             pseudo masks, by any numeric walk setting of the refiner (needs train_aff)
 
-Writes a picture, a row an image: the image, its CAM, then one column a value (unknown pixels white). Prints for every
-value what can be told without pixel truth: how many of the tags have pixels in the mask, and the shares of foreground
-and unknown pixels; where the data set has masks, the mIoU too (docs/your_data.md).
+Writes a picture with one row per image: the image, its CAM, then one column per value (unknown pixels white). Prints
+for every value what needs no true masks: how many of the tags have pixels in the mask, and the fractions of foreground
+and unknown pixels; also the mIoU if the data set has masks (docs/your_data.md).
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ MakeMask = Callable[[np.ndarray, Cam, float], np.ndarray]
 """image (H, W, 3) uint8, its CAMs at its size, value of the field -> mask (H, W) uint8, 255 unknown."""
 
 LEAST = 0.005
-"""A class is found in a mask that gives it this share of the image's pixels."""
+"""A class counts as found if it has this fraction of the image's pixels in the mask."""
 
 
 @dataclass
 class Tally:
-    """What is known of the masks of one value."""
+    """Statistics of the masks of one value."""
 
     tags: int = 0
     found: int = 0
@@ -67,7 +67,7 @@ class Tally:
             self.confusion.add(truth, mask)
 
     def cells(self) -> tuple[str, ...]:
-        """Tags kept, foreground, unknown and, where there is truth, mIoU, in percent."""
+        """Tags kept, foreground, unknown and, if there are true masks, mIoU, in percent."""
         foreground, unknown = 100 * np.mean(self.shares, axis=0)
         kept = 100 * self.found / max(1, self.tags)
         miou = () if self.confusion is None else (f"{100 * self.confusion.miou():.2f}",)
@@ -75,14 +75,15 @@ class Tally:
 
 
 def maker(job: Job, name: str, device: torch.device) -> MakeMask:
-    """What makes the mask of an image at a value of the field ``name``; ValueError for another field."""
+    """The function that makes the mask of an image at a value of the field ``name``. Raises ValueError for another
+    field."""
     if name == "background":
         return lambda image, cam, value: mask_at((cam.keys, cam.maps), value)
     part, _, number = name.removeprefix("aff.").partition(".")
     if part not in ("label", "walk") or not number:
-        raise ValueError(f"--field {name}: give background, or a number of aff.label or aff.walk.")
+        raise ValueError(f"--field {name}: give background, or a numeric setting of aff.label or aff.walk.")
     options = getattr(job.cfg.aff, part)
-    override(options, {number: 0.5})  # names the fields there are, where there is no such field
+    override(options, {number: 0.5})  # its error lists the fields
     whole = isinstance(_current(options, number), int)
 
     def changed(value: float) -> object:
@@ -136,23 +137,23 @@ def arguments(
     height: int = 120,
     sheet: Path = Path("sheet.png"),
 ) -> tuple[str, str, tuple[float, ...], tuple[str, ...], int, int, int, Path]:
-    """See a number of a recipe at several values. Flags that are not listed here are those of run_sample.py.
+    """Compare several values of one setting of a recipe. Flags that are not listed here are those of run_sample.py.
 
     Args:
         method: Method, as for run_sample.py.
         field: background, aff.label.NAME or aff.walk.NAME.
         values: Values of the field.
-        images: Ids of the images shown; left out: images at equal distances in the training list.
-        rows: How many images are shown, where none are named.
-        count: How many images, at equal distances in the training list, the printed table is over.
-        height: Of a picture, pixels.
-        sheet: File of the picture.
+        images: Ids of the images shown. Default: images at equal distances in the training list.
+        rows: Number of images shown if none are named.
+        count: Number of images, at equal distances in the training list, in the printed table.
+        height: Height of each image in the picture. Pixels.
+        sheet: Path of the picture.
     """
     return method, field, values, images, rows, count, height, sheet
 
 
 def main(argv: Sequence[str]) -> int:
-    """Command line; returns the exit status."""
+    """Command line. Returns the exit status."""
     found, flags = tyro.cli(arguments, prog="python -m scripts.sheet", args=list(argv), return_unknown_args=True)
     method, name, values, images, rows, count, height, sheet = found
     try:

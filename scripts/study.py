@@ -1,7 +1,8 @@
 """A method on generated sample sets of several seeds: ``python -m scripts.study METHOD [--seeds 0 1 2]``.
 
 For each data seed: the whole pipeline, then the same segmentation network trained on the true masks from the same start
-(the upper bound). Prints seed, walk and segmentation scores, and what share of the upper bound the tags reach.
+(the upper bound). Prints seed, walk and segmentation scores, and the fraction of the upper bound that training from
+tags reaches.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ class Row:
     seconds: float
 
     def cells(self) -> tuple[str, ...]:
-        """The row of the table."""
+        """The result as a row of the table."""
         scores = (f"{v:.2f}" for v in (self.cam, self.walk, self.walk - self.cam, self.weak, self.full))
         return (str(self.seed), *scores, f"{100 * self.weak / self.full:.1f} %", f"{self.seconds:.0f} s")
 
 
 def drive(*flags: str) -> None:
-    """Run the driver with flags; its failure ends the study."""
+    """Run the driver with flags. Its failure ends the study."""
     subprocess.run([sys.executable, "run_sample.py", *flags], cwd=ROOT, check=True)
 
 
 def study(method: str, seed: int, out: Path, flags: tuple[str, ...]) -> Row:
-    """Pipeline and upper bound on the sample set of one seed."""
+    """Run pipeline and upper bound on the sample set of one seed."""
     weak, full = RunFolder(out / f"{method}-{seed}"), RunFolder(out / f"{method}-{seed}-truth")
     common = [method, "--sample.seed", str(seed), *flags]
     drive(*common, "--run", str(weak.root))
@@ -69,7 +70,7 @@ def arguments(
     Args:
         method: Method, as for run_sample.py.
         seeds: Seeds of the generated sets.
-        out: Folder of the run folders; a finished part is not run again.
+        out: Folder for the run folders; a finished part is not run again.
     """
     return method, seeds, out.resolve()
 

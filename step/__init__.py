@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 Aim = Literal["masks", "single_stage", "boxes"]
-"""What a run is to make: masks by a segmentation network, or by the CAM network itself; or boxes (Job.aim)."""
+"""What a run makes: masks by a segmentation network, masks by the CAM network itself, or boxes (Job.aim)."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step: its name (that of its file), what it does, the folders or files of the run folder that it makes, and
-    every file that is there when it is done (of a job). Steps over images can be done in parts. ``aims``: the runs
-    that it is part of; in others it is done where it is named."""
+    """A step: its name (that of its file), what it does, the folders or files that it makes in the run folder, and all
+    files that a job has when the step is done. Per-image steps can be done in parts. ``aims``: the runs that the step
+    belongs to; other runs do it only if it is named."""
 
     name: str
     does: str
@@ -49,16 +49,16 @@ STEPS: tuple[Step, ...] = (
          aims=("masks", "single_stage")),
     Step("localise", "draw boxes round the objects of the validation images", ("box",),
          lambda job: map(job.run.box, job.catalog.ids(job.cfg.val_list)), per_image=True, aims=("boxes",)),
-    Step("report", "write the page that shows it all", ("report.html", "pictures.png"),
+    Step("report", "write a page with scores and pictures", ("report.html", "pictures.png"),
          lambda job: [job.run.report], aims=ALL),
 )  # fmt: skip
 
 
 def select(wanted: Sequence[str], aim: Aim = "masks") -> list[Step]:
-    """The steps that numbers, names and ranges name, in pipeline order: ``["2-4", "report"]``. Nothing: all
+    """The steps given by numbers, names and ranges such as ``["2-4", "report"]``, in pipeline order. Empty: all steps
     of a run with this aim.
 
-    Raises ValueError for what is no step, listing the steps.
+    Raises ValueError for an unknown step, listing the steps.
     """
     names = [s.name for s in STEPS]
 

@@ -16,7 +16,7 @@ from step.lib.scoring import precisions, score_masks, start_weights
 
 
 def run(job: Job, device: torch.device) -> None:
-    """Predict the validation list and the training images that the report shows; score the former. No tags are used."""
+    """Predict the validation list and the training images in the report; score the former. No tags are used."""
     network = load_segmentation_network(job, device)
     infer = job.cfg.seg.infer
     machine = job.machine(job.cfg.cam if job.single_stage else job.cfg.seg, device)

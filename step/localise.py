@@ -1,5 +1,5 @@
 """Step 8: draw boxes round the objects of the validation images and score them, on data sets that have true boxes:
-box/ID.npz. The maps are cut at one fixed threshold (TS-CAM's protocol: wsol.md sections 6 and 7) and at all of them
+box/ID.npz. Boxes are taken at one fixed threshold (TS-CAM's protocol: wsol.md sections 6 and 7) and at all thresholds
 (wsolevaluation's: section 8)."""
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from step.lib.networks import load_cam_network
 from step.lib.scoring import score_boxes
 
 AskMaps = Callable[[np.ndarray], list[torch.Tensor]]
-"""Classes -> their raw maps, as ``misc.infer.cams.merge_maps`` takes them; nothing else is known of the image."""
+"""Classes -> their raw maps, as ``misc.infer.cams.merge_maps`` takes them."""
 
 
 def on_grid(job: Job, maps: list[torch.Tensor], mode: str) -> np.ndarray:
-    """Merged maps (K, side, side), each from 0 to 1, float32."""
+    """Merge maps to (K, side, side) float32, each scaled to 0 .. 1."""
     infer, side = job.cfg.cam.infer, job.cfg.cam.boxes.side
     total = normalise_maps(merge_maps(maps, (side, side), mode=mode), infer.normalise).cpu().numpy()  # type: ignore[arg-type]
     return np.stack([wsol.stretch_map(m) for m in total])
@@ -35,10 +35,10 @@ def localise(
     job: Job, logits: np.ndarray, maps: AskMaps, target: int, truth: np.ndarray, region: np.ndarray | None,
     size: tuple[int, int],
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """What is found in an image and what it is worth.
+    """Find and score the boxes of one image.
 
-    The boxes of the five best classes come from logits and image alone. Those of the true class (GT-Known, MaxBoxAcc,
-    PxAP) come from maps that were asked for that class, in a pass of their own.
+    The boxes of the five best classes are found from logits and image alone. Those of the true class (GT-Known,
+    MaxBoxAcc, PxAP) come from maps of that class, in a separate pass.
 
     Args:
         logits: (C,). maps: see ``AskMaps``.
@@ -47,7 +47,7 @@ def localise(
 
     Returns:
         best (k,), boxes (k, 4), known (4,), truth (n, 4) on the grid; the fields of ``wsol.Verdict``; overlap (2, T);
-        pixels (2, T + 2), zeros where there is no region; score (side, side) uint8, the map of the best class.
+        pixels (2, T + 2), zeros if there is no region; score (side, side) uint8, the map of the best class.
     """
     options = job.cfg.cam.boxes
     best = wsol.best_classes(logits)
@@ -80,7 +80,7 @@ def run(job: Job, device: torch.device) -> None:
     def work(image_id: str, image: np.ndarray) -> None:
         targets = np.flatnonzero(catalog.tags(image_id))
         if len(targets) != 1:
-            raise ValueError(f"it has {len(targets)} classes: boxes are scored on images of one. Take it off the list.")
+            raise ValueError(f"it has {len(targets)} classes: images must have one. Take it off the list.")
 
         def maps(classes: np.ndarray) -> list[torch.Tensor]:
             asked = np.zeros(catalog.num_classes, np.float32)

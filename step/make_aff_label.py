@@ -15,7 +15,7 @@ from step.lib.inference import read_full_cam
 
 @dataclass(frozen=True)
 class _MakeLabel:
-    """Work of one image; picklable for worker processes."""
+    """Makes the affinity labels of one image; picklable for worker processes."""
 
     job: Job
 

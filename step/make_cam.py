@@ -17,7 +17,7 @@ from step.lib.scoring import score_cams
 def run(job: Job, device: torch.device) -> None:
     """Infer and score the CAMs of the training list and of the scored list.
 
-    An image without a tag gets a file without maps: it holds background only.
+    An image without a tag gets a file without maps: everything is background.
     """
     network = load_cam_network(job, device)
     infer, machine = job.cfg.cam.infer, job.machine(job.cfg.cam, device)

@@ -1,4 +1,4 @@
-"""Which steps a call of run_sample.py does: what is done, what does not apply, what is next, what can fail."""
+"""Planning of a call of run_sample.py: which steps are done, apply and come next, and checks before work starts."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from voc12 import loader
 from voc12.generated import sets
 
 PROBLEMS = (ValueError, OSError, EachFailed, WorkerDied, loader.WorkerDied, NonFiniteLoss, OtherConfiguration)
-"""Errors that tell the user what to do; anything else is a defect and shows its traceback."""
+"""Errors that tell the user what to do, printed without a traceback. Any other exception is a bug."""
 
 
 @dataclass
 class Plan:
-    """The steps of one call, for a run folder that is ready to take their files."""
+    """The steps of one call; the run folder is open and ready."""
 
     job: Job
     listed: list[Step]
-    """Those to speak of: the ones that are named, or all nine."""
+    """Steps to report: the named ones, or all nine."""
     steps: list[Step]
-    """Those to do: the ones that are named, or all that apply."""
+    """Steps to run: the named ones, or all that apply."""
     made: list[Step] = field(default_factory=list)
-    """Those that this call has done so far."""
+    """Steps that this call has finished so far."""
 
     @property
     def parts(self) -> int:
-        """Number of parts that the images are done in (--shard)."""
+        """Number of parts that the images are split into (--shard)."""
         return self.job.cfg.shard_part()[1]
 
     def reason_to_skip(self, step: Step) -> str | None:
-        """Why a step is not to be done now; None: it is. To be called by all processes."""
+        """Why a step is skipped; None if it is to run. All processes must call it."""
         if step not in self.steps:
             return not_applying(step, self.job)
         if not finished(self.job, step):
@@ -51,16 +51,16 @@ class Plan:
         return None if outdated else "done already (--redo does it again)."
 
     def waits(self, step: Step) -> bool:
-        """Whether a step must wait for the parts of the images that other jobs do."""
+        """Whether a step must wait for the parts of the images in other jobs."""
         return self.parts > 1 and not step.per_image and any(made.per_image for made in self.made)
 
     def recording(self, step: Step) -> AbstractContextManager[None]:
-        """Records in run.json that a step is done, and what it took."""
+        """Record in run.json that a step is done, with its time and memory."""
         self.made.append(step)
         return self.job.run.step(step.name, done=self.parts == 1 or not step.per_image, makes=step.makes)
 
     def files(self, step: Step) -> list[str]:
-        """The files and folders that a step has made."""
+        """The existing files and folders that a step has made."""
         made = (self.job.run.root / name for name in step.makes)
         return [str(path) for path in made if path.exists()]
 
@@ -70,12 +70,12 @@ class Plan:
         distributed.say(text)
 
     def show_scores(self) -> None:
-        """Print the scores of a run whose page was made earlier."""
+        """Print the scores of a run whose report was made earlier."""
         if self.job.run.report.exists():
             report.show(self.job)
 
     def following(self) -> Step | None:
-        """The step that the pipeline goes on with after what is named; None at its end."""
+        """The step that follows the named ones in the pipeline; None at its end."""
         last = STEPS.index(self.steps[-1])
         return next((s for s in select((), self.job.aim) if STEPS.index(s) > last), None)
 
@@ -85,7 +85,7 @@ def open_plan(cfg: Config) -> Plan:
 
     Raises ValueError, OSError or OtherConfiguration, before any work is done or anything is removed.
     """
-    select(cfg.steps)  # what is no step is refused before anything is generated
+    select(cfg.steps)  # unknown steps are refused before anything is generated
     if cfg.data in sets.LAYOUTS and cfg.root is None and distributed.is_main():
         s, layout = cfg.sample, sets.LAYOUTS[cfg.data]
         sets.generate(cfg.data_root(), images=s.images, val=s.val, classes=s.classes, seed=s.seed, layout=layout)
@@ -117,10 +117,10 @@ def open_plan(cfg: Config) -> Plan:
 
 
 def not_applying(step: Step, job: Job) -> str | None:
-    """Why a step is no part of the runs of this kind; None where it is (or would be, if it were named)."""
+    """Why a step does not apply to this run; None if it does, or if it is optional."""
     if job.aim in step.aims:
         if step.name == "make_aff_label" and job.cfg.aff.released:
-            return "does not apply: the affinity network is a released one, nothing is trained on labels."
+            return "does not apply: the affinity network is a released one, so no labels are needed."
         return None
     if job.aim == "boxes":
         return f"does not apply: {job.cfg.data} has boxes to find, not masks."
@@ -130,10 +130,10 @@ def not_applying(step: Step, job: Job) -> str | None:
 
 
 def check(job: Job, steps: Sequence[Step]) -> None:
-    """Everything that can be known to fail before any work starts. Raises ValueError or FileNotFoundError."""
+    """Check everything that can be checked before work starts. Raises ValueError or FileNotFoundError."""
     cfg = job.cfg
     if cfg.shard_part()[1] > 1 and cfg.redo:
-        raise ValueError("--redo with --shard would remove the files of the other parts too: call it once without.")
+        raise ValueError("--redo with --shard would also remove the other parts: run --redo once without --shard.")
     names = {s.name for s in steps}
     phases = [("cam." if n == "cam" else f"cam.{n}.", p) for n, p in cfg.cam.needed_phases()]
     phases = phases if "train_cam" in names else []
@@ -141,7 +141,7 @@ def check(job: Job, steps: Sequence[Step]) -> None:
     if "train_seg" in names:
         if job.single_stage:
             raise ValueError(
-                "train_seg: with --segmenter own the CAM network predicts the masks, there is nothing else to train. "
+                "train_seg: with --segmenter own the CAM network predicts the masks, so nothing else is trained. "
                 f"Name a segmenter: {', '.join(sorted(registry.SEGMENTERS))}."
             )
         phases += [("seg.", cfg.seg)]
@@ -172,9 +172,10 @@ def check(job: Job, steps: Sequence[Step]) -> None:
 
 
 def verify_networks(job: Job, steps: Sequence[Step]) -> None:
-    """A tiny batch through every network that the steps train: a slip in a method's file is told before work starts.
+    """Run a tiny batch through every network that the steps train, to find mistakes in a method's file before work
+    starts.
 
-    Raises ValueError with the file and what is wrong.
+    Raises ValueError with the file and the mistake.
     """
     names, classes, cfg = {s.name for s in steps}, job.catalog.num_classes, job.cfg
     if "train_cam" in names and not cfg.cam.released:
@@ -186,7 +187,7 @@ def verify_networks(job: Job, steps: Sequence[Step]) -> None:
 
 
 def remove(job: Job, steps: Sequence[Step]) -> None:
-    """Remove what the named steps and all later ones made: later files rest on earlier ones."""
+    """Remove the files of the named steps and all later ones, which depend on them."""
     first = min(STEPS.index(s) for s in steps)
     for step in STEPS[first:]:
         job.run.forget(step.name)
@@ -201,6 +202,6 @@ def remove(job: Job, steps: Sequence[Step]) -> None:
 
 
 def finished(job: Job, step: Step) -> bool:
-    """Whether a step is recorded as done and all its files are there. To be called by all processes."""
+    """Whether a step is recorded as done and all its files exist. All processes must call it."""
     done = job.run.finished(step.name) and all(path.exists() for path in step.files(job))
-    return all(distributed.joined([done]))  # one answer for all, and none goes on before all have looked
+    return all(distributed.joined([done]))  # the main process decides for all

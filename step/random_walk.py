@@ -1,6 +1,6 @@
 """Step 5: spread the CAMs by a random walk over affinities: pseudo masks label/ID.png.
 
-Refiners that tell single objects apart also give instance/ID.npz, and instance/ID.png to look at.
+Refiners that separate single objects also write instance/ID.npz, and instance/ID.png to look at.
 """
 
 from __future__ import annotations

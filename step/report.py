@@ -1,6 +1,6 @@
 """Step 9: one self-contained page that shows a run: scores with their provenance, curve, pictures, configuration.
 
-It only reads what earlier steps wrote: no network runs here."""
+It only reads files of earlier steps; no network runs here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LARGEST = 480
 """Longest side of a picture on the page, in pixels."""
 
 _TEMPLATE = "report.html.jinja"
-"""In step/lib."""
+"""File name of the page's template, in step/lib."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class _Picture:
 
 
 def run(job: Job, device: torch.device) -> None:
-    """Write report.html and pictures.png: rows of image, CAM, affinity label, pseudo mask, objects where there are any,
-    prediction, truth; of a data set of boxes, image, map of the class that was found, its box and the true one."""
+    """Write report.html and pictures.png. Rows: image, CAM, affinity label, pseudo mask, objects if there are any,
+    prediction, truth. For a data set of boxes: image, map of the predicted class, its box and the true one."""
     if not distributed.is_main():
         return
     train = [_train_row(job, i) for i in job.shown_ids() if job.run.cam(i).exists()]
@@ -47,7 +47,7 @@ def run(job: Job, device: torch.device) -> None:
     boxes = [_box_row(job, i) for i in _done(job, job.run.box)]
     page = _page(job, train, val, boxes)
     store.write_bytes(job.run.report, page.encode())
-    # boxes are small rows: two of them make a line
+    # rows of boxes are short: two per line
     rows = train[:4] or [a + b for a, b in zip(boxes[::2], boxes[1::2], strict=False)]
     if rows:
         captions = {tuple(p.caption for p in row[1:]) for row in rows}
@@ -58,7 +58,7 @@ def run(job: Job, device: torch.device) -> None:
 
 
 def show(job: Job) -> None:
-    """Print the score table and where the pictures are."""
+    """Print the score table and the paths of the pictures."""
     scores = job.run.scores()
     distributed.say(score_table(scores) if scores else "scores: none.")
     for reason in _unscored(job):
@@ -67,7 +67,7 @@ def show(job: Job) -> None:
 
 
 def _unscored(job: Job) -> list[str]:
-    """Why lists have no scores of masks, as far as it lies with the data set."""
+    """Why lists have no scores of masks, if the data set is the reason."""
     if job.aim == "boxes":
         return []
     reasons = (why_unscored(job, split) for split in dict.fromkeys((job.cfg.score_list, job.cfg.val_list)))
@@ -75,14 +75,14 @@ def _unscored(job: Job) -> list[str]:
 
 
 def current(job: Job) -> bool:
-    """Whether the page shows the scores there are."""
+    """Whether the page is up to date with the recorded scores."""
     scores = job.run.root / "scores.json"
     return not scores.exists() or job.run.report.stat().st_mtime >= scores.stat().st_mtime
 
 
 def score_table(scores: dict[str, dict[str, Any]]) -> str:
-    """The recorded scores as aligned text: name, mIoU (of single objects AP50, of boxes what the name says), list,
-    number of images, how the threshold was chosen, tags, what the network was trained from."""
+    """The recorded scores as aligned text: name, mIoU (AP50 for single objects; for boxes the name says what it is),
+    list, number of images, choice of the threshold, tags, start weights of the network."""
     head = ("score", _measure(scores), "list", "images", "threshold", "tags used", "trained from")
     rows = [
         (n, _main(s), s["split"], str(s["images"]), _threshold(s), s["tags"], s.get("start_weights", "-"))
@@ -92,7 +92,7 @@ def score_table(scores: dict[str, dict[str, Any]]) -> str:
 
 
 def _measure(scores: dict[str, dict[str, Any]]) -> str:
-    """What the numbers are."""
+    """Unit of the scores, as the column's heading."""
     return "mIoU" if any("miou" in s for s in scores.values()) or not scores else "value"
 
 
@@ -109,7 +109,7 @@ def _threshold(score: dict[str, Any]) -> str:
 
 
 def _done(job: Job, made: Callable[[str], Path]) -> list[str]:
-    """Images of the validation list to show, of those that have a file."""
+    """Images of the validation list to show, among those that have a file."""
     if not job.catalog.has_list(job.cfg.val_list):
         return []
     return pick_evenly([i for i in job.catalog.ids(job.cfg.val_list) if made(i).exists()], REPORT_IMAGES)
@@ -135,7 +135,7 @@ def _val_row(job: Job, image_id: str) -> list[_Picture]:
 
 
 def _box_row(job: Job, image_id: str) -> list[_Picture]:
-    """The map of the best class, and its box (red) beside the true ones (green), in the proportions of the image."""
+    """The map of the best class, and its box (red) with the true ones (green), in the aspect ratio of the image."""
     found, classes = store.read_arrays(job.run.box(image_id)), job.catalog.classes
     image = read_image(job.catalog.image_path(image_id))
     (height, width), side = image.shape[:2], len(found["score"])
@@ -161,7 +161,7 @@ def _mask_picture(caption: str, image: np.ndarray, path: Path | None) -> list[_P
 
 
 def _page(job: Job, train: list[list[_Picture]], val: list[list[_Picture]], boxes: list[list[_Picture]]) -> str:
-    """The page: step/lib/report.html.jinja filled in; whatever is text is escaped there."""
+    """The page, rendered from step/lib/report.html.jinja, which escapes all text."""
     record, scores = job.run.record(), job.run.scores()
     galleries = {"Training images": train, "Validation images": val, "Boxes": boxes}
     environment = jinja2.Environment(
@@ -188,12 +188,12 @@ def _page(job: Job, train: list[list[_Picture]], val: list[list[_Picture]], boxe
 
 
 def _ink(colour: np.ndarray) -> str:
-    """The colour of text that can be read on a colour."""
+    """The text colour, black or white, that is readable on a colour."""
     return "#fff" if colour @ np.array([0.299, 0.587, 0.114]) < 140 else "#000"
 
 
 def _scores(scores: dict[str, dict[str, Any]]) -> ResultTable:
-    """All scores with what they rest on."""
+    """All scores with their provenance."""
     known = {"scales", "flip", "crf_iterations", "start_weights", "walk", "grid", "seen_in_training"}
     rows = [
         (
@@ -219,7 +219,7 @@ def _number(value: float | None) -> str:
 
 
 def _classes(scores: dict[str, dict[str, Any]]) -> ResultTable | None:
-    """IoU of every class, a column a score of masks; None without such scores."""
+    """IoU per class, with one column per score of masks; None without such scores."""
     columns = [name for name, score in scores.items() if "miou" in score]
     if not columns:
         return None
@@ -229,7 +229,7 @@ def _classes(scores: dict[str, dict[str, Any]]) -> ResultTable | None:
 
 
 def _steps(record: dict[str, Any]) -> ResultTable:
-    """Time and memory of the steps."""
+    """Time and memory per step."""
     rows = [
         (name, f"{s['seconds']:.1f}", str(s.get("peak_memory_mb", "-")), str(s.get("peak_gpu_memory_mb", "-")))
         for name, s in record["steps"].items()
@@ -239,7 +239,7 @@ def _steps(record: dict[str, Any]) -> ResultTable:
 
 
 def _curve(name: str, curve: list[dict[str, float]]) -> dict[str, Any]:
-    """Places of a threshold curve's points and grid lines on a drawing, in pixels from its top left corner."""
+    """Positions of a threshold curve's points and grid lines in the drawing, in pixels from the top left corner."""
     width, height, left, bottom = 620, 220, 40, 30
     xs, ys = [p["threshold"] for p in curve], [p["miou"] for p in curve]
     top = max(10.0, 10 * np.ceil(max(ys) / 10))
@@ -265,7 +265,7 @@ def _curve(name: str, curve: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def _figure(picture: _Picture) -> dict[str, str]:
-    """A picture as the page holds it: its caption, and a JPEG of at most LARGEST pixels a side in base 64."""
+    """A picture for the page: caption, and a base64 JPEG with sides of at most LARGEST pixels."""
     height, width = picture.pixels.shape[:2]
     scale = min(1.0, LARGEST / max(height, width))
     shown = pixels.resize_image(picture.pixels, pixels.scaled_size((height, width), scale))

@@ -24,7 +24,7 @@ def run(job: Job, device: torch.device) -> None:
     """Train every phase of the method on the training list: writes weights/PHASE.pt, the last one weights/cam.pt."""
     masks = scored_masks(job) if job.cfg.cam.selection == "train_miou" else None
     earlier: dict[str, Network] = {}
-    if job.cfg.cam.released:  # phases before it served its training, which was elsewhere
+    if job.cfg.cam.released:  # earlier phases were only needed for its training, which is done
         *before, (name, phase) = job.cfg.cam.phases()
         train(job, name, phase, build_network(job, phase, build_earlier(job, before)), device, ids=job.train_ids())
         return
@@ -39,20 +39,21 @@ def run(job: Job, device: torch.device) -> None:
 
 
 def scored_masks(job: Job) -> dict[str, Path]:
-    """The mask of every image of the scored list; ValueError where one has none."""
+    """The mask of every image of the scored list. Raises ValueError if an image has none."""
     split = job.cfg.score_list
     paths = {image_id: job.catalog.mask_path(image_id) for image_id in job.catalog.ids(split)}
     without = [image_id for image_id, path in paths.items() if path is None]
     if without:
         raise ValueError(
-            f"--cam.selection train_miou needs the masks of the list {split}, {len(without)} images have none "
+            f"--cam.selection train_miou needs the masks of the list {split}, but {len(without)} images have none "
             f"({without[0]}). Take --cam.selection last, or name another --score-list."
         )
     return {image_id: path for image_id, path in paths.items() if path is not None}
 
 
 def train_miou(job: Job, network: SeedNetwork, masks: Mapping[str, Path], device: torch.device) -> float:
-    """Best mIoU of the network's maps of one scale over all background scores, against these masks by image id."""
+    """Best mIoU over all background scores of the network's single-scale maps, compared with these masks by image
+    id."""
     infer = job.cfg.cam.infer
     infer = replace(infer, scales=infer.scales[:1] if infer.square else (1.0,), flip=False, coarse=0)
     curve = ThresholdCurve(job.catalog.num_classes + 1, _THRESHOLDS)

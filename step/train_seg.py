@@ -20,8 +20,8 @@ from step.lib.training import train
 def run(job: Job, device: torch.device) -> None:
     """Train on the training list: writes weights/seg.pt."""
     ids, masks, recipe = job.train_ids(), _Masks(job), job.cfg.seg
-    assert isinstance(recipe, SegmentRecipe)  # the CAM network's own is refused before any work starts
-    if not recipe.released:  # else no mask is asked for
+    assert isinstance(recipe, SegmentRecipe)  # --segmenter own is refused before any work starts
+    if not recipe.released:  # else no masks are needed
         _look_over(ids, masks, job.catalog.num_classes)
     train(job, "seg", recipe, build_network(job, recipe), device, ids=ids, mask=masks)
 
@@ -41,7 +41,7 @@ class _Masks:
 
 
 def _look_over(ids: list[str], masks: _Masks, num_classes: int) -> None:
-    """Before hours of training: every mask is there, holds known classes, and they are not all empty."""
+    """Check before hours of training that every mask exists, has known classes, and that not all are empty."""
     if not distributed.is_main():
         return
     missing, wrong, objects = [], [], 0
@@ -57,7 +57,7 @@ def _look_over(ids: list[str], masks: _Masks, num_classes: int) -> None:
     if missing or wrong:
         raise ValueError(
             f"train_seg: {len(missing)} masks are missing ({', '.join(missing[:5])}), {len(wrong)} hold values above "
-            f"{num_classes} ({', '.join(wrong[:5])}). Run random_walk again (--steps random_walk), or mend the masks."
+            f"{num_classes} ({', '.join(wrong[:5])}). Run random_walk again (--steps random_walk), or fix the masks."
         )
     if objects == 0:
-        raise ValueError("train_seg: all masks are background or ignored: look at the CAMs and the walk first.")
+        raise ValueError("train_seg: all masks are background or ignored: check the CAMs and the walk first.")

@@ -145,7 +145,7 @@ def test_large_images_are_shrunk_for_the_network_only(
     large.save(tmp_path / "large.png")
     words = (tmp_path / "large.png", "--weights", seg, "--fast", "--probabilities")
     assert call(tmp_path / "a", *words) == 0
-    assert "1 images were shrunk to 0.014 megapixels" in capsys.readouterr().out  # 6 crops of 48 x 48
+    assert "1 images were downscaled to 0.014 megapixels" in capsys.readouterr().out  # 6 crops of 48 x 48
     seen = store.read_arrays(tmp_path / "a" / "probabilities" / "large.npz")["probabilities"]
     assert seen.shape[1] * seen.shape[2] <= 6 * 48 * 48 and read_mask(tmp_path / "a/masks/large.png").shape == (
         large.height, large.width

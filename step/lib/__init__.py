@@ -1,1 +1,1 @@
-"""What the steps share."""
+"""Code that several steps share."""

@@ -1,7 +1,7 @@
-"""What there is to choose on the command line of run_sample.py, told without importing PyTorch.
+"""Methods, presets and options of run_sample.py, listed without importing PyTorch.
 
 The names are read from the decorators in the sources (``@seed("seam")``), the presets from the keys of ``recipes``. The
-flags of all recipes are listed by importing them once; the list is remembered in .cache until a source file changes.
+flags of all recipes are found by importing them once; the list is cached in .cache until a source file changes.
 """
 
 from __future__ import annotations
@@ -21,37 +21,38 @@ from misc import commandline
 ROOM = Path(__file__).resolve().parents[2]
 INDEX = ROOM / ".cache" / "flags.json"
 OWN = "own"
-"""As a segmenter: the CAM network itself (net.registry.OWN)."""
+"""The segmenter's name for the CAM network itself (net.registry.OWN)."""
 
 OPTIONS = (
     ("--data NAME", "data set; default: the generated sample, or with --preset published VOC 2012"),
     ("--root DIR", "folder of the data set (docs/your_data.md for your own)"),
     ("--out DIR", "run folder, where all files go; default: runs/METHOD-DATA"),
     ("--preset NAME", "recipe: sample trains tiny networks in minutes, published is the paper's"),
-    ("--refiner NAME", "what makes pseudo masks of CAMs, steps 3 to 5"),
+    ("--refiner NAME", "how pseudo masks are made from CAMs, steps 3 to 5"),
     ("--segmenter NAME", "segmentation network, steps 6 and 7; own: the method's own masks"),
-    ("--steps 2-4 report", "steps to run, by number, name or range; default: all that are not done"),
-    ("--redo", "do the named steps again, and those that rest on them"),
-    ("--force", "go on in a run folder of other settings"),
+    ("--steps 2-4 report", "steps to run, by number, name or range; default: all unfinished ones"),
+    ("--redo", "run the named steps and all later ones again"),
+    ("--force", "continue in a run folder that has other settings"),
     ("--train-list LIST", "training images, a list of the data set or a file"),
     ("--val-list LIST", "images that the segmentation network is tested on"),
     ("--masks truth", "train the segmentation network on true masks, for the upper bound"),
-    ("--overlays", "also lay the masks over their images"),
-    ("--cams RUN", "take the CAMs of another run folder over"),
+    ("--overlays", "also write the masks drawn over their images"),
+    ("--cams RUN", "use the CAMs of another run folder"),
     ("--seed N", "seed of weights, order and augmentation"),
     ("--cam.weights FILE", "weights to start from; also none, pretrained; --aff.weights, --seg.weights too: cam"),
     ("--cam.fit.epochs N", "length of the training; --aff.fit..., --seg.fit... likewise"),
-    ("--cam.fit.batch-size N", "images in an update, of all GPUs together"),
+    ("--cam.fit.batch-size N", "images per update, over all GPUs"),
     ("--cam.fit.lr RATE", "learning rate"),
     ("--machine.device NAME", "auto, cpu or cuda"),
     ("--machine.amp KIND", "mixed precision: auto, off, bf16, fp16"),
     ("--machine.workers N", "processes that read images"),
 )
-"""What the short help shows; all of it, with values and ranges, is in --help-all."""
+"""Options in the short help; --help-all shows all of them with values and ranges."""
 
 
 class WrongWord(ValueError):
-    """A word of the command line that is no method, preset, refiner, segmenter, data set (``status`` 1) or flag (2)."""
+    """A word of the command line that is not a known method, preset, refiner, segmenter, data set (``status`` 1) or
+    flag (2)."""
 
     def __init__(self, told: str, status: int = 1):
         super().__init__(told)
@@ -60,13 +61,14 @@ class WrongWord(ValueError):
 
 @functools.cache
 def _registered(folder: str, decorator: str) -> dict[str, tuple[str, ...]]:
-    """Names that a decorator registers in a folder of sources, each with the presets of its class, as far as known."""
+    """Names that a decorator registers in a folder of sources, each with the presets of its class, as far as the source
+    shows."""
     found: dict[str, tuple[str, ...]] = {}
     for path in sorted((ROOM / folder).rglob("*.py")):
         try:
             classes = [n for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, ast.ClassDef)]
         except SyntaxError:
-            continue  # the import says it, with the line
+            continue  # importing the file reports the error, with the line
         for node in classes:
             for call in node.decorator_list:
                 if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == decorator:
@@ -103,7 +105,7 @@ def data_sets() -> list[str]:
 
 
 def value(argv: Sequence[str], name: str) -> str | None:
-    """What a flag is given; the last one counts."""
+    """The value given to a flag; of several the last one."""
     for i, word in reversed(list(enumerate(argv))):
         flag, equals, given = word.partition("=")
         if flag.replace("_", "-") == name and (equals or i + 1 < len(argv)):
@@ -112,14 +114,14 @@ def value(argv: Sequence[str], name: str) -> str | None:
 
 
 def method_of(argv: Sequence[str]) -> str:
-    """METHOD, which comes first."""
+    """The METHOD of a command line, its first word."""
     return argv[0] if argv and not argv[0].startswith("-") else "seam"
 
 
 def check_words(argv: Sequence[str]) -> None:
-    """Raises WrongWord for the first name or flag that there is not."""
+    """Raises WrongWord for the first unknown name or flag."""
     method = method_of(argv)
-    if "net.registry" not in sys.modules:  # else it is there to ask, and may know methods of other places
+    if "net.registry" not in sys.modules:  # else the registry is loaded, and may know methods registered elsewhere
         _check_names(method, {name: value(argv, f"--{name}") for name in ("preset", "refiner", "segmenter", "data")})
     known = known_flags(method)
     for flag in commandline.given_flags(argv):
@@ -134,7 +136,7 @@ def _check_names(method: str, given: Mapping[str, str | None]) -> None:
               "segmenter": (given["segmenter"], segmenters()), "data set": (given["data"], data_sets()),
               "preset": (given["preset"], methods().get(method, ()))}  # fmt: skip
     for what, (name, names) in tables.items():
-        # a file that can't be read is told of by the registry, with the reason
+        # a file that can't be read is reported by the registry, with the reason
         if name is None or name in names or not names or (ROOM / "net" / rooms.get(what, "") / f"{name}.py").exists():
             continue
         told = {"preset": f"{method} has no preset {name!r}.", "data set": f"--data {name}: there is no such data set."}
@@ -142,15 +144,15 @@ def _check_names(method: str, given: Mapping[str, str | None]) -> None:
 
 
 def known_flags(method: str) -> list[str]:
-    """All flags of a method with any refiner and segmenter; none where its file does not import."""
+    """All flags of a method with any refiner and segmenter; empty if its file does not import."""
     key = _sources_key()
     try:
         index = json.loads(INDEX.read_text(encoding="utf-8"))
         if index["key"] == key:
             return index["flags"].get(method, [])
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # none yet, or of other sources
-    from step.lib.config import all_flags  # with PyTorch: once after a change
+        pass  # no cache yet, or from other sources
+    from step.lib.config import all_flags  # imports PyTorch: once after a change
 
     found = all_flags()
     try:
@@ -159,7 +161,7 @@ def known_flags(method: str) -> list[str]:
         part.write_text(json.dumps({"key": key, "flags": found}), encoding="utf-8")
         part.replace(INDEX)
     except OSError:
-        pass  # a checkout that can't be written to: slower, not worse
+        pass  # a read-only checkout: slower, same result
     return found.get(method, [])
 
 
@@ -191,15 +193,15 @@ def help_text() -> str:
             "",
             *textwrap.wrap(f"Segmentation masks from image-level tags, in nine steps: {listed}.", commandline.WIDTH),
             "",
-            "There are (any method goes with any refiner and any segmenter):",
+            "Available (any method works with any refiner and any segmenter):",
             commandline.columns(names, width=12),
             "",
-            "Options that people use:",
+            "Common options:",
             commandline.columns(OPTIONS),
             "",
             "python run_sample.py                  SEAM on the generated sample set: minutes on two CPU cores",
             "python run_sample.py seam --preset published --data voc12 --root VOCdevkit/VOC2012 --cam.weights F",
             "python run_sample.py seam --steps 5-7 --aff.walk.beta 10 --out runs/beta10",
-            "python run_sample.py METHOD --help-all   every option that has an effect with METHOD, with its value",
+            "python run_sample.py METHOD --help-all   every option that has an effect with METHOD, and its value",
         ]
     )

@@ -1,5 +1,5 @@
-"""The configuration of a run: method, data, folders, and the recipe of every step; built from names, presets and the
-command line before any work starts."""
+"""The configuration of a run: method, data, folders, and the recipe of every step. It is built from names, presets and
+the command line before any work starts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from voc12.lists import pick_evenly
 SAMPLE_ROOT = Path("data/sample")
 
 REPORT_IMAGES = 12
-"""Images of each list that the report shows."""
+"""Number of images per list in the report."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +35,21 @@ class GeneratedSet(Checked):
     """The generated sample set (voc12/generated/sets.py)."""
 
     images: Count = 240
-    """Training images."""
+    """Number of training images."""
     val: Count = 80
-    """Validation images."""
+    """Number of validation images."""
     classes: Count = 5
-    """Foreground classes."""
+    """Number of foreground classes."""
     seed: Annotated[int, Range(least=0)] = 0
     """Seed of the generator."""
 
 
 @dataclass(frozen=True)
 class Config(Checked):
-    """Everything a run is made of."""
+    """All settings of a run."""
 
     method: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="METHOD")] = "seam"
-    """The CAM method."""
+    """CAM method."""
     preset: str = "sample"
     """Recipe, by its name in the method's file. published: the paper's, with its variants (such as published_cub).
     sample: tiny networks, minutes on two CPU cores."""
@@ -60,8 +60,8 @@ class Config(Checked):
     root: Annotated[Path | None, tyro.conf.arg(aliases=["--voc12-root"])] = None
     """Folder of the data set. Default for the sample set: data/sample-..., named after its settings."""
     run: Annotated[Path | None, tyro.conf.arg(aliases=["--out"])] = None
-    """Run folder: everything is written here. Default: runs/METHOD-DATA. Under torchrun say --out: it takes --run for
-    an option of its own."""
+    """Run folder for all results. Default: runs/METHOD-DATA. Under torchrun write --out, because torchrun has its own
+    option --run."""
     steps: tuple[str, ...] = ()
     """Steps to run: numbers, names and ranges (2-5, make_cam random_walk). Default: all, from the first unfinished."""
     seed: int = 0
@@ -74,31 +74,31 @@ class Config(Checked):
     val_list: str = "val"
     """List on which the segmentation network is tested."""
     refiner: str = "psa"
-    """Affinity network (steps 3 to 5)."""
+    """Refiner: affinity network (steps 3 to 5)."""
     segmenter: str = "deeplabv1"
-    """Segmentation network (steps 6 and 7). own: the CAM network itself, of methods that predict masks (getam); steps 3
-    to 6 are then not needed."""
+    """Segmentation network (steps 6 and 7). own: the CAM network itself, for methods that predict masks; steps 3 to 6
+    are then not needed."""
     cams: Path | None = None
-    """Run folder whose CAM network and CAMs are taken over (linked into this run), made with the same settings of the
-    CAM network and the same data: steps 1 and 2 then have nothing to do."""
+    """Run folder whose CAM network and CAMs are used (linked into this run); it must have the same settings of the CAM
+    network and the same data. Steps 1 and 2 are then skipped."""
     saliency: Path | None = None
-    """Folder of saliency maps ID.png (one 8-bit channel, sizes of the images), for methods that are trained with them.
+    """Folder of saliency maps ID.png (one 8-bit channel, sizes of the images), for methods that use them in training.
     Default: the folder Saliency of the data set."""
     masks: Literal["pseudo", "truth"] = "pseudo"
     """What the segmentation network is trained on. truth: the data set's own masks, for the upper bound."""
     shard: str = "0/1"
-    """i/n: do only the i-th of n parts of the images in per-image steps (independent jobs, i from 0)."""
+    """i/n: in per-image steps do only the i-th of n parts of the images (independent jobs, i from 0)."""
     overlays: bool = False
-    """Lay pseudo masks and predictions over their images too: label_overlay/ID.jpg, seg_overlay/ID.jpg."""
+    """Also write pseudo masks and predictions drawn over their images: label_overlay/ID.jpg, seg_overlay/ID.jpg."""
     redo: bool = False
-    """Do the named steps again though they are finished: their files, and those of all later steps, are removed first.
-    To go on after an interruption leave it out."""
+    """Run the named steps again though they are finished: their files, and those of all later steps, are removed first.
+    Leave it out to continue after an interruption."""
     force: bool = False
-    """Go on in a run folder that was made by another configuration."""
+    """Continue in a run folder that was made with another configuration."""
     sample: GeneratedSet = field(default_factory=GeneratedSet)
     """The generated sample set."""
     machine: Machine = field(default_factory=Machine)
-    """Devices, processes, precision: changes no recipe."""
+    """Devices, processes, precision. Does not change the recipe."""
     cam: contract.SeedRecipe = None  # type: ignore[assignment]
     """The CAM network (steps 1 and 2)."""
     aff: contract.RefineRecipe = None  # type: ignore[assignment]
@@ -107,14 +107,14 @@ class Config(Checked):
     """The segmentation network (steps 6 and 7)."""
 
     def shard_part(self) -> tuple[int, int]:
-        """(i, n) of ``shard``; ValueError if it is no such thing."""
+        """(i, n) from ``shard``. Raises ValueError if it has another form."""
         match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
         if not match or not int(match[1]) < int(match[2]):
             raise ValueError(f"--shard {self.shard} is not i/n with 0 <= i < n.")
         return int(match[1]), int(match[2])
 
     def data_root(self) -> Path:
-        """Folder of the data set; ValueError where it must be given and is not, or there is no such data set."""
+        """Folder of the data set. Raises ValueError if it is missing and has no default, or for an unknown data set."""
         known = load_data_sets()
         if self.data not in known:
             raise ValueError(f"--data {self.data}: there is no such data set. There are: {', '.join(known)}.")
@@ -126,7 +126,7 @@ class Config(Checked):
         raise ValueError(f"--data {self.data} needs --root DIR, the folder of the data set.")
 
     def recorded(self) -> dict[str, Any]:
-        """The flat settings that decide the result (run.json); two runs with equal ones make the same files."""
+        """The flat settings that determine the result (run.json): two runs with equal settings make the same files."""
         flat = settings.flatten(dataclasses.replace(self, machine=None))
         for name in ("run", "root", "steps", "shard", "overlays", "redo", "force", "machine", "cams", "saliency"):
             flat.pop(name)
@@ -136,8 +136,8 @@ class Config(Checked):
 
 
 def identity(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat settings with the content's fingerprint in place of the path of a weight file: the same file is the same
-    setting wherever it lies. A file that is not there (any more) keeps its path."""
+    """Flat settings with the paths of weights files replaced by fingerprints of their content: the same file is the
+    same setting in any place. A file that does not exist (any more) keeps its path."""
 
     def content(name: str, value: Any) -> Any:
         field = name.rpartition(".")[2]
@@ -149,9 +149,9 @@ def identity(flat: Mapping[str, Any]) -> dict[str, Any]:
 def default_config(method: str, preset: str, refiner: str | None = None, segmenter: str | None = None) -> Config:
     """The configuration of a method and preset before the command line changes it.
 
-    Refiner and segmenter have the recipe of that name, or where they have none, that of the method's recipe's ``base``;
-    the method's own settings of them apply where they are those that it was published with. ValueError for unknown
-    names, and where the method is to be its own segmenter and predicts no masks.
+    Refiner and segmenter use their recipe of the same name; if they have none, the recipe named by ``base`` in the
+    method's recipe. The method's own settings for them apply if they are the ones that it was published with. Raises
+    ValueError for unknown names, and for segmenter ``own`` if the method predicts no masks.
     """
     registry.load_methods()
     recipe = registry.find_recipe(registry.find_method(registry.SEEDS, method, "method"), preset)
@@ -176,7 +176,7 @@ def default_config(method: str, preset: str, refiner: str | None = None, segment
 
 
 def all_flags() -> dict[str, list[str]]:
-    """Every method's flags, with any refiner and segmenter."""
+    """The flags of every method, with any refiner and segmenter."""
     registry.load_methods()
     base = default_config("seam", "sample")
     common = commandline.flags(dataclasses.replace(base, cam=None, aff=None, seg=None))
@@ -194,7 +194,7 @@ def all_flags() -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Job:
-    """What a step gets: the configuration, the data set and the run folder."""
+    """The input of a step: the configuration, the data set and the run folder."""
 
     cfg: Config
     catalog: Catalog
@@ -202,7 +202,7 @@ class Job:
 
     @property
     def train_list(self) -> str:
-        """Name of the list that CAMs, pseudo masks and trainings go through."""
+        """Name of the training list, also used for CAMs and pseudo masks."""
         return self.cfg.train_list or self.catalog.default_train_list()
 
     def train_ids(self) -> list[str]:
@@ -210,7 +210,7 @@ class Job:
         return self.catalog.ids(self.train_list)
 
     def cam_ids(self) -> list[str]:
-        """Ids that get CAMs and pseudo masks: the training list, then what is scored and not in it."""
+        """Ids that get CAMs and pseudo masks: the training list, then images of the scored list that are not in it."""
         ids = self.train_ids()
         if self.catalog.has_list(self.cfg.score_list):
             known = set(ids)
@@ -218,22 +218,22 @@ class Job:
         return ids
 
     def shown_ids(self) -> list[str]:
-        """Training images that the report shows: of the scored list, where there is one."""
+        """Training images in the report: from the scored list, if there is one."""
         scored = self.catalog.has_list(self.cfg.score_list)
         return pick_evenly(self.catalog.ids(self.cfg.score_list if scored else self.train_list), REPORT_IMAGES)
 
     def predicted_ids(self) -> list[str]:
-        """Ids that the segmentation network predicts: the validation list, then what the report shows besides."""
+        """Ids that the segmentation network predicts: the validation list, then other images of the report."""
         return list(dict.fromkeys([*self.catalog.ids(self.cfg.val_list), *self.shown_ids()]))
 
     @property
     def single_stage(self) -> bool:
-        """Whether the CAM network is the segmenter too."""
+        """Whether the CAM network is also the segmenter."""
         return self.cfg.segmenter == registry.OWN
 
     @property
     def aim(self) -> str:
-        """Which steps the run is made of (step.Aim)."""
+        """What the run makes, which determines its steps (step.Aim)."""
         if self.catalog.aim == "masks" and self.single_stage:
             return "single_stage"
         return self.catalog.aim
@@ -243,11 +243,11 @@ class Job:
         return self.cfg.machine.with_recipe(phase.amp, device)
 
     def saliency_folder(self) -> Path:
-        """Where the saliency maps are, if the method is trained with any."""
+        """Folder of the saliency maps, if the method is trained with any."""
         return self.cfg.saliency or self.catalog.root / "Saliency"
 
     def mask_files(self, mask: Callable[[str], Path], ids: Iterable[str]) -> list[Path]:
-        """The masks ``mask(id)`` that a step makes, and their overlays where these are asked for."""
+        """The paths ``mask(id)`` of the masks that a step makes, and their overlays if requested."""
         masks = [mask(i) for i in ids]
         return masks + [self.run.overlay(path) for path in masks] if self.cfg.overlays else masks
 

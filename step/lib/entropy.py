@@ -1,4 +1,5 @@
-"""An extra step, in no pipeline: how flat the layers of a trained CAM network leave its maps (aream.md section 3)."""
+"""An extra step outside the pipeline: entropy of the maps of each layer of a trained CAM network (aream.md section
+3)."""
 
 from __future__ import annotations
 
@@ -16,15 +17,15 @@ from step.lib.networks import load_cam_network
 
 
 def run(job: Job, device: torch.device) -> list[float]:
-    """Mean entropy in bits of every layer, over the training list, in the run folder's layer_entropy.json too.
+    """Mean entropy in bits of every layer over the training list; also written to layer_entropy.json in the run folder.
 
-    Images are stretched to the square of the training crop; those without a tag are left out. Raises ValueError for a
-    method whose network measures no entropy.
+    Images are stretched to the square of the training crop; those without a tag are left out. Raises ValueError if the
+    method's network has no entropy.
     """
     network = load_cam_network(job, device)
     measure = getattr(network, "layer_entropy", None)
     if measure is None:
-        raise ValueError(f"{job.cfg.method} has no entropy of layers to measure: methods of AReAM have.")
+        raise ValueError(f"{job.cfg.method} has no layer entropy to measure: only AReAM's methods have it.")
     side = job.cfg.cam.augment.crop
     sums: list[Tensor] = []
 
@@ -37,7 +38,7 @@ def run(job: Job, device: torch.device) -> list[float]:
         if tags.any():
             present = torch.tensor(tags, dtype=torch.float32, device=device)
             found = measure(image.to(device)[None], present[None])[0]  # (L,)
-            sums.append(torch.cat([found, found.new_ones(1)]).double())  # the last counts images
+            sums.append(torch.cat([found, found.new_ones(1)]).double())  # the last entry counts images
 
     each("entropy", job.train_ids(), work, prepare=prepare, done=lambda _: False, workers=job.cfg.machine.workers)
     nothing = torch.zeros(job.cfg.cam.network.backbone.depth + 1, dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""What the networks make of one image, at the machine's precision: class maps, class scores, scores after the walk."""
+"""Inference on one image at the machine's precision: class maps, class scores, scores after the walk."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def predict_cam(
     network: SeedNetwork, image: np.ndarray, tags: np.ndarray, infer: CamInference, machine: Machine,
     device: torch.device,
 ) -> Cam:
-    """``misc.infer.cams.infer_cam`` at the machine's precision, with gradients where the network's map needs them."""
+    """``misc.infer.cams.infer_cam`` at the machine's precision, with gradients if the network's maps need them."""
     grad = contextlib.nullcontext() if network.map_needs_gradient else torch.inference_mode()
     with grad, autocast(machine, device):
         return cams.infer_cam(network.cam, image, tags, infer, network.normalisation, device)
@@ -36,7 +36,7 @@ def infer_class_scores(
     network: Segmenter | SingleStage, image: np.ndarray, infer: SegInference, machine: Machine, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores (C + 1, H, W) float32 of one image (H, W, 3) uint8 over scales, background first: before and after the CRF
-    (the same where there is none)."""
+    (equal if there is no CRF)."""
     with autocast(machine, device):
         scores = segment(network.logits, image, infer, network.normalisation, device)
     return scores, with_crf(scores, image, infer, network.normalisation, device)
@@ -45,8 +45,8 @@ def infer_class_scores(
 def walk_cam(
     network: AffinityNetwork, picture: Picture, cam: Cam, options: Any, machine: Machine, device: torch.device
 ) -> tuple[np.ndarray, Instances]:
-    """Scores (K + 1, H, W) float32 of background and the CAM's K classes, and the single objects, none where these are
-    not told apart, by the recipe's ``walk``."""
+    """Refine a CAM by the recipe's ``walk``: scores (K + 1, H, W) float32 of background and the CAM's K classes, and
+    the single objects, or None if the refiner does not separate objects."""
     with torch.inference_mode(), autocast(machine, device):
         if network.finds_instances(options):
             return network.find_instances(picture.to(device), cam, options)
@@ -54,7 +54,7 @@ def walk_cam(
 
 
 def read_full_cam(job: Job, image_id: str, size: tuple[int, int]) -> Cam:
-    """The CAMs that the run has of an image, at image size; ValueError where the file is of another size."""
+    """The run's CAMs of an image, at image size. Raises ValueError if the file is for another size."""
     path = job.run.cam(image_id)
     cam = read_cam(path)
     if cam.size != tuple(size):
@@ -63,14 +63,14 @@ def read_full_cam(job: Job, image_id: str, size: tuple[int, int]) -> Cam:
 
 
 def settle_walk(walk: Any, run: RunFolder) -> Any:
-    """A recipe's ``walk`` whose background score is a number: where it is None, the one that the run's CAMs were scored
-    best at. Raises ValueError where these have no score."""
+    """A recipe's ``walk`` with the background score filled in: None becomes the one with the best score of the run's
+    CAMs. Raises ValueError if these have no score."""
     if getattr(walk, "threshold", 0.0) is not None:
         return walk
     found = run.scores().get("CAM", {}).get("threshold")
     if found is None:
         raise ValueError(
-            "The walk's background score is the one that make_cam found best, and this run's CAMs have no score (they "
-            "need true masks): give --aff.walk.threshold a number, published is 0.39."
+            "The walk uses the background score that make_cam found best, but this run's CAMs have no score (scoring "
+            "needs true masks). Give --aff.walk.threshold a number; published is 0.39."
         )
     return replace(walk, threshold=found)

@@ -1,4 +1,4 @@
-"""A run's networks: with their random initial weights, or with those that its trainings wrote."""
+"""A run's networks, with random initial weights or with trained ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from step.lib.config import Job
 
 
 def build_network(job: Job, phase: Phase, earlier: Mapping[str, Network] | None = None) -> Network:
-    """The network of a phase with its random initial weights, a function of the run's seed."""
+    """The network of a phase with random initial weights, which depend only on the run's seed."""
     torch.manual_seed(job.cfg.seed)
     return phase.network.build(job.catalog.num_classes, earlier or {})
 
@@ -20,9 +20,9 @@ def build_network(job: Job, phase: Phase, earlier: Mapping[str, Network] | None 
 def load_network(
     job: Job, name: str, phase: Phase, device: torch.device, earlier: Mapping[str, Network] | None = None
 ) -> Network:
-    """The network of a phase with the weights that its training wrote, in evaluation mode on ``device``.
+    """The network of a phase with its trained weights, in evaluation mode on ``device``.
 
-    Raises FileNotFoundError before its step has run; ValueError if the file belongs to another network.
+    Raises FileNotFoundError if its step has not run, and ValueError if the file belongs to another network.
     """
     network = build_network(job, phase, earlier)
     load_state(network, job.run.weights(name))
@@ -30,7 +30,7 @@ def load_network(
 
 
 def load_cam_network(job: Job, device: torch.device) -> SeedNetwork:
-    """The trained CAM network (the last phase), in evaluation mode, on earlier ones without weights. Raises as
+    """The trained CAM network (the last phase), in evaluation mode; earlier phases have random weights. Raises as
     ``load_network``."""
     *before, (name, phase) = job.cfg.cam.phases()
     network = load_network(job, name, phase, device, build_earlier(job, before))
@@ -39,7 +39,7 @@ def load_cam_network(job: Job, device: torch.device) -> SeedNetwork:
 
 
 def build_earlier(job: Job, phases: Sequence[tuple[str, Phase]]) -> dict[str, Network]:
-    """The networks of earlier phases by name, with random weights: what an applied network is built on."""
+    """The networks of earlier phases by name, with random weights; needed to build the network for inference."""
     earlier: dict[str, Network] = {}
     for name, phase in phases:
         earlier[name] = build_network(job, phase, earlier)
@@ -47,7 +47,7 @@ def build_earlier(job: Job, phases: Sequence[tuple[str, Phase]]) -> dict[str, Ne
 
 
 def load_segmentation_network(job: Job, device: torch.device) -> Segmenter | SingleStage:
-    """The trained network that predicts masks, in evaluation mode: of a single-stage run the CAM network. Raises as
+    """The trained network that predicts masks, in evaluation mode; in a single-stage run the CAM network. Raises as
     ``load_network``."""
     network = load_cam_network(job, device) if job.single_stage else load_network(job, "seg", job.cfg.seg, device)
     assert isinstance(network, Segmenter | SingleStage)

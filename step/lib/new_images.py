@@ -1,7 +1,8 @@
-"""An extra step, in no pipeline: masks of new images from trained networks, without a list, a data set or truth.
+"""An extra step outside the pipeline: masks of new images from trained networks, without a list, a data set or true
+masks.
 
-Networks come from their own files (net/model.py). Results lie in one folder: masks/ID.png (VOC palette),
-overlays/ID.jpg, and what is asked for besides.
+Networks are read from their weights files (net/model.py). Results go to one folder: masks/ID.png (VOC palette),
+overlays/ID.jpg, and optional files.
 """
 
 from __future__ import annotations
@@ -33,21 +34,21 @@ from step.lib.inference import infer_class_scores, predict_cam, walk_cam
 Refinement = Literal["auto", "walk", "crf", "threshold"]
 
 ScoreImage = Callable[[str, np.ndarray, tuple[int, int]], tuple[np.ndarray, np.ndarray]]
-"""id, image (h, w, 3) uint8 as the network sees it, size (H, W) of the file's image -> scores (n, h, w) float32, and
-the mask value of each of them (n,) uint8."""
+"""id, image (h, w, 3) uint8 at the network's size, size (H, W) of the original image -> scores (n, h, w) float32, and
+the mask value of each (n,) uint8."""
 
 
 @dataclass(frozen=True)
 class ResultFolder:
-    """Where results go, and how they are made."""
+    """Where results are written, and how they are made."""
 
     out: Path
-    """Folder of the results."""
+    """Folder for the results."""
     max_megapixels: float | None = None
-    """Larger images are shrunk to this for the network; masks and overlays have the image's own size. 0: never.
+    """Larger images are downscaled to this for the network; masks and overlays keep the image's size. 0: never.
     None: ``usual_megapixels`` of the network."""
     redo: bool = False
-    """Make masks again that are there already."""
+    """Make existing masks again."""
     machine: Machine = field(default_factory=Machine)
     """Devices, processes, precision."""
 
@@ -65,10 +66,10 @@ def segment_images(
     Args:
         model: of part seg.
         images: {id: file}.
-        folder: where to, and how.
+        folder: where results are written, and how they are made.
         device: where to compute.
         probabilities: also write probabilities/ID.npz: ``probabilities`` (C + 1, h, w) float16, summing to one, at the
-            size that the network saw, and ``size`` (2,), height and width of the image.
+            size of the network's input, and ``size`` (2,), height and width of the image.
         fast: one scale, no mirror image, no CRF.
 
     Raises:
@@ -102,25 +103,25 @@ def map_images(
     cam: Model, refiner: Model | None, tags: Sequence[str], images: Mapping[str, Path], folder: ResultFolder,
     device: torch.device, *, refine: Refinement = "auto", threshold: float = 0.3, fast: bool = False,
 ) -> str:
-    """Maps and refined masks of images whose tags are known, from a CAM network.
+    """Maps and refined masks of images with known tags, from a CAM network.
 
-    Writes maps/ID.npz (as a run's cam/) and maps/ID_CLASS.jpg besides. Mask: by the refiner's random walk; without one,
-    by a dense CRF over the maps and a constant background score; or by that score alone.
+    Also writes maps/ID.npz (as in a run's cam/) and maps/ID_CLASS.jpg. The mask comes from the refiner's random walk,
+    from a dense CRF over the maps and a constant background score, or from that score alone.
 
     Args:
-        cam: of part cam.
-        refiner: of part aff, if one was trained.
-        tags: class names that all the images have.
+        cam: model of part cam.
+        refiner: model of part aff, if one was trained.
+        tags: names of the classes in all the images.
         images, folder, device: as for ``segment_images``.
-        refine: what makes the mask; auto: the walk if there is a refiner, else the CRF.
-        threshold: background score of CRF and threshold.
+        refine: how the mask is made; auto: the walk if there is a refiner, else the CRF.
+        threshold: background score for crf and threshold.
         fast: one scale, no mirror image.
 
     Returns:
         What made the masks, in words.
 
     Raises:
-        ValueError: no or unknown tags; a walk without a refiner; as ``segment_images``. EachFailed.
+        ValueError: no tags or unknown ones; a walk without a refiner; as ``segment_images``. EachFailed.
     """
     unknown = [tag for tag in tags if tag not in cam.classes]
     if unknown or not tags:
@@ -143,7 +144,7 @@ def map_images(
     def scores(image_id: str, image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         path = folder.file("maps", image_id, "npz")
         write_cam(path, replace(predict_cam(network, image, present, infer, machine, device), size=size))
-        stored = read_cam(path)  # as a run's files hold it, so that a training image gets the same mask again
+        stored = read_cam(path)  # in the precision of a run's files, so that a training image gets the same mask again
         maps = stored.maps
         for key, score in zip(keys, maps, strict=True):
             path = folder.file("maps", f"{image_id}_{safe_name(cam.classes[key])}", "jpg")
@@ -152,7 +153,7 @@ def map_images(
         if refine == "walk":
             assert refiner is not None and isinstance(walker, AffinityNetwork)
             picture = Picture.of_rgb(image, walker.normalisation)
-            seen = replace(stored, size=image.shape[:2])  # the walk is over the image that the network saw
+            seen = replace(stored, size=image.shape[:2])  # the walk works at the size of the network's input
             at = folder.machine.with_recipe(refiner.recipe.amp, device)
             return walk_cam(walker, picture, seen, refiner.recipe.walk, at, device)[0], values
         found = np.concatenate([np.full_like(maps[:1], threshold), maps])  # (K + 1, h, w)
@@ -171,16 +172,16 @@ def map_images(
 
 
 def usual_megapixels(recipe: Phase) -> float:
-    """The size up to which a network sees an image as it is: six times the area of the crops it was trained on.
+    """Default size above which images are downscaled for a network: six times the area of its training crops.
 
-    Data sets like VOC stay below it, so their images are treated as in the run. What a photograph of many megapixels
-    shows is far larger than anything the network has seen, and would cost gigabytes.
+    Images of data sets like VOC are smaller, so they are treated as in the run. In photographs of many megapixels,
+    objects are far larger than those in training, and inference would need gigabytes.
     """
     return 6 * recipe.augment.crop**2 / 1e6
 
 
 def shrunk(image: np.ndarray, megapixels: float) -> np.ndarray:
-    """(H, W, 3) uint8 at no more than so many megapixels (0: as it is), of the same aspect."""
+    """Downscale (H, W, 3) uint8 to at most so many megapixels (0: unchanged), keeping the aspect ratio."""
     height, width = image.shape[:2]
     factor = math.sqrt(megapixels * 1e6 / (height * width)) if megapixels else 1.0
     return pixels.resize_image(image, pixels.truncated_size((height, width), factor)) if factor < 1 else image
@@ -211,18 +212,18 @@ def _each_image(
         mask = values[draw.resized_argmax(found, image.shape[:2])]
         picture = jpeg_bytes(draw.overlay(image, mask))
         store.write_bytes(folder.file("overlays", image_id, "jpg"), picture)
-        write_mask(folder.file("masks", image_id, "png"), mask)  # last: it stands for all
+        write_mask(folder.file("masks", image_id, "png"), mask)  # written last: its presence means that all are written
 
     failed: EachFailed | None = None
     try:
         each("predict", list(images), work, prepare=prepare, done=done, workers=folder.machine.workers)
-    except EachFailed as error:  # the finished ones are told of all the same
+    except EachFailed as error:  # also report the finished ones
         failed = error
     count = len(distributed.joined(shrunken))
     if count:
         distributed.say(
-            f"{count} images were shrunk to {megapixels:.2g} megapixels for the network (--max-megapixels); their "
-            "masks have their own size."
+            f"{count} images were downscaled to {megapixels:.2g} megapixels for the network (--max-megapixels); their "
+            "masks keep the images' size."
         )
     distributed.say(f"files: {', '.join(str(folder.out / name) for name in ('masks/*.png', 'overlays/*.jpg', *made))}")
     if failed is not None:
@@ -230,7 +231,8 @@ def _each_image(
 
 
 def _begin(folder: ResultFolder, classes: Sequence[str], settings: dict[str, Any]) -> None:
-    """Record what the folder's results are made by (predict.json); ValueError where it is something else."""
+    """Record the model and settings of the folder's results (predict.json). Raises ValueError if they differ from the
+    recorded ones."""
     path = folder.out / "predict.json"
     now = {"settings": settings, "mask values": {str(i): name for i, name in enumerate(["background", *classes])}}
     there = store.read_json(path) if path.exists() else now

@@ -1,4 +1,4 @@
-"""Masks laid over their images, for people to look at (--overlays): label_overlay/ID.jpg, seg_overlay/ID.jpg."""
+"""Masks drawn over their images (--overlays): label_overlay/ID.jpg, seg_overlay/ID.jpg."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from step.lib.config import Job
 
 @dataclass(frozen=True)
 class _Draw:
-    """Work of one image; picklable for worker processes."""
+    """Makes the overlay of one image; picklable for worker processes."""
 
     job: Job
     mask: Callable[[str], Path]
@@ -27,7 +27,7 @@ class _Draw:
 
 
 def draw(job: Job, mask: Callable[[str], Path], ids: Sequence[str]) -> None:
-    """Write the overlay of every mask ``mask(id)``, if the run asks for overlays, in worker processes."""
+    """Write the overlay of every mask ``mask(id)`` in worker processes, if the run's settings ask for overlays."""
     if job.cfg.overlays:
         each(
             "overlays", ids, _Draw(job, mask), done=lambda i: job.run.overlay(mask(i)).exists(),

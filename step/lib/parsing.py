@@ -1,4 +1,4 @@
-"""A command line of run_sample.py as a configuration, and all its options told."""
+"""Parsing of run_sample.py's command line into a configuration, and its full help."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from voc12.generated.sets import LAYOUTS
 
 
 def parse(argv: Sequence[str]) -> Config:
-    """The configuration that a command line asks for. METHOD, if given, comes first; --preset, --refiner and
-    --segmenter decide which defaults the other flags have. ValueError for names that there are not; what tyro refuses
-    (an impossible value) ends the process with status 2."""
+    """The configuration of a command line. METHOD, if given, comes first; --preset, --refiner and --segmenter determine
+    the defaults of the other flags. Raises ValueError for unknown names. A value that tyro rejects ends the process
+    with status 2."""
     choices.check_words(argv)
     method = choices.method_of(argv)
     given = {name: choices.value(argv, f"--{name}") for name in ("preset", "refiner", "segmenter")}
@@ -32,7 +32,7 @@ def parse(argv: Sequence[str]) -> Config:
 
 
 def help_all(argv: Sequence[str]) -> str:
-    """Every option that has an effect in the runs of a command line, which says --help-all besides."""
+    """The full help: every option that has an effect with this command line (which contains --help-all)."""
     cfg = parse([word for word in argv if word != "--help-all"])
     boxes = load_data_sets()[cfg.data].aim == "boxes"
     hidden = ["method"] + ([] if boxes else ["cam.boxes."])
@@ -44,7 +44,7 @@ def help_all(argv: Sequence[str]) -> str:
         hidden += ["saliency"]
     return (
         f"Every option that has an effect with {cfg.method}, preset {cfg.preset}, refiner {cfg.refiner}, segmenter "
-        f"{cfg.segmenter}, data {cfg.data}, and its value there.\nOthers show where what they belong to is chosen "
+        f"{cfg.segmenter}, data {cfg.data}, and its value there.\nOther options appear once their setting is chosen "
         f"(python run_sample.py {cfg.method} --cam.fit.schedule cosine --help-all).\n\n"
         + commandline.describe(cfg, hidden)
     )

@@ -1,4 +1,4 @@
-"""Scores of what a step made, where the data set has masks, recorded in scores.json with their provenance."""
+"""Scores of a step's results, if the data set has true masks; recorded in scores.json with their provenance."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from step.lib.config import Job
 
 
 def start_weights(phase: Phase, cam: SeedRecipe | None = None) -> str:
-    """What the network of a phase was trained from, in words, for the provenance of its scores: random weights, a file
-    and what that was trained on, or the CAM network, which ``cam`` made; or the released checkpoint that it is."""
+    """The start weights of a phase's network, in words, for the provenance of its scores: random, a file and its own
+    training, the CAM network (made by the method ``cam``), or the released checkpoint that it is."""
     if phase.released:
         return f"released checkpoint {', '.join(Path(file).name for file in phase.released_files)}, as it is"
     return phase.start.tell(phase.init, None if cam is None else start_weights(cam.phases()[-1][1]))
@@ -50,7 +50,7 @@ def _read_maps(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def precisions(job: Job, name: str, device: torch.device) -> dict[str, str]:
-    """Precision that the network NAME (cam, aff, seg) was trained at, as its file says, and that it is applied at."""
+    """Precision of the training of the network NAME (cam, aff, seg), as its file says, and of its inference."""
     _, description = read_model(job.run.weights(name))
     phase = {"cam": job.cfg.cam, "aff": job.cfg.aff, "seg": job.cfg.seg}[name]
     applied = job.machine(phase, device).precision(device)
@@ -58,7 +58,7 @@ def precisions(job: Job, name: str, device: torch.device) -> dict[str, str]:
 
 
 def score_cams(job: Job, device: torch.device) -> None:
-    """Search the background score of the CAMs on the scored list and record curve and best mIoU."""
+    """Search the best background score of the CAMs on the scored list, and record curve and best mIoU."""
     ids = _scorable(job, "CAM", job.cfg.score_list)
     if ids:
         infer = job.cfg.cam.infer
@@ -77,7 +77,7 @@ def score_cams(job: Job, device: torch.device) -> None:
 
 
 def score_masks(job: Job, name: str, split: str, path: Callable[[str], Path], **provenance: Any) -> None:
-    """Score masks of a list and record them under ``name``."""
+    """Score the masks of a list and record the score under ``name``."""
     ids = _scorable(job, name, split)
     if ids:
         scores = evaluate_masks(
@@ -88,14 +88,14 @@ def score_masks(job: Job, name: str, split: str, path: Callable[[str], Path], **
 
 @dataclass(frozen=True)
 class _TrueInstances:
-    """An image's true objects by its id; picklable for worker processes."""
+    """Reads an image's true objects by its id; picklable for worker processes."""
 
     job: Job
 
     def __call__(self, image_id: str) -> Instances:
         catalog = self.job.catalog
         paths = catalog.object_path(image_id), catalog.mask_path(image_id)
-        assert paths[0] is not None and paths[1] is not None  # score_instances has looked
+        assert paths[0] is not None and paths[1] is not None  # score_instances has checked
         try:
             return true_instances(read_mask(paths[0]), read_mask(paths[1]))
         except ValueError as error:
@@ -103,7 +103,7 @@ class _TrueInstances:
 
 
 def score_instances(job: Job, name: str, split: str, path: Callable[[str], Path], **provenance: Any) -> None:
-    """Score single objects of a list, where the data set tells its objects apart, and record them under ``name``."""
+    """Score the single objects of a list, if the data set has masks of objects, and record the score under ``name``."""
     ids = _scorable(job, name, split)
     if ids and any(job.catalog.object_path(i) is None for i in ids):
         distributed.say(f"The list {split} has images without masks of single objects: {name} are not scored.")
@@ -126,7 +126,7 @@ def _record_instances(job: Job, name: str, split: str, scores: InstanceScores, *
 
 
 def score_boxes(job: Job, device: torch.device) -> None:
-    """Score the boxes of the validation list by both protocols and record each figure (wsol.md sections 7 and 8)."""
+    """Score the boxes of the validation list by both protocols and record each score (wsol.md sections 7 and 8)."""
     if not _whole(job):
         return
     split, options, infer = job.cfg.val_list, job.cfg.cam.boxes, job.cfg.cam.infer
@@ -164,15 +164,15 @@ def score_boxes(job: Job, device: torch.device) -> None:
 
 
 def _whole(job: Job) -> bool:
-    """Whether this process is to score a list: it is the main one, and no part of the images is another job's."""
+    """Whether this process scores a list: only the main process, and only if the images are not split over jobs."""
     if job.cfg.shard_part()[1] > 1:
-        distributed.say("This is one part of the images (--shard): call the step again without it to score them all.")
+        distributed.say("This is one part of the images (--shard): to score all, run the step again without --shard.")
         return False
     return distributed.is_main()
 
 
 def why_unscored(job: Job, split: str) -> str | None:
-    """Why the data set lets nothing be scored on a list, in a sentence or two; None where all its images have masks."""
+    """Why a list cannot be scored, in a sentence or two; None if all its images have true masks."""
     if not job.catalog.has_list(split):
         return f"There is no list {split} in {job.catalog.root}, so nothing is scored on it."
     ids = job.catalog.ids(split)
@@ -182,14 +182,14 @@ def why_unscored(job: Job, split: str) -> str | None:
     if with_mask < len(ids):
         return (
             f"Only {with_mask} of the {len(ids)} images of the list {split} have true masks, so scores are left out. "
-            "Add the others, or name a list of images with masks."
+            "Add the missing masks, or name a list of images with masks."
         )
     return None
 
 
 def _scorable(job: Job, name: str, split: str) -> list[str]:
-    """Ids of a list if this process is to score it: all images have masks, and no part of them is another job's.
-    Otherwise it is said why ``name`` has no score."""
+    """Ids of a list if this process scores it: all images have masks and are not split over jobs. Otherwise prints why
+    ``name`` has no score."""
     if not _whole(job):
         return []
     reason = why_unscored(job, split)

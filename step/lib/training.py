@@ -1,4 +1,4 @@
-"""What the three training steps share: make a network's samples and hand both to the training loop."""
+"""Code of the three training steps: makes a network's training samples and calls the training loop."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ def train(
     target: Callable[[np.ndarray], Any] | None = None,
     score: Callable[[], float] | None = None,
 ) -> None:
-    """Train a network on the images ``ids`` as its phase says and write weights/NAME.pt, unless it is there. Where the
-    phase names a released checkpoint, that is written instead.
+    """Train a network on the images ``ids`` by the recipe of its phase and write weights/NAME.pt, unless it exists. If
+    the phase names a released checkpoint, that is written instead.
 
-    The batches hold saliency maps where the network wants them.
+    The batches contain saliency maps if the network needs them.
 
     Args:
         mask: reads the (H, W) uint8 mask of an image, for segmentation networks.
         planes: reads the label planes of an image, for affinity networks, filled with ``plane_fill`` outside it.
         target: turns augmented planes into the training target.
-        score: rates the network after every epoch; the best weights are written instead of the last ones.
+        score: scores the network after every epoch; the best weights are written instead of the last ones.
     """
     recipe = phase.fit
     if all(distributed.joined([job.run.weights(name).exists()])):
@@ -66,7 +66,7 @@ def train(
     if phase.released:
         if distributed.is_main():
             report = load_released(network, phase.released_files)
-            distributed.say(f"{name}: used as released, no update is made. {report}")
+            distributed.say(f"{name}: used as released, without training. {report}")
             description = _description(job, name, phase, network, device)
             write_model(job.run.weights(name), {k: v.cpu() for k, v in network.state_dict().items()}, description)
         distributed.barrier()
@@ -103,7 +103,8 @@ def train(
 
 
 def _corner_images(job: Job, split: str, phase: Phase, normalisation: str) -> Iterator[torch.Tensor]:
-    """Images of a list, unscaled, cut or padded at the bottom and right to the training crop: batches (b, 3, S, S)."""
+    """Images of a list, not resized, cropped or padded at the bottom and right to the training crop: batches (b, 3, S,
+    S)."""
     side, ids = phase.augment.crop, job.catalog.ids(split)
     size = phase.fit.micro_batch or phase.fit.batch_size
     for begin in range(0, len(ids), size):
@@ -116,7 +117,7 @@ def _corner_images(job: Job, split: str, phase: Phase, normalisation: str) -> It
 
 
 def _description(job: Job, name: str, phase: Phase, network: Network, device: torch.device) -> dict[str, Any]:
-    """What the file of the phase ``name`` says of itself."""
+    """The description stored in the weights file of the phase ``name``."""
     cfg = job.cfg
     part: Part = "aff" if name == "aff" else "seg" if name == "seg" else "cam"
     method = {"cam": cfg.method, "aff": cfg.refiner, "seg": cfg.segmenter}[part]

@@ -475,7 +475,7 @@ def test_what_a_single_stage_run_has_not_is_told(
 
     new = command(data, tmp_path / "new")
     assert "--segmenter own: psa predicts no masks itself. There are: deeplabv1" in told("psa", "--segmenter", "own")
-    assert "there is nothing else to train. Name a segmenter: deeplabv1" in told(*new, "--steps", "1-7")
+    assert "so nothing else is trained. Name a segmenter: deeplabv1" in told(*new, "--steps", "1-7")
     assert "--masks truth: with --segmenter own" in told(*new, "--masks", "truth")
 
 

@@ -120,7 +120,7 @@ def test_the_sheet_shows_a_field_at_several_values(
             kept = {line.split()[1]: line.split()[3::2] for line in said.splitlines()[3:5]}
             assert kept["1"] == ["0.0", "0.0", "0.0"] and float(kept["0"][1]) > 0
     assert digests(out, "**/*") == before
-    for field, told in (("seg.infer", "give background, or a number of"), ("aff.walk.no", "has no field 'no'")):
+    for field, told in (("seg.infer", "give background, or a numeric setting"), ("aff.walk.no", "has no field 'no'")):
         assert sheet.main([*common, "--field", field]) == 1
         assert told in capsys.readouterr().err
 
