@@ -142,6 +142,18 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class LayerScale(nn.Module):
+    """A learnt factor for every channel, as in DeiT III and DINOv2: (..., D) -> (..., D)."""
+
+    def __init__(self, width: int, start: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Plain."""
+        return x * self.gamma
+
+
 class TransformerBlock(nn.Module):
     """Pre-norm transformer block: (B, T, D) -> (B, T, D) (mctformer.md section 2.1, transcam.md section 2.3).
 
@@ -149,20 +161,25 @@ class TransformerBlock(nn.Module):
         width: D. heads: divide it. mlp_ratio: width inside the MLP over D.
         drop_path: probability that a sample skips the attention, and the same for the MLP, in training.
         eps: of the layer norms.
+        layer_scale: start value of learnt factors of what attention and MLP add, a channel each; 0: there are none.
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, drop_path: float, eps: float = _EPSILON) -> None:
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float, drop_path: float, eps: float = _EPSILON,
+        layer_scale: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = Attention(width, heads)
         self.drop_path = StochasticDepth(drop_path, "row")
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.ls1, self.ls2 = (LayerScale(width, layer_scale) if layer_scale else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor, see: See | None = None) -> Tensor:
         """``see`` gets the queries and keys."""
-        x = x + self.drop_path(self.attn(self.norm1(x), see))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), see)))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
 _SHARE = 0.1

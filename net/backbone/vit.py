@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.checked import Checked, Count, DropProbability, Positive, Range, Weight, check
+from net.backbone.timm_vit import find_vit_sizes
 from net.backbone.transformer import AttentionSums, TransformerBlock, Visit, start_local
 from net.foreign.loading import load_tensors
 from net.foreign.pytorch import State
@@ -45,6 +46,12 @@ class ViTOptions(Checked):
     """Stochastic depth of the last block; it grows from 0 at the first."""
     pretrained: str = "deit_small_patch16_224"
     """timm's name of the classifier that the weights 'pretrained' come from."""
+    timm: str = ""
+    """Name of a plain vision transformer of timm, such as deit3_base_patch16_224.fb_in22k_ft_in1k or
+    vit_base_patch14_dinov2.lvd142m: its sizes take the place of patch, width, depth, heads, mlp_ratio and layer_scale,
+    its weights that of pretrained. Empty: the sizes here."""
+    layer_scale: Weight = 0.0
+    """Start value of learnt factors of what attention and MLP add, one a channel (DeiT III, DINOv2). 0: none."""
     stem: Annotated[int, Range(least=0)] = 0
     """0: a patch becomes a token by one linear layer, published. Else pairs of 3x3 convolutions stand before it, the
     first of each pair with stride 2, of this many channels and twice as many in each following pair, until a cell is a
@@ -52,6 +59,13 @@ class ViTOptions(Checked):
     better, 2021)."""
     local_start: Weight = 0.0
     """Random start weights. 0: as published. Else the gain of ``transformer.start_local``."""
+
+    def __post_init__(self) -> None:
+        if self.timm:
+            for name, value in vars(find_vit_sizes(self.timm)).items():
+                object.__setattr__(self, name, value)
+            object.__setattr__(self, "pretrained", self.timm)
+        super().__post_init__()
 
     def cross_check(self) -> None:
         """Raises ValueError for values that make no network together."""
@@ -103,6 +117,15 @@ def fit_positions(patches: Tensor, grid: Grid, mode: Literal["bicubic", "nearest
     return resize_positions(patches, (side, side), grid, mode=mode)
 
 
+def split_positions(table: Tensor) -> tuple[Tensor, Tensor]:
+    """A classifier's position embedding, (1, 1 + h * h, D), as that of its class token, (1, 1, D), and of its patches.
+    Where the table has none for the class token, as in DeiT III, (1, h * h, D), it is zero."""
+    side = round(table.shape[1] ** 0.5)
+    if side * side == table.shape[1]:
+        return torch.zeros_like(table[:, :1]), table
+    return table[:, :1], table[:, 1:]
+
+
 class PatchEmbed(nn.Module):
     """Patches as tokens: (B, 3, H, W) -> (B, N, D), row-major, and their grid (H // patch, W // patch)."""
 
@@ -143,7 +166,8 @@ class ViTBody(nn.Module):
         self.patch_embed = PatchEmbed(options.patch, options.width, options.stem)
         self.blocks = nn.ModuleList(
             TransformerBlock(
-                options.width, options.heads, options.mlp_ratio, options.drop_path * i / max(1, options.depth - 1)
+                options.width, options.heads, options.mlp_ratio, options.drop_path * i / max(1, options.depth - 1),
+                layer_scale=options.layer_scale,
             )
             for i in range(options.depth)
         )
@@ -189,9 +213,9 @@ class GridViT(nn.Module):
         """An ImageNet classifier's tensors (DeiT, distilled or not; ViT) under the names of this network; those that
         it has no use for keep theirs."""
         table = state["pos_embed"]
-        first = 2 if "dist_token" in state else 1
+        patches = table[:, 2:] if "dist_token" in state else split_positions(table)[1]
         moved = {f"model.{k}" if k.startswith(("patch_embed.", "blocks.", "norm.")) else k: v for k, v in state.items()}
-        return {**moved, "grid_posembed": fit_positions(table[:, first:], self.grid)}
+        return {**moved, "grid_posembed": fit_positions(patches, self.grid)}
 
 
 class ViT(ViTBody):
@@ -245,7 +269,7 @@ class ViT(ViTBody):
         The class token and its position are repeated, so that all class tokens start equal; the patches' positions are
         resized where the grid is another.
         """
-        first, patches = state["pos_embed"].split([1, state["pos_embed"].shape[1] - 1], dim=1)
+        first, patches = split_positions(state["pos_embed"])
         return {
             **state,
             "cls_token": state["cls_token"].repeat(1, self.tokens, 1),

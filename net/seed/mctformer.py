@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from misc.checked import Range, When, check
 from misc.config import Augment, CamInference, Fit, override
 from net.backbone.transformer import AttentionSums, spread_maps
-from net.backbone.vit import SAMPLE_VIT, Grid, MultiClassViT, ViTOptions, fit_positions, resize_positions
+from net.backbone.vit import (
+    SAMPLE_VIT,
+    Grid,
+    MultiClassViT,
+    ViTOptions,
+    fit_positions,
+    resize_positions,
+    split_positions,
+)
 from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
 from net.foreign.pytorch import State
 from net.groups import Group, decay_groups
@@ -316,8 +324,7 @@ class MCTformerPlus(MCTformer):
 
     def from_classifier(self, state: State) -> State:
         """As V2's, but the patches' positions are enlarged by repeating each entry (mctformer.md section 3)."""
-        table = state["pos_embed"]
-        first, patches = table.split([1, table.shape[1] - 1], dim=1)
+        first, patches = split_positions(state["pos_embed"])
         return {
             **state,
             "cls_token": state["cls_token"].repeat(1, self.tokens, 1),

@@ -326,7 +326,7 @@ def test_misfitting_classifiers_are_refused(tmp_path: Path) -> None:
         network().load_weights(save(tmp_path, state))
     with pytest.raises(ValueError, match="pos_embed"):
         state = deit()
-        network().load_weights(save(tmp_path, {**state, "pos_embed": state["pos_embed"][:, :-1]}))
+        network().load_weights(save(tmp_path, {**state, "pos_embed": state["pos_embed"][:, :-2]}))
 
 
 def test_pretrained_is_timms(monkeypatch: pytest.MonkeyPatch) -> None:
