@@ -83,6 +83,7 @@ Weight = Annotated[float, Range(least=0)]
 Probability = Annotated[float, Range(least=0, most=1)]
 DropProbability = Annotated[float, Range(least=0, below=1)]
 """Below 1, because 1 would drop everything."""
+Fraction = Annotated[float, Range(least=0, below=1)]
 
 
 def check(good: bool, name: str, value: object, wanted: str) -> None:

@@ -36,8 +36,9 @@ class Fit(Checked):
 
     epochs: Annotated[int, Range(least=1)] = 8
     """Passes over the training list; ignored where ``steps`` is given."""
-    steps: Annotated[int | None, Range(least=1)] = None
-    """Number of updates. None: epochs x floor(images / batch_size); ceil if the last batch is kept."""
+    steps: Annotated[int | None, Range(least=0)] = None
+    """Number of updates. None: epochs x floor(images / batch_size); ceil if the last batch is kept. 0: nothing is
+    trained, the network keeps its start weights."""
     batch_size: Annotated[int, Range(least=1)] = 8
     """Global batch size: images per update over ALL processes and accumulation steps together."""
     micro_batch: Annotated[int | None, Range(least=1)] = None
@@ -243,12 +244,13 @@ class CamInference(Checked):
     pad_first: bool = False
     """Pad before mirroring instead of after it, so that the mirrored image has its margin on the left."""
     # psa.md 2.4, seam.md 5, mctformer.md 4, aream.md 9, toco.md 3
-    normalise: Literal["max", "shifted", "minmax", "rectified", "span"] = "max"
+    normalise: Literal["max", "shifted", "minmax", "rectified", "span", "none"] = "max"
     """How the merged maps S are normalised, each class map separately. max: S / (max + 1e-5).
     shifted: clipped at 0, entries below min + 1e-5 set to 0, then (S - min - 1e-5) / (max - min + 1e-5).
     minmax: (S - min) / (max - min + 1e-8).
     rectified: clipped at 0, then D / (max D + 1e-6) with D = S - min.
-    span: D / (max D + 1e-5) with D = S - min."""
+    span: D / (max D + 1e-5) with D = S - min.
+    none: as they are, of networks that scale their maps themselves."""
     # irnet.md 6
     round_up: Annotated[int, Range(least=1)] = 1
     """The maps of all scales are resized to sides that are multiples of this, added up and cropped to the image.
@@ -299,19 +301,26 @@ class SegInference(Checked):
     squash: Annotated[int, Range(least=0)] = 0
     """Side of a square to which the normalised image is first stretched (bilinear); scales are then factors of it.
     Pixels. 0: the image keeps its shape."""
+    # weclip.md 6
+    long_side: Annotated[int, Range(least=0)] = 0
+    """The normalised image is resized to this longer side first (bilinear); scales are then factors of that size.
+    Pixels. 0: it keeps its size."""
     flip: bool = False
     """Test the mirrored image too."""
-    resize: Literal["cubic", "linear", "bilinear", "bicubic"] = "cubic"
+    resize: Literal["cubic", "linear", "bilinear", "bilinear_factor", "bicubic"] = "cubic"
     """Filter that scales the image. cubic: OpenCV on the normalised image, sizes rounded. linear: bilinear with aligned
     corners on the normalised image, sizes truncated; for ``square`` OpenCV's. bilinear: the same without aligned
-    corners.
+    corners. bilinear_factor: as bilinear, sampled at the scale itself, not at that of the truncated size.
     bicubic: PIL on the 8-bit image, sizes rounded."""
-    # deeplab.md A.3, B.3 and D.3, toco.md 8
-    merge: Literal["mean_logits", "sum_logits", "max_softmax", "sum_max_logits", "max_sum_logits"] = "mean_logits"
+    # deeplab.md A.3, B.3 and D.3, toco.md 8, weclip.md 6
+    merge: Literal[
+        "mean_logits", "sum_logits", "max_softmax", "sum_max_logits", "max_sum_logits", "mean_grid_logits"
+    ] = "mean_logits"
     """How the results of all scales and mirrors are merged. mean_logits: softmax of the mean logits. sum_logits:
     softmax of their sum (same labels, but sharper scores for the CRF). max_softmax: maximum of the softmaxes.
     sum_max_logits: an image and its mirror are added, then the maximum over the scales, then the softmax.
-    max_sum_logits: the maximum of an image and its mirror, the scales added, then the softmax."""
+    max_sum_logits: the maximum of an image and its mirror, the scales added, then the softmax. mean_grid_logits: as
+    mean_logits, but the mean is taken on the grid of the first scale's logits and resized to the image."""
     align_corners: bool = True
     """align_corners of the bilinear resize of logits to the image."""
     crf_truncates_image: bool = False
@@ -325,6 +334,9 @@ class SegInference(Checked):
         check(not self.square or min(self.scales) >= 8, "scales", self.scales, "sides of 8 pixels or more for square")
         check(not (self.squash and self.square), "squash", self.squash, "0 where square is used")
         check(not self.squash or self.resize != "bicubic", "resize", self.resize, "another than bicubic with squash")
+        check(not self.long_side or not (self.squash or self.square), "long_side", self.long_side, "0 for squares")
+        check(not self.long_side or self.resize != "bicubic", "resize", self.resize, "another than bicubic here")
+        check(not self.square or self.resize != "bilinear_factor", "resize", self.resize, "another for squares")
 
 
 @dataclass(frozen=True)

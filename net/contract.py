@@ -6,16 +6,16 @@ Networks are single-device code: they know no rank, no file and no data set.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from misc.checked import Checked
+from misc.checked import Checked, Range
 from misc.config import Augment, BoxInference, CamInference, Fit, Precision, SegInference, View
 from misc.image.cam import Cam
 from misc.image.labels import IGNORE
@@ -48,8 +48,21 @@ class Network(Trainable):
 
     def pretrained_names(self) -> tuple[str, ...]:
         """timm's names of the classifiers that the network starts from by the word 'pretrained', each loaded by
-        ``load_weights("timm:NAME")``; none by default."""
+        ``load_weights("timm:NAME")``; none by default. Weights of another library have its name before theirs
+        (``open_clip:NAME``) and are asked for by that."""
         return ()
+
+    def set_class_texts(self, names: Sequence[str], own: Mapping[str, str]) -> None:  # noqa: B027
+        """Called once the network is built, before any weights are loaded, for networks that know classes by words.
+
+        Args:
+            names: of the C foreground classes.
+            own: a text for a class, by its name, where the data set has one.
+        """
+
+    def notes(self) -> dict[str, Any]:
+        """What its file says of it besides its recipe, as JSON has it: what it was told that no setting holds."""
+        return {}
 
     def load_weights(self, weights: str) -> str:
         """Start from a checkpoint in one of the field's formats, a file or ``timm:NAME``; returns a one-line report.
@@ -67,6 +80,12 @@ class Options(Checked, ABC):
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> Network:
         """The network for ``num_classes`` foreground classes; ``earlier`` holds the trained networks of the phases
         before this one, by phase name, in evaluation mode and frozen, on the device of the training."""
+
+    @property
+    def keeps_start_weights(self) -> bool:
+        """Whether a part of the network is never trained, so that random start weights make results without
+        meaning."""
+        return False
 
     @property
     def wants_saliency(self) -> bool:
@@ -143,14 +162,24 @@ class SeedRecipe(Phase):
 
 
 @dataclass(frozen=True)
-class RefineRecipe(Phase):
-    """Recipe of a refiner: labels from CAMs, an affinity network, a random walk. Subclassed by each refiner, which
-    gives ``label`` and ``walk`` their own types."""
+class RefineSettings(Checked):
+    """How CAMs become pseudo masks: all there is to set of a refiner that is not trained. Subclassed by each refiner,
+    which gives ``walk`` its own type."""
+
+    walk: Any = None
+    """How scores of background and classes are made of the CAMs: the random walk, of refiners that have one."""
+    ignore_below: Annotated[float, Range(least=0)] = 0.0
+    """Pixels of a pseudo mask whose largest score is below this become 255, which the segmentation network's loss
+    leaves out. 0: none."""
+
+
+@dataclass(frozen=True)
+class RefineRecipe(RefineSettings, Phase):
+    """Recipe of a refiner that is trained: labels from CAMs, an affinity network, a random walk. Subclassed by each
+    refiner, which gives ``label`` and ``walk`` their own types."""
 
     label: Any = None
     """How affinity labels are made from CAMs."""
-    walk: Any = None
-    """The random walk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,11 +254,53 @@ class SingleStage(SeedNetwork):
         """As ``Segmenter.logits``: (B, 3, H, W) normalised -> (B, C + 1, h, w), channel 0 background."""
 
 
-class AffinityNetwork(Network):
-    """A refiner: makes training labels from CAMs, learns affinities, refines the CAMs by a random walk."""
+class Refiner(ABC):
+    """Makes pseudo masks of CAMs: an ``AffinityNetwork``, or what needs no training (``PlainRefiner``)."""
+
+    recipes: ClassVar[Mapping[Preset, RefineSettings]]
+    """'published', 'sample' and variants: see ``Recipe``."""
+    is_trained: ClassVar[bool]
+    """Whether it is a network that is trained on labels made from the CAMs (steps 3 and 4)."""
+    normalisation: str = "imagenet"
+    """How the values of the picture are normalised: a name of misc.image.pixels.NORMALISATIONS."""
+
+    @abstractmethod
+    def refine(self, picture: Picture, cam: Cam, options: Any) -> np.ndarray:
+        """Scores after the refinement.
+
+        Args:
+            picture: the image, any H and W, its values on the device to compute on.
+            cam: its CAMs at image size, K classes (may be 0).
+            options: the recipe's ``walk``.
+
+        Returns:
+            (K + 1, H, W) float32, background first, then the classes in the order of ``cam.keys``: the arg-max is the
+            pseudo mask.
+        """
+
+    @classmethod
+    def finds_instances(cls, options: Any) -> bool:
+        """Whether single objects are told apart with these settings (the recipe's ``walk``): then ``find_instances``
+        is called in place of ``refine``."""
+        return False
+
+    def find_instances(self, picture: Picture, cam: Cam, options: Any) -> tuple[np.ndarray, Instances]:
+        """``refine``, and besides the single objects: arguments and first result as there."""
+        raise NotImplementedError(f"{type(self).__name__} tells no objects apart.")
+
+
+class PlainRefiner(Refiner):
+    """A refiner without weights: it is made without arguments, and there is nothing to train."""
+
+    is_trained = False
+
+
+class AffinityNetwork(Network, Refiner):
+    """A refiner that makes training labels from CAMs, learns affinities, refines the CAMs by a random walk."""
 
     recipes: ClassVar[Mapping[Preset, RefineRecipe]]
     """'published', 'sample' and variants: see ``Recipe``."""
+    is_trained = True
     plane_fill: ClassVar[float] = 0.0
     """What the label planes hold where a training crop shows no image."""
 
@@ -253,30 +324,6 @@ class AffinityNetwork(Network):
     def make_target(cls, planes: np.ndarray) -> np.ndarray:
         """Training target of one sample from its augmented planes: (P, S, S) -> an array of the same shape for every
         image (it becomes ``batch["target"]`` with the batch in front)."""
-
-    @abstractmethod
-    def refine(self, picture: Picture, cam: Cam, options: Any) -> np.ndarray:
-        """Scores after the random walk.
-
-        Args:
-            picture: the image, any H and W, its values on the network's device.
-            cam: its CAMs, K classes (may be 0).
-            options: the recipe's ``walk``.
-
-        Returns:
-            (K + 1, H, W) float32, background first, then the classes in the order of ``cam.keys``: the arg-max is the
-            pseudo mask.
-        """
-
-    @classmethod
-    def finds_instances(cls, options: Any) -> bool:
-        """Whether single objects are told apart with these settings (the recipe's ``walk``): then ``find_instances``
-        is called in place of ``refine``."""
-        return False
-
-    def find_instances(self, picture: Picture, cam: Cam, options: Any) -> tuple[np.ndarray, Instances]:
-        """``refine``, and besides the single objects: arguments and first result as there."""
-        raise NotImplementedError(f"{type(self).__name__} tells no objects apart.")
 
 
 class Segmenter(Network):

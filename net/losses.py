@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from misc.image.labels import IGNORE
+
 ClassLoss = Literal["soft_margin", "cross_entropy"]
 """How a classifier is trained: by each class for itself, or (one class an image) by all against each other."""
 
@@ -27,3 +29,28 @@ def class_loss(logits: Tensor, tags: Tensor, kind: ClassLoss) -> Tensor:
         return multilabel_soft_margin(logits, tags)
     tags = tags.to(torch.float32)
     return F.cross_entropy(logits.float(), tags / tags.sum(1, keepdim=True).clamp(min=1))
+
+
+def count_label_kinds(label: Tensor) -> dict[str, Tensor]:
+    """Numbers of background pixels and of pixels of a class in labels (B, H, W)."""
+    background = label == 0
+    return {"background": background.sum(), "foreground": (~background & (label != IGNORE)).sum()}
+
+
+def balanced_cross_entropy(logits: Tensor, label: Tensor, background: Tensor, foreground: Tensor) -> Tensor:
+    """Half the mean cross entropy of the background pixels plus half that of the others.
+
+    ToCo's code gives 0 / 0 for a half without pixels (toco.md section 9, trap 5); here it is 0, as in MoRe.
+
+    Args:
+        logits: (B, C + 1, H, W) float32.
+        label: (B, H, W) int64, 255 ignored.
+        background, foreground: counts over the batch (``Network.counts``).
+    """
+    errors = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")  # (B, H, W), 0 where unknown
+    is_background = label == 0
+    halves = (
+        errors[is_background].sum() / background.clamp(min=1e-6),
+        errors[~is_background].sum() / foreground.clamp(min=1e-6),
+    )
+    return sum(halves) / 2

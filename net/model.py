@@ -56,6 +56,7 @@ def describe_network(
         "classes": list(classes),
         "normalisation": _normalisation(network),
         "recipe": dict(recipe),
+        **network.notes(),
         **({} if test is None else {"own": flatten(test)}),
     }
 

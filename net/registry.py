@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from net.contract import AffinityNetwork, Preset, SeedNetwork, Segmenter
+from net.contract import Preset, Refiner, SeedNetwork, Segmenter
 
 SEEDS: dict[str, type[SeedNetwork]] = {}
-REFINERS: dict[str, type[AffinityNetwork]] = {}
+REFINERS: dict[str, type[Refiner]] = {}
 SEGMENTERS: dict[str, type[Segmenter]] = {}
 BROKEN: dict[str, str] = {}
 """Files (net/seed/NAME.py) that could not be imported, and why."""
@@ -60,7 +60,7 @@ def seed(name: str) -> Callable[[T], T]:
 
 
 def refiner(name: str) -> Callable[[T], T]:
-    """Register an affinity network under the name it has on the command line; see ``seed``."""
+    """Register a refiner under the name it has on the command line; see ``seed``."""
     return _register("refine", name)
 
 

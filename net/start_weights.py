@@ -16,7 +16,8 @@ NONE = "none"
 CAM = "cam"
 """The CAM network that the run trained."""
 PRETRAINED = "pretrained"
-"""What timm fetches from the internet, by the names that the network gives (``Network.pretrained_names``)."""
+"""What timm, or open_clip, fetches from the internet, by the names that the network gives
+(``Network.pretrained_names``)."""
 REQUIRED = "required"
 """Only in recipes: the user has to say which file."""
 
@@ -80,7 +81,7 @@ class StartWeights:
             names = network.pretrained_names()
             if not names:
                 raise ValueError(f"{type(network).__name__} has no weights that timm fetches: give a FILE.")
-            return tuple(f"timm:{name}" for name in names)
+            return tuple(name if ":" in name else f"timm:{name}" for name in names)
         if self.word == REQUIRED:
             raise ValueError(f"{type(network).__name__} starts from trained weights: give a FILE, or {NONE}.")
         return self.files

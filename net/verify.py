@@ -133,6 +133,7 @@ def _built(phase: Phase, num_classes: int, earlier: Mapping[str, Network]) -> An
     if network.normalisation not in NORMALISATIONS:
         names = ", ".join(NORMALISATIONS)
         raise ValueError(f"{_file(network)}: normalisation {network.normalisation!r} is none of {names}.")
+    network.set_class_texts([f"class {number}" for number in range(num_classes)], {})
     network.train()
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

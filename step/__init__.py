@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-Aim = Literal["masks", "single_stage", "boxes"]
-"""What a run makes: masks by a segmentation network, masks by the CAM network itself, or boxes (Job.aim)."""
+Aim = Literal["masks", "plain_masks", "single_stage", "boxes"]
+"""What a run makes: masks by a segmentation network (plain_masks: with pseudo masks of a refiner that is not trained),
+masks by the CAM network itself, or boxes (Job.aim)."""
+MASKS: tuple[Aim, ...] = ("masks", "plain_masks")
+"""Runs that train a segmentation network."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Step:
     makes: tuple[str, ...]
     files: Callable[[Any], Iterable[Path]]
     per_image: bool = False
-    aims: tuple[Aim, ...] = ("masks",)
+    aims: tuple[Aim, ...] = MASKS
 
     def run(self) -> Callable[[Any, Any], None]:
         """The step's function (imported when it is needed)."""
@@ -36,17 +39,19 @@ STEPS: tuple[Step, ...] = (
     Step("train_cam", "train the CAM network from tags", ("weights/cam.pt",),
          lambda job: [job.run.weights(name) for name, _ in job.cfg.cam.needed_phases()], aims=ALL),
     Step("make_cam", "infer the CAMs of the training images", ("cam",),
-         lambda job: map(job.run.cam, job.cam_ids()), per_image=True, aims=("masks", "single_stage")),
+         lambda job: map(job.run.cam, job.cam_ids()), per_image=True, aims=(*MASKS, "single_stage")),
     Step("make_aff_label", "make affinity labels from the CAMs", ("aff_label",),
-         lambda job: map(job.run.aff_label, job.train_ids()), per_image=True),
-    Step("train_aff", "train the affinity network", ("weights/aff.pt",), lambda job: [job.run.weights("aff")]),
-    Step("random_walk", "spread the CAMs by a random walk: pseudo masks", ("label", "label_overlay", "instance"),
+         lambda job: map(job.run.aff_label, job.train_ids()), per_image=True, aims=("masks",)),
+    Step("train_aff", "train the affinity network", ("weights/aff.pt",), lambda job: [job.run.weights("aff")],
+         aims=("masks",)),
+    Step("random_walk", "refine the CAMs, by a random walk or without one: pseudo masks",
+         ("label", "label_overlay", "instance"),
          lambda job: job.mask_files(job.run.label, job.cam_ids()), per_image=True),
     Step("train_seg", "train the segmentation network on the pseudo masks", ("weights/seg.pt",),
          lambda job: [job.run.weights("seg")]),
     Step("infer_seg", "predict the validation images", ("seg", "seg_before_crf", "seg_overlay"),
          lambda job: job.mask_files(job.run.seg, job.predicted_ids()), per_image=True,
-         aims=("masks", "single_stage")),
+         aims=(*MASKS, "single_stage")),
     Step("localise", "draw boxes round the objects of the validation images", ("box",),
          lambda job: map(job.run.box, job.catalog.ids(job.cfg.val_list)), per_image=True, aims=("boxes",)),
     Step("report", "write a page with scores and pictures", ("report.html", "pictures.png"),

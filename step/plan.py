@@ -15,6 +15,7 @@ from misc.files.runfolder import OtherConfiguration, RunFolder
 from misc.loop.each import EachFailed, WorkerDied
 from misc.loop.fit import NonFiniteLoss, divide, resume_point
 from net import registry, verify
+from net.contract import Phase
 from step import STEPS, Step, report, select
 from step.lib.config import Config, Job, open_job
 from voc12 import loader
@@ -91,8 +92,11 @@ def open_plan(cfg: Config) -> Plan:
         sets.generate(cfg.data_root(), images=s.images, val=s.val, classes=s.classes, seed=s.seed, layout=layout)
     distributed.barrier()
     job = open_job(cfg)
-    steps = select(cfg.steps, job.aim)
-    if cfg.aff.released and not cfg.steps:
+    listed = select(cfg.steps, job.aim)
+    steps = [step for step in listed if not _is_for_trained_refiners(step) or job.refine_method().is_trained]
+    if not steps:
+        raise ValueError(f"{listed[0].name}: {not_applying(listed[0], job)}")
+    if isinstance(cfg.aff, Phase) and cfg.aff.released and not cfg.steps:
         steps = [s for s in steps if s.name != "make_aff_label"]
     source = None if cfg.cams is None else RunFolder(cfg.cams)
     adopted = ("train_cam", "make_cam") if source else ()
@@ -113,13 +117,20 @@ def open_plan(cfg: Config) -> Plan:
         if distributed.is_main():
             job.run.adopt_cams(source, [name for name, _ in cfg.cam.needed_phases()])
         distributed.barrier()
-    return Plan(job, steps if cfg.steps else list(STEPS), steps)
+    return Plan(job, listed if cfg.steps else list(STEPS), steps)
+
+
+def _is_for_trained_refiners(step: Step) -> bool:
+    """Whether a step makes labels for the refiner's training, or is that training."""
+    return step.aims == ("masks",)
 
 
 def not_applying(step: Step, job: Job) -> str | None:
     """Why a step does not apply to this run; None if it does, or if it is optional."""
+    if _is_for_trained_refiners(step) and not job.refine_method().is_trained:
+        return f"does not apply: the refiner {job.cfg.refiner} is not trained."
     if job.aim in step.aims:
-        if step.name == "make_aff_label" and job.cfg.aff.released:
+        if step.name == "make_aff_label" and isinstance(job.cfg.aff, Phase) and job.cfg.aff.released:
             return "does not apply: the affinity network is a released one, so no labels are needed."
         return None
     if job.aim == "boxes":
@@ -153,7 +164,8 @@ def check(job: Job, steps: Sequence[Step]) -> None:
                 if not Path(file).is_file():
                     raise FileNotFoundError(f"--{prefix}released {file}: there is no such file.")
             continue
-        divide(phase.fit, distributed.world())
+        if phase.fit.steps != 0:
+            divide(phase.fit, distributed.world())
         phase.start.check(f"--{prefix}weights", None if "train_cam" in names else job.run.weights("cam"))
     saliency = job.saliency_folder() if any(p.network.wants_saliency and not p.released for _, p in phases) else None
     lists: dict[str, dict[str, Any]] = {

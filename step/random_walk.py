@@ -1,4 +1,4 @@
-"""Step 5: spread the CAMs by a random walk over affinities: pseudo masks label/ID.png.
+"""Step 5: refine the CAMs, by a random walk over affinities or without training: pseudo masks label/ID.png.
 
 Refiners that separate single objects also write instance/ID.npz, and instance/ID.png to look at.
 """
@@ -14,33 +14,30 @@ from misc.image.cam import Cam
 from misc.image.picture import Picture
 from misc.loop.each import each
 from misc.score.objects import Instances, write_instances
-from net.contract import AffinityNetwork
 from step.lib import overlays
 from step.lib.config import Job
-from step.lib.inference import read_full_cam, settle_walk, walk_cam
-from step.lib.networks import load_network
-from step.lib.scoring import precisions, score_instances, score_masks, start_weights
+from step.lib.inference import pseudo_mask, read_full_cam, settle_walk, walk_cam
+from step.lib.networks import load_refiner
+from step.lib.scoring import precisions, refiner_weights, score_instances, score_masks
 
 
 def run(job: Job, device: torch.device) -> None:
     """Make and score the pseudo masks of the training list and of the scored list."""
-    network = load_network(job, "aff", job.cfg.aff, device)
-    assert isinstance(network, AffinityNetwork)
-    walk = settle_walk(job.cfg.aff.walk, job.run)
+    refiner, walk = load_refiner(job, device), settle_walk(job.cfg.aff.walk, job.run)
     machine = job.machine(job.cfg.aff, device)
-    finds_instances = network.finds_instances(walk)
+    finds_instances = refiner.finds_instances(walk)
 
     def prepare(image_id: str) -> tuple[Picture, Cam]:
         image = read_image(job.catalog.image_path(image_id))
-        return Picture.of_rgb(image, network.normalisation), read_full_cam(job, image_id, image.shape[:2])
+        return Picture.of_rgb(image, refiner.normalisation), read_full_cam(job, image_id, image.shape[:2])
 
     def work(image_id: str, prepared: tuple[Picture, Cam]) -> None:
         picture, cam = prepared
         mask = np.zeros(picture.size, np.uint8)
         instances = Instances.none(mask.shape)
         if len(cam.keys):
-            scores, instances = walk_cam(network, picture, cam, walk, machine, device)
-            mask = np.concatenate([[0], cam.keys + 1]).astype(np.uint8)[scores.argmax(0)]
+            scores, instances = walk_cam(refiner, picture, cam, walk, machine, device)
+            mask = pseudo_mask(scores, cam.keys, job.cfg.aff.ignore_below)
         if finds_instances:
             write_instances(job.run.instance(image_id), instances)
             write_mask(job.run.instance_picture(image_id), instances.picture())
@@ -54,10 +51,11 @@ def run(job: Job, device: torch.device) -> None:
     precision = precisions(job, "aff", device)
     score_masks(
         job, "pseudo masks after the walk", job.cfg.score_list, job.run.label, tags="true tags",
-        walk=flatten(walk), start_weights=start_weights(job.cfg.aff, job.cfg.cam), precision=precision,
+        refiner=job.cfg.refiner, walk=flatten(walk), ignore_below=job.cfg.aff.ignore_below,
+        start_weights=refiner_weights(job.cfg), precision=precision,
     )
     if finds_instances:
         score_instances(
             job, "pseudo objects after the walk", job.cfg.score_list, job.run.instance, tags="true tags",
-            walk=flatten(walk), start_weights=start_weights(job.cfg.aff, job.cfg.cam), precision=precision,
+            walk=flatten(walk), start_weights=refiner_weights(job.cfg), precision=precision,
         )

@@ -5,6 +5,8 @@ Tags are (C,) float32 vectors of 0 and 1 over the foreground classes.
 
 from __future__ import annotations
 
+import csv
+import unicodedata
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -54,6 +56,29 @@ def read_xml(path: Path, difficult: bool = True) -> list[str]:
         raise DataError(f"{path} is not in UTF-8 ({error.reason}): save it as UTF-8.") from None
     except DataError as error:
         raise DataError(f"{path} {error}") from None
+
+
+def read_texts(path: Path, classes: Sequence[str]) -> dict[str, str]:
+    """What classes are called in words, for networks that read: lines ``class,words`` of a UTF-8 file; words may hold
+    commas. Classes may be left out. DataError for a damaged file and for a name that is no class."""
+    try:
+        rows = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: write lines 'class,words for it'.") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} can't be read ({error}): save it as UTF-8 text, a line 'class,words' each.") from None
+    texts: dict[str, str] = {}
+    known = {unicodedata.normalize("NFC", name): name for name in classes}
+    for number, row in enumerate(rows, 1):
+        if not any(cell.strip() for cell in row):
+            continue
+        name, words = unicodedata.normalize("NFC", row[0].strip()), ",".join(row[1:]).strip()
+        if name not in known or not words or known[name] in texts:
+            problem = "has no words" if name in known and not words else "is there twice" if name in known else \
+                f"is no class; there are: {', '.join(classes[:20])}"
+            raise DataError(f"{path}, line {number}: {name!r} {problem}.")
+        texts[known[name]] = words
+    return texts
 
 
 def tags_from_mask(mask: np.ndarray, num_classes: int) -> np.ndarray:

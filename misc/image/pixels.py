@@ -29,6 +29,7 @@ class Normalisation:
 
 NORMALISATIONS: dict[str, Normalisation] = {
     "imagenet": Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": Normalisation((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "caffe_bgr": Normalisation((104.008, 116.669, 122.675), (1.0, 1.0, 1.0), scale=1.0, bgr=True),
 }
 """Normalisations by name; each network names its own. caffe_bgr: psa.md 2.2, deeplab.md C.3."""

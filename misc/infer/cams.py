@@ -164,9 +164,14 @@ def scale_by_span(total: Tensor) -> Tensor:
     return total / (total.amax((-2, -1), keepdim=True) + _EPSILON)
 
 
+def keep_scale(total: Tensor) -> Tensor:
+    """(..., H, W) -> the same: maps that are in [0, 1] already."""
+    return total
+
+
 MAP_SCALINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "max": scale_by_maximum, "shifted": scale_shifted, "minmax": scale_by_range, "rectified": scale_rectified,
-    "span": scale_by_span,
+    "span": scale_by_span, "none": keep_scale,
 }  # fmt: skip
 """Scaling rules by their names in ``CamInference.normalise``."""
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from misc.config import SegInference
 from misc.crf.dense import DenseCRF
 from misc.image.picture import truncate_image
-from misc.image.pixels import normalise_image, scaled_size, squash_values, to_tensor, truncated_size
+from misc.image.pixels import normalise_image, scaled_size, squash_values, stretch_values, to_tensor, truncated_size
 
 Logits = Callable[[Tensor], Tensor]
 """Images (B, 3, h, w), normalised -> logits (B, n, h', w') of any resolution."""
@@ -37,6 +37,8 @@ class MaskMerge:
     """What all scales were merged to, (n, H, W), and their number -> scores."""
     linear: bool
     """Whether ``mirror`` commutes with the resize."""
+    on_grid: bool = False
+    """Whether scales are merged on the grid of the first one's logits, and resized to the image then."""
 
 
 MASK_MERGES = {
@@ -45,8 +47,11 @@ MASK_MERGES = {
     "max_softmax": MaskMerge(lambda maps: maps.softmax(1).amax(0), torch.maximum, lambda x, n: x, False),
     "sum_max_logits": MaskMerge(lambda maps: maps.sum(0), torch.maximum, lambda x, n: x.softmax(0), True),
     "max_sum_logits": MaskMerge(lambda maps: maps.amax(0), Tensor.add_, lambda x, n: x.softmax(0), False),
+    "mean_grid_logits": MaskMerge(
+        lambda maps: maps.mean(0), Tensor.add_, lambda x, n: x.div_(n).softmax(0), True, on_grid=True
+    ),
 }
-"""By the name in ``SegInference.merge`` (deeplab.md A.3, B.3 and D.3, toco.md section 8)."""
+"""By the name in ``SegInference.merge`` (deeplab.md A.3, B.3 and D.3, toco.md section 8, weclip.md section 6)."""
 
 
 def segment(
@@ -100,10 +105,13 @@ def merge_passes(
                 maps = torch.cat([maps[:1], maps[1:].flip(-1)])
             if rule.linear:  # then the resize, linear too, may come last: half the work at full size
                 maps = rule.mirror(maps)[None]
-            maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=infer.align_corners)
+            at = size if not rule.on_grid else maps.shape[2:] if merged is None else merged.shape[1:]
+            maps = F.interpolate(maps, size=tuple(at), mode="bilinear", align_corners=infer.align_corners)
             one = maps[0] if rule.linear else rule.mirror(maps)  # (n, H, W)
             merged = one if merged is None else rule.scales(merged, one)
         assert merged is not None  # SegInference has at least one scale
+        if merged.shape[1:] != tuple(size):
+            merged = F.interpolate(merged[None], size=size, mode="bilinear", align_corners=infer.align_corners)[0]
         merged = rule.end(merged, len(infer.scales))
     return merged.cpu().numpy()
 
@@ -146,9 +154,13 @@ def _resized_first(image: np.ndarray, factor: float, infer: SegInference, normal
 
 def scale_values(values: np.ndarray, infer: SegInference) -> Iterator[Tensor]:
     """A normalised image (H, W, 3) at every scale: (1, 3, h, w). The size is rounded for cubic, truncated for linear
-    and bilinear (deeplab.md A.3, B.3); of a square it is the scale itself (getam.md section 7)."""
+    and bilinear (deeplab.md A.3, B.3); of a square it is the scale itself (getam.md section 7). A long side is
+    truncated too, so that it may come out a pixel shorter (weclip.md section 6)."""
     if infer.squash:
         values = squash_values(values, infer.squash)
+    if infer.long_side:
+        ratio = infer.long_side / max(values.shape[:2])
+        values = stretch_values(values, truncated_size(values.shape[:2], ratio))
     for factor in infer.scales:
         if infer.square:
             size = scaled_size((1, 1), factor)
@@ -157,6 +169,8 @@ def scale_values(values: np.ndarray, infer: SegInference) -> Iterator[Tensor]:
         if infer.resize == "cubic" or (infer.square and infer.resize == "linear"):
             kind = {"cubic": cv2.INTER_CUBIC, "linear": cv2.INTER_LINEAR}[infer.resize]
             yield to_tensor(cv2.resize(values, size[::-1], interpolation=kind))[None]
+        elif infer.resize == "bilinear_factor" and factor != 1:
+            yield F.interpolate(to_tensor(values)[None], scale_factor=factor, mode="bilinear", align_corners=False)
         else:
             align = infer.resize == "linear"
             yield F.interpolate(to_tensor(values)[None], size=size, mode="bilinear", align_corners=align)

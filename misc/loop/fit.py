@@ -251,16 +251,28 @@ def fit(
                 _check_weights(network, step, name)
                 _save(resume, network, rules, scaler, identity, step + 1)
     _check_weights(network, total - 1, name)
+    if main and score is not None:
+        network.load_state_dict(store.read_weights(best)["network"])
+    keep(network, device, machine, weights, description, finish)
     if main:
-        if score is not None:
-            network.load_state_dict(store.read_weights(best)["network"])
+        for done in (resume, best):
+            done.unlink(missing_ok=True)
+    distributed.barrier()
+
+
+def keep(
+    network: nn.Module, device: torch.device, machine: Machine, weights: Path, description: Mapping[str, Any],
+    finish: Callable[[], None] | None = None,
+) -> None:
+    """Write a network as it is, as the end of a training does; of a network that nothing is trained of it is the whole
+    training. To be called by all processes; arguments as for ``fit``."""
+    if distributed.is_main():
+        network.to(device)
         if finish is not None:
             network.eval()
             with torch.no_grad(), autocast(machine, device):
                 finish()
         store.write_model(weights, {k: v.cpu() for k, v in network.state_dict().items()}, description)
-        for done in (resume, best):
-            done.unlink(missing_ok=True)
     distributed.barrier()
 
 

@@ -1,4 +1,4 @@
-"""PyTorch checkpoints and safetensors files in their many wrappings."""
+"""PyTorch checkpoints, TorchScript archives and safetensors files in their many wrappings."""
 
 from __future__ import annotations
 

@@ -39,6 +39,7 @@ from net.foreign.loading import load_tensors
 from net.foreign.reading import read_tensors
 from net.groups import Group, conv_groups
 from net.registry import refiner
+from net.shared.background import BackgroundRule, stack_background
 from net.start_weights import REQUIRED
 
 STRIDE = 8
@@ -74,7 +75,6 @@ class PSAOptions(Options):
         return (PSAResNet38 if self.backbone == "resnet38" else PSAVGG16)(num_classes, self)
 
 
-BackgroundRule = Literal["power", "constant"]
 
 
 @dataclass(frozen=True)
@@ -144,21 +144,6 @@ class PSARecipe(RefineRecipe):
 
 
 # ------------------------------------------------------------------------------------------------ labels
-
-
-def stack_background(maps: np.ndarray, rule: BackgroundRule, alpha: float, threshold: float) -> np.ndarray:
-    """Score stack of an image: background first, then its class maps.
-
-    Args:
-        maps: (K, H, W) in [0, 1], K >= 1.
-        rule, alpha, threshold: power gives (1 - largest map)^alpha, constant gives the threshold everywhere.
-
-    Returns:
-        (K + 1, H, W) float32.
-    """
-    largest = maps.max(axis=0)
-    background = (1 - largest) ** alpha if rule == "power" else np.full_like(largest, threshold)
-    return np.concatenate([background[None], maps]).astype(np.float32)
 
 
 def merge_alpha_labels(low: np.ndarray, high: np.ndarray) -> np.ndarray:

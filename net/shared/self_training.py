@@ -28,6 +28,7 @@ from net.contract import Options, SingleStage
 from net.foreign.loading import load_tensors
 from net.foreign.reading import read_tensors
 from net.groups import Group
+from net.losses import balanced_cross_entropy, count_label_kinds
 
 VIT_B = ViTOptions(
     width=768, heads=12, drop_path=0.0, pretrained="vit_base_patch16_224.orig_in21k_ft_in1k"
@@ -124,31 +125,6 @@ def patch_contrast(patches: Tensor, label: Tensor, same_pairs: Tensor, different
     alike = (similarity * same).sum() / (same_pairs + added)
     unlike = (similarity * different).sum() / (different_pairs + added)
     return (1 - alike + unlike) / 2
-
-
-def count_label_kinds(label: Tensor) -> dict[str, Tensor]:
-    """Numbers of background pixels and of pixels of a class in labels (B, H, W)."""
-    background = label == 0
-    return {"background": background.sum(), "foreground": (~background & (label != IGNORE)).sum()}
-
-
-def balanced_cross_entropy(logits: Tensor, label: Tensor, background: Tensor, foreground: Tensor) -> Tensor:
-    """Half the mean cross entropy of the background pixels plus half that of the others.
-
-    ToCo's code gives 0 / 0 for a half without pixels (toco.md section 9, trap 5); here it is 0, as in MoRe.
-
-    Args:
-        logits: (B, C + 1, H, W) float32.
-        label: (B, H, W) int64, 255 ignored.
-        background, foreground: counts over the batch (``Network.counts``).
-    """
-    errors = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")  # (B, H, W), 0 where unknown
-    is_background = label == 0
-    halves = (
-        errors[is_background].sum() / background.clamp(min=1e-6),
-        errors[~is_background].sum() / foreground.clamp(min=1e-6),
-    )
-    return sum(halves) / 2
 
 
 # ------------------------------------------------------------------------------------ network

@@ -17,12 +17,14 @@ from misc import commandline
 from misc import config as settings
 from misc.checked import Checked, Count, Range
 from misc.config import Machine
+from misc.files import store
 from misc.files.runfolder import RunFolder
 from net import contract, registry
 from net.start_weights import StartWeights
 from voc12.catalog import Catalog, load_data_sets, open_catalog
 from voc12.generated.sets import LAYOUTS
 from voc12.lists import pick_evenly
+from voc12.tags import read_texts
 
 SAMPLE_ROOT = Path("data/sample")
 
@@ -74,7 +76,8 @@ class Config(Checked):
     val_list: str = "val"
     """List on which the segmentation network is tested."""
     refiner: str = "psa"
-    """Refiner: affinity network (steps 3 to 5)."""
+    """Refiner, which makes pseudo masks of the CAMs (steps 3 to 5): an affinity network, or none, crf, par, which are
+    not trained and need no steps 3 and 4."""
     segmenter: str = "deeplabv1"
     """Segmentation network (steps 6 and 7). own: the CAM network itself, for methods that predict masks; steps 3 to 6
     are then not needed."""
@@ -84,6 +87,9 @@ class Config(Checked):
     saliency: Path | None = None
     """Folder of saliency maps ID.png (one 8-bit channel, sizes of the images), for methods that use them in training.
     Default: the folder Saliency of the data set."""
+    texts: Path | None = None
+    """CSV file of lines 'class,words', for methods that know classes by words: what to call a class instead of its
+    name, synonyms by commas. Default: texts.csv of the data set, where there is one."""
     masks: Literal["pseudo", "truth"] = "pseudo"
     """What the segmentation network is trained on. truth: the data set's own masks, for the upper bound."""
     shard: str = "0/1"
@@ -101,7 +107,7 @@ class Config(Checked):
     """Devices, processes, precision. Does not change the recipe."""
     cam: contract.SeedRecipe = None  # type: ignore[assignment]
     """The CAM network (steps 1 and 2)."""
-    aff: contract.RefineRecipe = None  # type: ignore[assignment]
+    aff: contract.RefineSettings = None  # type: ignore[assignment]
     """The refiner (steps 3 to 5)."""
     seg: contract.SegmentTest = None  # type: ignore[assignment]
     """The segmentation network (steps 6 and 7)."""
@@ -140,6 +146,8 @@ def identity(flat: Mapping[str, Any]) -> dict[str, Any]:
     same setting in any place. A file that does not exist (any more) keeps its path."""
 
     def content(name: str, value: Any) -> Any:
+        if name == "texts" and value is not None:
+            return store.fingerprint(Path(value)) if Path(value).is_file() else value
         field = name.rpartition(".")[2]
         return StartWeights.parse(value).identity() if field in ("weights", "released") and value else value
 
@@ -236,22 +244,29 @@ class Job:
         """What the run makes, which determines its steps (step.Aim)."""
         if self.catalog.aim == "masks" and self.single_stage:
             return "single_stage"
+        if self.catalog.aim == "masks" and not self.refine_method().is_trained:
+            return "plain_masks"
         return self.catalog.aim
 
-    def machine(self, phase: contract.Phase, device: torch.device) -> settings.Machine:
-        """The machine at the precision that a network's recipe asks for."""
-        return self.cfg.machine.with_recipe(phase.amp, device)
+    def machine(self, recipe: Checked, device: torch.device) -> settings.Machine:
+        """The machine at the precision that a network's recipe asks for; of what is no network, float32."""
+        return self.cfg.machine.with_recipe(recipe.amp if isinstance(recipe, contract.Phase) else "off", device)
 
     def saliency_folder(self) -> Path:
         """Folder of the saliency maps, if the method is trained with any."""
         return self.cfg.saliency or self.catalog.root / "Saliency"
+
+    def texts(self) -> dict[str, str]:
+        """Words for classes by their names, of those that have some of their own; DataError for a damaged file."""
+        path = self.cfg.texts or self.catalog.root / "texts.csv"
+        return read_texts(path, self.catalog.classes) if self.cfg.texts or path.exists() else {}
 
     def mask_files(self, mask: Callable[[str], Path], ids: Iterable[str]) -> list[Path]:
         """The paths ``mask(id)`` of the masks that a step makes, and their overlays if requested."""
         masks = [mask(i) for i in ids]
         return masks + [self.run.overlay(path) for path in masks] if self.cfg.overlays else masks
 
-    def refine_method(self) -> type[contract.AffinityNetwork]:
+    def refine_method(self) -> type[contract.Refiner]:
         """The refiner's class."""
         return registry.REFINERS[self.cfg.refiner]
 

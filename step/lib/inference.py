@@ -13,12 +13,13 @@ from misc.config import CamInference, Machine, SegInference
 from misc.files.camfiles import read_cam
 from misc.files.runfolder import RunFolder
 from misc.image.cam import Cam
+from misc.image.labels import IGNORE
 from misc.image.picture import Picture
 from misc.infer import cams
 from misc.infer.masks import segment, with_crf
 from misc.loop.fit import autocast
 from misc.score.objects import Instances
-from net.contract import AffinityNetwork, SeedNetwork, Segmenter, SingleStage
+from net.contract import Refiner, SeedNetwork, Segmenter, SingleStage
 from step.lib.config import Job
 
 
@@ -43,14 +44,23 @@ def infer_class_scores(
 
 
 def walk_cam(
-    network: AffinityNetwork, picture: Picture, cam: Cam, options: Any, machine: Machine, device: torch.device
+    refiner: Refiner, picture: Picture, cam: Cam, options: Any, machine: Machine, device: torch.device
 ) -> tuple[np.ndarray, Instances]:
     """Refine a CAM by the recipe's ``walk``: scores (K + 1, H, W) float32 of background and the CAM's K classes, and
     the single objects, or None if the refiner does not separate objects."""
     with torch.inference_mode(), autocast(machine, device):
-        if network.finds_instances(options):
-            return network.find_instances(picture.to(device), cam, options)
-        return network.refine(picture.to(device), cam, options), Instances.none(picture.size)
+        if refiner.finds_instances(options):
+            return refiner.find_instances(picture.to(device), cam, options)
+        return refiner.refine(picture.to(device), cam, options), Instances.none(picture.size)
+
+
+def pseudo_mask(scores: np.ndarray, keys: np.ndarray, ignore_below: float) -> np.ndarray:
+    """Mask of the best scores: (K + 1, H, W) of background and the classes ``keys`` (K,), 0-based -> (H, W) uint8, 0
+    background, class + 1, 255 where the largest score is below ``ignore_below``."""
+    mask = np.concatenate([[0], keys + 1]).astype(np.uint8)[scores.argmax(0)]
+    if ignore_below:
+        mask[scores.max(0) < ignore_below] = IGNORE
+    return mask
 
 
 def read_full_cam(job: Job, image_id: str, size: tuple[int, int]) -> Cam:

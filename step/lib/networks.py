@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from net.contract import Network, Phase, SeedNetwork, Segmenter, SingleStage
+from net.contract import AffinityNetwork, Network, Phase, Refiner, SeedNetwork, Segmenter, SingleStage
 from net.model import load_state
 from step.lib.config import Job
 
@@ -14,7 +14,9 @@ from step.lib.config import Job
 def build_network(job: Job, phase: Phase, earlier: Mapping[str, Network] | None = None) -> Network:
     """The network of a phase with random initial weights, which depend only on the run's seed."""
     torch.manual_seed(job.cfg.seed)
-    return phase.network.build(job.catalog.num_classes, earlier or {})
+    network = phase.network.build(job.catalog.num_classes, earlier or {})
+    network.set_class_texts(job.catalog.classes, job.texts())
+    return network
 
 
 def load_network(
@@ -44,6 +46,17 @@ def build_earlier(job: Job, phases: Sequence[tuple[str, Phase]]) -> dict[str, Ne
     for name, phase in phases:
         earlier[name] = build_network(job, phase, earlier)
     return earlier
+
+
+def load_refiner(job: Job, device: torch.device) -> Refiner:
+    """The refiner: trained, in evaluation mode, or one that needs no training. Raises as ``load_network``."""
+    method = job.refine_method()
+    if not issubclass(method, AffinityNetwork):
+        return method()
+    assert isinstance(job.cfg.aff, Phase)
+    network = load_network(job, "aff", job.cfg.aff, device)
+    assert isinstance(network, AffinityNetwork)
+    return network
 
 
 def load_segmentation_network(job: Job, device: torch.device) -> Segmenter | SingleStage:

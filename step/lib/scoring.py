@@ -19,7 +19,7 @@ from misc.score import wsol
 from misc.score.evaluate import InstanceScores, Scores, evaluate_cams, evaluate_instances, evaluate_masks
 from misc.score.objects import Instances, read_instances, true_instances
 from net.contract import Phase, SeedRecipe
-from step.lib.config import Job
+from step.lib.config import Config, Job
 
 
 def start_weights(phase: Phase, cam: SeedRecipe | None = None) -> str:
@@ -28,6 +28,13 @@ def start_weights(phase: Phase, cam: SeedRecipe | None = None) -> str:
     if phase.released:
         return f"released checkpoint {', '.join(Path(file).name for file in phase.released_files)}, as it is"
     return phase.start.tell(phase.init, None if cam is None else start_weights(cam.phases()[-1][1]))
+
+
+def refiner_weights(cfg: Config) -> str:
+    """``start_weights`` of the refiner; of one that is not trained, those of the CAM network whose maps it refines."""
+    if isinstance(cfg.aff, Phase):
+        return start_weights(cfg.aff, cfg.cam)
+    return start_weights(cfg.cam.phases()[-1][1])
 
 
 @dataclass(frozen=True)
@@ -50,10 +57,13 @@ def _read_maps(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def precisions(job: Job, name: str, device: torch.device) -> dict[str, str]:
-    """Precision of the training of the network NAME (cam, aff, seg), as its file says, and of its inference."""
-    _, description = read_model(job.run.weights(name))
+    """Precision of the training of the network NAME (cam, aff, seg), as its file says, and of its inference; for a
+    refiner that is not trained the latter alone."""
     phase = {"cam": job.cfg.cam, "aff": job.cfg.aff, "seg": job.cfg.seg}[name]
     applied = job.machine(phase, device).precision(device)
+    if name == "aff" and not job.refine_method().is_trained:
+        return {"inference": applied}
+    _, description = read_model(job.run.weights(name))
     return {"training": description.get("precision", "not recorded"), "inference": applied}
 
 

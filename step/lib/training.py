@@ -15,7 +15,7 @@ from misc.files.ids import checked_id
 from misc.files.images import read_image, read_mask
 from misc.files.store import write_model
 from misc.image.pixels import normalise_image, to_tensor
-from misc.loop.fit import divide, fit
+from misc.loop.fit import divide, fit, keep
 from misc.loop.trainable import Batch
 from net.contract import Network, Phase
 from net.model import Part, describe_network
@@ -73,6 +73,18 @@ def train(
         return
     for line in phase.start.load(network, job.run.weights("cam")):
         distributed.say(f"{name}: starts from {line}")
+
+    def calibrate() -> None:
+        split = job.cfg.score_list if job.catalog.has_list(job.cfg.score_list) else job.train_list
+        distributed.say(f"{name}: measures what inference needs, on {split}.")
+        network.calibrate(images.to(device) for images in _corner_images(job, split, phase, network.normalisation))
+
+    finish = calibrate if network.calibrates else None
+    description = _description(job, name, phase, network, device)
+    if recipe.steps == 0:
+        distributed.say(f"{name}: nothing is trained, its start weights are kept.")
+        keep(network, device, job.machine(phase, device), job.run.weights(name), description, finish)
+        return
     division = divide(recipe, distributed.world())
     draws = Draws(len(ids), recipe.batch_size, recipe.sample_order, job.cfg.seed, recipe.last_batch)
     total = recipe.steps or recipe.epochs * draws.steps_per_epoch
@@ -88,17 +100,11 @@ def train(
             start_step=start, total_steps=total, workers=job.cfg.machine.workers,
         )
 
-    def calibrate() -> None:
-        split = job.cfg.score_list if job.catalog.has_list(job.cfg.score_list) else job.train_list
-        distributed.say(f"{name}: measures what inference needs, on {split}.")
-        network.calibrate(images.to(device) for images in _corner_images(job, split, phase, network.normalisation))
-
     fit(
         network, batches, recipe, total, machine=job.machine(phase, device), device=device, seed=job.cfg.seed,
         weights=job.run.weights(name), log=job.run.log, name=name,
         made_by={**identity(flatten(phase)), "images": job.catalog.fingerprint(job.train_list)},
-        description=_description(job, name, phase, network, device),
-        finish=calibrate if network.calibrates else None, score=score,
+        description=description, finish=finish, score=score,
     )
 
 

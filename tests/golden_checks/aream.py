@@ -23,11 +23,11 @@ from misc.infer import cams
 from misc.loop.fit import lr_factor
 from misc.score.evaluate import evaluate_cams, evaluate_masks
 from net.backbone.transformer import QueryKey
-from net.refine.psa import stack_background
 from net.seed.aream_conformer import AreamConformer, AreamConformerOptions
 from net.seed.aream_mctformer import AreamMCTformer, AreamMCTformerOptions
 from net.shared import aream
 from net.shared.aream import Aream, patch_pair_labels, patch_pair_losses
+from net.shared.background import stack_background
 
 
 def _network(case: Case, **changes: Any) -> Aream:

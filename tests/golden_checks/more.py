@@ -18,6 +18,7 @@ from misc.crf.dense import DenseCRF
 from misc.infer.cams import scale_by_span
 from misc.infer.online import merge_batch_maps, present_classes, resize_maps, threshold_label
 from net.backbone.vit import ViTOptions
+from net.losses import balanced_cross_entropy, count_label_kinds
 from net.seed.more import (
     ClassTokenViT,
     GraphModule,
@@ -29,7 +30,7 @@ from net.seed.more import (
     token_contrast,
     uncertain_patches,
 )
-from net.shared.self_training import Term, balanced_cross_entropy, count_label_kinds
+from net.shared.self_training import Term
 
 from .toco import (
     CRF_SHARE,

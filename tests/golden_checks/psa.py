@@ -26,8 +26,8 @@ from net.refine.psa import (
     pair_affinity,
     pair_labels,
     pool_to_cells,
-    stack_background,
 )
+from net.shared.background import stack_background
 
 _NUMBER = r"(\d+(?:\.\d+)?)"
 

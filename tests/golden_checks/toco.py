@@ -38,12 +38,11 @@ from misc.infer.online import (
 from misc.loop.fit import lr_factor, make_rules, move_copies, set_lr
 from misc.propagate.par import PAR, PixelAdaptive
 from net.backbone.vit import ViTOptions
+from net.losses import balanced_cross_entropy, count_label_kinds
 from net.seed.toco import Toco, TocoOptions, class_contrast, crop_candidates, crop_flags, cut_crops
 from net.shared.self_training import (
     VIT_B,
     Term,
-    balanced_cross_entropy,
-    count_label_kinds,
     count_token_pairs,
     patch_contrast,
     token_pairs,

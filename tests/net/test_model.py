@@ -19,7 +19,7 @@ from net.model import describe_network, load_model, predicts_masks
 registry.load_methods()
 CLASSES = ("dog", "potted plant", "Tür")
 METHODS = [("cam", name) for name in sorted(registry.SEEDS)]
-METHODS += [("aff", name) for name in sorted(registry.REFINERS)]
+METHODS += [("aff", name) for name, cls in sorted(registry.REFINERS.items()) if cls.is_trained]
 METHODS += [("seg", name) for name in sorted(registry.SEGMENTERS)]
 TABLES: dict[str, Any] = {"cam": registry.SEEDS, "aff": registry.REFINERS, "seg": registry.SEGMENTERS}
 
@@ -35,6 +35,7 @@ def save(folder: Path, part: str, name: str, changed: Phase) -> dict[str, torch.
     phases = changed.phases() if isinstance(changed, contract.SeedRecipe) else ((part, changed),)
     for phase_name, phase in phases:
         network = earlier[phase_name] = phase.network.build(len(CLASSES), earlier)
+        network.set_class_texts(CLASSES, {})
         description = describe_network(part, name, "sample", flatten(changed), CLASSES, network)
         store.write_model(folder / f"{phase_name}.pt", network.state_dict(), description)
     return network.state_dict()

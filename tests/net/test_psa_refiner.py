@@ -28,10 +28,10 @@ from net.refine.psa import (
     pair_affinity,
     pair_labels,
     pool_to_cells,
-    stack_background,
 )
 from net.registry import REFINERS
 from net.seed.seam import Seam
+from net.shared.background import stack_background
 
 TINY = PSAOptions(
     resnet38=ResNet38Options(width=0.125, depth=(1, 1, 1, 1), dropout=(0.0, 0.0), freeze_bn=False, frozen="none"),

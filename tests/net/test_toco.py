@@ -13,8 +13,9 @@ from misc.config import Fit, Machine
 from misc.loop.fit import fit, make_rules, move_copies
 from misc.loop.trainable import sample_streams
 from net.backbone.vit import ViTOptions
+from net.losses import balanced_cross_entropy
 from net.seed.toco import Toco, TocoOptions, class_contrast
-from net.shared.self_training import Term, balanced_cross_entropy
+from net.shared.self_training import Term
 
 CLASSES, SIDE, BATCH = 3, 48, 4
 SMALL = TocoOptions(

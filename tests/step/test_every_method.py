@@ -35,12 +35,14 @@ def short(method: str) -> list[str]:
     """Flags that leave of a sample recipe two updates a training, one scale and no CRF, and that make masks of maps
     which have learnt nothing: any score beats a background of 0."""
     cfg = default_config(method, "sample")
-    trained = ["cam" if name == "cam" else f"cam.{name}" for name, _ in cfg.cam.phases()]
+    trained = ["cam" if name == "cam" else f"cam.{name}" for name, phase in cfg.cam.phases() if phase.fit.steps != 0]
     flags = {"machine.workers": "0", "machine.device": "cpu", "cam.infer.scales": str(cfg.cam.infer.scales[0])}
-    parts = [*trained, "aff"] if cfg.segmenter == registry.OWN else [*trained, "aff", "seg"]
+    refined = registry.REFINERS[cfg.refiner].is_trained
+    parts = [*trained, *(["aff"] if refined else []), *([] if cfg.segmenter == registry.OWN else ["seg"])]
     for part in parts:
         flags |= {f"{part}.fit.steps": "2", f"{part}.fit.batch-size": "3"}
-    flags |= {"aff.label.crf.iterations": "0", "aff.walk.crf.iterations": "0", "aff.walk.threshold": "0"}
+    flags |= {"aff.walk.crf.iterations": "0", "aff.walk.threshold": "0"}
+    flags |= {"aff.label.crf.iterations": "0"} if refined else {}
     if hasattr(cfg.aff.walk, "background"):
         flags["aff.walk.background"] = "constant"
     flags |= {"seg.infer.crf.iterations": "0", "seg.infer.scales": str(cfg.seg.infer.scales[0])}

@@ -19,6 +19,7 @@ from misc import config as settings
 from misc.config import Fit
 from misc.files.runfolder import RunFolder
 from misc.image.cam import Cam
+from misc.image.picture import Picture
 from net import contract, registry
 from net.contract import Batch, Network, Phase
 from step import STEPS, select
@@ -173,7 +174,9 @@ def shrunk(options: Any) -> Any:
 
 def built(phase: Phase, earlier: Mapping[str, Network]) -> Network:
     torch.manual_seed(0)
-    return shrunk(phase.network).build(CLASSES, earlier)
+    network = shrunk(phase.network).build(CLASSES, earlier)
+    network.set_class_texts([f"class {number}" for number in range(CLASSES)], {})
+    return network
 
 
 def seed_networks(name: str) -> dict[str, Network]:
@@ -182,6 +185,11 @@ def seed_networks(name: str) -> dict[str, Network]:
     for phase_name, phase in registry.SEEDS[name].recipes["sample"].cam.phases():
         networks[phase_name] = built(phase, {k: v.eval() for k, v in networks.items()})
     return networks
+
+
+def keeps_start_weights(name: str) -> bool:
+    """Whether a method classifies with a network that is not trained."""
+    return registry.SEEDS[name].recipes["sample"].cam.network.keeps_start_weights
 
 
 def pictures(count: int, height: int, width: int) -> Tensor:
@@ -219,6 +227,9 @@ def side(phase: Phase) -> int:
 def test_seed_networks_train(name: str) -> None:
     phases = dict(registry.SEEDS[name].recipes["sample"].cam.phases())
     for phase_name, network in seed_networks(name).items():
+        if phases[phase_name].fit.steps == 0:
+            assert not any(p.requires_grad for p in network.parameters())
+            continue
         size = side(phases[phase_name])
         batch = {
             "image": pictures(3, size, size), "tags": torch.tensor([[1.0, 0, 1], [0, 1, 0], [0, 0, 0]]),
@@ -240,7 +251,7 @@ def test_seed_networks_give_a_map_for_every_class_at_any_size(name: str, size: t
     assert torch.isfinite(maps).all()
 
 
-@pytest.mark.parametrize("name", sorted(registry.SEEDS))
+@pytest.mark.parametrize("name", sorted(n for n in registry.SEEDS if not keeps_start_weights(n)))
 def test_seed_networks_classify_without_tags_as_they_were_trained(name: str) -> None:
     """After some updates on two plain images of one class each, the scores tell these apart."""
     phase = dict(registry.SEEDS[name].recipes["sample"].cam.phases())["cam"]
@@ -275,7 +286,25 @@ def soft_cam(keys: list[int], height: int, width: int) -> Cam:
     return Cam.of_maps(np.array(keys, np.int64), maps)
 
 
-@pytest.mark.parametrize("name", sorted(registry.REFINERS))
+@pytest.mark.parametrize("name", sorted(n for n, cls in registry.REFINERS.items() if not cls.is_trained))
+def test_plain_refiners_refine(name: str) -> None:
+    """Any size and number of classes, the image's own colours; an untouched mask where the CAMs are certain."""
+    method = registry.REFINERS[name]
+    assert issubclass(method, contract.PlainRefiner)
+    for recipe in method.recipes.values():
+        for keys, shape in (([0, 2], (64, 64)), ([1], (49, 75))):
+            image = np.full((*shape, 3), 10, np.uint8)
+            image[:, : shape[1] // 3] = 200
+            picture = Picture.of_rgb(image, method.normalisation)
+            cam = soft_cam(keys, *shape)
+            with torch.inference_mode():
+                scores = method().refine(picture, cam, recipe.walk)
+            assert scores.shape == (len(keys) + 1, *shape) and scores.dtype == np.float32 and np.isfinite(scores).all()
+            best = scores.argmax(0)
+            assert (best[:, : shape[1] // 3 - 2] == 1).mean() > 0.95  # what is certain, and of one colour
+
+
+@pytest.mark.parametrize("name", sorted(n for n, cls in registry.REFINERS.items() if cls.is_trained))
 def test_refiners_label_train_and_refine(name: str) -> None:
     method = registry.REFINERS[name]
     recipe = method.recipes["sample"]
