@@ -11,6 +11,7 @@ exit status is 1. Pixels with 255 in the ground truth are ignored. Option names 
 from __future__ import annotations
 
 # ruff: noqa: E402
+import os
 import sys
 from pathlib import Path
 
@@ -28,7 +29,7 @@ import numpy as np
 import tyro
 
 from misc.files.camfiles import read_cam
-from misc.files.ids import read_ids
+from misc.files.ids import IdReader, file_of_id, read_ids
 from misc.files.images import read_mask
 from misc.files.store import write_json
 from misc.score.evaluate import EvaluationError, Scores, evaluate_cams, evaluate_masks
@@ -41,7 +42,8 @@ class Options:
     """Options: predictions, ground truth, and how to score."""
 
     list_file: Annotated[Path, tyro.conf.arg(name="list")]
-    """Text file of the images to score, one per line: an id, or a path whose file name is the id."""
+    """Text file of the images to score, one per line: an id (sub-folders and blanks are part of it), or the path of its
+    image."""
     predict_dir: Path
     """Folder with one prediction per image: ID.png, ID.npz or ID.npy."""
     gt_dir: Path
@@ -82,12 +84,24 @@ class Options:
     """Number of processes that read and score images."""
 
     def prediction(self, image_id: str) -> Path:
-        """Path of the prediction of an image."""
-        return self.predict_dir / f"{image_id}.{self.type}"
+        """The file with the prediction of an image."""
+        return file_of_id(self.predict_dir, image_id, f".{self.type}")
 
     def truth(self, image_id: str) -> Path:
-        """Path of the ground-truth mask of an image."""
-        return self.gt_dir / f"{image_id}.png"
+        """The file with the ground truth of an image."""
+        return file_of_id(self.gt_dir, image_id, ".png")
+
+    def is_folder(self, name: str) -> bool:
+        """Whether images lie in this folder below both folders' tops."""
+        return os.path.isdir(self.predict_dir / name) or os.path.isdir(self.gt_dir / name)
+
+    def __contains__(self, image_id: str) -> bool:
+        """Whether there is an image of this id."""
+        return os.path.isfile(self.truth(image_id)) or os.path.isfile(self.prediction(image_id))
+
+    def read_list(self) -> list[str]:
+        """Ids of the images to score; ValueError, FileNotFoundError for a wrong list."""
+        return read_ids(self.list_file, IdReader(self, self.is_folder))
 
 
 def _truth(options: Options, image_id: str) -> np.ndarray:
@@ -182,7 +196,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     if not 2 <= options.num_classes <= 255:
         raise ValueError(f"--num-classes {options.num_classes} is not in 2..255 (it counts the background)")
     _thresholds(options)
-    names, ids = _names(options), read_ids(options.list_file)
+    names, ids = _names(options), options.read_list()
     missing = _check_present(options, ids)
     result = _score(options, ids).to_dict(names, options.split or options.list_file.stem, options.convention)
     return {
@@ -245,6 +259,8 @@ def summary(result: dict[str, Any]) -> str:
         if result["erosion"]:
             lines["erosion"] = f"regions eroded by {result['erosion']} x {result['erosion']} pixels before counting"
         lines["255 in predictions"] = "none: maps are cut into background and the classes stored in each file"
+    if result["truths_of_0_and_255"]:
+        lines["ground truths of 0 and 255"] = f"{result['truths_of_0_and_255']} images: 255 is not scored"
     if result["missing_as_background"]:
         lines["missing predictions"] = f"{result['missing_as_background']} images counted as background"
     width = max(map(len, lines))

@@ -183,7 +183,7 @@ def test_faulty_images_are_reported_together(data: Data, capsys: pytest.CaptureF
     write_mask(data.root / "gt" / f"{IDS[4]}.png", data.truth[IDS[4]] | 4)
     write_mask(data.root / "png" / f"{IDS[5]}.png", np.full_like(data.mask[IDS[5]], 9))
     (data.root / "png" / f"{IDS[6]}.png").write_bytes(b"no image")
-    Image.new("RGB", (31, 27)).save(data.root / "png" / f"{IDS[7]}.png")
+    Image.new("RGB", (31, 27), (1, 2, 3)).save(data.root / "png" / f"{IDS[7]}.png")
     message = refuse(data, capsys, *data.arguments("png"))
     lines = message.splitlines()
     assert len(lines) == 6 and "5 images" in lines[0]

@@ -19,13 +19,16 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from misc.files.ids import id_of_line
+from misc.files.ids import IdReader
 from misc.files.images import read_mask
 from voc12 import tags as tags_of
-from voc12.lists import NoSuchList, is_list_file, read_list, shorten
+from voc12.lists import NoSuchList, is_list_file, pick_evenly, read_list, shorten
+from voc12.masks import compare_masks, tell_foreign_masks
 from voc12.tags import DataError
 
 _CHUNK = 128
+_MASKS_LOOKED_AT = 32
+"""True masks that are held against the tags before a run; voc12.prepare takes all."""
 
 DATA_SETS: dict[str, type[Catalog]] = {}
 """Classes of data sets by the names that the command line knows; filled by ``load_data_sets``."""
@@ -73,6 +76,8 @@ class Catalog(ABC):
     """
 
     aim: Literal["masks", "boxes"] = "masks"
+    hides_objects: bool = False
+    """Whether the data set's masks may have 255 on whole objects (VOC's difficult ones, COCO's crowds)."""
 
     def __init__(self, name: str, root: Path, classes: Iterable[str], tag_source: str) -> None:
         self.name = name
@@ -81,6 +86,11 @@ class Catalog(ABC):
         self.tag_source = tag_source
         self._rows: dict[str, np.ndarray] = {}
         self._strange: dict[str, list[str]] = {}
+
+    @property
+    def classes_are_guessed(self) -> bool:
+        """Whether the classes are simply the names that occur, so that one misspelt would be one more."""
+        return False
 
     # What a data set says of itself.
     @abstractmethod
@@ -149,11 +159,7 @@ class Catalog(ABC):
 
     def read_list(self, path: Path) -> list[str]:
         """Ids of a list file, in its order; NoSuchList where it does not exist, DataError for a damaged one."""
-        return read_list(path, self.id_of_line)
-
-    def id_of_line(self, line: str) -> str:
-        """Id of an image from a line of a list file; ValueError for one that leaves the folder."""
-        return id_of_line(line)
+        return read_list(path, IdReader(self.images, roots=[self.root]))
 
     def has_list(self, split: str) -> bool:
         """Whether there is such a list; DataError for one that is there and damaged."""
@@ -198,6 +204,16 @@ class Catalog(ABC):
             row.setflags(write=False)
             self._rows[image_id] = row
         return row
+
+    def keep_tags(self, image_id: str, row: np.ndarray) -> None:
+        """Take (C,) float32 tags for those of an image, instead of what would be read."""
+        row.setflags(write=False)
+        self._rows[image_id] = row
+
+    def foreign_masks(self) -> list[str]:
+        """Files in the folders of masks that are no PNG and hence not read: paths below ``root``; a data set looks for
+        none unless it says so."""
+        return []
 
     def fingerprint(self, split: str) -> str:
         """sha256 (hex) over class names, ids in order, and tags: two runs with the same one had the same data list."""
@@ -270,6 +286,13 @@ class Catalog(ABC):
             if strange:
                 shown = shorten([f"{name!r} ({count})" for name, count in strange.most_common()])
                 warnings.append(f"Objects whose names are no class are passed over: {shown}.")
+            masked = [i for i in ids if i in self.masks and i not in failures]
+            wrong, told = compare_masks(self, pick_evenly(masked, _MASKS_LOOKED_AT))
+            problems += wrong
+            warnings += told
+        foreign = self.foreign_masks()
+        if foreign:
+            warnings.append(tell_foreign_masks(foreign))
         if problems:
             lines = "\n  ".join(problems)
             raise DataError(f"{self.name} in {self.root}, list {split!r}: of {len(ids)} images\n  {lines}")

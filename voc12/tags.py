@@ -6,14 +6,18 @@ Tags are (C,) float32 vectors of 0 and 1 over the foreground classes.
 from __future__ import annotations
 
 import csv
-import unicodedata
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from misc.files.ids import composed
+from misc.files.store import LARGEST_TEXT, check_file
 from misc.image.labels import IGNORE
+
+_LARGEST_XML = 16 << 20
 
 
 class DataError(ValueError):
@@ -37,25 +41,47 @@ def names_from_xml(text: str, difficult: bool = True) -> list[str]:
         raise DataError("holds a document type or entities, which annotations never need: remove them.")
     try:
         root = ET.fromstring(text)
-    except ET.ParseError as error:
+    except (ET.ParseError, ValueError, RecursionError) as error:
         raise DataError(f"is no well-formed XML ({error}): replace it.") from None
     return [
-        (thing.findtext("name") or "").strip()
+        composed((thing.findtext("name") or "").strip())
         for thing in root.iter("object")
         if difficult or (thing.findtext("difficult") or "0").strip() in ("", "0")
     ]
 
 
 def read_xml(path: Path, difficult: bool = True) -> list[str]:
-    """``names_from_xml`` of a UTF-8 file; DataError names the file."""
+    """``names_from_xml`` of a file, in the encoding that it declares; DataError names the file."""
     try:
-        return names_from_xml(path.read_text(encoding="utf-8-sig"), difficult)
+        check_file(path, _LARGEST_XML)
+        data = path.read_bytes()
+        text = data.decode(_xml_encoding(data))
+        return names_from_xml(re.sub(r"^\s*<\?xml.*?\?>", "", text, count=1, flags=re.DOTALL), difficult)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist.") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not in UTF-8 ({error.reason}): save it as UTF-8.") from None
-    except DataError as error:
-        raise DataError(f"{path} {error}") from None
+    except (UnicodeDecodeError, LookupError) as error:
+        raise DataError(f"{path} is not in the encoding that it declares ({error}): save it as UTF-8.") from None
+    except ValueError as error:
+        told = str(error)
+        raise DataError(told if told.startswith(str(path)) else f"{path} {told}") from None
+
+
+def _xml_encoding(data: bytes) -> str:
+    """Name of the encoding of an XML file, by its byte order mark or its first line."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    declared = re.match(rb"(?:\xef\xbb\xbf)?\s*<\?xml[^>]*?encoding\s*=\s*[\"']([\w.-]+)[\"']", data)
+    name = declared[1].decode("ascii") if declared else "utf-8"
+    return "utf-8-sig" if name.lower().replace("-", "") == "utf8" else name
+
+
+def encoding_hint(path: Path) -> str:
+    """What to do about a text file that is not in UTF-8."""
+    with open(path, "rb") as file:
+        start = file.read(4096)
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")) or start.count(b"\0") > len(start) // 4:
+        return "it looks like UTF-16 (Excel's 'Unicode text'): save it as UTF-8 (CSV UTF-8)"
+    return "it looks like a code page of Windows or of old systems: save it as UTF-8 (in Excel: CSV UTF-8)"
 
 
 def read_texts(path: Path, classes: Sequence[str]) -> dict[str, str]:
@@ -68,11 +94,11 @@ def read_texts(path: Path, classes: Sequence[str]) -> dict[str, str]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} can't be read ({error}): save it as UTF-8 text, a line 'class,words' each.") from None
     texts: dict[str, str] = {}
-    known = {unicodedata.normalize("NFC", name): name for name in classes}
+    known = {composed(name): name for name in classes}
     for number, row in enumerate(rows, 1):
         if not any(cell.strip() for cell in row):
             continue
-        name, words = unicodedata.normalize("NFC", row[0].strip()), ",".join(row[1:]).strip()
+        name, words = composed(row[0].strip()), ",".join(row[1:]).strip()
         if name not in known or not words or known[name] in texts:
             problem = "has no words" if name in known and not words else "is there twice" if name in known else \
                 f"is no class; there are: {', '.join(classes[:20])}"
@@ -100,13 +126,30 @@ def read_classes(path: Path) -> tuple[str, ...]:
 
     Raises DataError for an empty file, and for what ``checked_classes`` refuses.
     """
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not in UTF-8 ({error.reason}): save it as UTF-8.") from None
+    names = [composed(line.strip()) for line in _read_lines(path)]
     if not names:
         raise DataError(f"{path} is empty: write one class name a line.")
     return checked_classes(names, lambda number: f"{path}, line {number}")
+
+
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """Class names of labelme's ``class_names.txt`` or ``labels.txt``, without ``__ignore__`` and ``_background_``.
+
+    Raises DataError as ``read_classes``.
+    """
+    names = [composed(line.strip()) for line in _read_lines(path) if line.strip()]
+    kept = [name for name in names if name.strip("_").lower() not in ("background", "ignore")]
+    return checked_classes(kept, lambda number: f"{path}, class {number}")
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        check_file(path, LARGEST_TEXT)
+        return path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not in UTF-8 ({error.reason}): {encoding_hint(path)}.") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}).") from None
 
 
 def checked_classes(names: Sequence[str], where: Callable[[int], str]) -> tuple[str, ...]:
@@ -117,15 +160,17 @@ def checked_classes(names: Sequence[str], where: Callable[[int], str]) -> tuple[
     """
     if not names:
         raise DataError(f"{where(1)}: there is no class at all. Name at least one.")
+    if len(names) > 254:
+        raise DataError(f"{where(255)}: {len(names)} classes are too many, 8-bit masks hold at most 254.")
     for number, name in enumerate(names, 1):
+        if not isinstance(name, str):
+            raise DataError(f"{where(number)}: {name!r} is no text.")
         if not name:
             raise DataError(f"{where(number)} is empty: the n-th name is that of class n.")
         if name.strip("_").lower() == "background":
             raise DataError(f"{where(number)}: the background is no class of its own here. Remove it.")
-        if ";" in name:
+        if ";" in name or "\0" in name or "\n" in name:
             raise DataError(f"{where(number)}: {name!r} has a semicolon, which separates classes. Rename it.")
         if name in names[: number - 1]:
             raise DataError(f"{where(number)}: class {name!r} comes twice.")
-    if len(names) > 254:
-        raise DataError(f"{where(255)}: {len(names)} classes are too many, 8-bit masks hold at most 254.")
     return tuple(names)

@@ -3,46 +3,162 @@
 from __future__ import annotations
 
 import io
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
+from misc.files.labelmap import read_labelmap
 from misc.files.store import reading, write_bytes
 from misc.image.draw import palette
 
+LARGEST_MEGAPIXELS = 100
+"""Larger images are refused: their masks and maps would take gigabytes."""
 
-def read_image(path: Path) -> np.ndarray:
+Image.MAX_IMAGE_PIXELS = None  # Pillow's limit is replaced by ours, which its reader can choose
+_DEPTHS = (8, 10, 12, 14, 16)
+"""Bits that cameras and scanners fill of a 16-bit number."""
+
+
+@contextmanager
+def _opened(path: Path, largest: float) -> Iterator[tuple[Image.Image, bytes]]:
+    """An image file, opened and loaded, and its bytes; ValueError for one of more megapixels, no file, a PNG whose
+    checksums are wrong (a damaged one can decode to other pixels)."""
+    data = Path(path).read_bytes()
+    with Image.open(io.BytesIO(data)) as image:
+        megapixels = image.size[0] * image.size[1] / 1e6
+        if megapixels > largest:
+            raise ValueError(
+                f"it has {megapixels:.0f} megapixels, more than {largest:g}: make a smaller copy by python -m "
+                "voc12.prepare shrink"
+            )
+        if image.format == "PNG":
+            _check_png(data)
+        image.load()
+        yield image, data
+
+
+def _check_png(data: bytes) -> None:
+    at, kind = 8, b""
+    while kind != b"IEND":
+        if at + 12 > len(data):
+            raise ValueError("the file ends too early")
+        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        body = memoryview(data)[at + 4 : at + 8 + length]
+        if zlib.crc32(body) != int.from_bytes(data[at + 8 + length : at + 12 + length], "big"):
+            raise ValueError(f"the checksum of its part {kind!r} is wrong")
+        at += 12 + length
+
+
+def read_image(path: Path, largest: float = LARGEST_MEGAPIXELS) -> np.ndarray:
     """(H, W, 3) uint8 RGB of any image file that Pillow reads, turned as its EXIF orientation says.
 
-    Grey, palette, CMYK and 16-bit images are converted; of an animation the first frame is taken.
-    Raises FileNotFoundError; ValueError for a damaged file, and for floating-point pixels, whose range nobody knows.
+    Grey, palette and CMYK images are converted, of an animation or of several pages the first is taken, transparency is
+    left out. Of more than 8 bits a channel, the values are those of the smallest depth of 8, 10, 12, 14 and 16 bits
+    that holds the largest of them, and their upper 8 bits are taken.
+
+    Raises FileNotFoundError; ValueError for a damaged file, one of more than ``largest`` megapixels, and pixels whose
+    range nobody knows (floating-point or negative numbers, more than 16 bits).
     """
-    with reading(path, "Image", "", "replace it, or take it off the list"), Image.open(path) as opened:
-        opened.load()
-        if opened.mode == "F":
+    with reading(path, "Image", "", "replace it, or take it off the list"), _opened(path, largest) as (image, data):
+        if image.mode == "F":
             raise ValueError("its pixels are floating-point numbers, save it with 8 or 16 bits")
-        image = ImageOps.exif_transpose(opened)
+        turned = image.getexif().get(_ORIENTATION)
         if image.mode.startswith("I;16") or image.mode == "I":
-            values = np.asarray(image).astype(np.int64)
-            image = Image.fromarray(np.clip(values >> 8, 0, 255).astype(np.uint8))
-        return np.array(image.convert("RGB"))
+            image = Image.fromarray(_eight_bits(np.asarray(image)))
+        elif channel_bits(image, data) > 8:  # Pillow cuts such channels to their upper byte whatever their range
+            image = Image.fromarray(_eight_bits(_deep_channels(data)))
+        if turned is not None:
+            image.getexif()[_ORIENTATION] = turned
+        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+_ORIENTATION = 0x0112
+_BITS_PER_SAMPLE = 258
+
+
+def channel_bits(image: Image.Image, start: bytes) -> int:
+    """Bits of a channel in the file of an opened image, of which ``start`` has the first bytes: 8 where it is "
+    "unknown."""
+    if image.format == "PNG":
+        return start[24]
+    if image.format == "TIFF":
+        bits = image.tag_v2.get(_BITS_PER_SAMPLE, 8)  # type: ignore[attr-defined]
+        return max(bits) if isinstance(bits, tuple) else int(bits)
+    return 16 if image.mode.startswith("I") else 8
+
+
+def _deep_channels(data: bytes) -> np.ndarray:
+    """(H, W, 3) of the 16-bit channels of a colour image, transparency left out."""
+    values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if values is None or values.dtype not in (np.uint8, np.uint16):
+        raise ValueError("its channels have more than 8 bits in a form that is not read, save it with 8 bits")
+    return values[..., [2, 1, 0]] if values.ndim == 3 else values
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """Integers -> uint8 of the same shape, by the rule of ``read_image``."""
+    low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
+    if low < 0 or high >= 1 << _DEPTHS[-1]:
+        raise ValueError(f"its pixels are numbers from {low} to {high}, save it with 8 or 16 bits")
+    depth = next(bits for bits in _DEPTHS if high < 1 << bits)
+    return (values >> (depth - 8)).astype(np.uint8)
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """(H, W) uint8 indices of a palette or grey PNG mask.
+    """(H, W) uint8 indices of a mask: palette or grey, or in colours of which nothing is lost.
 
-    Raises FileNotFoundError; ValueError for a damaged file and for a colour image (indices would be lost).
+    Those are: VOC's colours, those of a ``labelmap.txt`` in the mask's folder or the one above it, and equal channels;
+    a
+    second or fourth channel must be opaque throughout. 16-bit values may not pass 255.
+
+    Raises FileNotFoundError; ValueError for a damaged file and for a colour that is no class's.
     """
-    with reading(path, "Mask", "", "replace it"), Image.open(path) as image:
-        image.load()
+    with reading(path, "Mask", "", "replace it"), _opened(path, LARGEST_MEGAPIXELS) as (image, _):
         mode, mask = image.mode, np.array(image)
-    if mode not in ("P", "L", "1"):
+    if mode in ("P", "L", "1"):
+        return mask.astype(np.uint8)
+    if mode.startswith("I") and mask.min() >= 0 and mask.max() <= 255:
+        return mask.astype(np.uint8)
+    if mode in ("LA", "RGBA") and (mask[..., -1] == 255).all():
+        mask, mode = mask[..., :-1], mode[:-1]
+    if mode == "L":
+        return np.ascontiguousarray(mask[..., 0])
+    found = _indices(mask, Path(path)) if mode == "RGB" else None
+    if found is None:
         raise ValueError(
-            f"Mask {path} is a {mode} image: masks hold class indices in one 8-bit channel (palette or grey). "
-            "Convert it."
+            f"Mask {path} is a {mode} image: masks hold class indices in one 8-bit channel (palette or grey), or VOC's "
+            "colours, or those of a labelmap.txt beside them. Convert it."
         )
-    return mask.astype(np.uint8)
+    return found
+
+
+def _indices(mask: np.ndarray, path: Path) -> np.ndarray | None:
+    """(H, W, 3) uint8 colours -> (H, W) uint8 indices; None where a colour is no class's."""
+    codes, inverse = np.unique(mask.reshape(-1, 3) @ np.array([65536, 256, 1]), return_inverse=True)
+    tables = [p / "labelmap.txt" for p in (path.parent, path.parent.parent) if (p / "labelmap.txt").is_file()]
+    known = [_colours(table, table.stat().st_mtime_ns) for table in tables[:1]]
+    known += [{code: value for value, code in enumerate(map(_code, palette().tolist()))}]
+    known += [{value * 0x10101: value for value in range(256)}]
+    for values in known:
+        if all(code in values for code in codes.tolist()):
+            table = np.array([values[code] for code in codes.tolist()], np.uint8)
+            return table[inverse.ravel()].reshape(mask.shape[:2])
+    return None
+
+
+def _code(colour: Sequence[int]) -> int:
+    return colour[0] << 16 | colour[1] << 8 | colour[2]
+
+
+@lru_cache
+def _colours(path: Path, changed: int) -> dict[int, int]:
+    return {_code(colour): value for colour, value in read_labelmap(path).values.items()}
 
 
 def write_mask(path: Path, mask: np.ndarray) -> None:

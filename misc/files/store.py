@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -19,12 +21,26 @@ import torch
 
 from misc.files.atomic import writing
 
+LARGEST_TEXT = 256 << 20
+"""Bytes of the largest list, table or JSON of our own that is read."""
+
+
+def check_file(path: Path, largest: int | None = None) -> None:
+    """ValueError for what is no file (a folder, a pipe, a device: reading might never end) or larger than ``largest``
+    bytes; FileNotFoundError where there is nothing."""
+    state = os.stat(path)
+    if not stat.S_ISREG(state.st_mode):
+        raise ValueError(f"{path} is no file but a folder, a pipe or a device")
+    if largest is not None and state.st_size > largest:
+        raise ValueError(f"{path} has {state.st_size >> 20} MB, more than the {largest >> 20} MB that are read")
+
 
 @contextmanager
 def reading(path: Path, what: str, missing: str, damaged: str) -> Iterator[None]:
     """While a file is read: FileNotFoundError where there is none; ValueError for whatever else a decoder raises, which
     for damaged bytes can be anything. ``what`` begins both messages, ``missing`` and ``damaged`` end them."""
     try:
+        check_file(path)
         yield
     except FileNotFoundError:
         raise FileNotFoundError(f"{what} {path} does not exist{missing}.".lstrip()) from None
@@ -33,6 +49,14 @@ def reading(path: Path, what: str, missing: str, damaged: str) -> Iterator[None]
         lines = [line.strip() for line in str(error).splitlines() if "weights_only" not in line and line.strip()]
         cause = lines[0].rstrip(".") if lines else type(error).__name__
         raise ValueError(f"{what} {path} cannot be read ({cause}): {damaged}.".lstrip()) from error
+
+
+def read_text(path: Path, what: str = "", largest: int = LARGEST_TEXT) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark; FileNotFoundError, ValueError (no text, too large).
+    ``what`` begins the messages."""
+    with reading(path, what, "", "save it as UTF-8 text"):
+        check_file(path, largest)
+        return Path(path).read_text(encoding="utf-8-sig")
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from misc.distributed import quiet_threads
+from misc.image.labels import holds_only_ignored
 from misc.loop.progress import Progress
 from misc.score.erosion import ErodedCurve, erode
 from misc.score.metrics import (
@@ -59,6 +60,8 @@ class Scores:
     """The threshold curve, if ``threshold`` was searched on these images; None if it was given, and for masks."""
     erosion: int = 0
     """Side of the square that eroded the masks cut from the maps; 0: no erosion."""
+    only_ignored: int = 0
+    """Images whose true mask holds 0 and 255 only: nothing of them but background is scored."""
 
     def to_dict(self, names: Sequence[str], split: str, convention: Convention = "counting") -> dict[str, Any]:
         """All scores and their provenance, for JSON: scores in PERCENT, undefined ones None.
@@ -88,6 +91,7 @@ class Scores:
             "threshold_choice": None if self.threshold is None else chosen,
             "erosion": self.erosion,
             "void_predictions": VOID_RULE,
+            "truths_of_0_and_255": self.only_ignored,
             "convention": convention,
             "unit": "percent",
             **{key: _percent(value) for key, value in means.items()},
@@ -169,12 +173,45 @@ def _cut(cams: Callable[[str], Maps | None], threshold: float, erosion: int, nam
     return erode(mask_at(maps, threshold), erosion) if erosion else mask_at(maps, threshold)
 
 
+class _OnlyIgnored:
+    """Counts the true masks, and the predicted ones, that hold 0 and 255 only: often an object drawn as 255."""
+
+    def __init__(self) -> None:
+        self.images = self.truths = self.predictions = 0
+
+    def add(self, truth: np.ndarray, *prediction: np.ndarray) -> None:
+        """One image: its masks, or its true mask, keys and maps."""
+        self.images += 1
+        self.truths += holds_only_ignored(truth)
+        self.predictions += len(prediction) == 1 and holds_only_ignored(prediction[0])
+
+    def merge(self, other: _OnlyIgnored) -> _OnlyIgnored:
+        """The counts of both."""
+        total = _OnlyIgnored()
+        total.images, total.truths = self.images + other.images, self.truths + other.truths
+        total.predictions = self.predictions + other.predictions
+        return total
+
+    def check(self, shown: np.ndarray) -> None:
+        """ValueError where no class is drawn at all; ``shown`` (n, n) pixels, rows: true class, columns: predicted."""
+        for what, count, drawn in (
+            ("true masks", self.truths, shown[1:].sum()), ("predicted masks", self.predictions, shown[:, 1:].sum()),
+        ):  # fmt: skip
+            if count and not drawn:
+                raise ValueError(
+                    f"no class is in the {what}: {count} of {self.images} hold only the values 0 and 255, and "
+                    f"255 means "
+                    "not scored. If 255 is the object, write its class (1 for the first) instead."
+                )
+
+
 def _mask_counters(num_classes: int, boundary: bool) -> list[Any]:
-    return [Confusion(num_classes)] + ([BoundaryConfusion(num_classes)] if boundary else [])
+    return [Confusion(num_classes), _OnlyIgnored()] + ([BoundaryConfusion(num_classes)] if boundary else [])
 
 
 def _curve_counters(num_classes: int, thresholds: tuple[float, ...], erosion: int) -> list[Any]:
-    return [ErodedCurve(num_classes, thresholds, erosion) if erosion else ThresholdCurve(num_classes, thresholds)]
+    curve = ErodedCurve(num_classes, thresholds, erosion) if erosion else ThresholdCurve(num_classes, thresholds)
+    return [curve, _OnlyIgnored()]
 
 
 def evaluate_masks(
@@ -194,8 +231,9 @@ def evaluate_masks(
     pickle. Raises EvaluationError after all images were checked; it names those that can't be read or don't fit.
     """
     job = _Job(partial(_read_mask, predict, truth), partial(_mask_counters, num_classes, boundary))
-    confusion, *rest = job.count_all(ids, workers, progress)
-    return Scores(confusion, rest[0] if rest else None, len(ids))
+    confusion, ignored, *rest = job.count_all(ids, workers, progress)
+    ignored.check(confusion.matrix)
+    return Scores(confusion, rest[0] if rest else None, len(ids), only_ignored=ignored.truths)
 
 
 def evaluate_cams(
@@ -222,11 +260,12 @@ def evaluate_cams(
     curve, best = None, float(thresholds[0])
     if len(thresholds) > 1:
         job = _Job(partial(_read_maps, cams, truth), partial(_curve_counters, num_classes, tuple(thresholds), erosion))
-        (curve,) = job.count_all(ids, workers, progress)
+        curve, ignored = job.count_all(ids, workers, progress)
         best, _ = curve.best(convention)
         if not boundary:
             at = curve.thresholds.tolist().index(best)
-            return Scores(curve.confusion(at), None, len(ids), best, curve, erosion)
+            ignored.check(curve.confusion(at).matrix)
+            return Scores(curve.confusion(at), None, len(ids), best, curve, erosion, ignored.truths)
     cut = partial(_cut, cams, best, erosion)
     scores = evaluate_masks(ids, cut, truth, num_classes, boundary=boundary, workers=workers, progress=progress)
     return replace(scores, threshold=best, curve=curve, erosion=erosion)

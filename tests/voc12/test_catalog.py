@@ -179,7 +179,7 @@ def test_document_type_without_entities_is_refused() -> None:
 def test_doctype_hidden_in_another_encoding_is_refused(voc: Path) -> None:
     hidden = '<?xml version="1.0" encoding="utf-16"?><!DOCTYPE a [<!ENTITY b "c">]>' + xml("dog")
     (voc / "Annotations/b.c.xml").write_bytes(hidden.encode("utf-16"))
-    with pytest.raises(DataError, match="UTF-8"):
+    with pytest.raises(DataError, match="holds a document type"):
         open_catalog("voc12", voc).tags("b.c")
 
 

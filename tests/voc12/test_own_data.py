@@ -184,7 +184,7 @@ def test_a_wrong_mask_is_named(
     as_folder(generated, root)
     path = root / "masks" / f"{open_catalog('folder', root).ids('train')[2]}.png"
     if kind == "colour":
-        Image.open(path).convert("RGB").save(path)
+        Image.new("RGB", Image.open(path).size, (1, 2, 3)).save(path)
     elif kind == "corrupt":
         path.write_bytes(path.read_bytes()[:60])
     else:

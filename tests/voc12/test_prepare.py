@@ -161,7 +161,7 @@ def test_every_missing_or_damaged_file_is_told(voc: Path, capsys: pytest.Capture
     (root / "JPEGImages/s1.jpg").write_bytes(b"\xff\xd8 cut short")
     (root / "Annotations/t2.xml").write_text("<annotation><object>")
     (root / "SegmentationClass/v1.png").write_bytes(b"\x89PNG cut short")
-    Image.new("RGB", (6, 4), (128, 0, 0)).save(root / "SegmentationClass/t2.png")
+    Image.new("RGB", (6, 4), (1, 2, 3)).save(root / "SegmentationClass/t2.png")
     sbd_file(voc / "sbd/dataset/cls/s2.mat", np.full((5, 6), 12))
     (voc / "sbd/dataset/cls/s3.mat").write_bytes(b"cut short")
     write(root / "ImageSets/Segmentation/train_aug.txt", "t1\nt2\ns1\nv1\n")
@@ -352,7 +352,7 @@ def test_what_is_wrong_with_a_folder_is_told(own: Path, capsys: pytest.CaptureFi
     for name, height, value in (("my 2", 30, 0), ("my 3", 30, 9), ("my 4", 29, 0), ("cup", 30, 0)):
         write_mask(own / "masks" / f"{name}.png", np.full((height, 40), value, np.uint8))
     (own / "masks/my 5.png").write_bytes(b"\x89PNG cut short")
-    Image.new("RGB", (40, 30), (128, 0, 0)).save(own / "masks/my 6.png")
+    Image.new("RGB", (40, 30), (1, 2, 3)).save(own / "masks/my 6.png")
     write(own / "classes.txt", "cup\nCup\nPen\n")
     status, text = run(capsys, "folder", "--root", own)
     problems = "\n".join(line for line in text.splitlines() if line.startswith("PROBLEM"))

@@ -25,6 +25,7 @@ YEAR_FOLDERS = {"train": "train2014", "val": "val2014"}
 class Coco14Catalog(FolderCatalog):
     """The layout above, as ``voc12.prepare`` leaves it; DataError where that has not been run."""
 
+    hides_objects = True
     image_folders = tuple(f"{above}{year}" for above in ("", "images/") for year in YEAR_FOLDERS.values())
     mask_folders = tuple(f"SegmentationClass/{year}" for year in YEAR_FOLDERS.values())
 

@@ -14,35 +14,19 @@ compared in Unicode's composed form, whichever form the file system and the tabl
 from __future__ import annotations
 
 import os
-import unicodedata
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from misc.files.ids import checked_id
+from misc.files.ids import checked_id, composed, image_suffixes, strip_image_suffix, walk_files
 from voc12 import tags as tags_of
 from voc12.catalog import Catalog, data_set
 from voc12.lists import SHOWN, NoSuchList
+from voc12.masks import tell_foreign_masks
 from voc12.table import Table, read_table
 from voc12.tags import DataError
-
-
-@cache
-def image_suffixes() -> frozenset[str]:
-    """Endings (with the dot, lower case) of the image formats that this Pillow reads."""
-    Image.init()
-    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
-
-
-def strip_image_suffix(path: str) -> str:
-    """A relative path in composed Unicode, ``/`` between its parts, without an image format's ending."""
-    path = unicodedata.normalize("NFC", path).replace("\\", "/")
-    base, suffix = os.path.splitext(path)
-    return base if suffix.lower() in image_suffixes() else path
 
 
 @data_set("folder")
@@ -66,14 +50,20 @@ class FolderCatalog(Catalog):
         table, listed = root / "labels.csv", root / "classes.txt"
         classes = tags_of.read_classes(listed) if listed.is_file() else None
         self.classes_are_listed = classes is not None
+        self.root = root
         self._prefixes = tuple(f"{folder}/" for folder in self.image_folders if (root / folder).is_dir())
         if table.is_file():
-            self.table = read_table(table, classes, self.id_of_line)
+            self.table = read_table(table, classes, self.id_of_cell)
         elif classes is None or not any((root / folder).is_dir() for folder in self.mask_folders):
             raise DataError(self._needs(root))
         else:
             self.table = Table(classes, {}, {})
         super().__init__(name, root, self.table.classes, "labels.csv" if table.is_file() else "masks")
+
+    @property
+    def classes_are_guessed(self) -> bool:
+        """Where there is no classes.txt."""
+        return not self.classes_are_listed
 
     def _needs(self, root: Path) -> str:
         """What to say of a folder without tags."""
@@ -82,11 +72,14 @@ class FolderCatalog(Catalog):
             "from masks/ID.png too: that takes a classes.txt, one class name a line.)"
         )
 
-    def id_of_line(self, line: str) -> str:
-        """Id of an image from its file as a person writes it: the whole line, spaces included; ValueError for one that
+    def id_of_cell(self, written: str) -> str:
+        """Id of an image from its file as the table has it: the whole cell, spaces included; ValueError for one that
         leaves the folder."""
-        written = checked_id(strip_image_suffix(line.strip()).removeprefix("./"))
-        return next((written[len(p) :] for p in self._prefixes if written.startswith(p)), written)
+        path = composed(written.strip()).replace("\\", "/")
+        for form in (Path(os.path.abspath(self.root)), self.root.resolve()):  # an absolute path below the root
+            path = path.removeprefix(f"{composed(str(form))}/")
+        image_id = checked_id(strip_image_suffix(path).removeprefix("./"))
+        return next((image_id[len(p) :] for p in self._prefixes if image_id.startswith(p)), image_id)
 
     def named_list(self, split: str) -> list[str]:
         """splits/SPLIT.txt, or where it has neither train.txt nor val.txt one of the three lists that are made up."""
@@ -101,6 +94,9 @@ class FolderCatalog(Catalog):
             ids = {"train": tagged, "val": rest or tagged, "all": tagged + rest}[split]
             if ids:
                 return ids
+        foreign = self.foreign_masks() if self.tag_source == "masks" else []
+        if foreign:
+            raise NoSuchList(f"There is no list {split!r}: {tell_foreign_masks(foreign)}")
         listed = ", ".join(there) or "none"
         if not {"train", "val"} & set(there):
             listed += "; train, val and all are made up"
@@ -116,15 +112,15 @@ class FolderCatalog(Catalog):
         """
         found: dict[str, list[str]] = {}
         for folder in self.image_folders:
-            for path in _walk(self.root, folder):
+            for path in walk_files(self.root, folder):
                 if PurePosixPath(path).suffix.lower() in image_suffixes():
                     found.setdefault(strip_image_suffix(path[len(folder) + 1 :]), []).append(path)
         listing = cache(lambda folder: _listing(self.root, folder))
         for image_id, written in self.table.files.items():
             paths = found.get(image_id, [])
             if len(paths) != 1:  # not in an image folder, or there more than once
-                name = unicodedata.normalize("NFC", written.replace("\\", "/")).removeprefix("./")
-                exact = [p for p in paths if f"/{unicodedata.normalize('NFC', p)}".endswith(f"/{name}")]
+                name = composed(written.replace("\\", "/")).removeprefix("./")
+                exact = [p for p in paths if f"/{composed(p)}".endswith(f"/{name}")]
                 folder, _, file = name.rpartition("/")
                 named = listing(folder).get(file, []) or listing(folder).get(strip_image_suffix(file), [])
                 if exact or named:
@@ -144,9 +140,18 @@ class FolderCatalog(Catalog):
         return {
             strip_image_suffix(path[len(folder) + 1 :]): path
             for folder in self.mask_folders
-            for path in _walk(self.root, folder)
+            for path in walk_files(self.root, folder)
             if path.lower().endswith(".png")
         }
+
+    def foreign_masks(self) -> list[str]:
+        """Images of other formats in the mask folders."""
+        return [
+            path
+            for folder in self.mask_folders
+            for path in walk_files(self.root, folder)
+            if PurePosixPath(path).suffix.lower() in image_suffixes() - {".png"}
+        ]
 
     def read_tags(self, image_id: str) -> np.ndarray:
         """(C,) float32; DataError for an image that has no line in labels.csv (no mask, where tags come from those)."""
@@ -179,20 +184,6 @@ _MADE_UP = {
 }
 
 
-def _walk(root: Path, folder: str) -> Iterator[str]:
-    """Paths below ``root`` (``/`` between parts) of the files in a folder and its sub-folders; hidden ones are left
-    out."""
-    seen: set[str] = set()
-    for place, folders, files in os.walk(root / folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if os.path.realpath(place) in seen:  # a link to a folder above it
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(place))
-        below = os.path.relpath(place, root).replace(os.sep, "/")
-        yield from (f"{below}/{file}" for file in files if not file.startswith("."))
-
-
 def _listing(root: Path, folder: str) -> dict[str, list[str]]:
     """Files of one folder by name and by name without ending, both in composed Unicode: paths below ``root``."""
     listed: dict[str, list[str]] = {}
@@ -201,6 +192,6 @@ def _listing(root: Path, folder: str) -> dict[str, list[str]]:
     with os.scandir(root / folder) as entries:
         for entry in entries:
             path = f"{folder}/{entry.name}" if folder else entry.name
-            for name in {unicodedata.normalize("NFC", entry.name), strip_image_suffix(entry.name)}:
+            for name in {composed(entry.name), strip_image_suffix(entry.name)}:
                 listed.setdefault(name, []).append(path)
     return listed

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from misc.files.ids import IMAGE_SUFFIXES, id_of_file
+from misc.files.ids import IMAGE_SUFFIXES, IdReader, composed, file_of_id, image_suffixes, walk_files
+from misc.files.labelmap import read_labelmap
 from voc12 import tags as tags_of
 from voc12.catalog import Catalog, data_set
 from voc12.lists import NoSuchList
@@ -32,7 +33,9 @@ class VocCatalog(Catalog):
     """VOC 2012's layout: JPEGImages, ImageSets/Segmentation, and what there is of Annotations, SegmentationClass,
     SegmentationClassAug, SegmentationObject, ``classes.txt`` and ``labels.csv``.
 
-    Classes are VOC's 20 unless ``classes.txt`` names others. Tags come from ``labels.csv`` (``voc12.prepare`` writes
+    Classes are VOC's 20 unless ``classes.txt`` names others, or labelme's ``class_names.txt`` or CVAT's
+    ``labelmap.txt``
+    does. Tags come from ``labels.csv`` (``voc12.prepare`` writes
     one); without that from Annotations; without these from the masks. Masks of SegmentationClass go before those of
     SegmentationClassAug.
 
@@ -41,17 +44,18 @@ class VocCatalog(Catalog):
 
     def __init__(self, name: str, root: Path) -> None:
         root = find_voc_root(root)
-        listed = root / "classes.txt"
-        classes = tags_of.read_classes(listed) if listed.is_file() else VOC_CLASSES
+        classes, self.classes_from = _classes(root)
         self._table: dict[str, np.ndarray] = {}
         if (root / "labels.csv").is_file():
             source = "labels.csv"
-            self._table = read_table(root / "labels.csv", classes, id_of_file).tags
+            known = _index_folder(root, "JPEGImages", IMAGE_SUFFIXES)
+            self._table = read_table(root / "labels.csv", classes, IdReader(known, roots=[root])).tags
         elif _holds_file(root / "Annotations", ".xml"):
             source = "Annotations"
         else:
             source = "masks"
         super().__init__(name, root, classes, source)
+        self.hides_objects = self.classes == VOC_CLASSES
 
     def named_list(self, split: str) -> list[str]:
         """The list ImageSets/Segmentation/SPLIT.txt; train_aug and trainaug are one name."""
@@ -61,6 +65,8 @@ class VocCatalog(Catalog):
             if (folder / f"{spelling}.txt").is_file():
                 return self.read_list(folder / f"{spelling}.txt")
         there = ", ".join(sorted(p.stem for p in folder.glob("*.txt"))) or "none"
+        if there == "default":
+            there += ", which CVAT writes: copy it to train.txt and val.txt and share the images out"
         raise NoSuchList(
             f"There is no list {split!r} in {folder} (there: {there}). Name one of these, give the path of a list "
             "file (one image id a line), or put the list there."
@@ -77,14 +83,24 @@ class VocCatalog(Catalog):
             **_index_folder(self.root, "SegmentationClass", (".png",)),
         }
 
+    def foreign_masks(self) -> list[str]:
+        """Images of other formats in SegmentationClass and SegmentationClassAug."""
+        folders = ("SegmentationClass", "SegmentationClassAug")
+        others = image_suffixes() - {".png"}
+        return [p for f in folders for p in walk_files(self.root, f) if os.path.splitext(p)[1].lower() in others]
+
     def index_objects(self) -> dict[str, str]:
         """SegmentationObject."""
         return _index_folder(self.root, "SegmentationObject", (".png",))
 
+    def annotation_path(self, image_id: str) -> Path:
+        """The XML file of an image."""
+        return file_of_id(self.root / "Annotations", image_id, ".xml")
+
     def read_tags(self, image_id: str) -> np.ndarray:
         """(C,) float32 from the data set's one source of tags; DataError where it has none for this image."""
         if self.tag_source == "Annotations":
-            names = tags_of.read_xml(self.root / "Annotations" / f"{image_id}.xml")
+            names = tags_of.read_xml(self.annotation_path(image_id))
             strange = [name for name in names if name not in self.classes]
             if strange:
                 self._strange[image_id] = strange
@@ -96,6 +112,21 @@ class VocCatalog(Catalog):
         if image_id not in self.masks:
             raise DataError("neither Annotations nor labels.csv nor a mask tells its classes.")
         return self.tags_from_mask(image_id)
+
+
+def _classes(root: Path) -> tuple[tuple[str, ...], str]:
+    """Class names of a folder and the file they are from ("" for VOC's own): classes.txt, or what labelme
+    (class_names.txt) and CVAT (labelmap.txt) write in its place."""
+    if (root / "classes.txt").is_file():
+        return tags_of.read_classes(root / "classes.txt"), "classes.txt"
+    if (root / "labelmap.txt").is_file():
+        try:
+            return read_labelmap(root / "labelmap.txt").classes, "labelmap.txt"
+        except ValueError as error:
+            raise DataError(str(error)) from None
+    if (root / "class_names.txt").is_file():
+        return tags_of.read_class_names(root / "class_names.txt"), "class_names.txt"
+    return VOC_CLASSES, ""
 
 
 def find_voc_root(root: Path) -> Path:
@@ -116,15 +147,12 @@ def _holds_file(folder: Path, suffix: str) -> bool:
 
 
 def _index_folder(root: Path, folder: str, suffixes: tuple[str, ...]) -> dict[str, str]:
-    """{id: path below root} of the files with one of the suffixes; earlier suffixes win."""
-    if not (root / folder).is_dir():
-        return {}
+    """{id: path below root} of the files below a folder with one of the suffixes; earlier suffixes win."""
     rank = {suffix: number for number, suffix in enumerate(suffixes)}
     found: dict[str, tuple[int, str]] = {}
-    with os.scandir(root / folder) as entries:
-        for entry in entries:
-            stem, suffix = os.path.splitext(entry.name)
-            place = rank.get(suffix.lower())
-            if place is not None and not stem.startswith(".") and (stem not in found or place < found[stem][0]):
-                found[stem] = (place, f"{folder}/{entry.name}")
+    for path in walk_files(root, folder):
+        stem, suffix = os.path.splitext(path[len(folder) + 1 :])
+        place, stem = rank.get(suffix.lower()), composed(stem)
+        if place is not None and (stem not in found or place < found[stem][0]):
+            found[stem] = (place, path)
     return {stem: path for stem, (_, path) in found.items()}

@@ -13,6 +13,7 @@ from voc12.prepare.findings import (
     WORKERS,
     DirOption,
     Findings,
+    check_classes,
     check_files,
     conclude,
     join_lines,
@@ -89,7 +90,11 @@ def prepare_coco14(
     findings.put(root / "labels.csv", table_text(rows.values()))
     for name, ids in lists.items():
         findings.put(root / "splits" / f"{name}.txt", join_lines(ids))
+    findings.write()
+    if findings.count:
+        return conclude(findings, [])
     catalog = Coco14Catalog("coco14", root)
     check_files(catalog, lists, findings, decode, workers)
+    check_classes(catalog, lists, findings)
     print_counts(catalog, lists, _EXPECTED)
-    return conclude(findings, f"--data coco14 --root {root}")
+    return conclude(findings, ["--data", "coco14", "--root", root])

@@ -5,39 +5,53 @@ from __future__ import annotations
 import csv
 import io
 import os
+import shlex
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import tyro
+from PIL import Image
 
-from misc.files import store
+from misc.files import atomic, store
+from misc.files.ids import checked_id
 from misc.files.images import read_image, read_mask
+from misc.files.labelmap import NO_CLASS
 from misc.loop.each import EachFailed, each
 from misc.tables import ResultTable
 from voc12 import tags as tags_of
 from voc12.catalog import Catalog
+from voc12.lists import shorten
+from voc12.masks import compare_masks, tell_foreign_masks
 from voc12.tags import DataError
 
 DirOption = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 """A folder on the command line."""
+_ORIENTATION = 0x0112
+"""EXIF's tag of how a photo is turned; above 4: by a quarter."""
 WORKERS = min(8, os.cpu_count() or 1)
 """Processes unless told otherwise."""
 
 
 @dataclass
 class Findings:
-    """What was found wrong; told as it is found, counted for the exit status."""
+    """What was found wrong, told as it is found and counted for the exit status, and the files to write where nothing
+    is: a list of a damaged folder would outlive the damage."""
 
     overwrite: bool = False
     count: int = 0
+    planned: dict[Path, str] = field(default_factory=dict)
 
     def tell(self, text: str) -> None:
         """One problem."""
         self.count += 1
         print(f"PROBLEM: {text}")
+
+    def note(self, text: str) -> None:
+        """Something that may be meant so."""
+        print(f"NOTE: {text}")
 
     def work(self, name: str, ids: Sequence[str], action: Callable[[str], None], workers: int,
              done: Callable[[str], bool] = lambda _: False) -> None:
@@ -49,14 +63,26 @@ class Findings:
                 self.tell(f"{failure.image_id}: {failure.cause}")
 
     def put(self, path: Path, text: str) -> None:
-        """Write a text file unless it is there; a different one is only replaced with ``overwrite``."""
+        """Plan a text file, which ``write`` writes; one that is there with other content is a problem, unless with
+        ``overwrite``."""
         if path.exists() and path.read_bytes() == text.encode():
             print(f"as it was: {path}")
         elif path.exists() and not self.overwrite:
             self.tell(f"{path} is there with other content and is kept: --overwrite replaces it.")
         else:
+            self.planned[path] = text
+
+    def write(self) -> None:
+        """Write what is planned, if there is no problem."""
+        if self.count and self.planned:
+            names = ", ".join(str(path) for path in self.planned)
+            print(f"not written while there are problems: {names}")
+            return
+        for path, text in self.planned.items():
+            atomic.remove_leftovers([path])
             store.write_bytes(path, text.encode())
             print(f"written: {path}")
+        self.planned.clear()
 
 
 def table_text(rows: Iterable[tuple[str, Sequence[str]]]) -> str:
@@ -78,14 +104,8 @@ def print_counts(catalog: Catalog, lists: dict[str, list[str]], expected: dict[s
     rows: dict[str, np.ndarray] = {}
     for name, ids in lists.items():
         masks = sum(i in catalog.masks for i in ids)
-        known = []
-        for image_id in ids:
-            try:
-                known.append(catalog.tags(image_id))
-            except (ValueError, OSError):
-                continue
-        rows[name] = np.sum(known, 0) if known else np.zeros(catalog.num_classes)
-        mean = f"{rows[name].sum() / len(known):.3f}" if known else "-"
+        rows[name], known = _count_tags(catalog, ids)
+        mean = f"{rows[name].sum() / known:.3f}" if known else "-"
         odd = "<- not as published" if expected.get(name, len(ids)) != len(ids) else ""
         counts.append((name, str(len(ids)), str(expected.get(name, "-")), str(masks), mean, odd))
     head = ("list", "images", "expected", "masks", "tags per image", "")
@@ -93,6 +113,18 @@ def print_counts(catalog: Catalog, lists: dict[str, list[str]], expected: dict[s
     print("\nimages of each class:")
     of_class = [(str(c + 1), name, *(str(int(n[c])) for n in rows.values())) for c, name in enumerate(catalog.classes)]
     print(ResultTable(("", "class", *lists), of_class, numbers={0, *range(2, len(lists) + 2)}).text())
+
+
+def _count_tags(catalog: Catalog, ids: Iterable[str]) -> tuple[np.ndarray, int]:
+    """(C,) images with each class, and the number of images whose tags are known."""
+    total, known = np.zeros(catalog.num_classes), 0
+    for image_id in ids:
+        try:
+            total += catalog.tags(image_id)
+            known += 1
+        except (ValueError, OSError):
+            continue
+    return total, known
 
 
 @dataclass(frozen=True)
@@ -108,6 +140,14 @@ class _Look:
             return
         mask = read_mask(path)
         if mask.shape != image.shape[:2]:
+            with Image.open(self.catalog.image_path(image_id)) as opened:
+                turned = opened.size[::-1] == mask.shape and opened.getexif().get(_ORIENTATION, 1) > 4
+            if turned:
+                raise DataError(
+                    f"{path} lies as the photo is stored, which its EXIF orientation turns: turn the mask as "
+                    f"the photo is "
+                    "shown, or save the photo upright without the orientation."
+                )
             raise DataError(f"{path} is {mask.shape} pixels high and wide, the image {image.shape[:2]}. Replace it.")
         try:
             tags_of.tags_from_mask(mask, self.catalog.num_classes)
@@ -118,7 +158,8 @@ class _Look:
 def check_files(
     catalog: Catalog, lists: dict[str, list[str]], findings: Findings, decode: bool, workers: int
 ) -> None:
-    """Tell every listed image that has no file, and with ``decode`` every damaged image and mask."""
+    """Tell every listed image that has no file, every name that results cannot have, and with ``decode`` every damaged
+    image and mask, and masks that the tags contradict."""
     listed = sorted({i for ids in lists.values() for i in ids})
     folded = {image_id.casefold(): image_id for image_id in catalog.images}
     for image_id in listed:
@@ -126,14 +167,76 @@ def check_files(
             alike = folded.get(image_id.casefold())
             hint = f" (there is {alike}: capitals count)" if alike else ""
             findings.tell(f"{image_id} is on a list and has no image file{hint}.")
+    for image_id in sorted({*catalog.images, *listed}):
+        try:
+            checked_id(image_id)
+        except ValueError as error:
+            findings.tell(f"{catalog.images.get(image_id, image_id)}: {error}")
+    foreign = catalog.foreign_masks()
+    if foreign:
+        findings.tell(tell_foreign_masks(foreign))
     if decode:
         there = [i for i in listed if i in catalog.images]
         findings.work("reading images and masks", there, _Look(catalog), workers)
+        problems, notes = compare_masks(catalog, [i for i in there if i in catalog.masks], max(1, workers))
+        for text in problems:
+            findings.tell(text)
+        for text in notes:
+            findings.note(text)
 
 
-def conclude(findings: Findings, flags: str) -> int:
+def check_lists(lists: dict[str, list[str]], findings: Findings) -> None:
+    """Tell images that are trained on and tested on."""
+    for name in ("train", "train_aug"):
+        both = sorted(set(lists.get(name, ())) & set(lists.get("val", ())))
+        if both and lists[name] != lists["val"]:
+            findings.tell(f"{len(both)} images of {name} are in val too ({', '.join(both[:5])}): mend the lists.")
+
+
+def check_classes(catalog: Catalog, lists: dict[str, list[str]], findings: Findings) -> None:
+    """Tell classes that no image has, or no training image, and names that sound like none or like each other."""
+    counts = {name: _count_tags(catalog, ids)[0] for name, ids in lists.items()}
+    known = np.sum(list(counts.values()), 0) if counts else np.zeros(catalog.num_classes)
+    nowhere = [name for name, count in zip(catalog.classes, known, strict=True) if not count]
+    if nowhere and len(nowhere) < catalog.num_classes:
+        findings.note(
+            f"no image of any list has the class {shorten(nowhere)}: take it out of the list of classes, unless "
+            f"the masks "
+            "count it (each class is one mask value)."
+        )
+    for name in ("train", "train_aug"):
+        lacking = [c for c, n in enumerate(counts.get(name, ())) if not n and known[c]]
+        if lacking:
+            shown = shorten(catalog.classes[c] for c in lacking)
+            findings.note(f"no image of {name} has the class {shown}: it is not learnt.")
+    for name in catalog.classes:
+        if name.strip("_ ").lower().replace(" ", "") in _NO_CLASS:
+            findings.note(
+                f"the class {name!r} sounds like no class at all: an image without any object has a line "
+                f"without a class, "
+                "and pixels without a label are 255 in the masks."
+            )
+    letters: dict[str, list[str]] = {}
+    for name in catalog.classes:
+        letters.setdefault("".join(sorted(name.casefold())), []).append(name)
+    for names in letters.values():
+        if len(names) > 1 and len(names[0]) > 2 and catalog.classes_are_guessed:
+            findings.tell(
+                f"The classes {' and '.join(map(repr, names))} have the same letters: mend the one that is "
+                f"misspelt, or, if "
+                "all are right, list all class names in classes.txt, one a line."
+            )
+
+
+_NO_CLASS = (*NO_CLASS, "none", "noclass", "nothing", "empty", "noobject", "nolabel", "nan", "null")
+"""Names, without blanks and underscores at their ends, that people give to what is no class."""
+
+
+def conclude(findings: Findings, flags: Sequence[str]) -> int:
+    """Write what is planned and say how it ended; ``flags`` of the run that follows. Returns the exit status."""
+    findings.write()
     if findings.count:
         print(f"\n{findings.count} problems, listed above as PROBLEM.")
         return 1
-    print(f"\nAll is well. Now: python run_sample.py METHOD {flags} ...")
+    print(f"\nAll is well. Now: python run_sample.py METHOD {shlex.join(map(str, flags))} ...")
     return 0

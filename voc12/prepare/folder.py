@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import suppress
 
 import numpy as np
 from PIL import Image
 
+from misc.files.images import channel_bits
 from voc12.catalog import Catalog
 from voc12.data_sets.folder import FolderCatalog
-from voc12.prepare.findings import WORKERS, DirOption, Findings, check_files, conclude, join_lines, print_counts
+from voc12.lists import shorten
+from voc12.prepare.findings import (
+    WORKERS,
+    DirOption,
+    Findings,
+    check_classes,
+    check_files,
+    check_lists,
+    conclude,
+    join_lines,
+    print_counts,
+)
 from voc12.tags import DataError
 
 _LARGE_MEGAPIXELS = 1.5
@@ -35,47 +48,86 @@ def prepare_folder(
     catalog = FolderCatalog("folder", root)
     if not catalog.classes_are_listed:
         findings.put(root / "classes.txt", join_lines(catalog.classes))
-    if val_share:
-        ids = list(catalog.table.tags)
-        chosen = set(np.random.default_rng(0).permutation(len(ids))[: max(1, round(val_share * len(ids)))].tolist())
-        for name, inside in (("train", False), ("val", True)):
-            lines = [catalog.table.files[i] for n, i in enumerate(ids) if (n in chosen) == inside]
-            findings.put(root / "splits" / f"{name}.txt", join_lines(lines))
-    catalog = FolderCatalog("folder", root)
     for one in catalog.classes:
         alike = [other for other in catalog.classes if other != one and other.casefold() == one.casefold()]
         if alike and one < alike[0]:
             findings.tell(f"The classes {one!r} and {alike[0]!r} differ in capitals only: make them one.")
     names = sorted(path.stem for path in (root / "splits").glob("*.txt"))
-    if not {"train", "val"} & set(names):  # made up then
+    drawn = _draw_lists(catalog, val_share) if val_share else {}
+    for name, ids in drawn.items():
+        findings.put(root / "splits" / f"{name}.txt", join_lines(catalog.table.files[i] for i in ids))
+    if drawn and not findings.count:
+        names = [name for name in names if name not in drawn]
+    elif not {"train", "val"} & set(names):  # made up then
         names += ["train", "val"]
-    lists = {name: catalog.ids(name) for name in names}
-    for name in names:
-        untagged = [i for i in lists[name] if catalog.tag_source == "labels.csv" and i not in catalog.table.tags]
+    lists = {name: catalog.ids(name) for name in names} | ({} if findings.count else drawn)
+    for name in {"train", "val"} - lists.keys():
+        there = f"{root / 'splits'} (there: {', '.join(names)})"
+        findings.tell(f"There is no list {name} in {there}: write {name}.txt, or remove the others.")
+    for name, ids in lists.items():
+        untagged = [i for i in ids if catalog.tag_source == "labels.csv" and i not in catalog.table.tags]
         if untagged:
             print(f"{len(untagged)} images of {name} have no line in labels.csv ({', '.join(untagged[:5])}).")
+    check_lists(lists, findings)
     stray = sorted(set(catalog.masks) - set(catalog.images))
     if stray:
         shown = ", ".join(stray[:5])
         findings.tell(f"{len(stray)} masks belong to no image ({shown}): a mask is named after its image.")
     check_files(catalog, {**lists, "labels.csv": list(catalog.table.tags)}, findings, decode, workers)
-    _tell_large(catalog)
+    check_classes(catalog, lists, findings)
+    tell_pictures(catalog, findings)
     print_counts(catalog, lists, {})
-    return conclude(findings, f"--data folder --root {root}")
+    return conclude(findings, ["--data", "folder", "--root", root])
 
 
-def _tell_large(catalog: Catalog) -> None:
-    """Say how many images are much larger than those that the recipes were made for; damaged ones are told elsewhere.
-    Sizes are read from the files' heads."""
+def _draw_lists(catalog: FolderCatalog, val_share: float) -> dict[str, list[str]]:
+    """The tagged images, shared out by chance between train and val; every class keeps an image in train."""
+    ids = list(catalog.table.tags)
+    left = np.sum([catalog.tags(i) for i in ids], 0) if ids else np.zeros(catalog.num_classes)
+    wanted, chosen = max(1, round(val_share * len(ids))), set()
+    for number in np.random.default_rng(0).permutation(len(ids)).tolist():
+        tags = catalog.tags(ids[number])
+        if len(chosen) < wanted and (left - tags)[tags > 0].min(initial=1) >= 1:
+            chosen.add(number)
+            left -= tags
+    return {
+        name: [i for n, i in enumerate(ids) if (n in chosen) == inside]
+        for name, inside in (("train", False), ("val", True))
+        if inside is False or chosen
+    }
+
+
+def tell_pictures(catalog: Catalog, findings: Findings) -> None:
+    """Say how many images are much larger than those that the recipes were made for, or have what is not used: more
+    than 8 bits, transparency, further pages. Damaged ones are told elsewhere; only the heads of files are read."""
     sizes: dict[str, tuple[int, int]] = {}
+    odd: dict[str, list[str]] = {}
     for image_id in catalog.images:
-        with suppress(Exception), Image.open(catalog.image_path(image_id)) as image:
+        with suppress(Exception), open(catalog.image_path(image_id), "rb") as file, Image.open(file) as image:
             sizes[image_id] = image.size
+            file.seek(0)
+            if channel_bits(image, file.read(32)) > 8:
+                odd.setdefault(_DEEP, []).append(image_id)
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                odd.setdefault("transparency, which is left out", []).append(image_id)
+            if image.mode == "CMYK":
+                odd.setdefault("the channels CMYK and are converted without a colour profile", []).append(image_id)
+            if getattr(image, "n_frames", 1) > 1:
+                odd.setdefault("several pages or frames, of which the first is taken", []).append(image_id)
+    for what, ids in odd.items():
+        findings.note(f"{len(ids)} images have {what} ({shorten(ids)}).")
     large = {i: size for i, size in sizes.items() if size[0] * size[1] > _LARGE_MEGAPIXELS * 1e6}
     if large:
         widest = max(large, key=lambda i: large[i][0] * large[i][1])
-        print(
-            f"NOTE: {len(large)} images have more than {_LARGE_MEGAPIXELS:g} megapixels (the largest, {widest}: "
+        findings.note(
+            f"{len(large)} images have more than {_LARGE_MEGAPIXELS:g} megapixels (the largest, {widest}: "
             f"{large[widest][0]} x {large[widest][1]}). Memory and time grow with the pixels: make a smaller "
-            f"copy first by python -m voc12.prepare shrink --root {catalog.root} --out DIR."
+            f"copy first by python -m voc12.prepare shrink --root {shlex.quote(str(catalog.root))} --out DIR."
         )
+
+
+_DEEP = (
+    "more than 8 bits a channel: the values are taken for those of the smallest depth of 8, 10, 12, 14 and 16 "
+    "bits that "
+    "holds the largest of an image, and their upper 8 bits are used; save them with 8 bits to scale them otherwise"
+)

@@ -13,6 +13,9 @@ from voc12.data_sets.folder import FolderCatalog
 from voc12.prepare.findings import WORKERS, DirOption, Findings, conclude
 from voc12.tags import DataError
 
+_LARGEST_MEGAPIXELS = 400
+"""Larger images are refused here too: reading one takes 3 bytes a pixel, twice."""
+
 
 @dataclass(frozen=True)
 class _Shrink:
@@ -26,7 +29,8 @@ class _Shrink:
         return self.out / "images" / f"{image_id}.jpg"
 
     def __call__(self, image_id: str) -> None:
-        image, path = read_image(self.catalog.image_path(image_id)), self.catalog.mask_path(image_id)
+        path = self.catalog.mask_path(image_id)
+        image = read_image(self.catalog.image_path(image_id), _LARGEST_MEGAPIXELS)
         size = scaled_size(image.shape[:2], min(1.0, self.long_side / max(image.shape[:2])))
         if path is not None:
             write_mask(self.out / "masks" / f"{image_id}.png", resize_mask(read_mask(path), size))
@@ -54,4 +58,4 @@ def shrink_folder(
     for path in [root / "labels.csv", root / "classes.txt", *sorted((root / "splits").glob("*.txt"))]:
         if path.is_file():
             findings.put(out / path.relative_to(root), path.read_text(encoding="utf-8-sig"))
-    return conclude(findings, f"--data folder --root {out}")
+    return conclude(findings, ["--data", "folder", "--root", out])

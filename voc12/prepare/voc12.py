@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,11 +15,14 @@ from misc.files.images import write_mask
 from voc12 import tags as tags_of
 from voc12.catalog import Catalog
 from voc12.data_sets.voc12 import VocCatalog, find_voc_root
+from voc12.lists import shorten
 from voc12.prepare.findings import (
     WORKERS,
     DirOption,
     Findings,
+    check_classes,
     check_files,
+    check_lists,
     conclude,
     join_lines,
     print_counts,
@@ -84,22 +89,52 @@ def prepare_voc12(
         if catalog.has_list(name):
             lists[name] = catalog.ids(name)
         elif name != "test":
-            findings.tell(f"There is no list {name} in {catalog.root / 'ImageSets' / 'Segmentation'}.")
+            folder = catalog.root / "ImageSets" / "Segmentation"
+            cvat = " CVAT writes default.txt: share its images out." if (folder / "default.txt").is_file() else ""
+            findings.tell(f"There is no list {name} in {folder}.{cvat}")
+    if not catalog.classes_from:
+        findings.note(f"{catalog.root} has no classes.txt: the classes are VOC's 20.")
+    elif catalog.classes_from != "classes.txt":
+        findings.note(f"{catalog.root} has no classes.txt: the classes are those of {catalog.classes_from}.")
+        findings.put(catalog.root / "classes.txt", join_lines(catalog.classes))
     _train_aug(catalog, lists, findings)
+    check_lists(lists, findings)
     tagged = sorted({i for name, ids in lists.items() if name != "test" for i in ids})
     rows: list[tuple[str, list[str]]] = []
+    strange: Counter[str] = Counter()
     for image_id in tagged:
         try:
-            rows.append((f"{image_id}.jpg", _voc_tags(catalog, image_id, tags, difficult)))
+            names = _voc_names(catalog, image_id, tags, difficult)
         except (ValueError, OSError) as error:
             findings.tell(f"{image_id}: {error}")
+            continue
+        strange.update(set(names) - set(catalog.classes))
+        file = catalog.images.get(image_id, f"JPEGImages/{image_id}.jpg").removeprefix("JPEGImages/")
+        rows.append((file, [name for name in catalog.classes if name in names]))
+        catalog.keep_tags(image_id, tags_of.encode_tags(names, catalog.classes))
+    _tell_strange(strange, catalog, findings)
     if len(rows) == len(tagged):
         findings.put(catalog.root / "labels.csv", table_text(rows))
-    else:
-        print("labels.csv is not written before all tags are there.")
     check_files(catalog, lists, findings, decode, workers)
-    print_counts(VocCatalog("voc12", catalog.root), lists, _EXPECTED)
-    return conclude(findings, f"--data voc12 --root {catalog.root}")
+    check_classes(catalog, lists, findings)
+    print_counts(catalog, lists, _EXPECTED)
+    return conclude(findings, ["--data", "voc12", "--root", catalog.root])
+
+
+def _tell_strange(strange: Counter[str], catalog: Catalog, findings: Findings) -> None:
+    """Tell objects whose names are no class: a problem where only the capitals differ."""
+    folded = {name.casefold(): name for name in catalog.classes}
+    miswritten = {name: folded[name.casefold()] for name in strange if name.casefold() in folded}
+    if miswritten:
+        shown = shorten([f"{name!r} ({strange[name]}; is it {right!r}?)" for name, right in miswritten.items()])
+        findings.tell(f"objects whose names are no class, but for their capitals: {shown}. Mend them or classes.txt.")
+    others = []
+    for name, count in strange.most_common():
+        near = [] if name in miswritten else difflib.get_close_matches(name, catalog.classes, 1)
+        if name not in miswritten:
+            others.append(f"{name!r} ({count}{f'; is it {near[0]!r}?' if near else ''})")
+    if others:
+        findings.note(f"objects whose names are no class are passed over (images): {shorten(others)}.")
 
 
 def _train_aug(catalog: Catalog, lists: dict[str, list[str]], findings: Findings) -> None:
@@ -112,14 +147,9 @@ def _train_aug(catalog: Catalog, lists: dict[str, list[str]], findings: Findings
         lists["train_aug"] = ids
     else:
         print("There are no masks besides the official ones, hence no train_aug: give --sbd DIR to make it.")
-    for name in ("train", "train_aug"):
-        both = sorted(set(lists.get(name, ())) & set(lists.get("val", ())))
-        if both:
-            findings.tell(f"{len(both)} images of {name} are in val too ({', '.join(both[:5])}): mend the lists.")
 
 
-def _voc_tags(catalog: Catalog, image_id: str, source: str, difficult: bool) -> list[str]:
+def _voc_names(catalog: VocCatalog, image_id: str, source: str, difficult: bool) -> set[str]:
     if source == "xml":
-        present = set(tags_of.read_xml(catalog.root / "Annotations" / f"{image_id}.xml", difficult))
-        return [name for name in catalog.classes if name in present]
-    return [catalog.classes[c] for c in np.flatnonzero(catalog.tags_from_mask(image_id))]
+        return set(tags_of.read_xml(catalog.annotation_path(image_id), difficult))
+    return {catalog.classes[c] for c in np.flatnonzero(catalog.tags_from_mask(image_id))}

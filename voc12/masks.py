@@ -1,0 +1,74 @@
+"""What true masks say against tags: objects drawn as 255, and classes in another order than classes.txt."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from misc.files.images import read_mask
+from misc.image.labels import IGNORE
+from voc12.lists import shorten
+
+if TYPE_CHECKING:
+    from voc12.catalog import Catalog
+
+
+def compare_masks(catalog: Catalog, ids: Sequence[str], workers: int = 4) -> tuple[list[str], list[str]]:
+    """Read the masks of images and hold them against the images' tags; unreadable masks and tags are passed over, other
+    checks tell of them.
+
+    Returns (problems, notes), a sentence or two each: masks of images with tags that hold 0 and 255 only (a note where
+    the data set hides objects under 255 and other masks show classes), and masks with classes that the tags lack.
+    """
+
+    def values(image_id: str) -> tuple[str, np.ndarray, np.ndarray] | None:
+        path = catalog.mask_path(image_id)
+        if path is None:
+            return None
+        try:
+            return image_id, np.flatnonzero(np.bincount(read_mask(path).ravel(), minlength=256)), catalog.tags(image_id)
+        except (ValueError, OSError):
+            return None
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        read = [found for found in pool.map(values, ids) if found is not None]
+    from_masks = catalog.tag_source == "masks"
+    hidden, differing, names, drawn = [], [], Counter[str](), False
+    for image_id, present, tags in read:
+        classes = present[(present > 0) & (present <= catalog.num_classes)] - 1
+        drawn |= len(classes) > 0
+        if present[-1] == IGNORE and not ((present > 0) & (present < IGNORE)).any() and (tags.any() or from_masks):
+            hidden.append(image_id)
+        lacking = [catalog.classes[c] for c in classes if not tags[c]]
+        if lacking:
+            differing.append(image_id)
+            names.update(lacking)
+    problems, notes = [], []
+    if hidden:
+        told = (
+            f"{len(hidden)} of {len(read)} masks hold only the values 0 and 255 ({shorten(hidden)}), and 255 means not "
+            "scored. If 255 is the object, write its class (1 for the first) instead."
+        )
+        may_be = (catalog.hides_objects or from_masks) and drawn
+        (notes if may_be else problems).append(told)
+    if differing:
+        shown = shorten([f"{name} ({count})" for name, count in names.most_common()])
+        notes.append(
+            f"In {len(differing)} of {len(read)} images the mask has classes that the tags lack: {shown} "
+            f"({shorten(differing)}). Is classes.txt in the order of the mask values?"
+        )
+    return problems, notes
+
+
+def tell_foreign_masks(paths: Sequence[str]) -> str:
+    """A sentence on files that lie among the masks and are not read."""
+    folder = paths[0].rpartition("/")[0]
+    return (
+        f"{folder}/ holds {len(paths)} files that are not PNG and are not read ({shorten(paths)}): save masks "
+        f"as PNG (JPEG "
+        "changes the values)."
+    )
