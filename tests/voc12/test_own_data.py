@@ -138,7 +138,7 @@ def test_voc_coco_and_folder_give_the_same_run(
         made[data] = digests(tmp_path / f"run-{data}", "weights/*.pt", "cam/*", "label/*", "seg/*")
     assert made["voc12"] == made["folder"] == made["coco14"]
     scores = [json.loads((tmp_path / f"run-{data}" / "scores.json").read_text()) for data in ("voc12", "folder")]
-    assert scores[0] == scores[1] and len(scores[0]) == 3
+    assert scores[0] == scores[1] and len(scores[0]) == 4
 
 
 def test_eighty_classes(generated: Path, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_eighty_classes(generated: Path, tmp_path: Path) -> None:
     assert len(np.unique(palette(), axis=0)) == 256
     scores = json.loads((out / "scores.json").read_text())
     assert all(len(score["classes"]) == 81 for score in scores.values())
-    assert [score.get("seen_in_training") for score in scores.values()] == [None, None, 0]
+    assert [score.get("seen_in_training") for score in scores.values()] == [None, None, 0, 0]
 
 
 def test_part_of_the_masks_is_told(generated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
