@@ -144,10 +144,13 @@ class SeedRecipe(Phase):
     boxes: BoxInference = field(default_factory=BoxInference)
     """Boxes from the CAMs, on data sets that ask for boxes."""
     # semformer.md 5.3
-    selection: Literal["last", "train_miou"] = "last"
-    """Which weights are kept. last: those after the last update. train_miou: those of the epoch whose CAMs (one scale,
-    no mirror) have the best mIoU on the scored list at their best background score. It looks at the PIXEL LABELS of the
-    training images, as the published SemFormer and Puzzle-CAM do; they do so on coarser maps."""
+    # aream.md section 8, mctformer.md section 6
+    selection: Literal["last", "val_tags", "train_miou"] = "last"
+    """Which weights are kept. last: those after the last update. val_tags: those of the epoch whose class scores have
+    the best mAP on the validation list, over the classes of each image; looks at the TAGS of the validation images, as
+    the published AReAM on MCTformer does. train_miou: those of the epoch whose CAMs (one scale, no mirror) have the
+    best mIoU on the scored list at their best background score; looks at the PIXEL LABELS of the training images, as
+    the published SemFormer and Puzzle-CAM do; they do so on coarser maps."""
 
     def phases(self) -> tuple[tuple[str, Phase], ...]:
         """The trainings in order, each with its name (weights/NAME.pt); the last is the CAM network, named cam.

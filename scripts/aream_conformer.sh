@@ -15,6 +15,7 @@
 #   2 make_cam     train       70.69 mIoU (best background score)              released checkpoint; which weighting of
 #                              (TransCAM: 64.9)                                the layers it had is not stated
 #
+# Unless --aff.walk.threshold NUMBER is given, the walk takes the background score that step 2 found best on train.
 # The maps come from the last epoch, as published. Scores after the random walk and of the segmentation network were not
 # published in numbers that could be found.
 #

@@ -16,7 +16,8 @@
 #   2 make_cam     train       67.93 mIoU (best background score)              released checkpoint
 #                              67.73 with layers weighted by entropy           first README of the repository
 #
-# The published maps come from the epoch of the best mAP on val. Here they come from the last one: val is not looked at.
+# The maps come from the epoch of the best mAP on the TAGS of val, as published; --cam.selection last does not look at
+# val. Unless --aff.walk.threshold NUMBER is given, the walk takes the background score that step 2 found best on train.
 # Scores after the random walk and of the segmentation network were not published in numbers that could be found.
 #
 # Layers weighted by entropy: train with --cam.network.pair-weight 0 in a run folder of its own, measure with

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SPECIAL = {
     "puzzlecam:published:resnet50": "--cam.network.backbone resnet",
-    "aream_mctformer": "--cam.fit.steps 2",  # the pair loss starts after a sixth of the training
+    "aream_mctformer": "--cam.fit.steps 2 --cam.selection last",  # the pair loss starts after a sixth of the training
     "aream_conformer": "--cam.fit.steps 2",
     "semformer": "--cam.caae.weights none --cam.caae.fit.steps 1 --cam.caae.fit.batch-size {batch}",
     # the loss between the branches starts in the second epoch. Batch normalisation is frozen, so random weights of 50

@@ -213,7 +213,7 @@ def fit(
     resume = resume_point(weights)
     identity = json.dumps({**made_by, "updates": total, "seed": seed}, default=str)
     start = _resume(resume, network, rules, scaler, identity)
-    best = _best_point(weights)
+    best, last = _best_point(weights), math.nan
     if main and not start:
         best.unlink(missing_ok=True)  # left over from a training without a resume point
     model = _wrap(network, machine, device)
@@ -246,13 +246,15 @@ def fit(
             bar.update()
             if score is not None and (step + 1) * recipe.epochs // total > step * recipe.epochs // total:
                 _check_weights(network, step, name)
-                _keep_best(best, network, score, name)
+                last = _keep_best(best, network, score, name)
             if (step + 1) % every == 0 and step + 1 < total:
                 _check_weights(network, step, name)
                 _save(resume, network, rules, scaler, identity, step + 1)
     _check_weights(network, total - 1, name)
     if main and score is not None:
-        network.load_state_dict(store.read_weights(best)["network"])
+        kept = store.read_weights(best)
+        network.load_state_dict(kept["network"])
+        description = {**description, "rating": {"last": last, "selected": float(kept["score"])}}
     keep(network, device, machine, weights, description, finish)
     if main:
         for done in (resume, best):
@@ -348,9 +350,10 @@ def _share_counts(network: Trainable, micro: list[Batch]) -> None:
             batch[f"counts/{key}"] = mean
 
 
-def _keep_best(path: Path, network: Trainable, score: Callable[[], float], name: str) -> None:
+def _keep_best(path: Path, network: Trainable, score: Callable[[], float], name: str) -> float:
     """Score the network and save its weights if they are the best so far. A resumed training scores some epochs again,
-    whose weights are saved already."""
+    whose weights are saved already. Returns the score in the main process, NaN in others."""
+    value = math.nan
     if distributed.is_main():
         network.eval()
         value, kept = score(), float(store.read_weights(path)["score"]) if path.exists() else -math.inf
@@ -359,6 +362,7 @@ def _keep_best(path: Path, network: Trainable, score: Callable[[], float], name:
         if value > kept:
             store.write_weights(path, {"network": network.state_dict(), "score": value})
     distributed.barrier()
+    return value
 
 
 def _save(

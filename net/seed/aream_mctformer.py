@@ -47,6 +47,7 @@ _PUBLISHED = Recipe(
         ),
         weights=PRETRAINED,
         infer=CamInference(scales=(1.0,), flip=True, multiple=16, normalise="rectified", search_to=0.79),
+        selection="val_tags",
     ),
     refine=PUBLISHED_REFINE,
     segmenter="deeplabv1_largefov",

@@ -77,12 +77,13 @@ def score_cams(job: Job, device: torch.device) -> None:
         searches = {"CAM": searched}
         if infer.fixed_background is not None:
             searches["CAM at the published background score"] = [infer.fixed_background]
+        _, description = read_model(job.run.weights("cam"))
         for name, thresholds in searches.items():
             scores = evaluate_cams(ids, *files, job.catalog.num_classes + 1, thresholds, boundary=False)
             _record(
                 job, name, job.cfg.score_list, scores, tags="true tags", scales=list(infer.scales), flip=infer.flip,
                 selection=job.cfg.cam.selection, start_weights=start_weights(job.cfg.cam.phases()[-1][1]),
-                precision=precisions(job, "cam", device),
+                precision=precisions(job, "cam", device), selection_rating=description.get("rating"),
             )
 
 
