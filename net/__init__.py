@@ -1,1 +1,1 @@
-"""The networks, one file a method: layers, losses, map and published recipe."""
+"""The networks, one file per method: layers, losses, class map and published recipe."""

@@ -1,8 +1,8 @@
-"""The network that ToCo and MoRe stand on: a vision transformer whose patch tokens are read twice, two classifiers on
-their maxima, and a LargeFOV decoder (toco.md section 2, more.md section 2).
+"""The network of ToCo and MoRe: a vision transformer with patch tokens taken at two depths, two classifiers on their
+maxima, and a LargeFOV decoder (toco.md section 2, more.md section 2).
 
-Maps come from the final tokens and, as auxiliary maps, from those of an earlier block, which are less alike. Names are
-those of the official checkpoints.
+Maps come from the final tokens; auxiliary maps come from an earlier block, whose tokens are less alike. Names are those
+of the official checkpoints.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from net.backbone.vit import ViT, ViTOptions
 
 
 class AuxiliaryViT(ViT):
-    """Vision transformer that gives its class tokens and patch tokens after the final norm, and the patch tokens of an
-    earlier block without norm.
+    """Vision transformer that returns class and patch tokens after the final norm, and the patch tokens of an earlier
+    block without norm.
 
     Args:
         options: size.
         tokens: number of class tokens.
         aux_layer: block of the auxiliary tokens; negative from the end, -3 is the block two before the last.
-        classes: size of the linear head, which is kept for the checkpoints' sake and never used.
+        classes: size of the linear head, which is never used and exists only to load checkpoints.
     """
 
     unused = ("head",)
@@ -81,8 +81,8 @@ class MaxClassifier(nn.Conv2d):
 
 
 class WeightNormLinear(nn.Module):
-    """Linear layer without bias whose weight rows have the length ``weight_g``, which stays 1: for inputs of length 1
-    an output is a cosine. (..., in) -> (..., out)."""
+    """Linear layer without bias whose weight rows have norm ``weight_g``, which stays 1: for inputs of norm 1 an output
+    is a cosine. (..., in) -> (..., out)."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class WeightNormLinear(nn.Module):
         self.weight_v = nn.Parameter(nn.Linear(inputs, outputs, bias=False).weight.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Plain."""
+        """Returns products of the rows' directions with ``x``, times ``weight_g``."""
         return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
 
 
@@ -110,5 +110,5 @@ class ProjectionHead(nn.Module):
         self.last_layer = WeightNormLinear(bottleneck, outputs)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Not normalised at the end."""
+        """Class tokens (n, D) -> projections (n, out), not normalised."""
         return self.last_layer(F.normalize(self.mlp(tokens), dim=1))

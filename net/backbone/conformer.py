@@ -1,7 +1,7 @@
 """Conformer: a ResNet-like and a ViT branch side by side, which exchange features in every block (transcam.md 2).
 
 Names are those of the official checkpoints. A method subclasses ``Conformer`` and adds its heads. There is no position
-embedding: any image whose sides are multiples of the patch will do, square or not.
+embedding, so any image whose sides are multiples of the patch works, square or not.
 """
 
 from __future__ import annotations
@@ -17,48 +17,49 @@ from torch import Tensor, nn
 from misc.checked import Checked, Count, DropProbability, Positive, Range, Weight, check
 from net.backbone.transformer import See, TransformerBlock, Visit, start_local
 
-# of all but the stem's batch norm and the final layer norm, which have PyTorch's 1e-5 (transcam.md section 8, trap 3)
+# of all norms except the stem's batch norm and the final layer norm, which have PyTorch's 1e-5 (transcam.md section 8,
+# trap 3)
 _BN_EPSILON = 1e-6
 _LN_EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
 class ConformerOptions(Checked):
-    """Size and wiring of a Conformer; the defaults are Conformer-S as TransCAM has it."""
+    """Size and structure of a Conformer; the defaults are Conformer-S as in TransCAM."""
 
     patch: Literal[4, 8, 16] = 16
-    """Pixels a side of a token and of a cell of the last map. The stages' maps have 4, 8 and 16 pixels a cell, but none
-    is coarser than this. 16 is the published network."""
+    """Stride of the tokens and of the last map, in pixels. The stages have strides 4, 8 and 16, but never more than
+    this. Published: 16."""
     base: Count = 64
     """Channels of the stem."""
     ratio: Count = 4
-    """Channels of the first stage over those of the stem; the second and third stage double them. Published: 1 tiny,
+    """Channels of the first stage relative to the stem; the second and third stage double them. Published: 1 tiny,
     4 small, 6 base."""
     width: Count = 384
-    """Width of a token."""
+    """Width of a token (embedding dimension)."""
     depth: Annotated[int, Range(least=3, multiple=3)] = 12
     """Number of blocks, a third of them in each stage."""
     heads: Count = 6
     """Attention heads of a transformer block."""
     mlp_ratio: Positive = 4.0
-    """Width inside a transformer block's MLP over that of a token."""
+    """Hidden width of a transformer block's MLP relative to a token's width."""
     drop_path: DropProbability = 0.1
-    """Stochastic depth of the last transformer block; it grows from 0 at the first."""
+    """Stochastic depth rate of the last transformer block; it increases linearly from 0 at the first."""
     last_stride: Literal[1, 2] = 1
-    """Stride of the last fusion: 1 in CAM networks, 2 in the ImageNet classifier. The weights are the same, the last
-    map is not."""
+    """Stride of the last fusion: 1 in CAM networks, 2 in the ImageNet classifier. Both have the same weights but
+    different last maps."""
     double_class_token: bool = True
-    """Double the class token on entering each block but the first, as the ImageNet classifier and TransCAM do. Without
-    (AReAM) the same weights are another function."""
+    """Double the class token at the input of each block except the first, as in the ImageNet classifier and TransCAM.
+    Off in AReAM, where the same weights then compute something different."""
     local_start: Weight = 0.0
-    """Random start weights. 0: as published. Else the gain of ``transformer.start_local``; and what the tokens add to
-    the map starts small too."""
+    """Random start weights. 0: as published. Else the gain of ``transformer.start_local``; the tokens' contribution to
+    the map then also starts small."""
     head_std: Annotated[float | None, Range(above=0)] = None
-    """Standard deviation that the weights of convolutions in new heads start with, their biases at 0. None: Kaiming
-    normal by fan-out like the body's, as published (logits then start at about 10)."""
+    """Standard deviation of the initial weights of convolutions in new heads, whose biases start at 0. None: Kaiming
+    normal by fan-out as in the backbone, as published (logits then start at about 10)."""
 
     def cross_check(self) -> None:
-        """Raises ValueError for values that make no network together."""
+        """Raises ValueError for an impossible combination of values."""
         if self.base * self.ratio % 4:
             raise ValueError(f"base x ratio must be a multiple of 4, got {self.base} x {self.ratio}.")
         check(self.width % self.heads == 0, "width", self.width, f"a multiple of heads = {self.heads}")
@@ -67,7 +68,7 @@ class ConformerOptions(Checked):
 SAMPLE_CONFORMER = ConformerOptions(
     patch=8, base=16, ratio=4, width=48, depth=6, heads=3, mlp_ratio=2, drop_path=0.0, local_start=2.0, head_std=0.02
 )
-"""The backbone of the sample recipes: learns small pictures from random weights within minutes on two CPU cores."""
+"""The backbone of the sample recipes: learns small images from random weights within minutes on two CPU cores."""
 
 
 class ConvBlock(nn.Module):
@@ -93,7 +94,7 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor, x_t: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns the block's output and its middle activation, (B, cout / 4, ...), which goes to the tokens.
 
-        ``x_t`` (B, cout / 4, h, w): what comes from the tokens, added before the 3x3 convolution.
+        ``x_t`` (B, cout / 4, h, w): the tokens' contribution, added before the 3x3 convolution.
         """
         middle = F.relu(self.bn1(self.conv1(x)), inplace=True)
         middle = F.relu(self.bn2(self.conv2(middle if x_t is None else middle + x_t)), inplace=True)
@@ -111,7 +112,7 @@ class Squeeze(nn.Module):
         self.ln = nn.LayerNorm(width, eps=_LN_EPSILON)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pooled before the projection, published after it: the two commute, and this is cells^2 times cheaper."""
+        """Pool before the projection; published: after it. The two commute, and this is cells^2 times cheaper."""
         x = self.conv_project(F.avg_pool2d(x, self.cells))  # (B, D, h, w)
         return F.gelu(self.ln(x.flatten(2).transpose(1, 2)))
 
@@ -126,7 +127,7 @@ class Expand(nn.Module):
         self.bn = nn.BatchNorm2d(cout, eps=_BN_EPSILON)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``grid``: h and w. Upsampled to the nearest (transcam.md section 8, trap 4)."""
+        """``grid``: h and w. Nearest-neighbour upsampling (transcam.md section 8, trap 4)."""
         x = tokens.transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
         x = F.relu(self.bn(self.conv_project(x)), inplace=True)
         return F.interpolate(x, scale_factor=self.cells, mode="nearest") if self.cells > 1 else x
@@ -136,7 +137,7 @@ class ConvTransBlock(nn.Module):
     """One step of both branches (transcam.md section 2.5).
 
     ``stride`` is that of the first convolution block, ``last_stride`` that of the fusion, which is None for the
-    identity shortcut; ``cells``: cells of the map a side of a token.
+    identity shortcut; ``cells``: map cells per token side.
     """
 
     def __init__(
@@ -157,7 +158,8 @@ class ConvTransBlock(nn.Module):
         """Map (B, cin, ...) and tokens (B, 1 + h * w, D), class token first -> the same after the block."""
         x, middle = self.cnn_block(x)
         first, patches = tokens[:, :1], tokens[:, 1:]
-        # published coupling puts the class token before what comes from the map and adds that to all tokens: it doubles
+        # as published, the class token is put before the map's contribution, which is then added to all tokens: this
+        # doubles
         first = 2 * first if self.doubled else first
         tokens = self.trans_block(torch.cat([first, patches + self.squeeze_block(middle)], 1), see)
         x, _ = self.fusion_block(x, self.expand_block(tokens[:, 1:], grid))
@@ -165,8 +167,8 @@ class ConvTransBlock(nn.Module):
 
 
 def initialise_layer(layer: nn.Module) -> None:
-    """Published start of a layer, of the heads too (transcam.md section 2.6): linear ones truncated normal 0.02, bias
-    0; convolutions Kaiming normal by fan-out, bias left as PyTorch starts it."""
+    """Published initialisation of a layer, also in heads (transcam.md section 2.6): linear layers truncated normal
+    0.02, bias 0; convolutions Kaiming normal by fan-out, bias as in PyTorch."""
     if isinstance(layer, nn.Linear):
         nn.init.trunc_normal_(layer.weight, std=0.02)
         nn.init.zeros_(layer.bias)
@@ -191,7 +193,7 @@ class Conformer(nn.Module):
         self.trans_norm = nn.LayerNorm(options.width)
         self.conv1 = nn.Conv2d(3, options.base, 7, 2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(options.base)
-        # channels and pixels a cell of the three stages
+        # channels and strides of the three stages
         widths = [options.base * options.ratio << stage for stage in range(3)]
         pixels = [min(4 << stage, options.patch) for stage in range(3)]
         self.conv_1 = ConvBlock(options.base, widths[0], projected=True)
@@ -218,14 +220,14 @@ class Conformer(nn.Module):
                     nn.init.constant_(module.bn.weight, 0.05)
 
     def _initialise(self) -> None:
-        """Published starts of the body (transcam.md section 2.6): those of ``initialise_layer``, and the class token
+        """Published initialisation of the backbone (transcam.md section 2.6): ``initialise_layer``, and the class token
         truncated normal 0.02."""
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         for module in self.modules():
             initialise_layer(module)
 
     def initialise_heads(self, *heads: nn.Module) -> None:
-        """Start new heads as the body starts, or with the small convolutions that the options ask for."""
+        """Initialise new heads like the backbone, or with the small convolutions of the options."""
         for head in heads:
             initialise_layer(head)
             if isinstance(head, nn.Conv2d) and self.head_std is not None:
@@ -233,9 +235,10 @@ class Conformer(nn.Module):
                 nn.init.zeros_(head.bias)
 
     def whole_patches(self, images: Tensor) -> Tensor:
-        """Images stretched to the next sides that are multiples of the patch; those that fit are left alone.
+        """Stretch images to the next multiples of the patch; images that fit are unchanged.
 
-        Not padded: the map then covers just the image, nothing attends to a margin, and no pooled score counts one.
+        Stretched instead of padded, so that the map covers exactly the image, and neither attention nor pooling sees a
+        margin.
         """
         height, width = (-(-side // self.patch) * self.patch for side in images.shape[-2:])
         if (height, width) == images.shape[-2:]:
@@ -243,18 +246,18 @@ class Conformer(nn.Module):
         return F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False)
 
     def forward_features(self, images: Tensor, visit: Visit | None = None) -> tuple[Tensor, Tensor]:
-        """Both branches' results for normalised images (ImageNet mean and standard deviation, RGB).
+        """Outputs of both branches for normalised images (ImageNet mean and standard deviation, RGB).
 
         Args:
             images: (B, 3, H, W), H and W multiples of ``patch``.
-            visit: gets every layer's queries and keys; without it no attention matrix is made.
+            visit: called with every layer's queries and keys; without it no attention matrix is computed.
 
         Returns:
-            The last map, (B, channels, H / patch, W / patch), half of it, rounded up, with ``last_stride`` 2; the
-            class token after the final layer norm, (B, width).
+            The last map, (B, channels, H / patch, W / patch), or half that size, rounded up, with ``last_stride`` 2;
+            the class token after the final layer norm, (B, width).
 
         Raises:
-            ValueError: a side is no multiple of ``patch``.
+            ValueError: a side is not a multiple of ``patch``.
         """
         x, tokens = self.forward_branches(images, visit)
         return x, tokens[:, 0]
@@ -264,7 +267,7 @@ class Conformer(nn.Module):
         (B, 1 + h * w, width).
 
         Raises:
-            ValueError: a side is no multiple of ``patch``.
+            ValueError: a side is not a multiple of ``patch``.
         """
         height, width = images.shape[-2:]
         if height % self.patch or width % self.patch:

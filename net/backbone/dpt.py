@@ -1,5 +1,5 @@
-"""DPT, a dense-prediction transformer: a vision transformer whose tokens of four depths become maps that a decoder
-of convolutions fuses (getam.md section 2).
+"""DPT, a dense-prediction transformer: a vision transformer whose tokens at four depths are reassembled into maps and
+fused by a convolutional decoder (getam.md section 2).
 
 Names are those of the official GETAM checkpoints, hence timm's below ``pretrained.model``.
 """
@@ -33,29 +33,30 @@ _TIMM = {
 
 @dataclass(frozen=True)
 class DPTOptions(Checked):
-    """Kind and size; the defaults are the published ones of ``vitb_hybrid``, and but for the kind of all others."""
+    """Kind and size; the defaults are published for ``vitb_hybrid``, and except for the kind also for the others."""
 
     backbone: DPTBackbone = "vitb_hybrid"
-    """vitb_hybrid: ViT on the features of a ResNet, whose own first stages are two of the four maps. vitb, deitb: plain
+    """vitb_hybrid: ViT on the features of a ResNet, whose first two stages are two of the four maps. vitb, deitb: plain
     ViT (the same network, other ImageNet weights). deitb_distilled: with a distillation token."""
     image_size: Count = 384
-    """Side of the square images that the position embedding is made for; others resize it. Pixels."""
+    """Side of the square images for which the position embedding is defined; for other sizes it is resized. Pixels."""
     patch: Annotated[int, Range(least=8, multiple=4)] = 16
-    """Side of a patch. Pixels. 8 leaves the pooling out of the hybrid's stem."""
+    """Side of a patch. Pixels. With 8 the hybrid's stem has no pooling."""
     width: Count = 768
     """Channels of a token."""
     depth: Annotated[int, Range(least=4, multiple=4)] = 12
-    """Number of blocks, a multiple of 4: tokens are taken after each quarter (of the hybrid after the last two)."""
+    """Number of blocks, a multiple of 4: tokens are taken after each quarter (in the hybrid after the last two)."""
     heads: Count = 12
-    """Attention heads; they divide the width."""
+    """Attention heads; must divide the width."""
     mlp_ratio: Positive = 4.0
-    """Width inside a block's MLP over that of a token."""
+    """Hidden width of a block's MLP relative to a token's width."""
     stem: Annotated[int, Range(least=8, multiple=8), When("backbone", "vitb_hybrid")] = 64
     """vitb_hybrid: channels of the ResNet's stem."""
     stem_depth: Annotated[tuple[int, int, int], Range(least=1), When("backbone", "vitb_hybrid")] = (3, 4, 9)
     """vitb_hybrid: bottlenecks of the ResNet's stages."""
     patch_stem: Annotated[int, Range(least=0)] = 0
-    """The plain ones: 0, published, or convolutions before the patches (``ViTOptions.stem``)."""
+    """Kinds other than vitb_hybrid: 0, published, or channels of convolutions before the patches
+    (``ViTOptions.stem``)."""
     features: Count = 256
     """Channels of the decoder."""
     dropout: DropProbability = 0.1
@@ -67,7 +68,7 @@ class DPTOptions(Checked):
         """Raises ValueError for values that make no network together (see also ``ViTOptions``)."""
         check(not self.hybrid or self.patch in (8, 16), "patch", self.patch, "8 or 16 for vitb_hybrid")
         if self.hybrid and self.patch_stem:
-            raise ValueError("patch_stem is of the plain ones; vitb_hybrid has a stem of its own, a ResNet.")
+            raise ValueError("patch_stem must be 0 for vitb_hybrid, whose stem is a ResNet.")
         self.vit()
 
     @property
@@ -77,7 +78,7 @@ class DPTOptions(Checked):
 
     @property
     def hooks(self) -> tuple[int, ...]:
-        """Blocks (from 0) whose outputs become maps: 2, 5, 8, 11 of twelve, of the hybrid 8 and 11."""
+        """Blocks (from 0) whose outputs become maps: of twelve 2, 5, 8, 11, in the hybrid 8 and 11."""
         quarters = tuple((i + 1) * self.depth // 4 - 1 for i in range(4))
         return quarters[2:] if self.hybrid else quarters
 
@@ -112,7 +113,7 @@ class HybridEmbed(nn.Module):
 
 
 class DPTViT(ViT):
-    """The transformer with its ImageNet heads and final norm, which are kept for the checkpoint's sake and not used.
+    """The transformer with its ImageNet heads and final norm, which are not used and exist only to load checkpoints.
 
     Token order: class, (distillation,) patches; ``tokens`` is the number of those before the patches.
     """
@@ -133,12 +134,12 @@ class DPTViT(ViT):
             self.patch_embed = HybridEmbed(options)
         self.head = nn.Linear(self.width, 1000)
         for name, parameter in self.named_parameters():
-            # without a gradient in the published training too; weight decay would shrink them (section 9, trap 12)
+            # without gradient, as in the published training; weight decay would shrink them (section 9, trap 12)
             if name.startswith(self.unused):
                 parameter.requires_grad_(False)
 
     def positions(self, grid: Grid, as_trained: bool) -> Tensor:
-        """(1, T, D): the prefix as it is, the grid resized bilinearly (getam.md section 2.1)."""
+        """(1, T, D): the prefix unchanged, the grid resized bilinearly (getam.md section 2.1)."""
         if grid == self.grid:
             return self.pos_embed
         first, patches = self.pos_embed.split([self.tokens, self.grid[0] * self.grid[1]], dim=1)
@@ -157,14 +158,14 @@ class DPTViT(ViT):
         return (self.pretrained,)
 
     def load_weights(self, weights: str) -> str:
-        """An ImageNet classifier of the same kind (timm's names), or timm's own by 'pretrained'; another grid's
-        positions are resized. Raises as ``net.foreign.loading.load_tensors``."""
+        """An ImageNet classifier of the same kind (timm's names), or timm's own by 'pretrained'; positions of another
+        grid size are resized. Raises as ``net.foreign.loading.load_tensors``."""
         return str(load_tensors(self, self.fit_state(read_tensors(weights)), label=weights, allow_missing=self.unused))
 
     def fit_state(self, state: State) -> State:
-        """A classifier's tensors with the positions made for this grid."""
+        """A classifier's tensors with the positions resized to this grid."""
         if "pos_embed" not in state:
-            return state  # loading says what is missing
+            return state  # loading reports what is missing
         first, patches = state["pos_embed"][:, : self.tokens], state["pos_embed"][:, self.tokens :]
         side = round(patches.shape[1] ** 0.5)
         if (side, side) == self.grid or side * side != patches.shape[1]:
@@ -174,7 +175,7 @@ class DPTViT(ViT):
 
 
 class _Readout(nn.Module):
-    """Every patch joined with the class token: (B, T, D) -> (B, N, D). A distillation token is dropped."""
+    """Combine every patch with the class token: (B, T, D) -> (B, N, D). A distillation token is dropped."""
 
     def __init__(self, width: int, tokens: int) -> None:
         super().__init__()
@@ -187,12 +188,12 @@ class _Readout(nn.Module):
 
 
 class Reassemble(nn.ModuleDict):
-    """Tokens of a depth as a map (getam.md section 2.2): readout, grid, 1x1 convolution, change of resolution.
+    """Reassembles tokens of one depth into a map (getam.md section 2.2): readout, grid, 1x1 convolution, resampling.
 
-    The keys are places in the published sequence.
+    State-dict keys are positions in the published sequence.
 
     Args:
-        tokens: those before the patches.
+        tokens: number of tokens before the patches.
         channels: of the map.
         factor: of the grid's resolution: 4 or 2 (transposed convolution), 1, or 0.5 (3x3 convolution of stride 2).
     """
@@ -252,7 +253,7 @@ class _ResidualUnit(nn.Module):
 
 
 class _Fusion(nn.Module):
-    """Adds a map to what comes from below, and doubles the resolution."""
+    """Adds a map to the coarser fused map, and doubles the resolution."""
 
     def __init__(self, features: int) -> None:
         super().__init__()

@@ -16,18 +16,18 @@ from net.backbone.resnet import STAGES, Stages
 
 @dataclass(frozen=True)
 class ResNeStOptions(Checked):
-    """Which ResNeSt, and its training behaviour; the defaults are Puzzle-CAM's best."""
+    """Size and training behaviour of a ResNeSt; the defaults are those of Puzzle-CAM's best result."""
 
     name: str = "resnest101e"
-    """timm's name: resnest50d, resnest101e, resnest200e, resnest269e (also of the weights 'pretrained')."""
+    """timm's name: resnest50d, resnest101e, resnest200e, resnest269e (also for the weights 'pretrained')."""
     norm: Literal["trained", "fixed", "frozen"] = "trained"
-    """Batch normalisation. trained: as usual. fixed: by the running statistics, which stay as loaded; weight and bias
-    are trained. frozen: neither moves."""
+    """Batch normalisation. trained: as usual. fixed: uses the loaded running statistics; weight and bias are trained.
+    frozen: statistics, weight and bias stay as loaded."""
     frozen: Literal["none", "stem", "layer1", "layer2", "layer3", "layer4"] = "none"
     """The stages up to and including this one get no gradient and keep their batch normalisation."""
 
     def cross_check(self) -> None:
-        """Raises ValueError for a network that is no ResNeSt."""
+        """Raises ValueError for a network that is not a ResNeSt."""
         check(self.name.startswith("resnest"), "name", self.name, "timm's name of a ResNeSt, such as resnest101e")
 
     @property
@@ -39,7 +39,7 @@ class ResNeStOptions(Checked):
 class ResNeSt(Stages):
     """The backbone: layer4 has stride 1 and, from its second block on, dilation 2.
 
-    Raises ValueError where timm has no network of this name.
+    Raises ValueError if timm has no network of this name.
     """
 
     def __init__(self, options: ResNeStOptions) -> None:

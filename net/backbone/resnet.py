@@ -1,7 +1,7 @@
 """ResNet-50, -101, -152 with bottlenecks, under torchvision's names (irnet.md section 3, crt.md section 3).
 
-A network owns a ``ResNet`` (``self.resnet50`` where the official checkpoint says so, whatever its depth) and puts its
-heads on the five stages: the stem and layer1 to layer4. ``load_resnet`` starts it from ImageNet weights or from the
+A network owns a ``ResNet`` (as ``self.resnet50`` if the official checkpoint has this name, whatever the depth) and adds
+its heads to the five stages: the stem and layer1 to layer4. ``load_resnet`` starts it from ImageNet weights or from the
 checkpoint of any network that owns one.
 """
 
@@ -36,24 +36,24 @@ class ResNetOptions(Checked):
     width: Positive = 1.0
     """Channel multiplier; channels are rounded to multiples of 8. 1 is the published network."""
     strides: Annotated[tuple[int, int, int, int], Range(least=1)] = (2, 2, 2, 1)
-    """Strides of the stem's convolution, layer2, layer3 and layer4; the stem's pooling has 2 besides. ImageNet's are
-    2 2 2 2; with the last one 1, a cell of the last map has 16 pixels."""
+    """Strides of the stem's convolution, layer2, layer3 and layer4; the stem's pooling has another 2. ImageNet: 2 2 2
+    2. With 1 at the end, the last map has stride 16."""
     dilations: Annotated[tuple[int, int, int, int], Range(least=1)] = (1, 1, 1, 1)
     """Dilations of the 3x3 convolutions of layer1 to layer4; the first bottleneck of each keeps 1."""
     norm: Literal["trained", "fixed", "frozen"] = "fixed"
-    """Batch normalisation. trained: as usual. fixed: by the running statistics, which stay as loaded; weight and bias
-    are trained (IRNet). frozen: neither moves. Needs 'trained' to learn from random weights."""
+    """Batch normalisation. trained: as usual. fixed: uses the loaded running statistics; weight and bias are trained
+    (IRNet). frozen: statistics, weight and bias stay as loaded. Training from random weights needs 'trained'."""
     frozen: Literal["none", "stem", "layer1", "layer2", "layer3", "layer4"] = "none"
     """The stages up to and including this one get no gradient and keep their batch normalisation (IRNet detaches its
     CAM network after layer2, its affinity network after layer4)."""
     pretrained: str = "resnet50.tv_in1k"
-    """timm's name of the classifier that the weights 'pretrained' come from; those of the name *.tv_in1k are
-    torchvision's first ones, the published start (resnet101.tv_in1k, resnet152.tv_in1k)."""
+    """timm's name of the classifier for the weights 'pretrained'; *.tv_in1k are torchvision's original weights, the
+    published start weights (resnet101.tv_in1k, resnet152.tv_in1k)."""
 
 
 SAMPLE_RESNET = ResNetOptions(width=0.25, depth=(1, 1, 1, 1), strides=(2, 2, 1, 1), norm="trained")
 """The backbone of the sample recipes: learns small pictures from random weights within minutes on two CPU cores, at
-8 pixels a cell. One for all, so that a refiner or segmenter can start from the CAM network."""
+stride 8. All recipes share it, so that a refiner or segmenter can start from the CAM network."""
 
 
 def _bottleneck(cin: int, width: int, *, stride: int = 1, dilation: int = 1) -> Bottleneck:
@@ -66,12 +66,12 @@ def _bottleneck(cin: int, width: int, *, stride: int = 1, dilation: int = 1) -> 
 
 
 class Stages(nn.Module):
-    """What ResNets and their descendants share: ``conv1``, ``bn1``, ``maxpool`` and ``layer1`` to ``layer4``, which a
-    subclass makes, together with ``options`` (its ``norm`` and ``frozen`` apply), ``channels`` and ``strides``: how
-    many channels and how many pixels a cell each stage has.
+    """Base of ResNet and ResNeSt. A subclass creates ``conv1``, ``bn1``, ``maxpool``, ``layer1`` to ``layer4``,
+    ``options`` (with ``norm`` and ``frozen``), and ``channels`` and ``strides`` of each stage.
 
-    (B, 3, H, W) -> the map of layer4; ``forward_stages`` gives those of all stages. A subclass calls ``freeze`` when it
-    is made, so that parameter groups made before the first ``train()`` hold what is trained; ``train()`` freezes again.
+    (B, 3, H, W) -> the map of layer4; ``forward_stages`` gives those of all stages. A subclass calls ``freeze`` in its
+    constructor, so that parameter groups made before the first ``train()`` contain only trained parameters; ``train()``
+    freezes again.
     """
 
     normalisation = "imagenet"
@@ -79,7 +79,7 @@ class Stages(nn.Module):
     strides: dict[Stage, int]
 
     def freeze(self) -> None:
-        """Put what the options freeze out of training."""
+        """Freeze the layers that the options name."""
         options = self.options
         if options.norm != "trained":
             for module in self.modules():
@@ -93,13 +93,13 @@ class Stages(nn.Module):
                     module.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Stages:
-        """Set training or evaluation mode, keep frozen what is frozen, return self."""
+        """Set training or evaluation mode, except for frozen layers; returns self."""
         super().train(mode)
         self.freeze()
         return self
 
     def stage(self, name: Stage, x: Tensor) -> Tensor:
-        """One stage: the stem takes images (B, 3, H, W), a layer the map of the stage before it."""
+        """Run one stage: the stem takes images (B, 3, H, W), a layer the map of the previous stage."""
         if name == "stem":
             return self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
         return getattr(self, name)(x)
@@ -120,7 +120,7 @@ class Stages(nn.Module):
 
 
 class ResNet(Stages):
-    """The backbone with bottlenecks; what the options freeze is frozen at construction already."""
+    """The backbone with bottlenecks; frozen layers are frozen at construction."""
 
     def __init__(self, options: ResNetOptions | None = None) -> None:
         super().__init__()
@@ -157,20 +157,20 @@ def _torchvision_name(name: str) -> str:
 def load_resnet(network: nn.Module, weights: str, *, heads: Collection[str], owner: str = "resnet50") -> str:
     """Start a network that owns a ResNet or ResNeSt: from ImageNet weights, or a checkpoint of a network that owns one.
 
-    Recognised are torchvision's names without or with a prefix (``conv1.weight`` of torchvision and timm,
+    It recognises torchvision's names without or with a prefix (``conv1.weight`` of torchvision and timm,
     ``resnet50.conv1.weight`` of IRNet, CRT and this project, ``model.conv1.weight`` of Puzzle-CAM), and the five-stage
-    form of the edge networks (``stage1.0.weight``). The official files hold each tensor up to three times; the other
-    names are ignored, as is whatever else the network lacks (ImageNet's ``fc``).
+    form of the edge networks (``stage1.0.weight``). The official files hold each tensor up to three times; other names
+    are ignored, like all tensors that the network does not have (ImageNet's ``fc``).
 
     Args:
-        network: takes the values; the names of its other layers are the official ones.
+        network: receives the weights; its other layers must have the official names.
         weights: a file, or 'pretrained': timm's, by the option of that name, downloaded once.
-        heads: names or patterns of its layers that are no backbone: where the file has nothing of one, or of another
-            shape, it keeps its values.
+        heads: names or patterns of layers outside the backbone: these keep their values if the file lacks them or has
+            them in another shape.
         owner: the attribute that holds the ResNet.
 
     Returns:
-        A one-line report. Raises ValueError where the file does not fit, FileNotFoundError where there is none.
+        A one-line report. Raises ValueError if the file does not fit, FileNotFoundError if it does not exist.
     """
     state, own = read_tensors(weights), network.state_dict()
     prefix = next((name.removesuffix(_TELLTALE) for name in state if name.endswith(_TELLTALE)), None)
@@ -184,11 +184,11 @@ def load_resnet(network: nn.Module, weights: str, *, heads: Collection[str], own
             backbone[f"{owner}.{_torchvision_name(name)}"] = value
     deeper = [name for name in backbone if f"{owner}.layer" in name and name not in own]
     if deeper:
-        raise ValueError(f"{weights}: has {deeper[0]} and more that this network lacks. Set its depth to the file's.")
+        raise ValueError(f"{weights}: has {deeper[0]} and more, which this network lacks. Set its depth to the file's.")
     named = {name: value for name, value in {**state, **backbone}.items() if name in own}
     for head in heads:
         wanted = [name for name in own if fnmatchcase(name, head) or fnmatchcase(name, f"{head}.*")]
         lacking = [name for name in wanted if name not in named]
         if 0 < len(lacking) < len(wanted):
-            raise ValueError(f"{weights}: has a part of {head}, but not {lacking[0]}. Damaged, or another network's?")
+            raise ValueError(f"{weights}: has a part of {head}, but not {lacking[0]}. Damaged, or of another network?")
     return str(load_tensors(network, named, allow_missing=tuple(heads), label=weights))

@@ -24,11 +24,11 @@ class ResNet38Options(Checked):
     width: Positive = 1.0
     """Channel multiplier; channels are rounded to multiples of 8. 1 is the published network."""
     late_width: Annotated[float | None, Range(above=0)] = None
-    """Channel multiplier inside and after b6 and b7, where most of the cost of a narrow network is. None: ``width``."""
+    """Channel multiplier inside and after b6 and b7, the most expensive blocks of a narrow network. None: ``width``."""
     depth: Annotated[tuple[int, int, int, int], Range(least=1)] = (3, 3, 6, 3)
     """Number of residual blocks in the stages b2, b3, b4 and b5."""
     dilation: Count = 4
-    """Dilation of the 3x3 convolutions of b6 and b7, in cells of 8 pixels; b5 has half of it. Published is 4, for crops
+    """Dilation of the 3x3 convolutions of b6 and b7, in cells of 8 pixels; b5 has half of it. Published: 4, for crops
     of 448 pixels."""
     dropout: Annotated[tuple[float, float], Range(least=0, below=1)] = (0.3, 0.5)
     """Channel dropout probability inside b6 and b7."""
@@ -43,8 +43,8 @@ class ResNet38Options(Checked):
 SAMPLE_RESNET38 = ResNet38Options(
     width=0.25, late_width=0.0625, depth=(1, 1, 1, 1), dilation=1, dropout=(0.0, 0.0), freeze_bn=False, frozen="none"
 )
-"""The backbone of the sample recipes: learns small pictures from random weights within minutes on two CPU cores. One
-for all, so that a refiner or segmenter can start from the CAM network."""
+"""The backbone of the sample recipes: learns small pictures from random weights within minutes on two CPU cores. All
+recipes share it, so that a refiner or segmenter can start from the CAM network."""
 
 
 def _bn_relu(x: Tensor, bn: nn.BatchNorm2d) -> Tensor:
@@ -74,7 +74,7 @@ class ResBlock(nn.Module):
             self.conv_branch1 = nn.Conv2d(cin, cout, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the block's output and its entry activation ReLU(BN(x)), which may serve as a tap."""
+        """Returns the block's output and its input activation ReLU(BN(x)), which may be used as a tap."""
         entry = _bn_relu(x, self.bn_branch2a)
         main = self.conv_branch2b1(_bn_relu(self.conv_branch2a(entry), self.bn_branch2b1))
         # a projected shortcut starts from the activation, an identity one from x
@@ -102,7 +102,7 @@ class BottleneckBlock(nn.Module):
         self.conv_branch1 = nn.Conv2d(cin, cout, 1, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the block's output and its entry activation ReLU(BN(x)), which may serve as a tap."""
+        """Returns the block's output and its input activation ReLU(BN(x)), which may be used as a tap."""
         entry = _bn_relu(x, self.bn_branch2a)
         main = self.dropout_2b1(_bn_relu(self.conv_branch2a(entry), self.bn_branch2b1))
         main = self.dropout_2b2(_bn_relu(self.conv_branch2b1(main), self.bn_branch2b2))
@@ -112,9 +112,9 @@ class BottleneckBlock(nn.Module):
 class ResNet38(nn.Module):
     """The backbone: (B, 3, H, W) -> the taps conv3, conv4, conv5 and conv6.
 
-    A subclass that has another ``forward`` calls ``forward_stages``. ``channels`` gives the channels of each tap. Batch
-    normalisation and the first layers are frozen as the options say, at construction already, so that parameter
-    groups made before the first ``train()`` hold what is trained; ``train()`` freezes again, which also covers batch
+    A subclass with its own ``forward`` calls ``forward_stages``. ``channels`` gives the channels of each tap. Batch
+    normalisation and the first layers are frozen as the options say, at construction, so that parameter groups made
+    before the first ``train()`` contain only trained parameters; ``train()`` freezes again, which also covers batch
     normalisation that a subclass added. (The published code collects its groups before freezing; parameters without
     gradient never move, so the effect is the same: seam.md section 4.2.)
     """
@@ -161,8 +161,8 @@ class ResNet38(nn.Module):
         """Random weights that keep the scale of the activations through the depth.
 
         Not published (the published networks start from ImageNet weights). Kaiming normal by fan-in; the two branches
-        of a projecting block share the variance, and each of the L identity blocks adds 1/L of it, so that also a
-        network with frozen, untrained batch normalisation has sane activations.
+        of a projecting block share the variance, and each of the L identity blocks adds 1/L of it, so that activations
+        stay in range even with frozen, untrained batch normalisation.
         """
         nn.init.kaiming_normal_(self.conv1a.weight, nonlinearity="linear")
         blocks = [block for stage in ("b2", "b3", "b4", "b5", "b6", "b7") for block in self._blocks(stage)]
@@ -179,7 +179,7 @@ class ResNet38(nn.Module):
                 block.conv_branch1.weight.mul_(0.5**0.5)
 
     def freeze(self) -> None:
-        """Put what the options freeze out of training: no gradient, batch normalisation by its running statistics."""
+        """Freeze the layers that the options name: no gradient, batch normalisation by its running statistics."""
         if self.options.freeze_bn:
             for module in self.modules():
                 if isinstance(module, nn.BatchNorm2d):

@@ -1,6 +1,6 @@
-"""Transformer blocks as ViT, DeiT and Conformer have them, under timm's names, and a look at their attention.
+"""Transformer blocks of ViT, DeiT and Conformer under timm's names, with access to their attention.
 
-Attention is fused; the matrix is made only for who asks, layer by layer, from queries and keys.
+Attention is fused; the matrix is computed only on request, layer by layer, from queries and keys.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class QueryKey:
-    """Queries and keys of one attention layer: what its attention matrix is made of, (B, n, T, d) each (of ``first``
-    fewer queries).
+    """Queries and keys of one attention layer, (B, n, T, d) each (after ``first`` fewer queries); they give its
+    attention matrix.
 
-    Nothing of size T x T exists until it is asked for. The means over the heads never hold more than one head's matrix
-    (12 layers x 6 heads of a 768 px image would take 1.5 GB: transcam.md section 8, trap 6).
+    Nothing of size T x T is computed until it is requested. The means over the heads never hold more than one head's
+    matrix (12 layers x 6 heads of a 768 px image would take 1.5 GB: transcam.md section 8, trap 6).
     """
 
     query: Tensor
@@ -59,10 +59,10 @@ class QueryKey:
 
 
 See = Callable[[QueryKey], Tensor | None]
-"""May give back attention weights of the first r tokens, (B, n, r, T): these are then used in place of the layer's own
-(so that a gradient with respect to them can be asked for)."""
+"""A visitor may return attention weights of the first r tokens, (B, n, r, T). They replace the layer's own, so that
+gradients with respect to them can be computed."""
 Visit = Callable[[int, QueryKey], Tensor | None]
-"""Called with every layer (from 0) and its queries and keys, in order, while the network runs."""
+"""Called for every layer in order with its index (from 0) and its queries and keys."""
 
 
 class AttentionSums:
@@ -70,26 +70,27 @@ class AttentionSums:
 
     Args:
         tokens: number of class tokens, which come first.
-        class_weights: of each layer in ``to_patches``; 0 leaves a layer out.
-        patch_weights: of each layer in ``affinity``.
+        class_weights: weight of each layer in ``to_patches``; 0 leaves a layer out.
+        patch_weights: weight of each layer in ``affinity``.
     """
 
     to_patches: Tensor
-    """(B, tokens, N) float32: what the class tokens attend to. Exists once a layer with a weight has run."""
+    """(B, tokens, N) float32: attention of the class tokens to the patches. Set once a layer with a weight has run."""
     affinity: Tensor
-    """(B, N, N) float32: what the patches attend to, rows to columns, not normalised. Likewise."""
+    """(B, N, N) float32: attention of the patches, rows to columns, not normalised. Set once a layer with a weight has
+    run."""
 
     def __init__(self, tokens: int, class_weights: Sequence[float], patch_weights: Sequence[float]) -> None:
         self.tokens = tokens
         self.class_weights, self.patch_weights = class_weights, patch_weights
 
     def __call__(self, layer: int, attention: QueryKey) -> None:
-        """Add a layer."""
+        """Add the attention of a layer."""
         weights = {"to_patches": self.class_weights[layer], "affinity": self.patch_weights[layer]}
         if not any(weights.values()):
             return
         c = self.tokens
-        # the patches' rows are made only where they are asked for
+        # the patches' rows are computed only if needed
         mean = (attention if weights["affinity"] else attention.first(c)).mean_weights()  # (B, T or c, T)
         parts = {"to_patches": mean[:, :c, c:], "affinity": mean[:, c:, c:]}
         for name, weight in weights.items():
@@ -109,7 +110,7 @@ def spread_maps(affinity: Tensor, maps: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, fused: the matrix itself is never made here. (B, T, D) -> (B, T, D)."""
+    """Multi-head self-attention, fused: the matrix is never computed here. (B, T, D) -> (B, T, D)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -118,7 +119,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, see: See | None = None) -> Tensor:
-        """``see`` gets the queries and keys."""
+        """``see`` is called with the queries and keys."""
         query, key, value = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, n, T, d) each
         first = None if see is None else see(QueryKey(query, key))
         if first is None:
@@ -138,7 +139,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Plain."""
+        """Tokens (B, T, D) -> (B, T, D)."""
         return self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -159,7 +160,7 @@ class TransformerBlock(nn.Module):
 
     Args:
         width: D. heads: divide it. mlp_ratio: width inside the MLP over D.
-        drop_path: probability that a sample skips the attention, and the same for the MLP, in training.
+        drop_path: probability, in training, that a sample skips the attention; the same for the MLP.
         eps: of the layer norms.
         layer_scale: start value of learnt factors of what attention and MLP add, a channel each; 0: there are none.
     """
@@ -183,23 +184,23 @@ class TransformerBlock(nn.Module):
 
 
 _SHARE = 0.1
-"""What a local start leaves of the last weights of attention and MLP."""
+"""Factor of the last weights of attention and MLP in a local start."""
 
 
 @torch.no_grad()
 def start_local(network: nn.Module, gain: float) -> None:
-    """Random start weights of all transformer blocks inside, for few images: tokens first tell what their own patch
-    shows. Ours, in the spirit of Trockman and Kolter, Mimetic initialization of self-attention layers, 2023.
+    """Random start weights of all transformer blocks in a network, for few images: tokens first describe their own
+    patch. Ours, in the spirit of Trockman and Kolter, Mimetic initialization of self-attention layers, 2023.
 
-    Queries equal keys (a scaled rotation of the tokens), so that patches attend to those that look alike, and what
-    attention and MLP add to a token starts small. From the published start weights, which mix all tokens evenly, a
-    classifier that averages over patches soon has every patch tell what is anywhere in the image, and its map is flat;
-    with ImageNet weights, whose tokens are local, it is not.
+    Queries equal keys (a scaled rotation of the tokens), so that patches attend to similar patches, and the
+    contributions of attention and MLP start small. The published random start mixes all tokens evenly. A classifier
+    that averages over patches then soon makes every patch describe the whole image, and its map is flat; from ImageNet
+    weights, whose tokens are local, it is not.
 
     Args:
-        network: what holds the blocks.
-        gain: of queries and keys over the normalised tokens. With 2 a token attends to its likes alone, a class token
-            at first to itself; with 1 everything else has about half of the attention.
+        network: contains the blocks.
+        gain: of queries and keys over the normalised tokens. With 2 a token attends only to similar tokens, and a class
+            token at first to itself; with 1 all other tokens get about half of the attention.
     """
     for block in network.modules():
         if isinstance(block, TransformerBlock):

@@ -39,7 +39,7 @@ class VGG16Options(Checked):
 class VGG16(nn.Module):
     """The backbone: (B, 3, H, W) -> the taps conv4_3, conv5_3 and fc7.
 
-    A subclass that has another ``forward`` calls ``forward_stages``. ``channels`` gives the channels of each tap. The
+    A subclass with its own ``forward`` calls ``forward_stages``. ``channels`` gives the channels of each tap. The
     first layers are frozen at construction already, and again by ``train()``. The two poolings after conv5_3 that the
     public code creates and never uses are left out (psa.md section 2.2).
     """
@@ -73,7 +73,7 @@ class VGG16(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Kaiming normal by fan-in, zero biases; the first layer also brings pixel values 0..255 to unit scale.
+        """Kaiming normal by fan-in, zero biases; the first layer also scales pixel values 0..255 to unit variance.
 
         Not published (the published networks start from ImageNet weights).
         """
@@ -83,13 +83,13 @@ class VGG16(nn.Module):
         self.conv1_1.weight.div_(_PIXEL_SCALE)
 
     def freeze(self) -> None:
-        """Take the gradient from what the options freeze."""
+        """Switch off the gradients of the layers that the options freeze."""
         if self.options.frozen == "conv2":
             for convolution in (*self._convs(1), *self._convs(2)):
                 convolution.requires_grad_(False)
 
     def train(self, mode: bool = True) -> VGG16:
-        """Set training or evaluation mode, keep frozen what is frozen, return self."""
+        """Set training or evaluation mode, except for frozen layers; returns self."""
         super().train(mode)
         self.freeze()
         return self

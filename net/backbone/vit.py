@@ -1,8 +1,8 @@
-"""Vision transformers with any number of class tokens (mctformer.md section 2), and the multi-class-token network that
-MCTformer and AReAM stand on.
+"""Vision transformers with any number of class tokens (mctformer.md section 2), and the multi-class-token network of
+MCTformer and AReAM.
 
 Names are those of timm's ViT and DeiT and of the official MCTformer checkpoints. A method subclasses what it needs and
-looks at the attention by a visitor, which gets the queries and keys of one layer at a time.
+reads the attention by a visitor, which gets the queries and keys of one layer at a time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ViTOptions(Checked):
     """Size of a vision transformer; the defaults are DeiT-S for images of 224 pixels."""
 
     image_size: int = 224
-    """Side of the square training images, for which the position embedding is made. Pixels."""
+    """Side of the square training images, for which the position embedding is defined. Pixels."""
     patch: Count = 16
     """Side of a patch. Pixels."""
     width: Count = 384
@@ -39,11 +39,11 @@ class ViTOptions(Checked):
     depth: Count = 12
     """Number of blocks."""
     heads: Count = 6
-    """Attention heads; they divide the width."""
+    """Attention heads; must divide the width."""
     mlp_ratio: Positive = 4.0
-    """Width inside a block's MLP over that of a token."""
+    """Hidden width of a block's MLP relative to a token's width."""
     drop_path: DropProbability = 0.1
-    """Stochastic depth of the last block; it grows from 0 at the first."""
+    """Stochastic depth rate of the last block; it increases linearly from 0 at the first."""
     pretrained: str = "deit_small_patch16_224"
     """timm's name of the classifier that the weights 'pretrained' come from."""
     timm: str = ""
@@ -53,10 +53,10 @@ class ViTOptions(Checked):
     layer_scale: Weight = 0.0
     """Start value of learnt factors of what attention and MLP add, one a channel (DeiT III, DINOv2). 0: none."""
     stem: Annotated[int, Range(least=0)] = 0
-    """0: a patch becomes a token by one linear layer, published. Else pairs of 3x3 convolutions stand before it, the
-    first of each pair with stride 2, of this many channels and twice as many in each following pair, until a cell is a
-    patch: ours, for random start weights and few images (after Xiao et al., Early convolutions help transformers see
-    better, 2021)."""
+    """0: patch embedding by one linear layer, as published. Else pairs of 3x3 convolutions precede it, the first of
+    each pair with stride 2. The first pair has this many channels, each further pair twice as many, until a cell is a
+    patch. This is ours, for random start weights and few images (after Xiao et al., Early convolutions help
+    transformers see better, 2021)."""
     local_start: Weight = 0.0
     """Random start weights. 0: as published. Else the gain of ``transformer.start_local``."""
 
@@ -83,20 +83,20 @@ class ViTOptions(Checked):
 SAMPLE_VIT = ViTOptions(
     image_size=112, patch=8, width=96, depth=4, heads=3, mlp_ratio=2, drop_path=0.6, stem=24, local_start=2.0
 )
-"""The backbone of the sample recipes: learns small pictures from random weights within minutes on two CPU cores. Much
-stochastic depth keeps the patches' tokens local."""
+"""The backbone of the sample recipes: learns small pictures from random weights within minutes on two CPU cores. A high
+stochastic depth rate keeps the patch tokens local."""
 
 
 def resize_positions(
     table: Tensor, source: Grid, target: Grid, *, offset: float = 0.0,
     mode: Literal["bicubic", "bilinear", "nearest"] = "bicubic",
 ) -> Tensor:
-    """A position embedding for another grid: (1, h0 * w0, D), row-major -> (1, h * w, D).
+    """Resize a position embedding to another grid: (1, h0 * w0, D), row-major -> (1, h * w, D).
 
     Args:
         offset: the target is sampled as if it were larger by this many cells: at (i + 0.5) * h0 / (h + offset) - 0.5.
-            0.1 is the published oddity of MCTformer and AReAM (mctformer.md section 2.2). With 0 the wanted size comes
-            out for every grid (mctformer.md section 9, trap 6).
+            0.1 is the published oddity of MCTformer and AReAM (mctformer.md section 2.2). With 0 the result has the
+            right size for every grid (mctformer.md section 9, trap 6).
         mode: bicubic (a = -0.75, not antialiased), bilinear (align_corners False) or nearest.
     """
     maps = table.unflatten(1, source).permute(0, 3, 1, 2)  # (1, D, h0, w0)
@@ -110,10 +110,10 @@ def resize_positions(
 
 
 def fit_positions(patches: Tensor, grid: Grid, mode: Literal["bicubic", "nearest"] = "bicubic") -> Tensor:
-    """A file's patch positions (1, h0 * h0, D), whose grid is square, for the training grid."""
+    """Resize a file's patch positions (1, h0 * h0, D), whose grid is square, to the training grid."""
     side = round(patches.shape[1] ** 0.5)
     if (side, side) == grid or side * side != patches.shape[1]:
-        return patches  # the latter cannot fit: loading says so
+        return patches  # a grid that is not square cannot fit; loading reports it
     return resize_positions(patches, (side, side), grid, mode=mode)
 
 
@@ -147,7 +147,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(before, width, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Grid]:
-        """Rows and columns beyond the last whole patch are cut off. ValueError for images smaller than a patch."""
+        """Rows and columns beyond the last whole patch are cropped. Raises ValueError for images smaller than a
+        patch."""
         if min(images.shape[-2:]) < self.patch:
             height, width = images.shape[-2:]
             raise ValueError(f"An image of {height} x {width} is smaller than a patch of {self.patch}: enlarge it.")
@@ -159,7 +160,7 @@ class PatchEmbed(nn.Module):
 
 
 class ViTBody(nn.Module):
-    """What all vision transformers here have: the patch embedding, the blocks and the final ``norm``."""
+    """Base of all vision transformers here: patch embedding, blocks and final ``norm``."""
 
     def __init__(self, options: ViTOptions) -> None:
         super().__init__()
@@ -180,16 +181,17 @@ class ViTBody(nn.Module):
             start_local(self, options.local_start)
 
     def forward_blocks(self, x: Tensor, visit: Visit | None = None) -> Tensor:
-        """All blocks, without the final norm: (B, T, D) -> the same; ``visit`` gets every layer's queries and keys."""
+        """All blocks, without the final norm: (B, T, D) -> the same shape; ``visit`` gets every layer's queries and
+        keys."""
         for number, block in enumerate(self.blocks):
             x = block(x, None if visit is None else partial(visit, number))
         return x
 
 
 class GridViT(nn.Module):
-    """A vision transformer whose patch positions are a parameter of their own, ``grid_posembed``, and whose class
-    tokens, if there are any, come from the caller. The other layers are under ``model.``: names of the official
-    SemFormer checkpoints. semformer.md sections 3.1 and 4.1.
+    """A vision transformer whose patch positions are a separate parameter, ``grid_posembed``, and whose class tokens,
+    if any, are given by the caller. The other layers are under ``model.``: names of the official SemFormer checkpoints.
+    semformer.md sections 3.1 and 4.1.
     """
 
     def __init__(self, options: ViTOptions) -> None:
@@ -200,9 +202,8 @@ class GridViT(nn.Module):
         nn.init.trunc_normal_(self.grid_posembed, std=0.02)
 
     def forward(self, images: Tensor, front: Tensor | None = None, visit: Visit | None = None) -> tuple[Tensor, Grid]:
-        """Normalised images (B, 3, H, W), and tokens (1, n, D) that stand before the patches with their positions
-        added already -> tokens after the final norm (B, n + N, D), and the grid; ``visit`` as in
-        ``ViTBody.forward_blocks``."""
+        """Normalised images (B, 3, H, W), and tokens (1, n, D) to put before the patches, positions already added ->
+        tokens after the final norm (B, n + N, D), and the grid; ``visit`` as in ``ViTBody.forward_blocks``."""
         x, grid = self.model.patch_embed(images)
         x = x + (self.grid_posembed if grid == self.grid else resize_positions(self.grid_posembed, self.grid, grid))
         if front is not None:
@@ -210,8 +211,8 @@ class GridViT(nn.Module):
         return self.model.norm(self.model.forward_blocks(x, visit)), grid
 
     def from_classifier(self, state: State) -> State:
-        """An ImageNet classifier's tensors (DeiT, distilled or not; ViT) under the names of this network; those that
-        it has no use for keep theirs."""
+        """An ImageNet classifier's tensors (DeiT, distilled or not; ViT) under the names of this network; tensors that
+        it does not use keep their names."""
         table = state["pos_embed"]
         patches = table[:, 2:] if "dist_token" in state else split_positions(table)[1]
         moved = {f"model.{k}" if k.startswith(("patch_embed.", "blocks.", "norm.")) else k: v for k, v in state.items()}
@@ -221,7 +222,7 @@ class GridViT(nn.Module):
 class ViT(ViTBody):
     """Body of a vision transformer with ``tokens`` class tokens in front of the patches.
 
-    The final ``norm`` is in the state dict; whether it is applied, the method decides (MCTformer does not).
+    The final ``norm`` is in the state dict; the method decides whether to apply it (MCTformer does not).
     """
 
     normalisation = "imagenet"
@@ -247,7 +248,7 @@ class ViT(ViTBody):
     def embed_patches(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Normalised images (B, 3, H, W) -> [class tokens; patches] with their positions (B, T, D), and the grid."""
         patches, grid = self.patch_embed(images)
-        # published: the same number of patches from an image that is not square is resized all the same
+        # published: resized also if a non-square image has the same number of patches
         as_trained = grid == self.grid and images.shape[2] == images.shape[3]
         tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], 1)
         return tokens + self.positions(grid, as_trained), grid
@@ -259,15 +260,15 @@ class ViT(ViTBody):
         return self.forward_blocks(x, visit), grid
 
     head: nn.Module
-    """Added by the method; the only part that may differ in an ImageNet classifier's file."""
+    """Names of the layers added by the method; only these may differ in an ImageNet classifier's file."""
     unused: tuple[str, ...] = ()
-    """What a subclass keeps in its state dict only because official checkpoints have it."""
+    """Names that a subclass keeps in its state dict only because official checkpoints have them."""
 
     def from_classifier(self, state: State) -> State:
-        """Tensors of an ImageNet classifier with one class token, made to fit (mctformer.md section 3).
+        """Adapt the tensors of an ImageNet classifier with one class token (mctformer.md section 3).
 
         The class token and its position are repeated, so that all class tokens start equal; the patches' positions are
-        resized where the grid is another.
+        resized if the grid differs.
         """
         first, patches = split_positions(state["pos_embed"])
         return {
@@ -287,7 +288,7 @@ class ViT(ViTBody):
             weights: a file, or 'pretrained': timm's, by the option of that name, downloaded once.
 
         Returns:
-            A one-line report. Raises ValueError where the file does not fit, FileNotFoundError where there is none.
+            A one-line report. Raises ValueError if the file does not fit, FileNotFoundError if it does not exist.
         """
         state = read_tensors(weights)
         if self._is_classifier(state):
@@ -303,8 +304,8 @@ class ViT(ViTBody):
 
 
 class SemanticViT(ViT):
-    """The network of TS-CAM: one class token, and in place of its linear head a 3x3 convolution ``head`` on the patches
-    after the final norm, which keeps PyTorch's initialisation. wsol.md section 2, crt.md section 4."""
+    """The network of TS-CAM: one class token, and instead of the linear head a 3x3 convolution ``head`` on the patches
+    after the final norm, with PyTorch's initialisation. wsol.md section 2, crt.md section 4."""
 
     def __init__(self, options: ViTOptions, num_classes: int) -> None:
         super().__init__(options, 1)
@@ -317,17 +318,17 @@ class SemanticViT(ViT):
         return self.head(patches).float()
 
     def coupled_maps(self, images: Tensor) -> Tensor:
-        """The semantic maps times what the class token attends to, heads averaged, layers (and rounds) summed: signed,
-        (B, 3, H, W) -> (B, C, h, w) float32. One layer's class-token row exists at a time."""
+        """The semantic maps times the class token's attention, averaged over heads, summed over layers (and rounds):
+        signed, (B, 3, H, W) -> (B, C, h, w) float32. One layer's class-token row exists at a time."""
         sums = AttentionSums(1, [1.0] * len(self.blocks), [0.0] * len(self.blocks))
         maps = self.semantic_maps(images, sums)
         return maps * sums.to_patches.unflatten(2, maps.shape[-2:])
 
 
 class MultiClassViT(ViT):
-    """The network of MCTformer-V2: one class token a class, and a 3x3 convolution ``head`` on the patches.
+    """The network of MCTformer-V2: one class token per class, and a 3x3 convolution ``head`` on the patches.
 
-    The final norm is kept but neither applied nor trained. mctformer.md sections 2.1 to 2.4, aream.md section 2.1.
+    The final norm exists but is neither applied nor trained. mctformer.md sections 2.1 to 2.4, aream.md section 2.1.
     """
 
     position_offset = 0.1

@@ -1,1 +1,1 @@
-"""Networks that refine class maps: affinity labels, affinity network, random walk. One file a method."""
+"""Networks that refine class maps: affinity labels, affinity network, random walk. One file per method."""

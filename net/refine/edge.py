@@ -1,7 +1,7 @@
 """The edge-only affinity network of SemFormer and Puzzle-CAM (semformer.md sections 8 and 9, puzzlecam.md section 5).
 
-IRNet's boundary branch without its displacements; what it computes is told in net/shared/edge.py, its numbers here. The
-published recipe is SemFormer's. Puzzle-CAM's differs from it in these fields: ``network.backbone`` resnest,
+IRNet's boundary branch without its displacements; what it computes is explained in net/shared/edge.py; the settings are
+here. The published recipe is SemFormer's. Puzzle-CAM's differs from it in these fields: ``network.backbone`` resnest,
 ``network.align_corners`` off, ``label.threshold_fg`` and ``label.threshold_bg`` 0.40 and 0.10 (its script's defaults:
 0.30 and 0.05), no ``jitter`` in ``augment.order``, ``walk.threshold`` 0.35 and one iteration of ``walk.crf`` (defaults:
 0.25 and ten).
@@ -29,21 +29,21 @@ class EdgeOnlyOptions(EdgeOptions):
     """Edge network; the defaults are SemFormer's."""
 
     align_corners: bool = True
-    """Bilinear convention of the enlargements inside the network. Puzzle-CAM: no."""
+    """align_corners of the bilinear upsampling inside the network. Puzzle-CAM: off."""
 
     backbone: Literal["resnet", "resnest"] = "resnet"
-    """Network below the boundary head; the section of this name applies, the other is not used. Puzzle-CAM: resnest."""
+    """Backbone under the boundary head; only the section with this name is used. Puzzle-CAM: resnest."""
     resnest: Annotated[ResNeStOptions, When("backbone", "resnest")] = field(
         default_factory=lambda: ResNeStOptions(norm="fixed", frozen="layer4")
     )
-    """ResNeSt. Published is completely frozen; only the layers on its stages are trained."""
+    """ResNeSt. Published: completely frozen; only the layers on its stages are trained."""
 
     def make_backbone(self) -> Stages:
         """The backbone, with random weights."""
         return ResNeSt(self.resnest) if self.backbone == "resnest" else super().make_backbone()
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> EdgeOnly:
-        """The affinity network; neither the classes nor earlier networks matter to it."""
+        """The affinity network; it depends neither on the classes nor on earlier networks."""
         return EdgeOnly(self)
 
 
@@ -64,7 +64,7 @@ _CRF = CRFSettings(iterations=1, bilateral_sxy=50.0, bilateral_srgb=5.0)
 
 @refiner("edge")
 class EdgeOnly(EdgeNetwork):
-    """Labels, training and walk are those of ``EdgeNetwork``."""
+    """The refiner ``edge``; labels, training and walk are those of ``EdgeNetwork``."""
 
     recipes: ClassVar[Mapping[str, EdgeRecipe]] = {
         # The momentum is the published poly-SGD's, which passes its weight decay there (semformer.md section 7).
@@ -77,8 +77,8 @@ class EdgeOnly(EdgeNetwork):
                 crop=512,
             ),
             weights=PRETRAINED,
-            # published, and the other way round than the names suggest: the sure foreground is larger than the
-            # possible one, so that hardly a pixel is left out (semformer.md section 8)
+            # published, although the names suggest the opposite: the sure foreground is larger than the possible one,
+            # so that hardly any pixel is ignored (semformer.md section 8)
             label=EdgeLabel(threshold_fg=0.11, threshold_bg=0.15),
             walk=EdgeWalk(crf=_CRF),
         ),
@@ -88,7 +88,7 @@ class EdgeOnly(EdgeNetwork):
             network=EdgeOnlyOptions(resnet=SAMPLE_RESNET, radius=5),
             fit=Fit(epochs=10, batch_size=16, optimiser="adamw", lr=0.002, weight_decay=1e-4),
             augment=Augment(order=("long_side", "flip", "jitter", "normalize", "crop"), long_side=(112, 160), crop=112),
-            # maps of networks trained from random weights are sharp: little is left of them beside the marks
+            # maps of networks trained from random weights are sharp: they are small away from the marks
             label=EdgeLabel(
                 threshold_fg=0.03, threshold_bg=0.006, crf=CRFSettings(bilateral_sxy=30.0, bilateral_srgb=8.0)
             ),

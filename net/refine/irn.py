@@ -1,8 +1,8 @@
 """IRNet: inter-pixel relations (Ahn, Cho and Kwak, CVPR 2019). irnet.md.
 
-The boundary map of net/shared/edge.py spreads the CAMs; beside it a displacement field, which points from every cell
-to the middle of its object, tells the objects of a class apart. CRT uses the same with other thresholds (crt.md section
-2): ``--aff.label.threshold-fg 0.35 --aff.label.threshold-bg 0.15 --aff.walk.no-instances``.
+CAMs are spread with the boundary map of net/shared/edge.py. A displacement field, which points from every cell to the
+centre of its object, separates the objects of a class. CRT uses the same with other thresholds (crt.md section 2):
+``--aff.label.threshold-fg 0.35 --aff.label.threshold-bg 0.15 --aff.walk.no-instances``.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from net.start_weights import PRETRAINED
 _EPS = 1e-5
 _SHIFTS = 300
 _WEAK = 2.5
-"""Displacements shorter than this many cells lie at the middle of an object (irnet.md section 10.3)."""
+"""Displacements shorter than this many cells mark the centre of an object (irnet.md section 10.3)."""
 _LEAST_SHARE = 0.01
-"""Of the image's pixels; smaller pieces stay in the list with score 0."""
+"""Smallest fraction of the image's pixels; smaller pieces stay in the list with score 0."""
 
 # ------------------------------------------------------------------------------------------------ settings
 
@@ -62,7 +62,7 @@ class IRNOptions(EdgeOptions):
     """Learning rate of the displacement layers relative to that of the boundary layers."""
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> IRN:
-        """The network; it knows no classes and needs no earlier one."""
+        """The network; it depends neither on the classes nor on earlier networks."""
         return IRN(self)
 
 
@@ -72,7 +72,7 @@ class IRNWalk(EdgeWalk):
     # irnet.md section 10
 
     instances: bool = True
-    """Tell single objects apart too (instance/ID.npz, instance/ID.png)."""
+    """Also separate single objects (instance/ID.npz, instance/ID.png)."""
     instance_threshold: Annotated[Probability, When("instances")] = 0.25
     """Background score of the objects' walk."""
 
@@ -96,7 +96,8 @@ class _PairDistances(torch.autograd.Function):
     """Sums of |d_i - d_j - target| over the pairs of two kinds: (B, 2, h, w) -> (2,): foreground pairs, whose target is
     their displacement j - i, and background pairs, whose target is 0.
 
-    The gradient is made on the way, one displacement at a time; the plain form keeps (B, 2, D, P) floats twice.
+    The gradient is computed in the same pass, one displacement at a time; the plain form keeps (B, 2, D, P) floats
+    twice.
     """
 
     @staticmethod
@@ -149,7 +150,7 @@ def displacement_losses(
 
 
 class MeanShift(nn.Module):
-    """Takes the mean displacement of the training images away, in evaluation mode only: (B, 2, h, w) -> the same.
+    """Subtracts the mean displacement of the training images, in evaluation mode only: (B, 2, h, w) -> the same shape.
 
     ``running_mean`` (2,) is measured once, after the training (irnet.md sections 8 and 9.4).
     """
@@ -167,8 +168,8 @@ class MeanShift(nn.Module):
 
 
 def find_centroids(field: Tensor) -> Tensor:
-    """Where every cell ends when it follows the field: 300 times c += field at c, bilinear, kept inside (irnet.md
-    section 10.3).
+    """Where every cell ends when it follows the field: 300 times c += field at c, bilinear, clamped to the grid
+    (irnet.md section 10.3).
 
     (2, h, w) displacements (dy, dx) in cells -> (2, h, w) int64 (y, x).
     """
@@ -204,11 +205,11 @@ def find_clusters(field: np.ndarray, ends: np.ndarray) -> np.ndarray:
 
 
 def make_instances(scores: Tensor, classes: np.ndarray, size: tuple[int, int], threshold: float) -> Instances:
-    """Objects from the walked score maps of (class, object) pairs: enlarged, cut, arg-max against the background, and
-    every connected piece for itself (irnet.md section 10.3).
+    """Objects from the walked score maps of (class, object) pairs: upsampled, cropped, arg-max against the background;
+    every connected piece is one object (irnet.md section 10.3).
 
     Args:
-        scores: (R, h, w), one row a pair, by class.
+        scores: (R, h, w), one row per pair, sorted by class.
         classes: (R,) 0-based class of each row.
         size: (H, W) of the image.
         threshold: background score, where the largest score of all is 1.
@@ -264,8 +265,8 @@ class IRN(EdgeNetwork):
         self.mean_shift = MeanShift()
 
     def displacement_field(self, taps: StageMaps) -> Tensor:
-        """Displacement field from the stages' maps: (B, 2, ceil(H/4), ceil(W/4)) float32, (dy, dx) in cells; without
-        its mean in evaluation mode."""
+        """Displacement field from the stages' maps: (B, 2, ceil(H/4), ceil(W/4)) float32, (dy, dx) in cells; the mean
+        is subtracted in evaluation mode."""
         one, two, *deep = (getattr(self, f"fc_dp{number}")(taps[stage]) for number, stage in enumerate(STAGES, 1))
         six = self.fc_dp6(torch.cat([crop_like(m, deep[0]) for m in deep], dim=1))
         return self.mean_shift(self.fc_dp7(torch.cat([one, two, crop_like(six, two)], dim=1)).float())
@@ -282,7 +283,7 @@ class IRN(EdgeNetwork):
         }
 
     def param_groups(self) -> list[Group]:
-        """Boundary layers (and the backbone, where it is not frozen) at the base rate, displacement layers at
+        """Boundary layers (and the backbone, if not frozen) at the base rate, displacement layers at
         ``displacement_lr`` times it; everything is decayed (irnet.md section 9.4)."""
         named = [(name.startswith("fc_dp"), p) for name, p in self.named_parameters() if p.requires_grad]
         return [
@@ -292,9 +293,11 @@ class IRN(EdgeNetwork):
 
     @torch.no_grad()
     def calibrate(self, images: Iterable[Tensor]) -> None:
-        """Measure the mean displacement (irnet.md section 9.4): of every image over its canvas, of all images.
+        """Measure the mean displacement (irnet.md section 9.4): the mean over each image's canvas, then over all
+        images.
 
-        Published leaves the last incomplete batch out (24 of 1464 images), and with fewer images than a batch has none.
+        The published code leaves out the last incomplete batch (24 of 1464 images), and has no result with fewer images than a
+        batch.
         """
         total, count = torch.zeros(2, dtype=torch.float64), 0
         self.mean_shift.running_mean.zero_()
@@ -305,13 +308,13 @@ class IRN(EdgeNetwork):
 
     @classmethod
     def finds_instances(cls, options: IRNWalk) -> bool:
-        """As the settings say."""
+        """Whether the settings ask for single objects."""
         return options.instances
 
     @torch.no_grad()
     def find_instances(self, picture: Picture, cam: Cam, options: IRNWalk) -> tuple[np.ndarray, Instances]:
         """Random walk, and the objects by a second walk of every class over each object of the displacement field
-        (irnet.md section 10.3). Raises ValueError where image and CAM differ in size."""
+        (irnet.md section 10.3). Raises ValueError if image and CAM differ in size."""
         size = check_sizes(picture, cam)
         if len(cam.keys) == 0:
             return np.ones((1, *size), np.float32), Instances.none(size)

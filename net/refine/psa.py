@@ -1,8 +1,8 @@
 """PSA: pixel-level semantic affinity, AffinityNet and its random walk (Ahn and Kwak, CVPR 2018). psa.md.
 
-CAMs with a strong and with a weak background, sharpened by a CRF, give reliable labels; pairs of near cells teach a
-network whether two cells show the same class; its affinities spread the CAMs in a random walk. The copies in SEAM,
-MCTformer, AReAM and TransCAM are other numbers of the same options.
+CAMs with a strong and a weak background, sharpened by a CRF, give reliable labels. On pairs of near cells a network
+learns whether both show the same class; its affinities spread the CAMs in a random walk. SEAM, MCTformer, AReAM and
+TransCAM use the same with other settings.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from net.shared.background import BackgroundRule, stack_background
 from net.start_weights import REQUIRED
 
 STRIDE = 8
-"""Pixels a feature cell, of both backbones."""
+"""Stride of the features of both backbones, in pixels."""
 _EPS = 1e-5
 _LEVELS = (3, 4, 5)
 
@@ -56,22 +56,22 @@ class PSAOptions(Options):
     # psa.md section 5.1
 
     backbone: Literal["resnet38", "vgg16"] = "resnet38"
-    """Network that the affinity layers stand on."""
+    """Backbone of the affinity layers."""
     resnet38: Annotated[ResNet38Options, When("backbone", "resnet38")] = field(
         default_factory=lambda: ResNet38Options(frozen="b2")
     )
-    """Size and freezing of ResNet38, where that is the backbone."""
+    """Size and freezing of ResNet38, if it is the backbone."""
     vgg16: Annotated[VGG16Options, When("backbone", "vgg16")] = field(
         default_factory=lambda: VGG16Options(fc6_dilation=4)
     )
-    """Size and freezing of VGG16, where that is the backbone."""
+    """Size and freezing of VGG16, if it is the backbone."""
     widths: Annotated[tuple[int, int, int], Range(least=8, multiple=8)] = (64, 128, 256)
     """Channels of f8_3, f8_4 and f8_5; f9 has their sum. Multiples of 8."""
     radius: Annotated[int, Range(least=2)] = 5
     """Pairs nearer than this are trained on. Cells of 8 pixels."""
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> PSA:
-        """The affinity network; ``num_classes`` only matters to a CRF after the walk, ``earlier`` to nothing."""
+        """The affinity network; ``num_classes`` is only used by a CRF after the walk, ``earlier`` is not used."""
         return (PSAResNet38 if self.backbone == "resnet38" else PSAVGG16)(num_classes, self)
 
 
@@ -85,25 +85,25 @@ class PSALabel(Checked):
     background: BackgroundRule = "power"
     """Background score. power: (1 - largest CAM)^alpha. constant: a threshold."""
     alpha_low: Annotated[Positive, When("background", "power")] = 4.0
-    """power: the strong background; what remains foreground is reliable foreground."""
+    """power: exponent of the strong background; pixels that stay foreground are reliable foreground."""
     alpha_high: Annotated[Positive, When("background", "power")] = 32.0
-    """power: the weak background; what remains background is reliable background."""
+    """power: exponent of the weak background; pixels that stay background are reliable background."""
     threshold_low: Annotated[Probability, When("background", "constant")] = 0.6
-    """constant: the strong background."""
+    """constant: score of the strong background."""
     threshold_high: Annotated[Probability, When("background", "constant")] = 0.25
-    """constant: the weak background."""
+    """constant: score of the weak background."""
     crf: CRFSettings = field(default_factory=CRFSettings)
     """Dense CRF on the scores of background and present classes."""
     crf_unary: Literal["scores", "labels"] = "scores"
-    """What the CRF starts from. labels: the arg-max, held with confidence 0.7; training then reads label maps, where
-    the canvas round an image counts as background (TransCAM)."""
+    """Input of the CRF. labels: the arg-max, with confidence 0.7; training then reads label maps, in which the canvas
+    around an image counts as background (TransCAM)."""
     # mctformer.md section 4
     crf_truncates_image: bool = False
-    """Give the CRF the image recovered from the normalised one by truncation, which loses a grey level here and there
-    (as MCTformer does)."""
+    """Give the CRF the image recovered from the normalised one by truncation, which lowers some pixels by a grey level
+    (as in MCTformer)."""
     crf_labels: Annotated[int, Range(least=0), When("crf_unary", "labels")] = 0
-    """crf_unary labels: number of labels that the confidence is shared among, background included (TransCAM: all 21
-    of VOC). 0: those of the image."""
+    """crf_unary labels: number of labels over which the remaining confidence is divided, background included (TransCAM:
+    all 21 of VOC). 0: those of the image."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class PSAWalk(Checked):
     radius: Annotated[int, Range(least=2)] = 5
     """Pairs nearer than this are joined. Cells of 8 pixels."""
     shrink_early: bool = False
-    """Shrink the radius on grids 9 and 10 cells wide too, as SEAM and TransCAM do; PSA only below 9."""
+    """Also shrink the radius on grids 9 and 10 cells wide, as in SEAM and TransCAM; PSA only below 9."""
     background: BackgroundRule = "power"
     """Background score. power: (1 - largest CAM)^alpha. constant: the threshold."""
     alpha: Annotated[Positive, When("background", "power")] = 16.0
@@ -128,7 +128,7 @@ class PSAWalk(Checked):
     crf: CRFSettings = field(default_factory=lambda: CRFSettings(iterations=0))
     """Dense CRF after the walk; iterations 0 switches it off (SEAM: 1)."""
     crf_unary: Literal["scores", "labels"] = "scores"
-    """What the CRF starts from. labels: the arg-max, held with confidence 0.7 (TransCAM)."""
+    """Input of the CRF. labels: the arg-max, with confidence 0.7 (TransCAM)."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class PSARecipe(RefineRecipe):
 def merge_alpha_labels(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Merge two label maps (..., int): ``low``'s classes, background where ``high`` is 0, 255 elsewhere.
 
-    BackgroundRule wins where both speak (psa.md section 5.3). Returns uint8 of the same shape.
+    Background wins where both apply (psa.md section 5.3). Returns uint8 of the same shape.
     """
     label = np.where(low == 0, IGNORE, low)
     return np.where(high == 0, 0, label).astype(np.uint8)
@@ -161,7 +161,7 @@ def merge_alpha_labels(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 class _PairDistance(torch.autograd.Function):
     """Mean absolute difference of the features of all pairs: (B, C, h, w) -> (B, D, P).
 
-    One displacement at a time, and the backward pass makes the differences again: the plain form keeps
+    One displacement at a time, and the backward pass recomputes the differences: the plain form keeps
     (B, C, D, P) floats, 1.2 GB for a batch of 8 crops of 448 (psa.md section 8, trap 8), this one (B, C, P).
     """
 
@@ -215,8 +215,8 @@ def pad_to_stride(x: Tensor) -> Tensor:
 def pool_to_cells(scores: Tensor) -> Tensor:
     """Scores of the cells: (n, H, W) -> (n, ceil(H/8), ceil(W/8)).
 
-    The padding counts as zero in all channels, the background's too, so border cells are darker than they should be:
-    published behaviour (psa.md section 8, trap 3).
+    The padding counts as zero in all channels, background included, so border cells have too low scores: published
+        behaviour (psa.md section 8, trap 3).
     """
     return F.avg_pool2d(pad_to_stride(scores), STRIDE)
 
@@ -242,15 +242,16 @@ def walk_maps(scores: Tensor, transition: Tensor, steps: int) -> Tensor:
 
 @refiner("psa")
 class PSA(AffinityNetwork):
-    """What both backbones share; a subclass is a backbone too, so that state dicts have the official names."""
+    """Base of both affinity networks. A subclass also inherits from a backbone, so that state dicts have the official
+    names."""
 
     tapped: ClassVar[tuple[str, str, str]]
     """Backbone taps under f8_3, f8_4 and f8_5."""
     new_layers: ClassVar[tuple[str, ...]]
-    """Layers that come on top of the backbone; a group norm gn8_N follows f8_N where it is among them."""
+    """Layers on top of the backbone; a group norm gn8_N, if listed, follows f8_N."""
 
     def _add_layers(self, num_classes: int, options: PSAOptions) -> None:
-        """What a subclass adds to its backbone, in the official order."""
+        """Create the layers on top of the backbone, in the official order."""
         self.num_classes, self.radius = num_classes, options.radius
         widths = options.widths
         for level, tap, width in zip(_LEVELS, self.tapped, widths, strict=True):
@@ -278,8 +279,8 @@ class PSA(AffinityNetwork):
         """Low/high-alpha label (psa.md section 4): CRF posteriors of the present classes under two backgrounds.
 
         The planes are the low and then the high posteriors, (2 (K + 1), H, W) float16; with ``crf_unary`` labels the
-        two label maps, (2, H, W) uint8. Both count classes by their place in ``cam.keys``, from 1: only equality
-        matters. The picture is the merged label at full resolution. An image without a tag is all background.
+        two label maps, (2, H, W) uint8. Both number the classes by their position in ``cam.keys``, from 1, since only
+        equality matters. The picture is the merged label at full resolution. An image without a tag is all background.
         """
         if len(cam.keys) == 0:
             picture = np.zeros(image.shape[:2], np.uint8)
@@ -312,10 +313,10 @@ class PSA(AffinityNetwork):
     def make_target(cls, planes: np.ndarray) -> np.ndarray:
         """Confident label of every cell (psa.md section 5.3): (P, S, S) -> (S/8, S/8) uint8, 255 unknown.
 
-        Made from the averaged posteriors, not by averaging labels; where there are none (the canvas round the image)
-        it is unknown. Label maps (TransCAM) are sampled, and background only wins where both maps say so.
+        Made from the averaged posteriors, not by averaging labels; where there are none (the canvas around the image)
+        the label is unknown. Label maps (TransCAM) are sampled, and background only wins where both maps say so.
 
-        Raises ValueError where a side is no multiple of 8.
+        Raises ValueError if a side is not a multiple of 8.
         """
         height, width = planes.shape[-2:]
         if height % STRIDE or width % STRIDE:
@@ -355,7 +356,7 @@ class PSA(AffinityNetwork):
 
     @torch.no_grad()
     def refine(self, picture: Picture, cam: Cam, options: PSAWalk) -> np.ndarray:
-        """Random walk, and the CRF where there is one, cut to the image; see ``spread_cam``. An image without a tag is
+        """Random walk, and the CRF if there is one, cropped to the image; see ``spread_cam``. An image without a tag is
         all background. Raises ValueError where image and CAM differ in size."""
         height, width = picture.size
         if len(cam.keys) == 0:
@@ -366,18 +367,18 @@ class PSA(AffinityNetwork):
 
     @torch.no_grad()
     def spread_cam(self, picture: Picture, cam: Cam, options: PSAWalk) -> np.ndarray:
-        """``refine`` before the cut: (K + 1, 8 ceil(H/8), 8 ceil(W/8)) float32 (psa.md section 6, transcam.md section
-        6). Absent classes are left out of the walk: theirs would stay zero."""
+        """``refine`` before cropping: (K + 1, 8 ceil(H/8), 8 ceil(W/8)) float32 (psa.md section 6, transcam.md section
+        6). Absent classes are left out of the walk, where they would stay zero."""
         if options.threshold is None:
-            raise ValueError("walk.threshold is None: the background score that the CAMs' scores gave is needed here.")
+            raise ValueError("walk.threshold is None: fill in the background score that make_cam found.")
         scores = stack_background(cam.maps, options.background, options.alpha, options.threshold)
         step = self.make_transition(picture.values, options)
         walked = walk_maps(torch.from_numpy(scores).to(picture.values.device), step, 2**options.logt).cpu().numpy()
         return self._crf(picture.values, walked, options) if options.crf.iterations else walked
 
     def _crf(self, values: Tensor, scores: np.ndarray, options: PSAWalk) -> np.ndarray:
-        """The CRF takes part in the padding, and its image is recovered with truncation (psa.md section 6); absent
-        classes take part as well: (K + 1, H, W) scores of the padded size -> posteriors of the same labels."""
+        """The CRF also runs on the padding, and its image is recovered with truncation (psa.md section 6). Absent
+        classes are included: (K + 1, H, W) scores of the padded size -> posteriors of the same labels."""
         image = truncate_values_to_image(pad_to_stride(values), self.normalisation)
         crf = DenseCRF(image, options.crf, values.device)
         labels = len(scores)
@@ -388,13 +389,13 @@ class PSA(AffinityNetwork):
 
     def param_groups(self) -> list[Group]:
         """Backbone at the base rate, new layers at 10 times it; biases at twice that, without decay (seam.md section
-        4.2). Group normalisation counts as an old layer, as published (psa.md section 5.1). Batch normalisation, where
-        it is trained, isn't decayed."""
+        4.2). Group normalisation counts as an old layer, as published (psa.md section 5.1). Batch normalisation, if
+        trained, isn't decayed."""
         return conv_groups(self, [name for name in self.new_layers if not name.startswith("gn8_")])
 
     def load_weights(self, weights: str) -> str:
         """A released affinity network (strictly), or a backbone: ImageNet's ``.params`` or caffemodel, PSA's
-        classifier, any network here that stands on the same backbone; the new layers then start anew."""
+        classifier, any network here with the same backbone; the new layers then have random weights."""
         whole = "f8_5.weight" in read_tensors(weights)
         return str(load_tensors(self, weights, allow_missing=() if whole else self.new_layers))
 

@@ -1,1 +1,1 @@
-"""Segmentation networks trained on pseudo masks: one file a network."""
+"""Segmentation networks trained on pseudo masks: one file per network."""

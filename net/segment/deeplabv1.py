@@ -1,6 +1,6 @@
 """DeepLab v1 on ResNet38 as SEAM and TransCAM re-train it (deeplab.md A).
 
-A dilated 3x3 and a 1x1 convolution with batch normalisation stand before the classifier.
+The classifier follows a dilated 3x3 and a 1x1 convolution with batch normalisation.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class DeepLabV1Options(Options):
     backbone: ResNet38Options = field(
         default_factory=lambda: ResNet38Options(freeze_bn=False, frozen="none", bn_momentum=0.0003)
     )
-    """ResNet38; its bn_momentum is that of the head too."""
+    """ResNet38; its bn_momentum also applies to the head."""
     fov_channels: Count = 512
     """Channels of the head."""
     fov_dilation: Count = 12
@@ -41,7 +41,7 @@ class DeepLabV1Options(Options):
     dropout: DropProbability = 0.5
     """Dropout before the classifier."""
     train_affine: bool = False
-    """Train the weights and biases of batch normalisation. The published optimiser has none of them."""
+    """Train the weights and biases of batch normalisation. The published optimiser does not contain them."""
     head_lr: Positive = 10.0
     """Learning rate of the head's weights relative to the backbone's; the classifier's bias learns twice as fast."""
 
@@ -55,8 +55,8 @@ class DeepLabV1(Segmenter):
     """SEAM's DeepLab v1 (deeplab.md A).
 
     In training all batch normalisation uses batch statistics, conv1a learns and all dropout is active: the published
-    loop never calls ``train()``, so that the backbone's freezing is not run; nor is any batch normalisation parameter
-    in its optimiser (deeplab.md A.2). Both are options here.
+        loop never calls ``train()``, so the backbone is never frozen. Its optimiser contains no batch normalisation
+        parameter (deeplab.md A.2). Both are options here.
 
     Args:
         num_classes: foreground classes.
@@ -163,7 +163,7 @@ class DeepLabV1(Segmenter):
 
     def param_groups(self) -> list[Group]:
         """Convolutions of the backbone and of the head (deeplab.md A.2; the published group of backbone biases is
-        empty), and the affine parameters of batch normalisation where they are trained."""
+        empty), and the affine parameters of batch normalisation if they are trained."""
         return conv_groups(self, ("conv_fov", "conv_fov2", "cls_conv"), self.head_lr)
 
     def load_weights(self, weights: str) -> str:

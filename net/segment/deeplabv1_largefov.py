@@ -61,8 +61,8 @@ class LargeFOV(Segmenter, ResNet38):
                 batch_size=4,
                 sample_order="stream",
                 lr=0.0007,
-                # 1e-5 was meant as weight decay; the published optimiser takes it for the momentum, and its groups
-                # carry no decay (deeplab.md B.2, seam.md 7.1)
+                # 1e-5 was meant as weight decay; the published optimiser uses it as momentum, and its groups have no
+                # decay (deeplab.md B.2, seam.md 7.1)
                 momentum=1e-5,
                 weight_decay=0.0,
                 power=0.9,
@@ -140,7 +140,7 @@ class LargeFOV(Segmenter, ResNet38):
         return self.fc8_seg_conv2(F.relu(self.fc8_seg_conv1(self.forward_stages(images)["conv6"])))
 
     def param_groups(self) -> list[Group]:
-        """What is trained of the backbone, and the head at ``head_lr`` times its rate (deeplab.md B.2)."""
+        """The trained part of the backbone, and the head at ``head_lr`` times its rate (deeplab.md B.2)."""
         backbone, head = [], []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:

@@ -37,10 +37,10 @@ class DeepLabV2Options(Options):
 
     # deeplab.md C.6
     form: Form = "caffe"
-    """Whose weights the backbone is made for. caffe: images are BGR, 0 to 255, minus the mean, and a stage's stride
-    sits in the first 1x1 convolution. torchvision: images are normalised RGB, the stride sits in the 3x3 convolution
-    (also for the CAM networks on a ResNet of this project). Weights of one form do not fit the other: such starts end
-    at about 20 mIoU."""
+    """Form of the backbone's weights. caffe: images are BGR, 0 to 255, minus the mean, and a stage's stride is in the
+    first 1x1 convolution. torchvision: images are normalised RGB, and the stride is in the 3x3 convolution (also for
+    the CAM networks on a ResNet of this project). Weights of one form do not suit the other: training then ends at
+    about 20 mIoU."""
     width: Positive = 1.0
     """Channel multiplier; 1 is the published network."""
     depth: Annotated[tuple[int, int, int, int], Range(least=1)] = (3, 4, 23, 3)
@@ -50,15 +50,15 @@ class DeepLabV2Options(Options):
     rates: Annotated[tuple[int, ...], Range(least=1, filled=True)] = (6, 12, 18, 24)
     """Dilations of the parallel convolutions of the classifier, in cells of 8 pixels."""
     scales: Annotated[tuple[float, ...], Range(above=0, below=1)] = (0.5, 0.75)
-    """Sizes of the input besides 1, in training and testing."""
+    """Factors of the input size in addition to 1, in training and testing."""
     freeze_bn: bool = True
     """Keep all batch normalisation (statistics and affine) as loaded. Turn off to train from random weights."""
     bn_momentum: Annotated[float, Range(above=0, most=1), When("freeze_bn", False)] = 0.001
-    """Momentum of the running statistics, where they are not frozen."""
+    """Momentum of the running statistics, if they are not frozen."""
     head_lr: Positive = 10.0
     """Learning rate of the classifier's weights relative to the backbone's; its biases learn twice as fast."""
     pretrained: Annotated[str, When("form", "torchvision")] = "resnet101.tv_in1k"
-    """timm's name of the ImageNet classifier that the weights 'pretrained' come from (form torchvision)."""
+    """timm's name of the ImageNet classifier for the weights 'pretrained' (form torchvision)."""
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> DeepLabV2:
         """The network for ``num_classes`` foreground classes."""
@@ -69,7 +69,7 @@ class DeepLabV2Options(Options):
 
 
 class ConvBn(nn.Sequential):
-    """``conv`` without bias and ``bn``, with a ReLU after them where ``relu``."""
+    """``conv`` without bias and ``bn``, then a ReLU if ``relu``."""
 
     def __init__(
         self, cin: int, cout: int, kernel: int, stride: int = 1, dilation: int = 1, *, relu: bool = True
@@ -83,7 +83,7 @@ class ConvBn(nn.Sequential):
 
 
 class DeepLabBottleneck(nn.Module):
-    """(B, cin, h, w) -> (B, cout, ceil(h / stride), ceil(w / stride)); ``form`` says where the stride sits.
+    """(B, cin, h, w) -> (B, cout, ceil(h / stride), ceil(w / stride)); ``form`` says which convolution has the stride.
 
     A block with ``project`` has a convolution on its shortcut: the first of each stage.
     """
@@ -99,7 +99,7 @@ class DeepLabBottleneck(nn.Module):
         self.shortcut = ConvBn(cin, cout, 1, stride, relu=False) if project else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """The forward pass, as described for the class."""
         return F.relu(self.increase(self.conv3x3(self.reduce(x))) + self.shortcut(x))
 
 
@@ -115,7 +115,7 @@ class ASPP(nn.Module):
             self.add_module(f"c{number}", convolution)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """The forward pass, as described for the class."""
         return torch.stack([branch(x) for branch in self.children()]).sum(0)
 
 
@@ -159,7 +159,7 @@ class DeepLabBase(nn.Sequential):
 
 
 def shrunk_size(size: Sequence[int], factor: float) -> tuple[int, int]:
-    """(H, W) times a factor, cut to whole pixels, at least one."""
+    """(H, W) times a factor, truncated to whole pixels, at least one."""
     return max(1, int(size[0] * factor)), max(1, int(size[1] * factor))
 
 
@@ -168,7 +168,7 @@ def shrink_images(images: Tensor, factor: float) -> Tensor:
     size = images.shape[-2:]
     if min(size) * factor < 1:
         return F.interpolate(images, size=shrunk_size(size, factor), mode="bilinear", align_corners=False)
-    # the factor itself, not the ratio of the rounded sizes, places the samples (deeplab.md C.2)
+    # samples are placed by the factor itself, not by the ratio of the rounded sizes (deeplab.md C.2)
     return F.interpolate(images, scale_factor=factor, mode="bilinear", recompute_scale_factor=False)
 
 
@@ -200,7 +200,7 @@ def from_caffe(name: str) -> str | None:
         return f"layer1.conv1.{'conv' if layer == 'conv1' else 'bn'}.{value}"
     if match := _CAFFE_RESIDUAL.fullmatch(name):
         kind, stage, letter, number, branch, value = match.groups()
-        # blocks are a, b, c, or where there are many a, b1, b2, ...
+        # blocks are a, b, c, or if there are many a, b1, b2, ...
         block = int(number) + 1 if number else "abc".index(letter) + 1
         return f"layer{stage}.block{block}.{_UNITS[branch]}.{'conv' if kind == 'res' else 'bn'}.{value}"
     if match := re.fullmatch(r"fc1_\w+_(c\d+)\.(.+)", name):
@@ -242,7 +242,7 @@ class DeepLabV2(Segmenter):
             fit=Fit(
                 steps=20000,
                 batch_size=10,
-                micro_batch=5,  # published: each half is averaged over its own pixels, here over those of both
+                micro_batch=5,  # published: each half is averaged over its own pixels, here over all pixels
                 lr=2.5e-4,
                 momentum=0.9,
                 weight_decay=5e-4,
@@ -260,7 +260,7 @@ class DeepLabV2(Segmenter):
                 flip=0.5,
             ),
             weights=REQUIRED,  # init.caffemodel or deeplabv1_resnet101-coco.pth
-            init="coco",  # COCO's pixel masks: not for comparisons among methods that learn from tags alone
+            init="coco",  # trained on COCO's pixel masks: not for comparisons of methods that learn only from tags
             infer=SegInference(
                 scales=(1.0,),
                 align_corners=False,
@@ -323,7 +323,7 @@ class DeepLabV2(Segmenter):
         self._freeze()
 
     def _freeze(self) -> None:
-        """Take batch normalisation out of training where the options say so."""
+        """Freeze batch normalisation if the options say so."""
         if self.options.freeze_bn:
             for module in self.modules():
                 if isinstance(module, nn.BatchNorm2d):
@@ -331,7 +331,7 @@ class DeepLabV2(Segmenter):
                     module.requires_grad_(False)
 
     def train(self, mode: bool = True) -> DeepLabV2:
-        """Set training or evaluation mode, keep frozen what is frozen, return self."""
+        """Set training or evaluation mode, except for frozen layers; returns self."""
         super().train(mode)
         self._freeze()
         return self
@@ -361,7 +361,7 @@ class DeepLabV2(Segmenter):
         return labels
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Number of cells with a label, of each output."""
+        """Number of cells with a label, per output."""
         labels = self.resize_labels(batch["mask"])
         return {f"pixels_{scale}": (label != IGNORE).sum() for scale, label in labels.items()}
 
@@ -379,7 +379,7 @@ class DeepLabV2(Segmenter):
 
     def param_groups(self) -> list[Group]:
         """Convolutions of layers 1 to 5, weights of the classifier, its biases (deeplab.md C.3), and the affine
-        parameters of batch normalisation where they are trained."""
+        parameters of batch normalisation if they are trained."""
         return [group for group in conv_groups(self, ("base.aspp",), self.options.head_lr) if group.params]
 
     def pretrained_names(self) -> tuple[str, ...]:
@@ -390,18 +390,18 @@ class DeepLabV2(Segmenter):
         """Start from the official files (``init.caffemodel``, ``train2_iter_20000.caffemodel`` and the ``.pth`` made of
         them), torchvision's ResNet, or a CAM network of this project on a ResNet.
 
-        The classifier may be absent. Raises ValueError where the file is of the other ``form`` (a whole ``deeplabv2``,
-        whose names don't tell its form, is taken as it is).
+        The classifier may be missing. Raises ValueError if the file has the other ``form`` (a whole ``deeplabv2``,
+        whose form cannot be seen from its names, is accepted).
         """
         state = read_tensors(weights)
         stem = next((name for name in state if name.endswith("layer1.0.conv1.weight")), None)
         form: Form = "caffe" if stem is None else "torchvision"
         if form != self.options.form and not any(name.startswith("base.") for name in state):
             raise ValueError(
-                f"{weights}: its weights are of the form {form}, the network is built for {self.options.form}. Say "
+                f"{weights}: its weights have the form {form}, the network is built for {self.options.form}. Give "
                 f"--seg.network.form {form}, and --seg.init with what they were trained on."
             )
-        # a CAM network has its backbone under a prefix and a classifier beside it
+        # a CAM network has its backbone under a prefix, and a classifier
         prefix = "" if stem is None else stem.removesuffix("layer1.0.conv1.weight")
 
         def rename(name: str) -> str | None:

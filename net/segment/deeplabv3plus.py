@@ -30,8 +30,7 @@ class DeepLabV3PlusOptions(Options):
     # deeplab.md D.1
 
     backbone: Literal["resnest", "resnet"] = "resnest"
-    """Network below the head; the section of this name applies, the other is not used. The published scores are those
-    of resnest."""
+    """Backbone; only the section with this name is used. The published scores are for resnest."""
     resnest: Annotated[ResNeStOptions, When("backbone", "resnest")] = field(
         default_factory=lambda: ResNeStOptions(norm="fixed")
     )
@@ -39,15 +38,15 @@ class DeepLabV3PlusOptions(Options):
     resnet: Annotated[ResNetOptions, When("backbone", "resnet")] = field(default_factory=ResNetOptions)
     """ResNet."""
     rates: Annotated[tuple[int, ...], Range(least=1, filled=True)] = (6, 12, 18)
-    """Dilations of the parallel 3x3 convolutions, in cells of 16 pixels; a 1x1 convolution and the mean of the whole
-    map stand beside them."""
+    """Dilations of the parallel 3x3 convolutions, in cells of 16 pixels; parallel to them are a 1x1 convolution and the
+    mean of the whole map."""
     channels: Annotated[int, Range(least=_GROUPS, multiple=_GROUPS)] = 256
     """Channels of the pyramid and of the decoder."""
     low_channels: Annotated[int, Range(least=_GROUPS, multiple=_GROUPS)] = 48
-    """Channels that the map of the first stage is brought to."""
+    """Channels to which the map of the first stage is reduced."""
     norm: Literal["group", "batch"] = "group"
-    """Normalisation of pyramid and decoder. group: over 4 groups of channels, as published. batch: batch normalisation
-    that is trained or fixed as the backbone's."""
+    """Normalisation of pyramid and decoder. group: over 4 groups of channels, as published. batch: batch normalisation,
+    trained or fixed like the backbone's."""
     dropout: Annotated[tuple[float, float, float], Range(least=0, below=1)] = (0.5, 0.5, 0.1)
     """Dropout probabilities: after the pyramid, and after each of the decoder's 3x3 convolutions."""
     head_lr: Positive = 10.0
@@ -64,7 +63,7 @@ _GROUPS = 4
 
 
 def _norm(options: DeepLabV3PlusOptions, channels: int) -> nn.Module:
-    """The normalisation that the options ask for."""
+    """The normalisation layer that the options name."""
     return nn.GroupNorm(_GROUPS, channels) if options.norm == "group" else nn.BatchNorm2d(channels)
 
 
@@ -81,7 +80,7 @@ class PyramidBranch(nn.Module):
         self.bn = _norm(options, options.channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """The forward pass, as described for the class."""
         return F.relu(self.bn(self.atrous_conv(x)))
 
 
@@ -106,7 +105,7 @@ class AtrousPyramid(nn.Module):
         self.dropout = nn.Dropout(options.dropout[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """The forward pass, as described for the class."""
         branches = [getattr(self, name)(x) for name in self.branch_names]
         mean = self.global_avg_pool(x).expand(-1, -1, *x.shape[-2:])  # (B, channels, 1, 1) -> (B, channels, h, w)
         return self.dropout(F.relu(self.bn1(self.conv1(torch.cat([*branches, mean], dim=1)))))
@@ -133,7 +132,7 @@ class Decoder(nn.Module):
         )
 
     def forward(self, x: Tensor, low: Tensor) -> Tensor:
-        """See the class."""
+        """The forward pass, as described for the class."""
         low = F.relu(self.bn1(self.conv1(low)))
         x = F.interpolate(x, size=low.shape[-2:], mode="bilinear", align_corners=True)
         return self.classifier(torch.cat([x, low], dim=1))
@@ -157,8 +156,9 @@ class DeepLabV3Plus(Segmenter):
     """
 
     recipes: ClassVar[Mapping[Preset, SegmentRecipe]] = {
-        # Published: after each epoch the network is kept that scores best against val's true masks; here the last one
-        # is. Momentum: the published optimiser takes the weight decay for it (deeplab.md D.2, semformer.md section 7).
+        # Published: after each epoch the published code keeps the network with the best score on val's true masks; here
+        # it is the last one. Momentum: the published optimiser uses the weight decay as momentum (deeplab.md D.2,
+        # semformer.md section 7).
         "published": SegmentRecipe(
             network=DeepLabV3PlusOptions(),
             fit=Fit(epochs=50, batch_size=32, lr=0.007, momentum=4e-5, nesterov=True, weight_decay=4e-5, power=0.9),
@@ -220,7 +220,7 @@ class DeepLabV3Plus(Segmenter):
         self._freeze()
 
     def _freeze(self) -> None:
-        """Batch normalisation of the head, where it has any, is trained or fixed as the backbone's."""
+        """Batch normalisation of the head, if any, is trained or fixed like the backbone's."""
         if self.model.options.norm != "trained":
             for part in (self.aspp, self.decoder):
                 for module in part.modules():
@@ -229,7 +229,7 @@ class DeepLabV3Plus(Segmenter):
                         module.requires_grad_(self.model.options.norm == "fixed")
 
     def train(self, mode: bool = True) -> DeepLabV3Plus:
-        """Set training or evaluation mode, keep fixed what is fixed, return self."""
+        """Set training or evaluation mode, except for fixed layers; returns self."""
         super().train(mode)
         self._freeze()
         return self
@@ -241,7 +241,7 @@ class DeepLabV3Plus(Segmenter):
         return F.interpolate(scores, size=images.shape[-2:], mode="bilinear", align_corners=True)
 
     def param_groups(self) -> list[Group]:
-        """Weights and others of the backbone, the same of pyramid and decoder (deeplab.md D.2)."""
+        """Weights and other parameters of the backbone, then those of pyramid and decoder (deeplab.md D.2)."""
         return name_groups(self, ("model",), self.options.head_lr)
 
     def pretrained_names(self) -> tuple[str, ...]:

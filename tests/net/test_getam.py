@@ -118,7 +118,7 @@ def test_what_is_never_used_is_never_trained() -> None:
     ({"depth": 6}, "depth = 6 .* a multiple of 4"), ({"backbone": "vitl"}, "must be one of vitb_hybrid"),
     ({"patch": 12}, "8 or 16 for vitb_hybrid"), ({"heads": 5}, "multiple of heads"),
     ({"stem": 12}, "stem = 12 .* a multiple of 8"),
-    ({"patch_stem": 8}, "patch_stem is of the plain ones"),
+    ({"patch_stem": 8}, "patch_stem must be 0 for vitb_hybrid"),
 ])  # fmt: skip
 def test_impossible_networks_are_refused(wrong: dict[str, object], told: str) -> None:
     with pytest.raises(ValueError, match=told):
