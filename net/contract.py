@@ -1,4 +1,4 @@
-"""What every network promises (docs/design.md section 3). net/registry.py finds them by name.
+"""The interfaces of all networks (docs/design.md section 3). net/registry.py finds networks by name.
 
 Networks are single-device code: they know no rank, no file and no data set.
 """
@@ -29,27 +29,27 @@ Preset = str
 
 
 class Network(Trainable):
-    """A network of a method: what training asks of it is in ``Trainable``."""
+    """A network of a method; ``Trainable`` declares what training requires of it."""
 
     normalisation: str = "imagenet"
     """How images are normalised for this network: a name of misc.image.pixels.NORMALISATIONS."""
     calibrates: ClassVar[bool] = False
-    """Whether ``calibrate`` is called when the training ends."""
+    """Whether ``calibrate`` is called at the end of the training."""
 
     def calibrate(self, images: Iterable[Tensor]) -> None:
-        """Measure with the trained weights what inference needs; only called where ``calibrates`` says so.
+        """Measure values that inference needs with the trained weights; only called if ``calibrates`` is true.
 
         Args:
-            images: the images that CAMs are scored on, as batches (b, 3, S, S), on the network's device: neither
-                resized nor mirrored, the top left part of S = ``augment.crop`` pixels a side, on a canvas where they
-                are smaller. The network is in evaluation mode, without gradients.
+            images: the images of the scored list, as batches (b, 3, S, S) on the network's device: not resized, not
+                mirrored, cropped or padded at the bottom and right to S = ``augment.crop``. The network is in
+                evaluation mode, without gradients.
         """
         raise NotImplementedError(f"{type(self).__name__} measures nothing.")
 
     def pretrained_names(self) -> tuple[str, ...]:
-        """timm's names of the classifiers that the network starts from by the word 'pretrained', each loaded by
-        ``load_weights("timm:NAME")``; none by default. Weights of another library have its name before theirs
-        (``open_clip:NAME``) and are asked for by that."""
+        """timm's names of the classifiers for the weights 'pretrained', each loaded by ``load_weights("timm:NAME")``;
+        empty by default. Weights of another library have its name before theirs (``open_clip:NAME``) and are asked for
+        by that."""
         return ()
 
     def set_class_texts(self, names: Sequence[str], own: Mapping[str, str]) -> None:  # noqa: B027
@@ -65,21 +65,21 @@ class Network(Trainable):
         return {}
 
     def load_weights(self, weights: str) -> str:
-        """Start from a checkpoint in one of the field's formats, a file or ``timm:NAME``; returns a one-line report.
+        """Load a checkpoint of a known format as start weights, a file or ``timm:NAME``; returns a one-line report.
 
-        Raises ValueError where the file does not fit, FileNotFoundError where there is none.
+        Raises ValueError if the file does not fit, FileNotFoundError if it does not exist.
         """
         raise ValueError(f"{type(self).__name__} reads no foreign weights: leave the weights option at 'none'.")
 
 
 @dataclass(frozen=True)
 class Options(Checked, ABC):
-    """Base of a network's own settings (a section of the command line), which also build the network."""
+    """Base of a network's settings (a section of the command line), which also build the network."""
 
     @abstractmethod
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> Network:
-        """The network for ``num_classes`` foreground classes; ``earlier`` holds the trained networks of the phases
-        before this one, by phase name, in evaluation mode and frozen, on the device of the training."""
+        """Build the network for ``num_classes`` foreground classes. ``earlier`` holds the trained networks of earlier
+        phases by name, in evaluation mode, frozen, on the device of the training."""
 
     @property
     def keeps_start_weights(self) -> bool:
@@ -95,32 +95,32 @@ class Options(Checked, ABC):
 
 @dataclass(frozen=True)
 class Phase(Checked):
-    """One training: a network and how it is trained."""
+    """One training: a network and its training recipe."""
 
     network: Options
     """Options of the network itself."""
     fit: Fit = field(default_factory=Fit)
-    """Training loop."""
+    """Optimiser and schedule."""
     augment: Augment = field(default_factory=Augment)
-    """Training images."""
+    """Augmentation of the training images."""
     weights: str = "none"
-    """Weights to start from: a checkpoint FILE (FILE,FILE for a network of two parts); 'none' for random ones; 'cam'
-    for the CAM network that this run trained (refiners and segmenters of the same backbone); 'pretrained' for those
-    that timm fetches from the internet, in networks that have some there (transformers and ResNets)."""
+    """Start weights: a checkpoint FILE (FILE,FILE for a network of two parts); 'none' for random ones; 'cam' for the
+    CAM network that this run trained (for refiners and segmenters with the same backbone); 'pretrained' for weights
+    that timm downloads, if the network has any there (transformers and ResNets)."""
     amp: Precision = "off"
-    """Precision of training and inference, unless --machine.amp names another. off: float32 throughout, without TF32.
-    bf16, fp16: mixed precision, fp16 on GPUs only. fast: bf16 on GPUs that have it, and TF32."""
+    """Precision of training and inference, unless --machine.amp names another. off: float32 everywhere, without TF32.
+    bf16, fp16: mixed precision, fp16 on GPUs only. fast: bf16 on GPUs that support it, and TF32."""
     init: str = ""
-    """What the checkpoint FILE was trained on, such as imagenet, or coco for COCO's pixel masks: said with every score.
-    Empty: only the file's name is."""
+    """What the checkpoint FILE was trained on, such as imagenet, or coco for COCO's pixel masks; recorded with every
+    score. Empty: only the file's name is recorded."""
 
     released: str = ""
-    """A checkpoint FILE, such as the authors' own, that is used as it is: nothing is trained, the step counts as done.
-    It must hold the whole network (FILE,FILE for one of two parts together). Empty: train."""
+    """A checkpoint FILE, such as the authors' own, that is used without training; the step counts as done. It must
+    contain the whole network (FILE,FILE: together, for a network of two parts). Empty: train."""
 
     @property
     def released_files(self) -> tuple[str, ...]:
-        """The files of ``released``; none where the network is trained."""
+        """The files of ``released``; empty if the network is trained."""
         return tuple(self.released.split(",")) if self.released else ()
 
     @property
@@ -129,20 +129,20 @@ class Phase(Checked):
         return StartWeights.parse(self.weights)
 
     def views(self) -> Mapping[str, View]:
-        """Further pictures of every training sample, by name: ``view/NAME``, ``box/NAME`` and ``mirrored/NAME`` of the
-        batch (voc12.loader.TrainSet). One named ``image`` takes the place of the image itself. A recipe that needs
-        some subclasses this and gives each a field."""
+        """Additional views of every training sample, by name: ``view/NAME``, ``box/NAME`` and ``mirrored/NAME`` of the
+        batch (voc12.loader.TrainSet). One named ``image`` replaces the image itself. A recipe that needs views
+        subclasses this and adds a field for each."""
         return {}
 
 
 @dataclass(frozen=True)
 class SeedRecipe(Phase):
-    """Recipe of a CAM method. A method trained in several phases subclasses this and lists them."""
+    """Recipe of a CAM method. A method with several phases subclasses this and lists them."""
 
     infer: CamInference = field(default_factory=CamInference)
     """Inference of the CAMs."""
     boxes: BoxInference = field(default_factory=BoxInference)
-    """Boxes from the CAMs, on data sets that ask for boxes."""
+    """Boxes from the CAMs, for data sets with boxes."""
     # semformer.md 5.3
     # aream.md section 8, mctformer.md section 6
     selection: Literal["last", "val_tags", "train_miou"] = "last"
@@ -153,14 +153,15 @@ class SeedRecipe(Phase):
     the published SemFormer and Puzzle-CAM do; they do so on coarser maps."""
 
     def phases(self) -> tuple[tuple[str, Phase], ...]:
-        """The trainings in order, each with its name (weights/NAME.pt); the last is the CAM network, named cam.
+        """The phases in order, each with its name (weights/NAME.pt); the last is the CAM network, named cam.
 
-        What comes before it serves its training alone: applied, a network is built on earlier ones without weights.
+        Earlier phases are only needed for its training: for inference, the network is built on earlier ones without
+            weights.
         """
         return (("cam", self),)
 
     def needed_phases(self) -> tuple[tuple[str, Phase], ...]:
-        """The phases whose files there must be: of a released CAM network its own alone."""
+        """The phases whose files must exist; for a released CAM network only its own."""
         return self.phases()[-1:] if self.released else self.phases()
 
 
@@ -187,7 +188,7 @@ class RefineRecipe(RefineSettings, Phase):
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentTest(Checked):
-    """How masks are predicted: all there is to set where the CAM network itself predicts them."""
+    """How masks are predicted. If the CAM network itself predicts them, these are all the settings."""
 
     infer: SegInference = field(default_factory=SegInference)
     """Test-time scales, merging and CRF."""
@@ -200,10 +201,11 @@ class SegmentRecipe(Phase, SegmentTest):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A method's whole pipeline: its own part, and what it asks of the refiner and the segmenter it was published with.
+    """A method's whole pipeline: its own recipe, and settings of the refiner and the segmenter with which it was
+    published.
 
-    ``refine`` and ``segment`` are dotted overrides of the named refiner's and segmenter's own recipe (a method's file
-    does not import theirs): that of the same preset name, or where they have none of that name, of ``base``.
+    ``refine`` and ``segment`` are dotted overrides of the refiner's and the segmenter's own recipe (a method's file
+    does not import theirs) with the same preset name, or if they have none of that name, of ``base``.
     """
 
     cam: SeedRecipe
@@ -212,18 +214,18 @@ class Recipe:
     segmenter: str = "deeplabv1"
     segment: Mapping[str, Any] = field(default_factory=dict)
     base: Literal["published", "sample"] = "published"
-    """Which recipe of the refiner and the segmenter goes with this one where they have none of its name."""
+    """Recipe of the refiner and the segmenter to use if they have none of this recipe's name."""
     data: str | None = None
-    """Data set of the recipe, a name of ``--data``. None: voc12, or of the preset sample the generated sample set."""
+    """Data set of the recipe, a name of ``--data``. None: voc12, or for the preset sample the generated sample set."""
     own: SegmentTest | None = None
-    """How the CAM network's own masks are predicted, where it is a ``SingleStage`` (the segmenter named ``OWN``)."""
+    """How the CAM network's own masks are predicted, if it is a ``SingleStage`` (the segmenter named ``OWN``)."""
 
 
 class SeedNetwork(Network):
     """A CAM network: trained from tags, gives class maps."""
 
     recipes: ClassVar[Mapping[Preset, Recipe]]
-    """By the names of ``--preset``: 'published', 'sample' and variants, such as 'published_cub'."""
+    """Recipes by their names on ``--preset``: 'published', 'sample' and variants, such as 'published_cub'."""
     map_needs_gradient: ClassVar[bool] = False
     """Whether ``cam`` runs a backward pass (then it is called with gradients enabled)."""
 
@@ -240,17 +242,17 @@ class SeedNetwork(Network):
         """
 
     def classify(self, images: Tensor, num_classes: int) -> Tensor:
-        """Class scores at test time, tags unseen: (B, 3, H, W) normalised, any H and W -> (B, C) float32, the highest
-        for the class that the network believes in most.
+        """Class scores at test time, without tags: (B, 3, H, W) normalised, any H and W -> (B, C) float32, highest for
+        the most likely class.
 
-        By default the means of the maps of all ``num_classes`` classes. A network that is trained by logits gives
-        these.
+        By default the means of the maps of all ``num_classes`` classes. A network that is trained with logits overrides
+        this and returns them.
         """
         return self.cam(images, images.new_ones(len(images), num_classes)).float().mean((2, 3))
 
 
 class SingleStage(SeedNetwork):
-    """A CAM network that predicts masks too: it can be its own segmenter, and then needs no pseudo masks."""
+    """A CAM network that also predicts masks: it can be its own segmenter, and then needs no pseudo masks."""
 
     @abstractmethod
     def logits(self, images: Tensor) -> Tensor:
@@ -261,7 +263,7 @@ class Refiner(ABC):
     """Makes pseudo masks of CAMs: an ``AffinityNetwork``, or what needs no training (``PlainRefiner``)."""
 
     recipes: ClassVar[Mapping[Preset, RefineSettings]]
-    """'published', 'sample' and variants: see ``Recipe``."""
+    """Recipes by their names: 'published', 'sample' and variants, see ``Recipe``."""
     is_trained: ClassVar[bool]
     """Whether it is a network that is trained on labels made from the CAMs (steps 3 and 4)."""
     normalisation: str = "imagenet"
@@ -283,13 +285,13 @@ class Refiner(ABC):
 
     @classmethod
     def finds_instances(cls, options: Any) -> bool:
-        """Whether single objects are told apart with these settings (the recipe's ``walk``): then ``find_instances``
-        is called in place of ``refine``."""
+        """Whether these settings (the recipe's ``walk``) ask for single objects; then ``find_instances`` is called
+        instead of ``refine``."""
         return False
 
     def find_instances(self, picture: Picture, cam: Cam, options: Any) -> tuple[np.ndarray, Instances]:
-        """``refine``, and besides the single objects: arguments and first result as there."""
-        raise NotImplementedError(f"{type(self).__name__} tells no objects apart.")
+        """As ``refine``, and the single objects as second result."""
+        raise NotImplementedError(f"{type(self).__name__} does not separate objects.")
 
 
 class PlainRefiner(Refiner):
@@ -302,10 +304,10 @@ class AffinityNetwork(Network, Refiner):
     """A refiner that makes training labels from CAMs, learns affinities, refines the CAMs by a random walk."""
 
     recipes: ClassVar[Mapping[Preset, RefineRecipe]]
-    """'published', 'sample' and variants: see ``Recipe``."""
+    """Recipes by their names: 'published', 'sample' and variants, see ``Recipe``."""
     is_trained = True
     plane_fill: ClassVar[float] = 0.0
-    """What the label planes hold where a training crop shows no image."""
+    """Value of the label planes where a training crop lies outside the image."""
 
     @classmethod
     @abstractmethod
@@ -318,24 +320,25 @@ class AffinityNetwork(Network, Refiner):
             options: the recipe's ``label``.
 
         Returns:
-            picture: (H, W) uint8, 0 background, class + 1, 255 ignore: what a person looks at.
-            planes: (P, H, W) float16 or uint8, what training reads; geometric augmentation acts on it as on the image.
+            picture: (H, W) uint8, 0 background, class + 1, 255 ignored: the label for people to look at.
+            planes: (P, H, W) float16 or uint8, the label for training; geometric augmentation is applied to it as to
+                the image.
         """
 
     @classmethod
     @abstractmethod
     def make_target(cls, planes: np.ndarray) -> np.ndarray:
-        """Training target of one sample from its augmented planes: (P, S, S) -> an array of the same shape for every
-        image (it becomes ``batch["target"]`` with the batch in front)."""
+        """Training target of one sample from its augmented planes: (P, S, S) -> an array whose shape is the same for
+        every image; they are stacked as ``batch["target"]``."""
 
 
 class Segmenter(Network):
     """A segmentation network trained on (pseudo) masks. Cross entropy over the non-ignored pixels of the batch."""
 
     recipes: ClassVar[Mapping[Preset, SegmentRecipe]]
-    """'published', 'sample' and variants: see ``Recipe``."""
+    """Recipes by their names: 'published', 'sample' and variants, see ``Recipe``."""
     loss_align_corners: ClassVar[bool] = True
-    """Bilinear convention when logits are resized to the mask for the loss."""
+    """align_corners of the bilinear resize of logits to the mask for the loss."""
 
     @abstractmethod
     def logits(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A trained segmentation network as an ONNX file that needs nothing of this project."""
+"""Export of a trained segmentation network to an ONNX file that does not need this project."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from net.contract import Segmenter, SingleStage
 SIZES = ((1, 64, 80), (2, 97, 61), (1, 33, 200))
 """Batch, height and width at which an export is compared with PyTorch."""
 TOLERANCE = 1e-3
-"""Largest difference allowed there, relative to the largest logit."""
+"""Largest difference allowed in that comparison, relative to the largest logit."""
 
 _PACKAGES = ("onnx", "onnxruntime")
 
 
 class Exported(nn.Module):
-    """What the file computes: images as they are read -> logits at their size.
+    """The exported computation: images as read from files -> logits at their size.
 
     Args:
         network: in evaluation mode.
@@ -52,7 +52,7 @@ class Exported(nn.Module):
 def export_onnx(
     network: Segmenter | SingleStage, path: Path, classes: Sequence[str], align_corners: bool
 ) -> float:
-    """Write a segmentation network as ONNX, one scale, without CRF, after it was compared with PyTorch on ``SIZES``.
+    """Write a segmentation network as ONNX, one scale, without CRF, after comparing it with PyTorch on ``SIZES``.
 
     Input "image" (batch, 3, height, width) float32 RGB in 0 .. 255, all three of any size; output "logits"
     (batch, C + 1, height, width), background first: the arg-max is the mask. Class names and normalisation are in the
@@ -68,7 +68,7 @@ def export_onnx(
         The largest difference from PyTorch, relative to the largest logit.
 
     Raises:
-        ValueError: a package is missing; the network can't be exported; the file computes something else.
+        ValueError: a package is missing; the network can't be exported; the file's results differ from PyTorch's.
     """
     _need_packages()
     import onnx
@@ -103,7 +103,7 @@ def _need_packages() -> None:
 def _export(module: nn.Module, path: Path) -> None:
     sizes = {0: "batch", 2: "height", 3: "width"}
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # about the exporter's own insides
+        warnings.simplefilter("ignore")  # about the exporter's internals
         try:
             # traced: the exporter that follows the code symbolically (dynamo=True) gives up on images that a network
             # scales itself, as DeepLab v2 does. What tracing takes for a constant, the comparison on SIZES finds.

@@ -1,4 +1,4 @@
-"""Groups of parameters for the optimiser: learning rates and decay as the published trainings have them."""
+"""Parameter groups for the optimiser, with the learning rates and weight decay of the published trainings."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def decay_groups(
 ) -> list[Group]:
     """The groups of timm's AdamW trainings (mctformer.md section 6, aream.md section 8).
 
-    First what is not decayed: one-dimensional parameters, biases and those named exactly as one of ``no_decay``; then
-    the rest; both at the base rate. The same two again for the layers ``heads``, if there are any, at ``head_lr``
-    times that. Only what is trained is in them.
+    First the parameters without decay: one-dimensional ones, biases and those whose name is in ``no_decay``; then the
+        rest; both at the base rate. Then the same two groups for the layers ``heads``, if any, at ``head_lr`` times
+        that. Only trained parameters are included.
     """
     groups = [Group([], decay=False), Group([])]
     if heads:
@@ -33,11 +33,11 @@ def conv_groups(network: nn.Module, new: Collection[str], head_lr: float = 10.0)
 
     In this order: weights of the pre-trained layers (base rate, decayed), their biases (twice the rate, not decayed),
     weights of the new layers (``head_lr`` times, decayed), their biases (twice that, not decayed); a group may be
-    empty. Only what is trained is in them. Batch normalisation is frozen in the published trainings; where it is
+    empty. Only trained parameters are included. Batch normalisation is frozen in the published trainings; if it is
     trained, its parameters are a fifth group (base rate, not decayed).
 
     Args:
-        network: its layers are sorted, in the order of its modules.
+        network: its layers are assigned in the order of its modules.
         new: names of the layers (or of modules that hold them) that are not pre-trained.
         head_lr: their learning rate relative to the base rate.
     """
@@ -53,15 +53,15 @@ def conv_groups(network: nn.Module, new: Collection[str], head_lr: float = 10.0)
 
 
 def name_groups(network: nn.Module, pretrained: Collection[str], head_lr: float = 10.0) -> list[Group]:
-    """The four groups of the published SemFormer and Puzzle-CAM trainings, sorted by names (semformer.md section 7).
+    """The four groups of the published SemFormer and Puzzle-CAM trainings, assigned by name (semformer.md section 7).
 
     In this order: pre-trained parameters whose name contains "weight" (base rate, decayed), the other pre-trained ones
-    (twice the rate, not decayed: biases, tokens and positions too), and the same two of the rest at ``head_lr`` times
-    that. Only what is trained is in them; a group may be empty.
+    (twice the rate, not decayed: biases, tokens and positions too), and the same two for the rest at ``head_lr`` times
+    that. Only trained parameters are included; a group may be empty.
 
     Args:
-        network: its parameters are sorted.
-        pretrained: a parameter is pre-trained where its name contains one of these.
+        network: its parameters are assigned to groups.
+        pretrained: a parameter is pre-trained if its name contains one of these.
         head_lr: learning rate of the rest relative to the base rate.
     """
     groups = [Group([]), Group([], 2.0, False), Group([], head_lr), Group([], 2 * head_lr, False)]

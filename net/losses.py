@@ -11,7 +11,7 @@ from torch import Tensor
 from misc.image.labels import IGNORE
 
 ClassLoss = Literal["soft_margin", "cross_entropy"]
-"""How a classifier is trained: by each class for itself, or (one class an image) by all against each other."""
+"""Loss of a classifier: per class, or (one class per image) softmax over all classes."""
 
 
 def multilabel_soft_margin(logits: Tensor, tags: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def class_loss(logits: Tensor, tags: Tensor, kind: ClassLoss) -> Tensor:
     """Classification loss: logits and tags (B, C) -> scalar.
 
     soft_margin: ``multilabel_soft_margin``. cross_entropy: of the softmax, mean over the batch (wsol.md section 5); an
-    image with several tags shares its weight among them, one without a tag adds nothing.
+        image with several tags has the target divided evenly among them; one without a tag contributes nothing.
     """
     if kind == "soft_margin":
         return multilabel_soft_margin(logits, tags)

@@ -1,7 +1,7 @@
-"""What a trained network's file says of itself, and the network made again from the file alone.
+"""The description in a trained network's weights file, and rebuilding the network from that file alone.
 
 A file in weights/ is {"model": state dict, "description": JSON}: classes, normalisation, method and recipe. Nothing
-else need be told to use it, and the tensors keep their official names.
+else is needed to use it, and the tensors keep their official names.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from net import contract, registry
 from net.contract import Network, Phase, SeedRecipe, SegmentRecipe, SegmentTest
 
 Part = Literal["cam", "aff", "seg"]
-"""What a network is in the pipeline, by the name of its section of the command line: its CAM network (or an earlier
-phase of it), refiner or segmenter."""
+"""Role of a network, named as its section of the command line: CAM network (or an earlier phase of it), refiner or
+segmenter."""
 
 _NAMES = {"cam": "CAM network", "aff": "refiner", "seg": "segmentation network"}
 
 
 @dataclass(frozen=True)
 class Model:
-    """A trained network with what it was trained for."""
+    """A trained network with its classes and recipe."""
 
     network: Network
-    """In evaluation mode, on the CPU."""
+    """The network in evaluation mode, on the CPU."""
     method: str
-    """Its registered name."""
+    """Registered name of the network's class."""
     classes: tuple[str, ...]
     """Names of the foreground classes."""
     recipe: Any
-    """Its recipe (contract.SeedRecipe, RefineRecipe or SegmentRecipe)."""
+    """Recipe of the network (contract.SeedRecipe, RefineRecipe or SegmentRecipe)."""
     fingerprint: str
-    """Of its file (store.fingerprint)."""
+    """Fingerprint of the weights file (store.fingerprint)."""
 
 
 def describe_network(
@@ -46,8 +46,8 @@ def describe_network(
 ) -> dict[str, Any]:
     """The description of a network that was trained by a recipe (``misc.config.flatten``) of a method and preset.
 
-    ``test``: how a CAM network predicts masks, where it is trained to be its own segmenter in other settings than those
-    of its recipe (``contract.Recipe.own``).
+    ``test``: how a CAM network that is its own segmenter predicts masks, if the settings differ from its recipe's
+    (``contract.Recipe.own``).
     """
     return {
         "part": part,
@@ -62,13 +62,13 @@ def describe_network(
 
 
 def _normalisation(network: Network) -> dict[str, Any]:
-    """Name and numbers of a network's normalisation, as JSON has them."""
+    """Name and values of a network's normalisation, for JSON."""
     numbers = asdict(pixels.NORMALISATIONS[network.normalisation])
     return {"name": network.normalisation, **{k: list(v) if isinstance(v, tuple) else v for k, v in numbers.items()}}
 
 
 def load_state(network: Network, path: Path) -> None:
-    """Give a network the weights of its file; ValueError where the file belongs to another network."""
+    """Load the weights of a file into a network. Raises ValueError if the file belongs to another network."""
     state, _ = store.read_model(path)
     try:
         network.load_state_dict(state)
@@ -80,14 +80,14 @@ def load_state(network: Network, path: Path) -> None:
 
 
 def load_model(path: Path, part: Part) -> Model:
-    """The network of a file, by its own description.
+    """Build and load the network of a file from the file's description.
 
-    A CAM network that predicts masks too (``contract.SingleStage``) serves as part seg: its recipe is then a
+    A CAM network that also predicts masks (``contract.SingleStage``) can be loaded as part seg; its recipe is then a
     SegmentRecipe.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it describes no network, or one of another part, method or version than this project has.
+        ValueError: it describes no network, or one of another part, an unknown method or another version.
     """
     registry.load_methods()
     _, description = store.read_model(path)
@@ -104,7 +104,7 @@ def load_model(path: Path, part: Part) -> Model:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path} describes a {_NAMES[part]} that this version of the project can't build ({error}). Use the "
-            "version that trained it, or train it anew with this one."
+            "version that trained it, or train it again with this one."
         ) from error
     load_state(network, path)
     if trained_on != (here := _normalisation(network)):
@@ -115,14 +115,14 @@ def load_model(path: Path, part: Part) -> Model:
 
 
 def predicts_masks(path: Path) -> bool:
-    """Whether the file of a trained network serves as part seg. Raises as ``load_model``."""
+    """Whether the weights file of a trained network can be loaded as part seg. Raises as ``load_model``."""
     registry.load_methods()
     description = store.read_model(path)[1]
     return description.get("part") == "seg" or _predicts_masks(description)
 
 
 def _predicts_masks(description: Mapping[str, Any]) -> bool:
-    """Whether a network is a CAM network that predicts masks too; its earlier phases are of the same method."""
+    """Whether a network is a CAM network that also predicts masks; its earlier phases belong to the same method."""
     method = registry.SEEDS.get(description.get("method", ""))
     return description.get("part") == "cam" and method is not None and issubclass(method, contract.SingleStage)
 
@@ -141,12 +141,12 @@ def _recipe(part: Part, method: str, preset: str) -> Phase:
         raise ValueError(f"there is no {_NAMES[part]} named {method}")
     if part == "cam":
         return registry.find_recipe(tables[part][method], preset).cam
-    # the preset may be a variant of the CAM method's; the fields are of the same types in all
+    # the preset may be a variant of the CAM method's; all have fields of the same types
     return registry.find_recipe(tables[part][method], preset, "published")
 
 
 def _build(recipe: Phase, num_classes: int) -> Network:
-    """The network without its weights, on those of the phases before it, without theirs too."""
+    """The network with random weights, built on earlier phases with random weights."""
     earlier: dict[str, Network] = {}
     phases = recipe.phases() if isinstance(recipe, SeedRecipe) else ()
     for name, phase in phases[:-1]:

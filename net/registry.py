@@ -1,7 +1,7 @@
-"""The methods by the names they have on the command line.
+"""The methods by their names on the command line.
 
-Adding a method is one new file in net/seed, net/refine or net/segment (or one package): its class is registered by a
-decorator under the file's name and found by it. No other file changes.
+To add a method, add one file (or package) in net/seed, net/refine or net/segment: a decorator registers its class under
+the file's name. No other file changes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BROKEN: dict[str, str] = {}
 """Files (net/seed/NAME.py) that could not be imported, and why."""
 
 OWN = "own"
-"""On the command line: the segmenter is the CAM network itself."""
+"""Name on the command line for the CAM network itself as the segmenter."""
 BASES = ("published", "sample")
 """Presets that every method has."""
 ROOMS: dict[str, dict[str, Any]] = {"seed": SEEDS, "refine": REFINERS, "segment": SEGMENTERS}
@@ -52,28 +52,28 @@ def _register(room: str, name: str) -> Callable[[T], T]:
 
 
 def seed(name: str) -> Callable[[T], T]:
-    """Register a CAM network under the name it has on the command line, that of its file.
+    """Register a CAM network under its name on the command line, which is that of its file.
 
-    The decorator raises ValueError where the name is taken or not the file's, or a recipe of ``BASES`` is missing.
+    The decorator raises ValueError if the name is taken or not the file's, or if a recipe of ``BASES`` is missing.
     """
     return _register("seed", name)
 
 
 def refiner(name: str) -> Callable[[T], T]:
-    """Register a refiner under the name it has on the command line; see ``seed``."""
+    """Register a refiner under its name on the command line; see ``seed``."""
     return _register("refine", name)
 
 
 def segmenter(name: str) -> Callable[[T], T]:
-    """Register a segmentation network under the name it has on the command line; see ``seed``."""
+    """Register a segmentation network under its name on the command line; see ``seed``."""
     return _register("segment", name)
 
 
 def load_methods() -> None:
     """Import every file and package of net/seed, net/refine and net/segment, which fills the registries.
 
-    One that does not import, or that registers nothing, is named with the error in a warning and in ``BROKEN``; the
-    others are there.
+    A file that does not import or registers nothing is reported in a warning and in ``BROKEN``; the others are
+    registered.
     """
     for room, table in ROOMS.items():
         for module in pkgutil.iter_modules([str(Path(__file__).parent / room)]):
@@ -91,11 +91,11 @@ def load_methods() -> None:
                 if isinstance(error, SyntaxError):
                     where = f"{Path(error.filename or '').name}:{error.lineno}"
                 BROKEN[file] = f"{type(error).__name__}: {error} ({where})"
-                warnings.warn(f"{file} is left out, it does not import: {BROKEN[file]}", stacklevel=2)
+                warnings.warn(f"{file} is left out because it does not import: {BROKEN[file]}", stacklevel=2)
 
 
 def find_method(table: Mapping[str, T], name: str, what: str) -> T:
-    """The registered class of a name; ValueError lists the names there are, and the files that do not import."""
+    """The class registered under a name. Its ValueError lists the known names and the files that do not import."""
     if name in table:
         return table[name]
     for file, error in BROKEN.items():
@@ -105,9 +105,9 @@ def find_method(table: Mapping[str, T], name: str, what: str) -> T:
 
 
 def find_recipe(cls: type, preset: Preset, base: Preset | None = None) -> Any:
-    """The recipe of a registered class by the name of the preset, or where it has none of that name, that of ``base``.
+    """The recipe of a registered class by the name of the preset, or if it has none of that name, by ``base``.
 
-    Raises ValueError with the names there are where it has neither.
+    Raises ValueError with the known names if it has neither.
     """
     recipes: Mapping[Preset, Any] = cls.recipes  # type: ignore[attr-defined]
     for name in (preset, base):

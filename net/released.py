@@ -1,4 +1,4 @@
-"""Checkpoints that others released, used as they are: every tensor of the network must be in the file."""
+"""Released checkpoints used without training: every tensor of the network must be in the file."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from net.contract import Network
 
 @torch.no_grad()
 def load_released(network: Network, files: Sequence[str]) -> str:
-    """Give a network all its tensors from a released checkpoint, in whatever wrapping and under the official names, or
-    from several files where its parts were released one by one.
+    """Load all tensors of a network from a released checkpoint in any known format with the official names, or from
+    several files if its parts were released separately.
 
-    The network's own loader reads the file. What it leaves untouched, such as a classifier that starts anew in a
-    training, has no value here and is an error.
+    The network's own loader reads the file. It is an error if a tensor is left unloaded, such as a classifier that
+    training would start from random weights.
 
     Returns:
         A one-line report.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file does not fit, holds a part of the network only, or values that are not finite.
+        ValueError: the file does not fit, has only a part of the network, or has values that are not finite.
     """
     told = ", ".join(files)
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -36,8 +36,8 @@ def load_released(network: Network, files: Sequence[str]) -> str:
         if lacking:
             shown = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
             raise ValueError(
-                f"{told} holds no whole {type(network).__name__}: it lacks {shown}. To train from such a file, name it "
-                "as the start weights."
+                f"{told} does not contain a whole {type(network).__name__}: it lacks {shown}. To train from such a "
+                "file, give it as the start weights."
             )
         bad = [name for name, value in state.items() if not bool(torch.isfinite(value).all())]
         if bad:

@@ -1,4 +1,4 @@
-"""What a training starts from, as the ``weights`` option says it: parsed, checked, loaded and told in one place."""
+"""Start weights of a training, the ``weights`` option: parsing, checking, loading and describing it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from net.contract import Network
 
 NONE = "none"
-"""Random weights."""
+"""The word for random weights."""
 CAM = "cam"
-"""The CAM network that the run trained."""
+"""The word for the CAM network that the run trained."""
 PRETRAINED = "pretrained"
-"""What timm, or open_clip, fetches from the internet, by the names that the network gives
+"""The word for weights that timm or open_clip downloads, by the names that the network gives
 (``Network.pretrained_names``)."""
 REQUIRED = "required"
-"""Only in recipes: the user has to say which file."""
+"""Only in recipes: the user must name a file."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class StartWeights:
 
     @classmethod
     def parse(cls, text: str) -> StartWeights:
-        """The option's text: a word, FILE, or FILE,FILE. Raises ValueError where a file's name is empty."""
+        """Parse the option: a word, FILE, or FILE,FILE. Raises ValueError if a file's name is empty."""
         if text in (NONE, CAM, PRETRAINED, REQUIRED):
             return cls(text)
         files = tuple(text.split(","))
@@ -40,14 +40,14 @@ class StartWeights:
         return cls(None, files)
 
     def check(self, flag: str, cam: Path | None) -> None:
-        """Refuse, before any work, what cannot be loaded.
+        """Check before any work that the weights can be loaded.
 
         Args:
             flag: the option's name on the command line, such as ``--cam.weights``.
-            cam: the file of the run's CAM network; None where the run is to train it yet.
+            cam: the weights file of the run's CAM network; None if the run will train it.
 
         Raises:
-            ValueError: a file has to be named. FileNotFoundError: it isn't there.
+            ValueError: a file must be named. FileNotFoundError: it does not exist.
         """
         if self.word == REQUIRED:
             raise ValueError(
@@ -64,9 +64,10 @@ class StartWeights:
                 raise FileNotFoundError(f"{flag} {file}: there is no such file.")
 
     def load(self, network: Network, cam: Path) -> list[str]:
-        """Give a network these weights; returns a line for each source. ``cam``: the file of the run's CAM network.
+        """Load these weights into a network; returns one line per source. ``cam``: the weights file of the run's CAM
+        network.
 
-        Raises ValueError where the weights do not fit or are no file, FileNotFoundError where one is missing.
+        Raises ValueError if the weights do not fit or are not a file, FileNotFoundError if one is missing.
         """
         return [f"{source}: {network.load_weights(source)}" for source in self._sources(network, cam)]
 
@@ -80,18 +81,18 @@ class StartWeights:
         if self.word == PRETRAINED:
             names = network.pretrained_names()
             if not names:
-                raise ValueError(f"{type(network).__name__} has no weights that timm fetches: give a FILE.")
+                raise ValueError(f"{type(network).__name__} has no weights to download: give a FILE.")
             return tuple(name if ":" in name else f"timm:{name}" for name in names)
         if self.word == REQUIRED:
             raise ValueError(f"{type(network).__name__} starts from trained weights: give a FILE, or {NONE}.")
         return self.files
 
     def tell(self, trained_on: str, cam: str | None) -> str:
-        """What it is, in words, for the provenance of scores.
+        """Description in words, for the provenance of scores.
 
         Args:
             trained_on: what the file was trained on, "" for unknown (``Phase.init``).
-            cam: the same words of the CAM network, where ``word`` may mean it.
+            cam: the same description of the CAM network, if the word may be ``cam``.
         """
         if self.word == NONE:
             return "random"
@@ -101,7 +102,7 @@ class StartWeights:
         return f"{trained_on} ({name})" if trained_on else name
 
     def identity(self) -> str:
-        """The option's text with each file's content in place of its path: the same file is the same setting wherever
-        it lies. A file that is not there (any more) keeps its path."""
+        """The option's text with paths replaced by fingerprints of the files' content: the same file is the same
+        setting in any place. A file that does not exist (any more) keeps its path."""
         files = (store.fingerprint(Path(file)) if Path(file).is_file() else file for file in self.files)
         return self.word or ",".join(files)

@@ -1,7 +1,8 @@
-"""A tiny batch through a network before any work starts, so that a slip in a method's file is told at once and by name.
+"""Runs a tiny batch through a network before any work starts, to report mistakes in a method's file at once and by
+name.
 
-Each function builds its network anew from the recipe, on the CPU, with random weights, and throws it away: neither the
-weights nor the random numbers of the run are touched.
+Each function builds the network from the recipe on the CPU with random weights, and discards it: neither the weights
+nor the random numbers of the run change.
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ from misc.loop.trainable import Batch
 from net.contract import AffinityNetwork, Network, Phase, RefineRecipe, SeedNetwork, Segmenter, SingleStage
 
 _TINY = (64, 224)
-"""Sides of the images: the first one that a network takes; the training crop's where it takes none."""
+"""Image sides to try: the first one that a network accepts; if none, that of the training crop."""
 _WIDER = 16
-"""The images that maps are asked of are so many pixels wider than high."""
+"""Images for maps are wider than high by this many pixels."""
 
 
 def verify_seed(phases: Sequence[tuple[str, Phase]], num_classes: int) -> None:
-    """Losses of every phase of a CAM method, and maps, class scores and (of a ``SingleStage``) logits of the last.
+    """Check the losses of every phase of a CAM method, and maps, class scores and (for ``SingleStage``) logits of the
+    last.
 
-    Raises ValueError that names the file and says in one sentence what is wrong.
+    Raises a ValueError that names the file and describes the mistake in one sentence.
     """
     with _undisturbed():
         earlier: dict[str, Network] = {}
@@ -43,7 +45,7 @@ def verify_seed(phases: Sequence[tuple[str, Phase]], num_classes: int) -> None:
             _check_losses(network, phase, lambda size: _tags(num_classes))
             earlier[name] = network.eval().requires_grad_(False)
         if not isinstance(network, SeedNetwork):
-            raise ValueError(f"{_file(network)}: {type(network).__name__} is no SeedNetwork, so it gives no CAMs.")
+            raise ValueError(f"{_file(network)}: {type(network).__name__} is not a SeedNetwork, so it gives no CAMs.")
         tags = _tags(num_classes)["tags"][:1]
 
         def maps(images: Tensor) -> Tensor:
@@ -59,7 +61,7 @@ def verify_seed(phases: Sequence[tuple[str, Phase]], num_classes: int) -> None:
 
 
 def verify_refiner(cls: type[AffinityNetwork], recipe: RefineRecipe, num_classes: int) -> None:
-    """Labels, losses and scores of a refiner. Raises as ``verify_seed``."""
+    """Check labels, losses and scores of a refiner. Raises as ``verify_seed``."""
     with _undisturbed():
         network = _built(recipe, num_classes, {})
         made: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -83,11 +85,11 @@ def verify_refiner(cls: type[AffinityNetwork], recipe: RefineRecipe, num_classes
         classes = len(_cam(num_classes, (8, 8)).keys)
         _check_shape(network, "refine", refined, (classes + 1, *refined.shape[1:]))
         if refined.shape[2] - refined.shape[1] != _WIDER:
-            raise ValueError(f"{_file(network)}: the scores of refine have not the height and width of the image.")
+            raise ValueError(f"{_file(network)}: the scores of refine do not have the height and width of the image.")
 
 
 def verify_segmenter(phase: Phase, num_classes: int) -> None:
-    """Losses and logits of a segmentation network. Raises as ``verify_seed``."""
+    """Check losses and logits of a segmentation network. Raises as ``verify_seed``."""
 
     def masks(size: int) -> Batch:
         mask = torch.arange(2 * size * size).view(2, size, size) % (num_classes + 1)
@@ -98,7 +100,7 @@ def verify_segmenter(phase: Phase, num_classes: int) -> None:
         network = _built(phase, num_classes, {})
         _check_losses(network, phase, masks)
         if not isinstance(network, Segmenter):
-            raise ValueError(f"{_file(network)}: {type(network).__name__} is no Segmenter, so it gives no masks.")
+            raise ValueError(f"{_file(network)}: {type(network).__name__} is not a Segmenter, so it gives no masks.")
         with torch.no_grad():
             _check_map(network.eval(), "logits", network.logits, phase, num_classes + 1)
 
@@ -108,7 +110,7 @@ def verify_segmenter(phase: Phase, num_classes: int) -> None:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Gives back all random number generators as they were."""
+    """Restores the states of all random number generators."""
     state, numbers = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -121,18 +123,18 @@ def _undisturbed() -> Iterator[None]:
 def _built(phase: Phase, num_classes: int, earlier: Mapping[str, Network]) -> Any:
     """The phase's network in training mode.
 
-    Batch normalisation takes the batch's own statistics also where it is frozen, and keeps them: frozen, it needs
-    trained weights, and random ones overflow.
+    Batch normalisation uses and keeps the batch's statistics even if it is frozen: frozen statistics need trained
+    weights, and with random ones activations overflow.
     """
     try:
         network = phase.network.build(num_classes, earlier)
     except Exception as error:
         raise ValueError(f"{_file(phase.network)}: building the network fails with {_words(error)}.") from error
     if not isinstance(network, Network):
-        raise ValueError(f"{_file(phase.network)}: build gives a {type(network).__name__}, which is no Network.")
+        raise ValueError(f"{_file(phase.network)}: build gives a {type(network).__name__}, which is not a Network.")
     if network.normalisation not in NORMALISATIONS:
         names = ", ".join(NORMALISATIONS)
-        raise ValueError(f"{_file(network)}: normalisation {network.normalisation!r} is none of {names}.")
+        raise ValueError(f"{_file(network)}: normalisation {network.normalisation!r} is not one of {names}.")
     network.set_class_texts([f"class {number}" for number in range(num_classes)], {})
     network.train()
     for module in network.modules():
@@ -143,14 +145,14 @@ def _built(phase: Phase, num_classes: int, earlier: Mapping[str, Network]) -> An
 
 
 def _file(thing: object) -> str:
-    """File of an object's class, from the folder net on where it lies there."""
+    """File of an object's class; relative to the checkout if it is in net/."""
     path = Path(inspect.getfile(type(thing)))
     root = Path(__file__).parent
     return path.relative_to(root.parent).as_posix() if path.is_relative_to(root) else str(path)
 
 
 def _words(error: Exception) -> str:
-    """An error with the line of the method's file (or the last one) that it comes from."""
+    """An error in words, with the line of the method's file (or else the last line) that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if Path(f.filename).is_relative_to(Path(__file__).parent) and f.filename != __file__]
     last = (own or frames)[-1]
@@ -179,7 +181,7 @@ def _sides(phase: Phase) -> list[int]:
 
 
 def _asked(network: Network, what: str, call: Callable[[Tensor], Any], phase: Phase) -> Any:
-    """What ``call`` gives for one image that is not square; ValueError names the method's file where it fails."""
+    """The result of ``call`` for one image that is not square. If it fails, a ValueError names the method's file."""
     for side in _sides(phase):
         try:
             return call(torch.linspace(-1, 1, 3 * side * (side + _WIDER)).view(1, 3, side, side + _WIDER))
@@ -192,7 +194,7 @@ def _asked(network: Network, what: str, call: Callable[[Tensor], Any], phase: Ph
 
 
 def _check_losses(network: Network, phase: Phase, extra: Callable[[int], Batch]) -> None:
-    """The loss terms at the beginning and the end of the training; nothing where the phase trains nothing."""
+    """Check the loss terms at the beginning and the end of the training, if the phase is trained."""
     if phase.fit.steps == 0:
         return
     name = f"{_file(network)}: {type(network).__name__}"
@@ -220,7 +222,7 @@ def _check_losses(network: Network, phase: Phase, extra: Callable[[int], Batch])
 
 
 def _losses(network: Network, phase: Phase, side: int, progress: float, extra: Batch) -> Any:
-    """Loss terms of two images of ``side`` pixels, as the training loop asks for them."""
+    """Loss terms of two images of ``side`` pixels, computed as in the training loop."""
     values = torch.linspace(-2, 2, 2 * 3 * side * side).view(2, 3, side, side)
     images, box = values.sin(), torch.tensor([[0, side, 0, side]] * 2)
     batch = {"image": images, "box": box, "seed": torch.tensor([1, 2]), **extra}
@@ -234,15 +236,15 @@ def _losses(network: Network, phase: Phase, side: int, progress: float, extra: B
 
 
 def _check_map(network: Network, what: str, call: Callable[[Tensor], Any], phase: Phase, channels: int) -> None:
-    """``call`` gives a map (1, channels, h, w), h and w at least 1."""
+    """Check that ``call`` gives a map (1, channels, h, w), h and w at least 1."""
     maps = _asked(network, what, call, phase)
     size = tuple(maps.shape[2:]) if isinstance(maps, Tensor) and maps.ndim == 4 and maps.numel() else ("h", "w")
     _check_shape(network, what, maps, (1, channels, *size))
 
 
 def _check_shape(network: Network, what: str, value: Any, wanted: tuple[Any, ...]) -> None:
-    """ValueError where an array or tensor has another shape."""
+    """Raise ValueError if an array or tensor has another shape."""
     shape = tuple(value.shape) if hasattr(value, "shape") else type(value).__name__
     if shape != wanted:
         text = ", ".join(map(str, wanted))
-        raise ValueError(f"{_file(network)}: {type(network).__name__}.{what} gives {shape}, ({text}) is promised.")
+        raise ValueError(f"{_file(network)}: {type(network).__name__}.{what} gives {shape}, but ({text}) is required.")

@@ -162,7 +162,7 @@ class TransformerBlock(nn.Module):
         width: D. heads: divide it. mlp_ratio: width inside the MLP over D.
         drop_path: probability, in training, that a sample skips the attention; the same for the MLP.
         eps: of the layer norms.
-        layer_scale: start value of learnt factors of what attention and MLP add, a channel each; 0: there are none.
+        layer_scale: initial value of LayerScale, learned factors per channel after attention and MLP; 0: none.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class TransformerBlock(nn.Module):
         self.ls1, self.ls2 = (LayerScale(width, layer_scale) if layer_scale else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor, see: See | None = None) -> Tensor:
-        """``see`` gets the queries and keys."""
+        """``see`` is called with the queries and keys."""
         x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), see)))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 

@@ -1,6 +1,6 @@
-"""Weight files of others: reading them (``reading``), renaming their tensors, loading them strictly with a report
+"""Weights files of other projects: reading them (``reading``), renaming tensors and loading them strictly with a report
 (``loading``).
 
-One file a format: ``pytorch`` (PyTorch zip and legacy, safetensors), ``mxnet``, ``caffe``. Nothing but tensors is ever
-unpickled.
+One file per format: ``pytorch`` (PyTorch zip and legacy, safetensors), ``mxnet``, ``caffe``. Only tensors and plain
+data are ever unpickled.
 """

@@ -79,12 +79,12 @@ def _dims(value: int | memoryview) -> list[int]:
 
 
 def _layer(kind: bytes | int, name: str, blobs: list[Tensor], batch_norm: str | None) -> State:
-    """The tensors of a layer by their PyTorch names. ``batch_norm``: the layer before, where it is a BatchNorm."""
+    """The tensors of a layer by their PyTorch names. ``batch_norm``: the layer before, if it is a BatchNorm."""
     if not blobs:
         return {}
     if kind == b"BatchNorm":
         mean, variance, factor = blobs
-        divisor = factor.item() or math.inf  # Caffe itself takes the statistics as 0 where the factor is 0
+        divisor = factor.item() or math.inf  # Caffe itself uses statistics of 0 if the factor is 0
         return {
             f"{name}.running_mean": mean.flatten() / divisor,
             f"{name}.running_var": variance.flatten() / divisor,

@@ -1,6 +1,7 @@
 """Loading foreign weights into a module: strictly, with a report.
 
-The naming is recognised by a telltale key (``NAMINGS``): a further official naming is one function and one line there.
+The naming is recognised by a characteristic key (``NAMINGS``). A new official naming needs one function and one line
+there.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Rename = Callable[[str], str | None]
 NAMINGS: dict[str, Rename] = {
     "arg:conv1a_weight": resnet38_from_mxnet,
 }
-"""Key that gives an official naming away -> its renaming."""
+"""Key that identifies an official naming -> its renaming function."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class LoadReport:
     """What ``load_tensors`` did, by names of the module (of the file, renamed, for ``unexpected``)."""
 
     source: str
-    """The file, or what the caller called it."""
+    """The file, or the caller's label."""
     loaded: tuple[str, ...]
-    """Tensors that took the file's values."""
+    """Tensors loaded from the file."""
     missing: tuple[str, ...]
     """Tensors that the file lacks; they keep their values."""
     unexpected: tuple[str, ...]
@@ -41,7 +42,7 @@ class LoadReport:
     """Tensors with another shape in the file: (there, in the module); they keep their values."""
 
     def __str__(self) -> str:
-        """One line: the source, the counts, and the names where something was not loaded."""
+        """One line: the source, the counts, and the names of tensors that were not loaded."""
         shapes = [f"{name} {there} for {here}" for name, (there, here) in self.wrong_shape.items()]
         parts = [f"{len(self.loaded)} loaded"]
         for label, names in (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", shapes)):
@@ -62,18 +63,18 @@ def load_tensors(
     allow_missing: Sequence[str] = (),
     label: str | None = None,
 ) -> LoadReport:
-    """Load foreign weights into a module: everything but its head must be there and fit.
+    """Load foreign weights into a module: everything except its head must be in the file and fit.
 
     Wrapper prefixes are stripped, names are renamed, ``num_batches_tracked`` may be absent (files of PyTorch 0.4).
-    The module is changed only if nothing is wrong.
+    The module is only changed if no error is found.
 
     Args:
-        module: takes the values; a part of a network (``net.backbone``) is a module too.
-        source: a weight file (see ``read_tensors``) or a checkpoint that is loaded already.
+        module: receives the weights; may be a part of a network (``net.backbone``).
+        source: a weights file (see ``read_tensors``) or a checkpoint already in memory.
         rename: name in the file -> name in the module or None; by default what ``NAMINGS`` recognises.
-        allow_missing: names or prefixes, with ``*`` and ``?`` ("fc8", "f8_*"), of what the file may lack or hold in
-            another shape, i.e. the head that is trained anew.
-        label: what report and errors call a checkpoint that is loaded already: the file it came from.
+        allow_missing: names or patterns with ``*`` and ``?`` ("fc8", "f8_*") of tensors that the file may lack or have
+            in another shape, i.e. the head that is trained from random weights.
+        label: name of a checkpoint in memory in report and errors: the file it came from.
 
     Raises:
         FileNotFoundError, ValueError: as ``read_tensors``.
@@ -105,7 +106,7 @@ def load_tensors(
 
 
 def _renamed(state: State, rename: Rename | None, label: str) -> State:
-    """``state`` under the module's names; ValueError where two names become one."""
+    """``state`` under the module's names. Raises ValueError if two names become one."""
     if rename is None:
         rename = next((rename for key, rename in NAMINGS.items() if key in state), None)
     if rename is None:
@@ -121,7 +122,7 @@ def _renamed(state: State, rename: Rename | None, label: str) -> State:
 
 
 def _refuse_gaps(report: LoadReport, allow_missing: Sequence[str]) -> None:
-    """ValueError where more than the allowed is missing or of another shape, or nothing fits at all."""
+    """Raises ValueError if more than the allowed is missing or has another shape, or if nothing fits at all."""
 
     def disallowed(names: Sequence[str]) -> list[str]:
         patterns = [p for pattern in allow_missing for p in (pattern, f"{pattern}.*")]

@@ -70,7 +70,7 @@ def read_mxnet(path: Path) -> State:
 def resnet38_from_mxnet(name: str) -> str | None:
     """Name of a tensor of the ImageNet ``.params`` file -> its name in ResNet38; None for the 1000-class layer.
 
-    Other names come back as they are (and then show up as unexpected). seam.md section 2.1.
+    Other names are returned unchanged (and are then reported as unexpected). seam.md section 2.1.
     """
     if name.startswith("arg:linear1000_"):
         return None

@@ -19,9 +19,9 @@ from torch import Tensor
 State = dict[str, Tensor]
 """Tensors by name."""
 
-# wrappers that leave their name before every key: data parallel training, torch.compile, OpenMMLab, Lightning
+# prefixes that wrappers add to every key: data parallel training, torch.compile, OpenMMLab, Lightning
 _WRAPPERS = ("module.", "_orig_mod.", "backbone.", "model.")
-# where training scripts put the state dict among their other things; the first that is there is taken
+# keys under which training scripts store the state dict; the first one that exists is used
 _NESTS = (
     "state_dict", "model", "model_state_dict", "model_state", "net", "network", "params_ema", "params", "ema",
     "state_dict_ema", "model_ema", "teacher", "student",
@@ -29,8 +29,8 @@ _NESTS = (
 
 
 def _plain_data() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """Classes of plain data that training scripts store beside the tensors: command lines, paths, dates, scores. None
-    does anything when it is made. Paths of any system are read as pure ones."""
+    """Classes of plain data that training scripts store beside the tensors: command lines, paths, dates, scores.
+    Creating them has no side effects. Paths of any system are read as pure paths."""
     paths = [
         (kind, f"{module}.{name}")
         for module in ("pathlib", "pathlib._local")
@@ -62,12 +62,12 @@ def read_pytorch(path: Path) -> State:
 
 
 def _refuse_other_archives(path: Path) -> None:
-    """ValueError for ZIP archives that are no checkpoint: TorchScript, or a checkpoint packed once more."""
+    """Raises ValueError for ZIP archives that are not checkpoints: TorchScript, or a zipped checkpoint."""
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
         raise ValueError(
-            "it is a TorchScript archive, a program and not a state dict; it is not run. Where its source is trusted, "
+            "it is a TorchScript archive, a program and not a state dict; it is not run. If you trust its source, "
             "save the tensors alone: torch.save(torch.jit.load(FILE).state_dict(), NEW)"
         )
     if not any(name.endswith("data.pkl") for name in names):
@@ -75,10 +75,10 @@ def _refuse_other_archives(path: Path) -> None:
 
 
 def unwrap(checkpoint: Mapping[str, object], label: str = "the checkpoint") -> State:
-    """The bare state dict inside a checkpoint: out of "state_dict", "model" and other places where training scripts put
-    it, without a wrapper's name before all names. Where there are several, it is said which one is taken.
+    """The state dict inside a checkpoint, from "state_dict", "model" and other keys of training scripts, without
+    wrappers' prefixes. If there are several, a warning says which one is used.
 
-    Entries that are no tensors (epoch numbers and the like) are left out. Raises ValueError where no tensor is left.
+    Entries that are not tensors (such as epoch numbers) are left out. Raises ValueError if no tensor is left.
     """
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"it holds a {type(checkpoint).__name__}, not a state dict")
@@ -99,14 +99,14 @@ def unwrap(checkpoint: Mapping[str, object], label: str = "the checkpoint") -> S
         )
     for wrapper in _WRAPPERS:
         wrapped = [name for name in state if name.startswith(wrapper)]
-        # beside data parallel names a step counter may stand
+        # a step counter without the data parallel prefix may be present
         if len(wrapped) == len(state) or (wrapper == "module." and 0 < len(state) - len(wrapped) < 3 < len(wrapped)):
             return unwrap({name.removeprefix(wrapper): state[name] for name in wrapped}, label)
     return state
 
 
 def _holds_tensors(nested: object) -> bool:
-    """Whether a mapping, or one in it, holds a tensor."""
+    """Whether a mapping, or one nested in it, contains a tensor."""
     return isinstance(nested, Mapping) and any(isinstance(v, Tensor) or _holds_tensors(v) for v in nested.values())
 
 

@@ -1,4 +1,4 @@
-"""Any weight file, recognised by its content, not by its suffix."""
+"""Reads any weights file; the format is recognised by content, not by suffix."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from net.foreign.mxnet import MXNET_LIST, read_mxnet
 from net.foreign.pytorch import State, read_pytorch, read_safetensors
 
 TIMM = "timm:"
-"""Before the name of one of timm's models, in place of a file."""
+"""Prefix before the name of one of timm's models, instead of a file."""
 
-# format -> (does a file that begins with these 16 bytes have it?, its reader); the weakest sign comes last
+# format -> (test of the first 16 bytes, reader); the least specific test comes last
 _READERS: dict[str, tuple[Callable[[bytes], bool], Callable[[Path], State]]] = {
     "safetensors": (lambda head: head[4:9] == b"\0\0\0\0{", read_safetensors),
     "MXNet .params": (lambda head: head[:8] == struct.pack("<Q", MXNET_LIST), read_mxnet),
@@ -28,11 +28,11 @@ _OTHERS: dict[bytes, str] = {
     b"<html": "a web page was saved in place of the file: download it again",
     b"\x1f\x8b": "a gzip archive: unpack it and give what is inside",
 }
-"""First bytes, in lower case, of what is often met in place of a weight file."""
+"""First bytes, in lower case, of files that are often mistaken for weights files."""
 
 
 def _format(path: Path) -> str:
-    """The key of ``_READERS`` that fits the file; ValueError where none does."""
+    """The key of ``_READERS`` that fits the file. Raises ValueError if none does."""
     with path.open("rb") as file:
         head = file.read(16)
     for begins, told in _OTHERS.items():
@@ -42,15 +42,15 @@ def _format(path: Path) -> str:
         if recognises(head):
             return kind
     raise ValueError(
-        f"{path}: no known weight format ({', '.join(_READERS)}); it begins with {head!r}. "
-        "Where it should be one of these, download it again."
+        f"{path}: not a known weights format ({', '.join(_READERS)}); it begins with {head!r}. "
+        "If it should be one of these, download it again."
     )
 
 
 def read_timm(name: str) -> State:
     """Tensors of one of timm's pretrained models by its name there, such as "deit_small_patch16_224".
 
-    Needs the internet the first time. Raises ValueError where there is no such model or it can't be fetched.
+    Needs the internet the first time. Raises ValueError if there is no such model or it can't be downloaded.
     """
     import timm  # slow to import, and most runs don't need it
 
@@ -58,7 +58,7 @@ def read_timm(name: str) -> State:
         raise ValueError(f"timm has no model {name!r}. Give a name of timm.list_models(pretrained=True), or a file.")
     try:
         return dict(timm.create_model(name, pretrained=True).state_dict())
-    except Exception as error:  # no connection, a proxy, a full disk: each layer of the download has its own
+    except Exception as error:  # no connection, a proxy, a full disk: each raises its own type
         config = timm.get_pretrained_cfg(name)
         url = config.url if config is not None and config.url else f"the weights of {name}"
         raise ValueError(
@@ -68,14 +68,13 @@ def read_timm(name: str) -> State:
 
 
 def read_tensors(path: str | Path) -> State:
-    """Tensors of a weight file by their names in the file, recognised by content, not by suffix; of ``timm:NAME`` those
-    of ``read_timm``.
+    """Tensors of a weights file by their names in the file; for ``timm:NAME`` those of ``read_timm``.
 
-    Nested dictionaries ("state_dict", "model") and wrapper prefixes ("module.") are taken away.
+    Nested dictionaries ("state_dict", "model") and wrapper prefixes ("module.") are removed.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: its format is unknown, it is damaged, or it holds objects that would have to be unpickled.
+        ValueError: its format is unknown, it is damaged, or it contains objects that would have to be unpickled.
     """
     if str(path).startswith(TIMM):
         return read_timm(str(path).removeprefix(TIMM))
@@ -92,8 +91,8 @@ def read_tensors(path: str | Path) -> State:
             f"{path}: holds Python objects other than tensors, which are never unpickled, or is damaged. Where its "
             "code is at hand and trusted, save the bare tensors: torch.save(model.state_dict(), FILE)."
         ) from error
-    except Exception as error:  # parsers meet damage in many ways
-        if kind == "a PyTorch checkpoint" and isinstance(error, ValueError):  # a sound file of something else
+    except Exception as error:  # parsers raise many types on damaged files
+        if kind == "a PyTorch checkpoint" and isinstance(error, ValueError):  # an intact file with other content
             raise ValueError(f"{path}: {error}.") from error
         raise ValueError(
             f"{path}: can't be read as {kind}: {error}. Truncated or damaged? Compare its size or checksum with the "

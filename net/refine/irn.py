@@ -296,8 +296,8 @@ class IRN(EdgeNetwork):
         """Measure the mean displacement (irnet.md section 9.4): the mean over each image's canvas, then over all
         images.
 
-        The published code leaves out the last incomplete batch (24 of 1464 images), and has no result with fewer images than a
-        batch.
+        The published code leaves out the last incomplete batch (24 of 1464 images), and fails if all
+        images are fewer than a batch.
         """
         total, count = torch.zeros(2, dtype=torch.float64), 0
         self.mean_shift.running_mean.zero_()

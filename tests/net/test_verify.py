@@ -98,21 +98,21 @@ def test_a_wrong_loss_is_told(slip: str, monkeypatch: pytest.MonkeyPatch, whole:
 def test_wrong_maps_and_scores_are_told(monkeypatch: pytest.MonkeyPatch, whole: Any) -> None:
     right = ThreeLayers.cam
     wrong = {
-        lambda self, images, tags: right(self, images, tags)[:, :-1]: r"gives \(1, 2, 16, 20\), \(1, 3",
-        lambda self, images, tags: right(self, images, tags)[0]: r"cam gives \(3, 16, 20\), \(1, 3, h, w\) is promised",
-        lambda self, images, tags: None: r"cam gives NoneType, \(1, 3, h, w\) is promised",
+        lambda self, images, tags: right(self, images, tags)[:, :-1]: r"gives \(1, 2, 16, 20\), but \(1, 3",
+        lambda self, images, tags: right(self, images, tags)[0]: r"cam gives \(3, 16, 20\), but \(1, 3, h, w\) is",
+        lambda self, images, tags: None: r"cam gives NoneType, but \(1, 3, h, w\) is",
         lambda self, images, tags: self.tail(images): "cam fails on one image of 64 x 80 pixels with AttributeError",
     }
     for cam, said in wrong.items():
         assert re.search(f"ThreeLayers.{said}|ThreeLayers.cam {said}", told(monkeypatch, "cam", cam, whole))
     monkeypatch.setattr(ThreeLayers, "cam", right)
     monkeypatch.setattr(ThreeLayers, "classify", lambda self, images, num_classes: torch.zeros(1, num_classes + 1))
-    with pytest.raises(ValueError, match=r"classify gives \(1, 4\), \(1, 3\) is promised"):
+    with pytest.raises(ValueError, match=r"classify gives \(1, 4\), but \(1, 3\) is required"):
         verify_seed(whole, CLASSES)
 
 
 def test_a_wrong_build_or_normalisation_is_told(monkeypatch: pytest.MonkeyPatch, whole: Any) -> None:
-    assert "normalisation 'none' is none of" in told(monkeypatch, "normalisation", "none", whole)
+    assert "normalisation 'none' is not one of" in told(monkeypatch, "normalisation", "none", whole)
 
     def build(self: Any, num_classes: int, earlier: dict[str, Network]) -> Any:
         return torch.nn.Linear(1, self.widths)
@@ -143,4 +143,4 @@ def test_wrong_labels_targets_and_scores_of_a_refiner_are_told(monkeypatch: pyte
 
     refused("make_label", classmethod(lambda c, *a: (right[0](*a)[0][1:], right[0](*a)[1])), r"make_label \(picture\)")
     refused("make_target", classmethod(lambda c, planes: planes[:, :7]), ": a training step on two images of")
-    refused("refine", lambda self, *a: right[1](self, *a)[1:], r"refine gives \(2, 64, 80\), \(3, 64, 80\) is promised")
+    refused("refine", lambda self, *a: right[1](self, *a)[1:], r"refine gives \(2, 64, 80\), but \(3, 64, 80\) is")
