@@ -1,1 +1,1 @@
-"""Networks that are trained from tags and give class activation maps: one file a method."""
+"""Networks that are trained from tags and give class activation maps: one file per method."""

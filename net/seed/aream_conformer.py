@@ -24,11 +24,11 @@ from net.start_weights import REQUIRED
 
 @dataclass(frozen=True)
 class AreamConformerOptions(AreamOptions):
-    """On Conformer."""
+    """Options of AReAM on Conformer."""
 
     # aream.md section 2.2
     backbone: ConformerOptions = field(default_factory=lambda: ConformerOptions(double_class_token=False))
-    """Conformer; without doubling, though the ImageNet weights were trained with it."""
+    """Conformer; without doubling the class token, though the ImageNet weights were trained with it."""
 
     def cross_check(self) -> None:
         """Raises ValueError for a backbone whose map and tokens have different grids."""
@@ -50,7 +50,7 @@ _PUBLISHED = Recipe(
             epochs=12, batch_size=8, optimiser="adamw", lr=5e-5, weight_decay=0.01,
             schedule="cosine", warmup_epochs=1, warmup_lr=1e-6, final_lr=1e-6,
         ),
-        # cut out before normalising: the canvas is black
+        # cropped before normalising: the canvas is black
         augment=Augment(
             order=("scale", "flip", "jitter", "crop", "normalize"),
             scale=(0.5, 2.0), scale_filter="bicubic", flip=0.5, jitter=(0.4, 0.4, 0.2, 0.1), jitter_probability=0.8,
@@ -113,18 +113,18 @@ class AreamConformer(Conformer, Aream):
         self.initialise_heads(self.cnn_head, self.att_head)
 
     def forward_maps(self, images: Tensor, visit: Visit | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """The convolution branch and the class token classify; the map is signed."""
+        """Classifiers on the convolution branch and on the class token; the map is signed."""
         features, token = self.forward_features(self.whole_patches(images), visit)
         maps = self.cnn_head(features).float()
         return (maps.mean((2, 3)), self.att_head(token).float()), maps.detach()
 
     def param_groups(self) -> list[Group]:
-        """Decayed is what is a matrix, but for the class token; the heads have 10 times the rate."""
+        """Weight decay on matrices only, except the class token; the heads have 10 times the rate."""
         return decay_groups(self, ("cls_token",), self.heads)
 
     def load_weights(self, weights: str) -> str:
         """Conformer's ImageNet weights without their heads (``Conformer_small_patch16.pth``), or a whole checkpoint of
-        AReAM, which must fit in all its parts and has a ``cnn_head``."""
+        AReAM, which has a ``cnn_head`` and must fit completely."""
         if "cnn_head.weight" in read_tensors(weights):
             return str(load_tensors(self, weights))
         return str(load_tensors(self, weights, rename=lambda name: None if "head" in name else name,

@@ -22,7 +22,7 @@ from net.start_weights import PRETRAINED
 
 @dataclass(frozen=True)
 class AreamMCTformerOptions(AreamOptions):
-    """On MCTformer-V2; the defaults are the published ones."""
+    """Options of AReAM on MCTformer-V2; the defaults are the published ones."""
 
     backbone: ViTOptions = field(default_factory=ViTOptions)
     """Transformer."""
@@ -54,7 +54,7 @@ _PUBLISHED = Recipe(
 )  # fmt: skip
 
 
-# trained from random weights, with small patches; labels wait until the maps are worth something
+# trained from random weights, with small patches; the pair loss starts when the maps are usable
 _SAMPLE = Recipe(
     cam=SeedRecipe(
         amp="fast",
@@ -92,11 +92,11 @@ class AreamMCTformer(MultiClassViT, Aream):
         self.options = options
 
     def forward_maps(self, images: Tensor, visit: Visit | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Class tokens and patches classify; the map is rectified."""
+        """Classifiers on class tokens and patches; the map is rectified."""
         x, grid = self.forward_features(images, visit)
         maps = self.patch_maps(x, grid)
         return (self.class_token_logits(x), maps.mean((2, 3))), maps.detach().relu()
 
     def param_groups(self) -> list[Group]:
-        """Decayed is what is a matrix, but for ``pos_embed``; the class tokens too, unlike MCTformer's."""
+        """Weight decay on matrices, except ``pos_embed``; also on the class tokens, unlike MCTformer."""
         return decay_groups(self, ("pos_embed",))

@@ -1,9 +1,9 @@
 """CRT: a transformer refined by a convolutional network (Huo, Su and Wu, 2022; crt.md; on CUB: wsol.md section 3).
 
-A CNN finds parts of an object, a transformer finds too much. Both are trained at the same time on the same batch, each
-by a classification loss on its pooled class maps, and a further term pulls the raw maps of the two together. The maps
-then come from the transformer alone: a DeiT in TS-CAM's form that sees the image in overlapping tiles of its
-pre-training's size, and runs its blocks three times over.
+A CNN activates too little of an object, a transformer too much. Both are trained together on the same batch, each by a
+classification loss on its pooled class maps; another term minimises the difference between their raw maps. The final
+maps come from the transformer alone: a DeiT in TS-CAM's form that processes the image in overlapping tiles of its
+pre-training size, and runs its blocks three times.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Tiles = tuple[int, int]
 
 @dataclass(frozen=True)
 class CrtOptions(Options):
-    """Both networks and their loss. The defaults are the published ones on VOC; the preset published_cub has those on
+    """Both networks and their loss. The defaults are the published ones on VOC; the preset published_cub has those for
     CUB-200-2011, called CUB below."""
 
     cnn: ResNetOptions = field(
@@ -46,24 +46,24 @@ class CrtOptions(Options):
     tiles: bool = True
     """Cut images into tiles of the transformer's image_size that overlap by half. CUB: no."""
     rounds: Count = 3
-    """Times that the tokens run through the blocks; what comes out of a round is added to what went in. 1 (CUB): the
-    plain transformer, nothing is added."""
+    """Number of passes through the blocks; each pass adds its output to its input. 1 (CUB): the plain transformer,
+    nothing is added."""
     loss: ClassLoss = "soft_margin"
     """Classification loss of either branch. CUB: cross_entropy."""
     agreement: Weight = 0.1
     """Weight of the mean difference of the two branches' maps. CUB: 1."""
     agreement_size: Annotated[Literal["image", "grid"], When("agreement")] = "image"
-    """Where the maps are compared: resized to the image, or (CUB) as they are."""
+    """Resolution at which maps are compared: that of the image, or (CUB) their own."""
     agreement_from: Annotated[Probability, When("agreement")] = 1 / 10
-    """Fraction of the training after which the maps are pulled together: the first of 10 epochs (CUB: 4 of 60)."""
+    """Fraction of the training after which the agreement loss starts: the first of 10 epochs (CUB: 4 of 60)."""
     agreement_period: Annotated[Probability, When("agreement")] = 0.0
-    """From there on they are in the first half of every period of this fraction of the training. 0: always. CUB: 10 of
-    60 epochs."""
+    """From then on it is active in the first half of every period of this fraction of the training. 0: always. CUB: 10
+    of 60 epochs."""
     optimisers: Literal["one", "two"] = "one"
-    """one: everything by fit's rule, all of it decayed. two (CUB): the transformer by fit's, without decay on vectors
-    and positions; the CNN by plain SGD at a constant rate."""
+    """one: everything with fit's optimiser and weight decay. two (CUB): the transformer with fit's, without decay on
+    vectors and positions; the CNN with plain SGD at a constant rate."""
     cnn_lr: Annotated[Positive, When("optimisers", "two")] = 0.005
-    """two: rate of the CNN; its classifier has ten times that."""
+    """two: learning rate of the CNN; its classifier has ten times that."""
     cnn_weight_decay: Annotated[Weight, When("optimisers", "two")] = 1e-4
     """two: weight decay of the CNN."""
     head_lr: Annotated[Positive, When("optimisers", "one")] = 10.0
@@ -82,7 +82,7 @@ class CrtOptions(Options):
         return Crt(self, num_classes)
 
     def agrees(self, progress: float) -> bool:
-        """Whether the maps are pulled together at this share of the training."""
+        """Whether the agreement loss is active at this fraction of the training."""
         since = progress - self.agreement_from + 1e-8  # k / n - m / n may fall short of (k - m) / n
         return since > 0 and (self.agreement_period == 0 or since / self.agreement_period % 1 < 0.5)
 
@@ -101,7 +101,7 @@ def cut_tiles(images: Tensor, tile: int) -> tuple[Tensor, Tiles]:
     """Tiles that overlap by half: (B, 3, H, W) -> (nv * nh * B, 3, tile, tile), tile-major, and (nv, nh).
 
     Entries t * B to (t + 1) * B - 1 are tile t, in row-major order, of all images. Raises ValueError for sides that
-    tiles do not cover without a rest.
+    tiles do not cover exactly.
     """
     half = tile // 2
     if any(side < tile or side % half for side in images.shape[-2:]):
@@ -159,7 +159,7 @@ def agreement_loss(cnn: Tensor, transformer: Tensor, size: tuple[int, int] | Non
 _PUBLISHED = Recipe(
     cam=SeedRecipe(
         network=CrtOptions(),
-        # momentum: the published optimiser takes the weight decay for it, for both branches (crt.md section 9)
+        # momentum: the published optimiser uses the weight decay as momentum, for both branches (crt.md section 9)
         fit=Fit(epochs=10, batch_size=16, lr=0.1, momentum=1e-4, weight_decay=1e-4, schedule="poly", power=0.9),
         augment=Augment(order=("long_side", "normalize", "flip", "crop"), long_side=(210, 420), flip=0.5, crop=336),
         weights=PRETRAINED,
@@ -240,7 +240,7 @@ class CnnBranch(nn.Module):
         self.classifier = nn.Conv2d(self.resnet50.channels["layer4"], num_classes, 1, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Not pooled: as nothing is added, pooling before or after the classifier gives equal scores."""
+        """Maps before pooling. As the classifier has no bias, pooling before or after it gives the same scores."""
         return self.classifier(self.resnet50(images)).float()
 
 
@@ -253,8 +253,8 @@ class TransformerBranch(SemanticViT):
         self.tile = options.transformer.image_size if options.tiles else None
 
     def forward_blocks(self, x: Tensor, visit: Visit | None = None) -> Tensor:
-        """All blocks, ``rounds`` times, with a skip around them: each round about doubles the stream; (B, T, D) -> the
-        same. ``visit`` gets every layer of every round."""
+        """All blocks, ``rounds`` times, with a skip connection around each round, which about doubles the tokens: (B,
+        T, D) -> the same shape. ``visit`` gets every layer of every round."""
         if self.rounds == 1:
             return super().forward_blocks(x, visit)
         for _ in range(self.rounds):
@@ -319,11 +319,11 @@ class Crt(SeedNetwork):
 
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:
         """The transformer's map, rectified after the tiles are merged: (B, 3, H, W) -> (B, C, ceil(H / patch),
-        ceil(W / patch)) float32. Negative values of one tile so cancel positive ones of another: published."""
+        ceil(W / patch)) float32. So negative values of one tile cancel positive ones of another, as published."""
         return self.transformer.forward_any_size(images, coupled=True).relu()
 
     def param_groups(self) -> list[Group]:
-        """By ``CrtOptions.optimisers``. The backbones come first, then the classifiers."""
+        """Groups as ``CrtOptions.optimisers`` says: the backbones first, then the classifiers."""
         options, cnn = self.options, self.cnn.classifier.weight
         body = [p for p in self.cnn.resnet50.parameters() if p.requires_grad]
         if options.optimisers == "two":
@@ -340,11 +340,11 @@ class Crt(SeedNetwork):
         return (self.transformer.pretrained, self.cnn.resnet50.options.pretrained)
 
     def load_weights(self, weights: str) -> str:
-        """Start from a file of both branches (of this project), of one, or from 'pretrained', which has both.
+        """Load a file of both branches (of this project), of one branch, or 'pretrained', which has both.
 
-        Which it is, shows in its names: DeiT's, and ResNet's under torchvision's names, without their heads; or the
-        official ``deits_cam.pth``, ``res152_cam.pth`` and the CUB checkpoint, whole. Give both branches' files as
-        FILE,FILE.
+        It is recognised by its tensor names: DeiT's, and ResNet's under torchvision's names, without their heads; or
+            the official ``deits_cam.pth``, ``res152_cam.pth`` and the CUB checkpoint, whole. Give both branches' files
+            as ,FILE.
         """
         state = read_tensors(weights)
         if "transformer.cls_token" in state:

@@ -1,9 +1,9 @@
 """GETAM: gradient-weighted attention maps of a transformer, and a decoder that learns from them in the same training
 (Sun et al., 2021; getam.md).
 
-The attention of the class token, times its gradient for a class, says where the transformer saw that class. In the
-second half of its training the network turns these maps, with a saliency map, into labels at every update and trains
-its own decoder on them: it is a CAM network and a segmentation network in one.
+The attention of the class token times its gradient for a class shows where the transformer saw that class. In the
+second half of the training, each update makes labels from these maps and a saliency map, and trains a decoder on them:
+CAM network and segmentation network in one.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from net.start_weights import PRETRAINED
 
 @dataclass(frozen=True)
 class GetamLabel(Checked):
-    """Labels that the network makes for itself."""
+    """Labels that the network makes during training."""
     # getam.md section 4
 
     saliency: bool = True
-    """Take the background from saliency maps (--saliency DIR), as published. Without them the maps alone decide by two
-    constant background scores; that is this project's rule, nothing was published."""
+    """Take the background from saliency maps (--saliency DIR), as published. Without them, labels come from the maps
+    alone by two constant background scores; this is our rule, not a published one."""
     salient_above: Annotated[int, Range(least=0, most=254), When("saliency")] = 0
-    """Largest saliency that counts as none. Published: 0, any trace is salient."""
+    """Largest saliency value that counts as not salient. Published: 0, so any nonzero value is salient."""
     epsilon: Positive = 1e-5
-    """Added to a map's maximum before it is divided by it. Published oddity: maps have its order of magnitude, so that
-    the background score depends on the size of the gradients (section 4.3)."""
+    """Added to the maximum by which a map is divided. Published oddity: maps have the same order of magnitude, so the
+    background score depends on the size of the gradients (section 4.3)."""
     power: Annotated[Positive, When("saliency")] = 32.0
     """With saliency: the background's score is (1 - largest map) to this power."""
     cut: Annotated[float, Range(above=0, below=1), When("saliency")] = 0.9
-    """With saliency: share of a class's positive scores above which a pixel that is not salient gets the class. COCO:
-    0.95."""
+    """With saliency: quantile of a class's positive scores above which a pixel that is not salient gets the class.
+    COCO: 0.95."""
     opening: Annotated[int, Range(least=0), When("saliency")] = 10
     """With saliency: side of the square that opens the foreground. Pixels. 0: none."""
     low: Annotated[Probability, When("saliency", False)] = 0.2
@@ -62,7 +62,7 @@ class GetamLabel(Checked):
     """Iterations of PAMR on the maps. 0: none."""
 
     def cross_check(self) -> None:
-        """Raises ValueError for background scores the wrong way round."""
+        """Raises ValueError if the lower background score is above the higher one."""
         check(self.low <= self.high, "low", self.low, f"at most high = {self.high}")
 
 
@@ -75,11 +75,11 @@ class GetamOptions(Options):
     start_layer: Annotated[int, Range(least=0)] = 6
     """First block (from 0) whose attention is in the map."""
     cls_share: Probability = 0.5
-    """Share of the training in which only the classifier is trained."""
+    """Fraction of the training in which only the classifier is trained."""
     seg_lr: Positive = 0.1
     """Factor of the learning rate after that."""
     label: GetamLabel = field(default_factory=GetamLabel)
-    """Labels made while it trains."""
+    """Labels made during training."""
     saliency_loss: Literal["published", "intended", "none"] = "published"
     """Target of the background's probability. intended: 0 where salient, else 1. published: 1 everywhere but where a
     label was completed (the published code divides by 255 what it had made 0 and 1: section 9, trap 1)."""
@@ -87,14 +87,14 @@ class GetamOptions(Options):
     """Dense energy loss."""
 
     def cross_check(self) -> None:
-        """Raises ValueError for a layer that is not there."""
+        """Raises ValueError for a layer that does not exist."""
         super().cross_check()
         depth = self.dpt.depth
         check(self.start_layer < depth, "start_layer", self.start_layer, f"in 0 .. {depth - 1} (below the depth)")
 
     @property
     def wants_saliency(self) -> bool:
-        """As the label rule does."""
+        """True if labels are made with saliency maps."""
         return self.label.saliency
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> Getam:
@@ -114,7 +114,7 @@ def normalise_label_maps(maps: Tensor, colours: Tensor, options: GetamLabel) -> 
         options: epsilon and iterations.
 
     Returns:
-        (K, H, W) float32, each maximum below 1; no minimum is subtracted.
+        (K, H, W) float32, with maxima below 1; no minimum is subtracted.
     """
     if not len(maps):
         return maps.new_zeros((0, *colours.shape[1:]))
@@ -127,8 +127,8 @@ def normalise_label_maps(maps: Tensor, colours: Tensor, options: GetamLabel) -> 
 def open_mask(mask: Tensor, side: int) -> Tensor:
     """Morphological opening with a square as OpenCV does it: (H, W) bool -> the same.
 
-    With an even side its anchor is off the centre in the erosion and the dilation alike, so that what survives moves
-    by a pixel and every region loses its first row and column. Outside the image counts as foreground in the erosion
+    With an even side its anchor is off the centre in the erosion and the dilation alike, so that the result moves by a
+    pixel and every region loses its first row and column. Outside the image counts as foreground in the erosion
     (getam.md section 4.7).
     """
     margin = (side // 2, side - 1 - side // 2) * 2
@@ -138,7 +138,7 @@ def open_mask(mask: Tensor, side: int) -> Tensor:
 
 def argmax_labels(norm: Tensor, background: Tensor, keys: Tensor) -> Tensor:
     """Arg-max over a background score (H, W) and maps (K, H, W) of the classes ``keys`` (K,), ascending: (H, W) int64,
-    0 background, class + 1; of equal scores the first counts."""
+    0 background, class + 1; the first one in a tie."""
     values = torch.cat([keys.new_zeros(1), keys + 1])
     return values[torch.cat([background[None], norm]).argmax(0)]
 
@@ -166,7 +166,7 @@ def label_with_saliency(
         ranked = scores[scores > 0].sort().values
         place = int(options.cut * len(ranked))
         if place:
-            # a pixel that two classes claim is the first one's: it is no longer 0
+            # a pixel claimed by two classes gets the first: it is no longer 0
             completed = (scores > ranked[place]) & (label == 0)
             label[completed] = key + 1
             after[completed] = 255
@@ -176,7 +176,7 @@ def label_with_saliency(
 
 
 def label_without_saliency(norm: Tensor, keys: Tensor, options: GetamLabel) -> Tensor:
-    """This project's rule where there is no saliency: maps (K, H, W) of the classes ``keys`` (K,) -> (H, W) int64.
+    """Our rule without saliency maps: maps (K, H, W) of the classes ``keys`` (K,) -> (H, W) int64.
 
     Two constant background scores, as for PSA's affinity labels: below the lower one a pixel is background, above the
     higher one it has the class of the largest map, between them it is unknown.
@@ -188,7 +188,7 @@ def label_without_saliency(norm: Tensor, keys: Tensor, options: GetamLabel) -> T
 
 
 def saliency_target(salient: Tensor, rule: str) -> Tensor:
-    """What the background's probability should be: (B, H, W) uint8 of ``label_with_saliency`` -> (B, H, W) float32."""
+    """Target of the background's probability: (B, H, W) uint8 of ``label_with_saliency`` -> (B, H, W) float32."""
     return 1 - (salient == 255 if rule == "published" else salient > 0).float()
 
 
@@ -224,8 +224,8 @@ _PUBLISHED = Recipe(
     ),
 )
 
-# trained from random weights: plain patches behind convolutions, because the hybrid's maps lay around the marks (its
-# group norms may tell every patch what is anywhere); smaller ones, because the images are
+# trained from random weights: plain patches behind convolutions, because the hybrid's maps lay around the marks
+# (perhaps its group norms spread information over the image); smaller patches, because the images are small
 _SAMPLE = Recipe(
     cam=SeedRecipe(
         amp="fast",
@@ -245,7 +245,7 @@ _SAMPLE = Recipe(
         infer=CamInference(scales=(0.5, 1.0), flip=True, multiple=16, normalise="minmax"),
     ),
     refiner="psa",
-    # products of attention and its gradients are sharper still: what is worth a hundredth of the peak is object
+    # products of attention and its gradients are sharper still: one hundredth of the peak is already object
     refine={"label.alpha_low": 100.0, "label.alpha_high": 1000.0, "walk.alpha": 460.0},
     segmenter="own",
     own=SegmentTest(
@@ -311,10 +311,10 @@ class Getam(SingleStage):
     # ---------------------------------------------------------------------------------------------- map
 
     def attention_gradients(self, images: Tensor, tags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the map is made of, for the k-th present class of every image at once.
+        """Attention and its gradients, which make the map, for the k-th present class of all images at once.
 
-        Only the class token's row of the attention is looked at, so that is all that is kept of it; and there is no
-        graph before the first block that is looked at. In full precision: magnitudes are about 1e-5 (trap 8).
+        Only the class token's row of the attention is kept, and there is no graph before the first block in the map. In
+        full precision: magnitudes are about 1e-5 (trap 8).
 
         Args:
             images: (B, 3, H, W) normalised, any H and W.
@@ -372,16 +372,16 @@ class Getam(SingleStage):
     # ---------------------------------------------------------------------------------------------- training
 
     def is_segmenting(self, progress: float) -> bool:
-        """Whether the second phase has begun. Published: one update after its share of the training."""
+        """Whether the second phase has started. Published: one update after its fraction of the training."""
         return progress > self.options.cls_share
 
     def lr_scale(self, progress: float) -> float:
-        """``seg_lr`` in the second phase."""
+        """Factor of the learning rate: ``seg_lr`` in the second phase, else 1."""
         return self.options.seg_lr if self.is_segmenting(progress) else 1.0
 
     def prepare(self, batch: Batch, progress: float) -> Batch:
-        """In the second phase ``label`` (B, S, S) int64 and, with saliency, ``salient`` (B, S, S) uint8, from the maps
-        that the network gives at this moment, in training mode as published."""
+        """In the second phase ``label`` (B, S, S) int64 and, with saliency, ``salient`` (B, S, S) uint8, from the
+        network's present maps, in training mode as published."""
         if not self.is_segmenting(progress):
             return {}
         options, colours = self.options.label, truncate_values(batch["image"], self.normalisation)
@@ -402,18 +402,18 @@ class Getam(SingleStage):
         return {**made, "salient": torch.stack(salient)} if salient else made
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """In the second phase the numbers of background and of foreground pixels."""
+        """In the second phase, the numbers of background and foreground pixels."""
         if "label" not in batch:
             return {}
         background = batch["label"] == 0
         return {"background": background.sum(), "foreground": (~background & (batch["label"] != IGNORE)).sum()}
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """``batch``: image (B, 3, S, S), tags (B, C), box (B, 4), saliency (B, S, S) where it is asked for.
+        """``batch``: image (B, 3, S, S), tags (B, C), box (B, 4), saliency (B, S, S) if it is used.
 
         Returns {"cls": multi-label soft margin loss}, and in the second phase with it {"ce_background",
         "ce_foreground": cross entropies, each over the pixels of its kind; "dense": energy; "saliency": binary cross
-        entropy of the background's probability}. Padding is background but in the energy, as published.
+        entropy of the background's probability}. Padding counts as background except in the energy, as published.
         """
         images = batch["image"]
         if "label" not in batch:
@@ -428,7 +428,7 @@ class Getam(SingleStage):
         label, options = batch["label"], self.options
         errors = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")  # (B, S, S), 0 where unknown
         background = label == 0
-        # published: 0 / 0 where a batch has no pixel of a kind (section 9, trap 2)
+        # published: 0 / 0 if a batch has no pixel of a kind (section 9, trap 2)
         terms = {
             "ce_background": errors[background].sum() / batch["counts/background"].clamp(min=1e-5),
             "ce_foreground": errors[~background].sum() / batch["counts/foreground"].clamp(min=1e-5),

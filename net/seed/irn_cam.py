@@ -20,10 +20,10 @@ from net.start_weights import PRETRAINED
 
 @dataclass(frozen=True)
 class IRNCamOptions(Options):
-    """Network; the defaults are the published ones."""
+    """Options of the network; the defaults are the published ones."""
 
     resnet: ResNetOptions = field(default_factory=lambda: ResNetOptions(frozen="layer2"))
-    """Backbone. Published gets no gradient up to layer2, whose map is detached."""
+    """Backbone. Published: no gradient up to layer2, whose map is detached."""
     head_lr: Positive = 10.0
     """Learning rate of the classifier relative to the backbone's."""
 

@@ -1,9 +1,9 @@
 """MCTformer V1, V2 and MCTformer+: multi-class token transformers (Xu et al., CVPR 2022 and 2023; mctformer.md).
 
-A DeiT with one class token a class. The score of a class is the channel mean of its own token, so the token has to
-gather the evidence of its class, and its attention to the patches localises it (V1). V2 multiplies that with the map of
-a convolution on the patches; MCTformer+ pools that map by rank and pushes the class tokens apart. All maps are spread
-along the patches' attention to each other.
+A DeiT with one class token per class. The score of a class is the channel mean of its token, so the token collects the
+evidence of its class, and its attention to the patches localises it (V1). V2 multiplies this with the map of a
+convolution on the patches. MCTformer+ pools that map by rank and pushes the class tokens apart. All maps are refined by
+the patch-to-patch attention.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ class MCTformerOptions(Options):
     backbone: ViTOptions = field(default_factory=ViTOptions)
     """Transformer."""
     map_layers: Annotated[int, Range(least=0)] = 0
-    """Last layers whose class-to-patch attention makes the map. 0: as published, 3, of plus all."""
+    """Number of last layers whose class-to-patch attention makes the map. 0: as published (3; plus: all)."""
     attention: bool = True
-    """Multiply the patch map by the class tokens' attention to the patches (v1: that attention alone is the map). Off,
-    the map is the plain CAM of the same network."""
+    """Multiply the patch map by the class tokens' attention to the patches (v1: that attention alone is the map). Off:
+    the plain CAM of the same network."""
     affinity: bool = True
     """Spread the maps along the patches' attention (V1 on VOC train: 47.2 without, 55.2 with)."""
     rank_decay: Annotated[float, Range(above=0, most=1), When("version", "plus")] = 0.996
     """plus: weight of a patch relative to the next higher one in the pooling of the patch map."""
 
     def cross_check(self) -> None:
-        """Raises ValueError for more layers than there are, and for V1 without attention."""
+        """Raises ValueError for more layers than exist, and for V1 without attention."""
         super().cross_check()
         depth = self.backbone.depth
         check(self.map_layers <= depth, "map_layers", self.map_layers, f"in 0 .. {depth} (the depth)")
@@ -85,7 +85,7 @@ def ranking_pool(maps: Tensor, decay: float) -> Tensor:
 def contrast_loss(tokens: Sequence[Tensor], tags: Tensor) -> Tensor:
     """Pushes an image's class tokens apart, after every block: L times (B, C, D), tags (B, C) -> scalar.
 
-    The tokens of absent classes stand among those to be pushed away from, but only present ones are pushed.
+    Only tokens of present classes are pushed away, but from those of absent classes too.
     """
     stacked = torch.stack(list(tokens)).float()  # (L, B, C, D)
     with torch.autocast(stacked.device.type, enabled=False):
@@ -101,7 +101,7 @@ def contrast_loss(tokens: Sequence[Tensor], tags: Tensor) -> Tensor:
 _PUBLISHED = Recipe(
     cam=SeedRecipe(
         network=MCTformerOptions(),
-        amp="fp16",  # with loss scaling; of the other steps nothing is in half precision
+        amp="fp16",  # with loss scaling; all other steps are in full precision
         fit=Fit(
             epochs=60,
             batch_size=64,
@@ -158,8 +158,8 @@ _PUBLISHED_PLUS = override(
 _SAMPLE = Recipe(
     cam=SeedRecipe(
         amp="fast",
-        # spread along an attention that was learnt in minutes, maps cover the background; with the backbone's own
-        # local start the class tokens attend to themselves for too long
+        # refined by an attention that was learned in minutes, maps cover the background; with the backbone's local
+        # start the class tokens attend to themselves for too long
         network=MCTformerOptions(backbone=replace(SAMPLE_VIT, local_start=1.4), map_layers=4, affinity=False),
         fit=Fit(
             epochs=30,
@@ -181,7 +181,7 @@ _SAMPLE = Recipe(
         infer=CamInference(scales=(0.5, 0.75, 1.0), flip=True, multiple=8, normalise="minmax"),
     ),
     refiner="psa",
-    # products of map and attention are sharp: what is worth a hundredth of the peak is object
+    # products of map and attention are sharp: one hundredth of the peak is already object
     refine={"label.alpha_low": 250.0, "label.alpha_high": 1200.0, "walk.alpha": 600.0},
     segmenter="deeplabv1_largefov",
 )
@@ -192,7 +192,7 @@ _SAMPLE = Recipe(
 
 @seed("mctformer")
 class MCTformer(MultiClassViT, SeedNetwork):
-    """V2: class tokens and patch map (mctformer.md section 2.4); the other versions change what they need to.
+    """V2: class tokens and patch map (mctformer.md section 2.4); base of the other versions.
 
     State-dict names are those of the official checkpoints, which load strictly. Start weights are a DeiT's.
     """
@@ -206,7 +206,7 @@ class MCTformer(MultiClassViT, SeedNetwork):
     mean_layers = False
     """Whether the map takes the mean over the layers or, published for V1 and V2, their sum."""
     published_layers: int | None = 3
-    """Last layers that make the map; None: all."""
+    """Number of last layers that make the map; None: all."""
 
     def __init__(self, options: MCTformerOptions, num_classes: int) -> None:
         super().__init__(options.backbone, num_classes)
@@ -215,7 +215,7 @@ class MCTformer(MultiClassViT, SeedNetwork):
         self.map_layers = min(options.map_layers or self.published_layers or depth, depth)
 
     def logits_by_loss(self, x: Tensor, grid: Grid) -> dict[str, Tensor]:
-        """Tokens (B, T, D) after the last block -> logits (B, C) by the name of the loss that they are trained by."""
+        """Tokens (B, T, D) after the last block -> logits (B, C) by the name of their loss."""
         return {"cls": self.class_token_logits(x), "patch": self.patch_maps(x, grid).mean((2, 3))}
 
     def fuse_maps(self, attention: Tensor, x: Tensor, grid: Grid) -> Tensor:
@@ -235,8 +235,8 @@ class MCTformer(MultiClassViT, SeedNetwork):
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:
         """The spread map: (B, 3, H, W) -> (B, C, H // patch, W // patch) float32, 0 or above.
 
-        What is cut off at the bottom and the right is missing in the map, which is nevertheless stretched over the
-        whole image: published (mctformer.md section 4). Of the attention one layer's head mean exists at a time.
+        Pixels cropped at the bottom and right are missing in the map, which is nevertheless stretched over the whole
+        image, as published (mctformer.md section 4). Only one layer's head mean of the attention exists at a time.
         """
         depth = len(self.blocks)
         weight = 1 / self.map_layers if self.mean_layers else 1.0
@@ -254,7 +254,7 @@ class MCTformer(MultiClassViT, SeedNetwork):
         return spread_maps(sums.affinity, maps) if self.affinity else maps
 
     def param_groups(self) -> list[Group]:
-        """Decayed is what is a matrix, but for the class tokens and ``pos_embed`` (of plus: see there)."""
+        """Weight decay on matrices, except the class tokens and ``pos_embed`` (for plus see there)."""
         return decay_groups(self, ("pos_embed", "cls_token"))
 
 
@@ -266,11 +266,11 @@ class MCTformerV1(MCTformer):
         self.head = nn.Linear(self.width, num_classes).requires_grad_(False)
 
     def logits_by_loss(self, x: Tensor, grid: Grid) -> dict[str, Tensor]:
-        """Those of the class tokens."""
+        """Logits of the class tokens."""
         return {"cls": self.class_token_logits(x)}
 
     def fuse_maps(self, attention: Tensor, x: Tensor, grid: Grid) -> Tensor:
-        """The attention alone."""
+        """The class-to-patch attention alone."""
         return attention
 
 
@@ -300,11 +300,11 @@ class MCTformerPlus(MCTformer):
         return torch.cat([self.pos_embed_cls, patches], 1)
 
     def logits_by_loss(self, x: Tensor, grid: Grid) -> dict[str, Tensor]:
-        """As V2's, the patch map pooled by rank."""
+        """As in V2, with the patch map pooled by rank."""
         return {"cls": self.class_token_logits(x), "patch": ranking_pool(self.patch_maps(x, grid), self.rank_decay)}
 
     def fuse_maps(self, attention: Tensor, x: Tensor, grid: Grid) -> Tensor:
-        """The root of V2's map."""
+        """The square root of V2's map."""
         return super().fuse_maps(attention, x, grid).sqrt()
 
     def class_tokens(self, images: Tensor) -> tuple[list[Tensor], Tensor, Grid]:

@@ -24,10 +24,10 @@ from net.start_weights import REQUIRED
 
 @dataclass(frozen=True)
 class CamOptions(Options):
-    """Network; the defaults are the published ones."""
+    """Options of the network; the defaults are the published ones."""
 
     backbone: Literal["resnet38", "vgg16"] = "resnet38"
-    """Network below the classifier; the section of this name applies, the other is not used. With vgg16 the published
+    """Backbone; only the section with this name is used. With vgg16 the published
     learning rate is 0.1: preset published_vgg16."""
     resnet38: Annotated[ResNet38Options, When("backbone", "resnet38")] = field(
         default_factory=lambda: ResNet38Options(frozen="b2")
@@ -49,7 +49,7 @@ _PUBLISHED = Recipe(
     cam=SeedRecipe(
         network=CamOptions(),
         # lr: published is 0.1, which is for VGG16 only; ResNet38 needs 0.01 (psa.md section 2.3).
-        # momentum: the published optimiser takes the weight decay for it (seam.md section 7.1).
+        # momentum: the published optimiser uses the weight decay as momentum (seam.md section 7.1).
         fit=Fit(epochs=15, batch_size=16, lr=0.01, momentum=5e-4, weight_decay=5e-4, schedule="poly", power=0.9),
         augment=Augment(
             order=("long_side", "flip", "jitter", "normalize", "crop"),
@@ -85,7 +85,7 @@ _PUBLISHED_VGG16 = override(
     },
 )
 
-# trained from random weights: nothing frozen, and no dropout, which for so few steps only adds noise
+# trained from random weights: nothing frozen, and no dropout, which only adds noise in so few steps
 _SAMPLE = Recipe(
     cam=SeedRecipe(
         amp="fast",
@@ -108,7 +108,7 @@ _SAMPLE = Recipe(
 
 @seed("psa")
 class PlainCam(SeedNetwork):
-    """What both classifiers have in common; ``CamOptions.build`` makes one of them.
+    """Base of both classifiers; ``CamOptions.build`` creates one of them.
 
     State-dict names are those of the official checkpoints.
     """
@@ -135,7 +135,7 @@ class PlainCam(SeedNetwork):
     def load_weights(self, weights: str) -> str:
         """ImageNet weights of the backbone (``.params``, ``.caffemodel``) or a whole classifier.
 
-        ``fc8`` may be absent or be of other classes: then it stays random, and the report says so.
+        ``fc8`` may be missing or have other classes: then it stays random, and the report says so.
         """
         return str(load_tensors(self, weights, allow_missing=("fc8",)))
 

@@ -1,8 +1,8 @@
 """Puzzle-CAM: the class maps of an image's quarters, put back together, should equal that of the whole image (Jo, Yu,
 2021; puzzlecam.md).
 
-A classifier sees the image and its tiles. Tiles show less context, so that the map of an object's less discriminative
-parts is higher there; the reconstruction loss pulls the whole image's map to them.
+A classifier sees the image and its tiles. Tiles have less context, so their maps are higher on less discriminative
+parts of objects; the reconstruction loss pulls the map of the whole image towards them.
 """
 
 from __future__ import annotations
@@ -32,11 +32,10 @@ _EPSILON = 1e-5
 
 @dataclass(frozen=True)
 class PuzzleCamOptions(Options):
-    """Network and losses; the defaults are the published ones."""
+    """Options of network and losses; the defaults are the published ones."""
 
     backbone: Literal["resnet", "resnest"] = "resnet"
-    """Network below the classifier; the section of this name applies, the other is not used. The published scores are
-    those of resnest."""
+    """Backbone; only the section with this name is used. The published scores are for resnest."""
     resnet: Annotated[ResNetOptions, When("backbone", "resnet")] = field(
         default_factory=lambda: ResNetOptions(norm="trained")
     )
@@ -44,21 +43,21 @@ class PuzzleCamOptions(Options):
     resnest: Annotated[ResNeStOptions, When("backbone", "resnest")] = field(default_factory=ResNeStOptions)
     """ResNeSt."""
     tiles: Count = 2
-    """Tiles a side: 2 cuts an image into its quarters. Divides the side of the training images."""
+    """Tiles per side: 2 splits an image into quarters. Must divide the side of the training images."""
     level: Literal["feature", "cam"] = "feature"
-    """What is compared. feature: the class maps as they are. cam: divided by their maxima first."""
+    """Maps to compare. feature: the raw class maps. cam: class maps divided by their maxima."""
     # puzzlecam.md section 6
     masking: Masking = "masking"
-    """Which maps count in the reconstruction. masking: those of present classes, divided by the number of all classes
+    """Maps used in the reconstruction loss. masking: those of present classes, divided by the number of all classes
     (so that its weight depends on that number). none: all. selection: those of present classes, mean over these."""
     squared: bool = False
-    """Compare by squares instead of absolute differences."""
+    """Use squared instead of absolute differences."""
     alpha: Weight = 4.0
     """Largest weight of the reconstruction (the published code's default is 1, its best run has 4)."""
     alpha_rise: Annotated[float, Range(above=0, most=1)] = 0.5
-    """Share of the training in which the weight rises from 0 to ``alpha``."""
+    """Fraction of the training in which the weight rises from 0 to ``alpha``."""
     confidence: bool = False
-    """Add the entropy-like loss on the tiles' scores that the published code has and the paper has not."""
+    """Add the entropy-like loss on the tiles' scores, which is in the published code but not in the paper."""
     head_lr: Positive = 10.0
     """Learning rate of the classifier relative to the backbone's."""
 
@@ -74,7 +73,7 @@ def split_tiles(images: Tensor, side: int) -> Tensor:
     """Equal tiles, one after the other: (B, C, H, W) -> (side * side * B, C, H / side, W / side), all images' top left,
     then those right of them, row by row.
 
-    Raises ValueError where H or W is no multiple of ``side``.
+    Raises ValueError if H or W is not a multiple of ``side``.
     """
     height, width = images.shape[-2:]
     if height % side or width % side:
@@ -120,7 +119,7 @@ def score_entropy(scores: Tensor) -> Tensor:
 _PUBLISHED = Recipe(
     cam=SeedRecipe(
         network=PuzzleCamOptions(backbone="resnest"),
-        # momentum: the published optimiser takes the weight decay for it (semformer.md section 7). Published: after
+        # momentum: the published optimiser uses the weight decay as momentum (semformer.md section 7). Published: after
         # each epoch the network is kept that scores best against the pixel labels of train; here the last one is.
         fit=Fit(epochs=15, batch_size=32, lr=0.1, momentum=1e-4, nesterov=True, weight_decay=1e-4, power=0.9),
         augment=Augment(order=("long_side", "flip", "normalize", "crop"), long_side=(320, 640), flip=0.5, crop=512),
@@ -176,14 +175,14 @@ class PuzzleCam(SeedNetwork):
         nn.init.kaiming_normal_(self.classifier.weight)
 
     def forward_maps(self, images: Tensor) -> Tensor:
-        """Class maps, signed: (B, 3, H, W) -> (B, C, h, w) float32, at 16 pixels a cell in the published form."""
+        """Class maps, signed: (B, 3, H, W) -> (B, C, h, w) float32, at stride 16 in the published form."""
         return self.classifier(self.model(images)).float()
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """``batch``: image (B, 3, S, S), tags (B, C) -> {"cl": multi-label soft margin loss of the whole image's maps,
-        "pcl": the same of the joined ones, "re": weighted reconstruction} and, where asked for, "conf".
+        "pcl": the same of the joined ones, "re": weighted reconstruction} and, if enabled, "conf".
 
-        Raises ValueError where S is such that the maps of the tiles don't fit together.
+        Raises ValueError if the joined maps of the tiles have another size than the image's map.
         """
         options, tags = self.options, batch["tags"].to(torch.float32)
         whole = self.forward_maps(batch["image"])  # (B, C, h, w)

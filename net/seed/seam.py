@@ -1,8 +1,8 @@
 """SEAM: self-supervised equivariant attention (Wang et al., CVPR 2020; seam.md).
 
-One network sees an image and its 0.3x copy. Both class maps are to agree after rescaling (ER); a pixel correlation
-module (PCM) spreads each map along pixel similarity, and what it gives is supervised by the other branch's plain map
-(ECR). The map used afterwards is the PCM's. In all maps here channel 0 is the background.
+One network sees an image and its 0.3x copy. Both class maps should agree after rescaling (ER). A pixel correlation
+module (PCM) spreads each map along pixel similarity; its output is supervised by the other branch's plain map (ECR).
+The map used afterwards is the PCM's. In all maps here channel 0 is the background.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _COLUMNS = 1024
 
 @dataclass(frozen=True)
 class SeamOptions(Options):
-    """Network and loss; the defaults are the published ones."""
+    """Options of network and loss; the defaults are the published ones."""
 
     backbone: ResNet38Options = field(default_factory=lambda: ResNet38Options(frozen="b2"))
     """Backbone."""
@@ -43,10 +43,11 @@ class SeamOptions(Options):
     second_scale: Annotated[float, Range(above=0, most=1)] = 0.3
     """Size of the second branch's image relative to the first's."""
     hardest: Annotated[float, Range(above=0, most=1)] = 0.2
-    """Share of the entries of a map, the hardest, that ECR keeps."""
+    """Fraction of a map's entries, those with the largest differences, that ECR uses."""
     plain_share: Probability = 0.0
-    """Share of the training, its first part, that trains the classifier alone by one scale. Published: 0, from ImageNet
-    weights. From random ones there is nothing yet that the scales could agree on, and a plain step costs half."""
+    """Fraction of the training, at its start, in which only the classifier is trained, on one scale. Published: 0, from
+    ImageNet weights. From random weights there is nothing yet for the scales to agree on, and a plain step costs
+    half."""
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> Seam:
         """SEAM for ``num_classes`` foreground classes."""
@@ -59,7 +60,8 @@ def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _keep_strongest(maps: Tensor) -> Tensor:
-    """(B, C + 1, h, w) -> foreground values below their pixel's foreground maximum at 0; ties keep several classes."""
+    """(B, C + 1, h, w) -> foreground values below their pixel's foreground maximum set to 0; ties keep several
+    classes."""
     foreground = maps[:, 1:]
     strongest = foreground.amax(1, keepdim=True)
     return torch.cat([maps[:, :1], foreground.masked_fill(foreground < strongest, 0)], 1)
@@ -70,10 +72,10 @@ def _keep_strongest(maps: Tensor) -> Tensor:
 
 @torch.no_grad()
 def attention_values(cam: Tensor) -> Tensor:
-    """What the PCM spreads: plain maps (B, C + 1, h, w), raw -> (B, C + 1, h, w) float32 in [0, 1], without gradient.
+    """Input of the PCM: plain maps (B, C + 1, h, w), raw -> (B, C + 1, h, w) float32 in [0, 1], without gradient.
 
-    Every class is divided by its maximum over the pixels; background is one minus the strongest class; of the
-    foreground only the strongest class of a pixel stays. Image tags play no part. seam.md section 3, step 2.
+    Every class is divided by its maximum over the pixels; background is one minus the strongest class; in the
+    foreground only the strongest class of each pixel is kept. Tags are not used. seam.md section 3, step 2.
     """
     scores = F.relu(cam.float())
     scores = F.relu(scores - _EPSILON) / (scores.amax((2, 3), keepdim=True) + _EPSILON)
@@ -85,7 +87,7 @@ def correlate(values: Tensor, features: Tensor) -> Tensor:
     """PCM: each pixel gets the mean of all pixels' values, weighted by the positive cosine of their features.
 
     The similarity matrix has N x N entries, N = h x w: 0.55 GB for one image of 1000 x 750 (seam.md section 7.11).
-    Where no gradient is asked for, it is made and used up some columns at a time. Always in float32.
+    Without gradients, it is computed some columns at a time. Always in float32.
 
     Args:
         values: (B, K, h, w).
@@ -155,13 +157,13 @@ def equivariance_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ER, and ECR in both directions, of the maps of both branches; arguments as ``seam_losses``.
 
-    ECR reaches only the PCM's own layers, because the values it spreads and the features it reads carry no gradient.
+    ECR trains only the PCM's own layers, because its input maps and features carry no gradient.
     """
     size, labels = cam2.shape[-2:], _with_background(tags)
     plain1, plain2 = _resize(max_norm(cam1), size) * labels, max_norm(cam2) * labels
     spread1, spread2 = _resize(max_norm(revised1), size) * labels, max_norm(revised2) * labels
     er = (plain1[:, 1:] - plain2[:, 1:]).abs().mean()  # absent classes count as zeros in the mean
-    # the plain maps get a background out of their foreground, the spread ones keep their own
+    # the plain maps get a background computed from their foreground, the spread ones keep their own
     target1, target2 = (
         _keep_strongest(torch.cat([1 - plain[:, 1:].amax(1, keepdim=True), plain[:, 1:]], 1))
         for plain in (plain1.detach(), plain2.detach())
@@ -178,7 +180,7 @@ def seam_losses(
         cam1, revised1: (B, C + 1, H, W), plain and spread map of the image, at its size, raw.
         cam2, revised2: (B, C + 1, h, w), those of its small copy.
         tags: (B, C) in {0, 1}.
-        hardest: share of the entries that ECR keeps.
+        hardest: fraction of the entries that ECR uses.
 
     Returns:
         Scalars cls, min, er and ecr. (The published log shows cls and min as one number, "loss_cls".)
@@ -197,7 +199,8 @@ def seam_losses(
 _PUBLISHED = Recipe(
     cam=SeedRecipe(
         network=SeamOptions(),
-        # momentum: the published optimiser takes the weight decay for it, so there is practically none (seam.md 7.1)
+        # momentum: the published optimiser uses the weight decay as momentum, so there is practically none (seam.md
+        # 7.1)
         fit=Fit(epochs=8, batch_size=8, lr=0.01, momentum=5e-4, weight_decay=5e-4, schedule="poly", power=0.9),
         augment=Augment(
             order=("long_side", "flip", "jitter", "normalize", "crop"),
@@ -225,7 +228,7 @@ _PUBLISHED = Recipe(
     segmenter="deeplabv1",
 )
 
-# trained from random weights: nothing frozen, and no dropout, which for so few steps only adds noise
+# trained from random weights: nothing frozen, and no dropout, which only adds noise in so few steps
 _SAMPLE = Recipe(
     cam=SeedRecipe(
         amp="fast",
@@ -259,7 +262,7 @@ class Seam(SeedNetwork, ResNet38):
         self.second_scale = options.second_scale
         self.hardest = options.hardest
         self.plain_share = options.plain_share
-        self.finds_unused = options.plain_share > 0  # the PCM's layers wait for the second part
+        self.finds_unused = options.plain_share > 0  # the PCM's layers are only used in the second part
         self.head_lr = options.head_lr
         self.dropout7 = nn.Dropout2d(options.dropout)
         self.fc8 = nn.Conv2d(self.channels["conv6"], num_classes + 1, 1, bias=False)
@@ -309,8 +312,8 @@ class Seam(SeedNetwork, ResNet38):
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:
         """The spread maps of all classes at the size of the images: (B, 3, H, W) -> (B, C, H, W) in [0, 1].
 
-        They are brought to the input's size here, with aligned corners, and to the image's by the merging, without:
-        the published two steps (seam.md sections 3.5 and 5).
+        They are resized to the input's size here, with aligned corners, and to the image's size by the merging,
+        without: the published two steps (seam.md sections 3.5 and 5).
         """
         _, revised = self.forward_both_maps(images)
         return _resize(revised[:, 1:], images.shape[-2:])
@@ -322,8 +325,8 @@ class Seam(SeedNetwork, ResNet38):
     def load_weights(self, weights: str) -> str:
         """ImageNet weights (``.params``) or a PSA classifier without their heads, or a whole SEAM checkpoint.
 
-        PSA's ``fc8`` has another shape (no background) and is left out. Raises ValueError for a checkpoint that has
-        the PCM's layers and doesn't fit in all its parts.
+        PSA's ``fc8`` has another shape (no background) and is left out. Raises ValueError for a checkpoint that has the
+        PCM's layers but does not fit completely.
         """
         report = load_tensors(self, weights, allow_missing=self.head)
         if "f9.weight" not in report.missing and (report.missing or report.wrong_shape):

@@ -2,8 +2,8 @@
 transcam.md).
 
 Conformer is trained as a multi-label classifier. The map of the convolution branch's head is multiplied by the
-patch-to-patch attention of the other branch, averaged over heads and summed over all layers: the shallow ones bring
-low-level similarity, the deep ones context.
+patch-to-patch attention of the transformer branch, averaged over heads and summed over all layers: shallow layers
+contribute low-level similarity, deep ones context.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Method = Literal["transcam", "convcam", "clsattn", "attnagg"]
 
 @dataclass(frozen=True)
 class TransCamOptions(Options):
-    """Network and map; the defaults are the published ones."""
+    """Options of network and map; the defaults are the published ones."""
 
     backbone: ConformerOptions = field(default_factory=ConformerOptions)
     """Backbone."""
     method: Method = "transcam"
-    """The map. transcam: the convolution branch's, spread by the patch-to-patch attention. convcam: left as it is.
+    """The map. transcam: the convolution branch's, spread by the patch-to-patch attention. convcam: that map unchanged.
     clsattn: times the class token's attention to the patches. attnagg: as transcam with the attention transposed."""
 
     def cross_check(self) -> None:
@@ -75,7 +75,7 @@ def refine_map(maps: Tensor, attention: Tensor, method: Method) -> Tensor:
 _PUBLISHED = Recipe(
     cam=SeedRecipe(
         network=TransCamOptions(),
-        # the decay is on everything, norms and biases too
+        # weight decay on all parameters, including norms and biases
         fit=Fit(epochs=20, batch_size=8, optimiser="adamw", lr=5e-5, schedule="constant", weight_decay=5e-4),
         augment=Augment(
             order=("long_side", "flip", "jitter", "normalize", "crop"),
@@ -124,7 +124,7 @@ _SAMPLE = Recipe(
         infer=CamInference(scales=(80, 128), square=True, flip=True, normalise="shifted"),
     ),
     refiner="psa",
-    # spread maps are broad: what is worth a sixth of the peak is object
+    # spread maps are broad: one sixth of the peak is still object
     refine={"label.alpha_low": 7.0, "label.alpha_high": 28.0, "walk.alpha": 11.0},
     segmenter="deeplabv1",
 )
@@ -167,7 +167,7 @@ class TransCam(SeedNetwork, Conformer):
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:
         """The map of the option ``method``, signed: (B, 3, H, W) -> (B, C, ceil(H / patch), ceil(W / patch)) float32.
 
-        The attention is summed up layer by layer and head by head: a few matrices of (B, T, T) are all there ever is.
+        The attention is summed layer by layer and head by head: only a few matrices of (B, T, T) exist at a time.
         """
         total = images.new_zeros(())
 
@@ -183,9 +183,9 @@ class TransCam(SeedNetwork, Conformer):
 
     def load_weights(self, weights: str) -> str:
         """Conformer's ImageNet weights without their heads (``Conformer_small_patch16.pth``), or a whole TransCAM
-        checkpoint (``TransCAM.pth``), which must fit in all its parts.
+        checkpoint (``TransCAM.pth``), which must fit completely.
 
-        Which of the two it is, shows in the head of the convolution branch: a linear layer, or a convolution.
+        They are distinguished by the head of the convolution branch: a linear layer, or a convolution.
         """
         head = read_tensors(weights).get("conv_cls_head.weight")
         if head is not None and head.ndim == 4:

@@ -1,7 +1,7 @@
 """TS-CAM: token semantic coupled attention map (Gao et al., ICCV 2021; wsol.md sections 2 and 5).
 
-A DeiT whose linear head gives way to a 3x3 convolution on the patches: its maps are semantic but do not localise. The
-class token's attention localises but knows no class. The product of the two does both.
+A DeiT with a 3x3 convolution on the patches instead of its linear head: the maps of this head are class-specific but do
+not localise. The class token's attention localises but is class-agnostic. Their product does both.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class TsCamOptions(Options):
     """Network and loss; the defaults are the published DeiT-S on CUB-200-2011."""
 
     backbone: Literal["deit", "conformer"] = "deit"
-    """The transformer; the section of this name applies, the other is not used."""
+    """The transformer; only the section with this name is used."""
     deit: Annotated[ViTOptions, When("backbone", "deit")] = field(default_factory=ViTOptions)
     """DeiT. Tiny: width 192, 3 heads; base: width 768, 12 heads."""
     conformer: Annotated[ConformerOptions, When("backbone", "conformer")] = field(
@@ -40,7 +40,7 @@ class TsCamOptions(Options):
     )
     """Conformer."""
     loss: ClassLoss = "cross_entropy"
-    """cross_entropy: one class an image, as published. soft_margin: images of several classes."""
+    """cross_entropy: one class per image, as published. soft_margin: several classes per image."""
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> TsCam:
         """TS-CAM for ``num_classes`` classes."""
@@ -56,7 +56,7 @@ _PUBLISHED = Recipe(
         ),
         augment=Augment(order=("square", "crop", "flip", "normalize"), square=256, crop=224, flip=0.5),
         weights=PRETRAINED,
-        # minmax is what the boxes' own step does (wsol.md section 6): the signed map is not rectified
+        # minmax is what step localise does for boxes (wsol.md section 6): the signed map is not rectified
         infer=CamInference(scales=(224,), square=True, resize="bilinear", flip=False, normalise="minmax"),
         boxes=BoxInference(side=224, threshold=0.1, interval=0.001),
     ),
@@ -84,7 +84,7 @@ _SAMPLE = Recipe(
 
 @seed("tscam")
 class TsCam(SeedNetwork):
-    """What both backbones have in common; ``TsCamOptions.build`` makes one of them."""
+    """Base for both backbones; ``TsCamOptions.build`` creates one of them."""
 
     recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
     loss: ClassLoss
@@ -110,7 +110,7 @@ class TsCam(SeedNetwork):
         return self.coupled_maps(images)
 
     def param_groups(self) -> list[Group]:
-        """Decayed is what is a matrix, but for class token and ``pos_embed`` (wsol.md section 5)."""
+        """Weight decay on matrices, except class token and ``pos_embed`` (wsol.md section 5)."""
         return decay_groups(self, ("pos_embed", "cls_token"))
 
 
@@ -161,7 +161,7 @@ class TsCamConformer(Conformer, TsCam):
 
     def load_weights(self, weights: str) -> str:
         """Conformer's ImageNet weights without their heads (``conformer_small_patch16.pth``), or a whole TS-CAM
-        checkpoint, whose token head is a convolution, and which must fit in all its parts."""
+        checkpoint, whose token head is a convolution, and which must fit completely."""
         head = read_tensors(weights).get("trans_cls_head.weight")
         if head is not None and head.ndim == 4:
             return str(load_tensors(self, weights))

@@ -1,1 +1,1 @@
-"""What several methods are built of: a base class with its options and losses, which a method's own file completes."""
+"""Base classes of several methods, with options and losses; a method's own file completes them."""

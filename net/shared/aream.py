@@ -1,9 +1,10 @@
 """AReAM: adaptive re-activation of a transformer's attention (arXiv 2305.03112; aream.md), on MCTformer-V2 and on
 Conformer.
 
-Deep layers attend to a few tokens only, and a map spread by them covers the background. So, while training, maps are
-made with the attention of the shallow layers alone; pixel-adaptive refinement turns them into labels; and the deep
-layers' attention is pulled towards pairs of patches of one label. Then the attention of all layers spreads the map.
+Deep layers attend to a few tokens only, and a map spread by their attention covers the background. During training,
+maps are therefore made with the attention of the shallow layers; pixel-adaptive refinement turns them into labels; and
+the deep layers' attention is trained to be high for pairs of patches with the same label. At inference the attention of
+all layers spreads the map.
 """
 
 from __future__ import annotations
@@ -40,39 +41,40 @@ class AreamOptions(Options):
     scales: Annotated[tuple[float, ...], Range(above=0, filled=True)] = (1.0,)
     """Scales of the training image, each mirrored too, of the maps that labels come from."""
     low: float = 0.35
-    """Background score; where even this one wins, the label is background."""
+    """Low background score; pixels where it wins are labelled background."""
     high: float = 0.55
-    """Background score; a class that wins even over this one is the label. In between there is none."""
+    """High background score; pixels where a class wins over it get this class. The others have no label."""
     pair_weight: Weight = 0.1
-    """Weight of the loss of the pairs. 0: classification only."""
+    """Weight of the pair loss. 0: classification only."""
     warmup: Annotated[Probability, When("pair_weight")] = 1 / 6
-    """Share of the training before the pairs' loss begins (10 of 60 epochs, 2 of 12)."""
+    """Fraction of the training before the pair loss starts (10 of 60 epochs, 2 of 12)."""
     entropy: tuple[float, ...] = ()
     """Entropy of the map after each layer, as scripts.layer_entropy measures it on a trained network: layers of
-    high entropy count less in the maps and more in the loss. Empty: all count the same, as in the released models."""
+    high entropy count less in the maps and more in the loss. Empty: equal weights, as in the released models."""
 
     backbone: ViTOptions | ConformerOptions = field(default_factory=ViTOptions)
     """Backbone."""
 
     def cross_check(self) -> None:
-        """Raises ValueError for layers that are not there or have no weight, and scores in the wrong order."""
+        """Raises ValueError for layers that do not exist or have no weight, and for scores in the wrong order."""
         super().cross_check()
         depth = self.backbone.depth
         check(self.split < depth, "split", self.split, f"in 1 .. {depth - 1} (below the depth)")
         check(self.low <= self.high, "low", self.low, f"at most high = {self.high}")
         if self.entropy and (len(self.entropy) != depth or len(set(self.entropy)) == 1):
-            raise ValueError(f"entropy must be {depth} numbers, one a layer, and not all the same: {self.entropy}.")
+            raise ValueError(f"entropy must be {depth} numbers, one per layer, and not all the same: {self.entropy}.")
         if not any(self.shallow_weights()):
             raise ValueError(f"entropy leaves no layer before {self.split} any weight: {self.entropy}.")
 
     def shallow_weights(self) -> list[float]:
-        """Of every layer in the maps that labels come from: 0 from ``split`` on; divided by the number of layers, not
+        """Weight of each layer in the maps for labels: 0 from ``split`` on; divided by the number of layers, not
         by the sum (aream.md section 4)."""
         weights = 1 - torch.tensor(scale_entropy(self.entropy)) if self.entropy else torch.ones(self.backbone.depth)
         return [w / self.split if layer < self.split else 0.0 for layer, w in enumerate(weights.tolist())]
 
     def deep_weights(self) -> list[float]:
-        """Of the layers from ``split`` on in the loss, whose mean is taken over the layers (aream.md section 7)."""
+        """Weights in the loss of the layers from ``split`` on; the loss is a mean over the layers (aream.md section
+        7)."""
         return (scale_entropy(self.entropy) if self.entropy else [1.0] * self.backbone.depth)[self.split :]
 
 
@@ -80,7 +82,7 @@ class AreamOptions(Options):
 
 
 def map_entropy(affinity: Tensor, maps: Tensor, epsilon: float = 0.0) -> Tensor:
-    """How flat a map is once an attention has spread it: (B, N, N), (B, C, h, w), h w = N -> (B,) float32, bits.
+    """Entropy of a map after it is spread by an attention: (B, N, N), (B, C, h, w), h w = N -> (B,) float32, bits.
 
     Maps of absent classes are to be zero. The softmax over the patches is of the sum over the classes; ``epsilon`` is
     added inside the logarithm.
@@ -91,7 +93,7 @@ def map_entropy(affinity: Tensor, maps: Tensor, epsilon: float = 0.0) -> Tensor:
 
 
 def scale_entropy(entropy: Sequence[float]) -> list[float]:
-    """Entropies of the layers -> the same from 0 at the least to 1 at the largest."""
+    """Entropies of the layers, scaled from minimum and maximum to 0 and 1."""
     low, high = min(entropy), max(entropy)
     return [(e - low) / (high - low) for e in entropy]
 
@@ -109,14 +111,14 @@ def pseudo_labels(
 ) -> Tensor:
     """Labels of the pixels for some background scores, refined at half size; the image's kernel is made once.
 
-    The softmax over background and present classes is of values in [0, 1], so it is a soft one: published.
+    The softmax over background and present classes is of values in [0, 1], so it is nearly uniform, as published.
 
     Args:
         colours: (B, 3, H, W), of about [0, 1].
         cams: (B, C, H, W) in [0, 1]; those of absent classes don't matter.
         tags: (B, C) in {0, 1}.
         backgrounds: S scores.
-        box: (B, 4) top, bottom, left, right, half-open: outside of it nothing is known.
+        box: (B, 4) top, bottom, left, right, half-open: pixels outside are unknown.
 
     Returns:
         (B, S, H, W) uint8, 0 background, class + 1, 255 outside the box.
@@ -145,7 +147,7 @@ def merge_score_labels(low: Tensor, high: Tensor) -> Tensor:
 
 
 def patch_pair_labels(label: Tensor, grid: Sequence[int]) -> Tensor:
-    """What is known of all pairs of patches: (B, H, W), 255 unknown -> (B, N, N) uint8, N = h w of the ``grid``.
+    """Labels of all pairs of patches: (B, H, W), 255 unknown -> (B, N, N) uint8, N = h w of the ``grid``.
 
     1 same label (background too), 0 another one, 255 unknown. A patch has the label of its top left pixel.
     """
@@ -181,7 +183,7 @@ def patch_pair_losses(logits: Sequence[Tensor], target: Tensor) -> Tensor:
     """
     same, different = (target == 1), (target == 0)
     count = same.sum().float()
-    # written as a constant plus one weighted sum, so that a layer keeps its g and nothing else
+    # written as a constant plus one weighted sum, so that only g is kept per layer
     weights = different / (different.sum() + 1.0) - same / (count + 1)  # (B, N, N)
     return torch.stack([(count / (count + 1) + (z.float().sigmoid() * weights).sum()) / 2 for z in logits])
 
@@ -190,15 +192,15 @@ def patch_pair_losses(logits: Sequence[Tensor], target: Tensor) -> Tensor:
 
 
 class Aream(SeedNetwork):
-    """Training and maps over a backbone that classifies in two ways and shows its attention."""
+    """Training and maps of AReAM on a backbone with two classifiers and accessible attention."""
 
     options: AreamOptions
     tokens: int
-    """Class tokens, which come first."""
+    """Number of class tokens, which come first."""
     names: tuple[str, str]
     """Names of the losses of the two classifiers."""
     gated: bool
-    """Whether maps are multiplied by what the class tokens attend to, the mean over all layers, in training too."""
+    """Whether maps are multiplied by the class tokens' attention, averaged over all layers, in training too."""
     entropy_epsilon = 0.0
     """See ``map_entropy``."""
 
@@ -223,7 +225,7 @@ class Aream(SeedNetwork):
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:
         """The map of one scale, spread by all layers alike: (B, 3, H, W) -> (B, C, h, w) float32 (aream.md section 9).
 
-        A Conformer's is signed, and is rectified after the merging: earlier would be another result.
+        A Conformer's map is signed and is rectified after the merging; before it the result would differ.
         """
         depth = self.options.backbone.depth
         return self._spread_map(images, [1 / depth] * depth)
@@ -249,7 +251,7 @@ class Aream(SeedNetwork):
         """Labels that the network makes for a training batch: (B, H, W) uint8, 255 unknown (aream.md section 6)."""
         images, tags = batch["image"], batch["tags"]
         kind = images.device.type
-        # autocast would keep the weights it casts here, without their gradients, for the pass that is trained
+        # autocast would cache the weights cast here, without gradients, for the training pass
         with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
             cams = self.training_cam(images)
         norm = NORMALISATIONS[self.normalisation]
@@ -294,10 +296,10 @@ PUBLISHED_REFINE = {
     "label.alpha_low": 1.0,
     "label.alpha_high": 12.0,
     "walk.background": "constant",
-    "walk.threshold": None,  # the one that step 2 found best; the authors' network had 0.39
+    "walk.threshold": None,  # the best one found by step 2; the authors' network had 0.39
     "walk.beta": 8.0,
     "walk.logt": 6,
     "fit.lr": 0.01,
     "fit.epochs": 5,
 }
-"""What both recipes ask of the refiner psa (aream.md section 11)."""
+"""Settings of the refiner psa in both recipes (aream.md section 11)."""

@@ -1,8 +1,8 @@
 """Edge affinity network on a ResNet: class boundaries, learnt from pairs of cells (irnet.md sections 7 to 10).
 
 IRNet's, and with other settings SemFormer's and Puzzle-CAM's (semformer.md section 9, puzzlecam.md section 5). The
-affinity of two cells is 1 - the largest boundary value on the line between them, so pairs with a known relation teach a
-boundary map that nobody has drawn. A refiner subclasses ``EdgeNetwork`` and gives its recipes.
+affinity of two cells is 1 - the largest boundary value on the line between them, so pairs with known labels train a
+boundary map without any drawn boundary. A refiner subclasses ``EdgeNetwork`` and gives its recipes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from net.contract import AffinityNetwork, Batch, Options
 from net.groups import Group
 
 CELL = 4
-"""Pixels a cell of the boundary map."""
+"""Stride of the boundary map, in pixels."""
 _WIDTH, _GROUPS = 32, 4
 
 StageMaps = Mapping[Stage, Tensor]
@@ -48,18 +48,18 @@ StageMaps = Mapping[Stage, Tensor]
 
 @dataclass(frozen=True)
 class EdgeOptions(Options):
-    """Edge network; a refiner's options subclass these and build it."""
+    """Options of the edge network; a refiner's options subclass these and build it."""
     # irnet.md section 8
 
     resnet: ResNetOptions = field(default_factory=lambda: ResNetOptions(frozen="layer4"))
-    """Backbone. Published is completely frozen; only the layers on its stages are trained."""
+    """Backbone. Published: completely frozen; only the layers on its stages are trained."""
     radius: Annotated[int, Range(least=2)] = 10
     """Pairs nearer than this are trained on. Cells of 4 pixels."""
     align_corners: bool = False
-    """Bilinear convention of the enlargements inside the network: IRNet and Puzzle-CAM no, SemFormer yes."""
+    """align_corners of the bilinear upsampling inside the network: off in IRNet and Puzzle-CAM, on in SemFormer."""
 
     def cross_check(self) -> None:
-        """Raises ValueError for a ResNet that begins at another stride."""
+        """Raises ValueError for a ResNet whose stem has another stride."""
         super().cross_check()
         if self.resnet.strides[0] != 2:
             raise ValueError(f"resnet.strides = {self.resnet.strides} is not possible: the stem's must be 2.")
@@ -79,7 +79,7 @@ class EdgeLabel(Checked):
     threshold_bg: Probability = 0.05
     """Background score that must win to be reliable background."""
     crf: CRFSettings = field(default_factory=lambda: CRFSettings(bilateral_sxy=50.0, bilateral_srgb=5.0))
-    """Dense CRF on both arg-maxes, each held with confidence 0.7 among the image's own labels."""
+    """Dense CRF on both arg-maxes, with confidence 0.7, over the image's own labels."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,10 @@ class EdgeWalk(Checked):
     threshold: Probability = 0.25
     """Background score; the walked scores are divided by the largest of them first."""
     canvas: Annotated[int, Range(least=0)] = 512
-    """The image is laid on a mean-colour square of at least this side, which takes part in the group normalisation:
-    published is the side of the training crops. Longer sides stay as they are. Pixels."""
+    """The image is padded with the mean colour to a square of at least this side, which affects the group
+    normalisation. Published: the side of the training crops. Longer sides are not changed. Pixels."""
     crf: CRFSettings = field(default_factory=lambda: CRFSettings(0, bilateral_sxy=50.0, bilateral_srgb=5.0))
-    """Dense CRF after the walk, on the arg-max held with confidence 0.7; iterations 0 switches it off (IRNet: 0,
+    """Dense CRF after the walk, on the arg-max with confidence 0.7; iterations 0 switches it off (IRNet: 0,
     SemFormer and Puzzle-CAM: 1)."""
 
 
@@ -125,7 +125,8 @@ def hard_label(maps: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def propagate_scores(scores: Tensor, boundary: Tensor, radius: int, beta: float, steps: int) -> Tensor:
-    """Scores after the walk: every cell gets a mean of those around it, weighted by how few boundaries are between.
+    """Scores after the walk: every cell becomes a weighted mean of its neighbourhood; boundaries in between lower the
+    weights.
 
     The scores are damped by (1 - boundary) first; any size of grid, all pairs nearer than the radius (irnet.md section
     10.1). Published squares dense matrices of (h w)^2.
@@ -148,13 +149,14 @@ def propagate_scores(scores: Tensor, boundary: Tensor, radius: int, beta: float,
 
 
 def enlarge_cells(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """(K, h, w) cells -> (K, H, W): enlarged by the stride (align_corners False) and cut (irnet.md section 10.2)."""
+    """(K, h, w) cells -> (K, H, W): upsampled by the stride (align_corners False) and cropped (irnet.md section
+    10.2)."""
     maps = F.interpolate(maps[None], scale_factor=CELL, mode="bilinear", align_corners=False)[0]
     return maps[:, : size[0], : size[1]]
 
 
 def make_projection(cin: int, cout: int, groups: int, factor: int, align_corners: bool = False) -> nn.Sequential:
-    """1x1 convolution, group normalisation, enlargement by ``factor``, ReLU, in this order (irnet.md section 8)."""
+    """1x1 convolution, group normalisation, upsampling by ``factor``, ReLU, in this order (irnet.md section 8)."""
     up = [nn.Upsample(scale_factor=factor, mode="bilinear", align_corners=align_corners)] if factor > 1 else []
     return nn.Sequential(nn.Conv2d(cin, cout, 1, bias=False), nn.GroupNorm(groups, cout), *up, nn.ReLU(inplace=True))
 
@@ -176,7 +178,7 @@ class EdgeNetwork(AffinityNetwork):
     normalisation = ResNet.normalisation
     plane_fill: ClassVar[float] = float(IGNORE)
     heads: ClassVar[tuple[str, ...]] = ("fc_edge*",)
-    """Patterns of the layers that are no backbone."""
+    """Name patterns of the layers outside the backbone."""
 
     def __init__(self, options: EdgeOptions) -> None:
         super().__init__()
@@ -192,9 +194,9 @@ class EdgeNetwork(AffinityNetwork):
 
     @classmethod
     def make_label(cls, image: np.ndarray, cam: Cam, options: EdgeLabel) -> tuple[np.ndarray, np.ndarray]:
-        """Classes where they are reliable, background where it is, 255 elsewhere (irnet.md section 7).
+        """Reliable classes and reliable background, 255 elsewhere (irnet.md section 7).
 
-        Foreground wins where both speak. Training reads the picture itself: planes (1, H, W) uint8. An image without a
+        Foreground wins where both apply. Training reads the picture itself: planes (1, H, W) uint8. An image without a
         tag is background.
         """
         picture = np.zeros(image.shape[:2], np.uint8)
@@ -207,7 +209,7 @@ class EdgeNetwork(AffinityNetwork):
     @classmethod
     def make_target(cls, planes: np.ndarray) -> np.ndarray:
         """Label of every cell: (1, S, S) -> (S/4, S/4) uint8, the pixel right below its centre (PIL's nearest, irnet.md
-        section 9.2). Raises ValueError where a side is no multiple of 4."""
+        section 9.2). Raises ValueError if a side is not a multiple of 4."""
         height, width = planes.shape[-2:]
         if height % CELL or width % CELL:
             raise ValueError(f"A crop of {height} x {width} has no whole cells: set augment.crop to a multiple of 4.")
@@ -248,7 +250,7 @@ class EdgeNetwork(AffinityNetwork):
         return self.fc_edge6(torch.cat([crop_like(m, maps[1]) for m in maps], dim=1))
 
     def param_groups(self) -> list[Group]:
-        """All that is trained in one group, everything decayed (irnet.md section 9.4, semformer.md section 9.2)."""
+        """One group of all trained parameters, with weight decay (irnet.md section 9.4, semformer.md section 9.2)."""
         return [Group([p for p in self.parameters() if p.requires_grad])]
 
     # --- inference
@@ -256,8 +258,8 @@ class EdgeNetwork(AffinityNetwork):
     def forward_pair(self, image: Tensor, canvas: int) -> dict[Stage, Tensor]:
         """Stages of an image (3, H, W) and of its mirror image, (2, ...) each, on the canvas.
 
-        They are padded at the bottom and right after mirroring. Published cuts what is longer than the canvas (irnet.md
-        section 12); here it is as large as it must be.
+        They are padded at the bottom and right after mirroring. The published code crops images that are larger than
+        the canvas (irnet.md section 12); here the canvas grows.
         """
         height, width = image.shape[-2:]
         pair = torch.stack([image, image.flip(-1)])
@@ -272,8 +274,8 @@ class EdgeNetwork(AffinityNetwork):
 
     @torch.no_grad()
     def refine(self, picture: Picture, cam: Cam, options: EdgeWalk) -> np.ndarray:
-        """Random walk, and the CRF where there is one (irnet.md section 10.2). An image without a tag is all
-        background. Raises ValueError where image and CAM differ in size."""
+        """Random walk, and the CRF if there is one (irnet.md section 10.2). An image without a tag is all
+        background. Raises ValueError if image and CAM differ in size."""
         size = check_sizes(picture, cam)
         if len(cam.keys) == 0:
             return np.ones((1, *size), np.float32)
@@ -285,7 +287,7 @@ class EdgeNetwork(AffinityNetwork):
         maps = torch.from_numpy(cam.on_grid(tuple(boundary.shape))).to(boundary.device)  # (K, h, w)
         scores = propagate_scores(maps, boundary, options.radius, options.beta, 2**options.logt)
         scores = enlarge_cells(scores, picture.size)
-        # the largest over all classes; published divides 0 by 0 where a CAM is empty
+        # the largest over all classes; the published code divides 0 by 0 if a CAM is empty
         scores = (scores / scores.max().clamp(min=torch.finfo(torch.float32).tiny)).cpu().numpy()
         return self.sharpen_scores(picture, scores, options)
 
@@ -303,13 +305,13 @@ class EdgeNetwork(AffinityNetwork):
 
     def load_weights(self, weights: str) -> str:
         """A released network of this kind, a network with the same backbone, or an ImageNet classifier ('pretrained':
-        the option of the backbone); the layers that it lacks start anew. Buffers of the released files that are a
+        the option of the backbone); layers that it lacks have random weights. Buffers of the released files that are a
         function of the settings (path indices) are ignored."""
         return load_resnet(self, weights, heads=self.heads)
 
 
 def check_sizes(picture: Picture, cam: Cam) -> tuple[int, int]:
-    """(H, W) of an image; ValueError where its CAM has another size."""
+    """(H, W) of an image. Raises ValueError if its CAM has another size."""
     size = picture.size
     if len(cam.keys) and cam.maps.shape[1:] != size:
         raise ValueError(f"The CAM is {cam.maps.shape[1:]}, the image {size}: make the CAM again.")

@@ -1,8 +1,8 @@
-"""What ToCo and MoRe share: a vision transformer that makes its own labels while it trains, and the losses on them
+"""What ToCo and MoRe share: a vision transformer that makes its own labels during training, and the losses on them
 (toco.md sections 2 to 5, more.md sections 2 to 4).
 
-Its class maps, merged over scales and mirrors at every update, say which patch tokens should be alike and, refined by
-the image's colours, what its decoder should predict: CAM network and segmentation network in one.
+At every update its class maps, merged over scales and mirrors, determine which patch tokens should be alike; refined by
+the image's colours, they are the labels of its decoder. CAM network and segmentation network in one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ VIT_B = ViTOptions(
 
 @dataclass(frozen=True)
 class Term(Checked):
-    """Weight of a loss term and when it begins."""
+    """Weight of a loss term and when it starts."""
 
     weight: Weight
     """Weight. 0: the term is not used."""
@@ -77,7 +77,7 @@ class SelfTrainedOptions(Options):
     """Learning rate of everything behind the encoder, relative to the encoder's."""
 
     def cross_check(self) -> None:
-        """Raises ValueError for a block that is not there and thresholds the wrong way round."""
+        """Raises ValueError for a block that does not exist, and for thresholds in the wrong order."""
         super().cross_check()
         depth = self.backbone.depth
         check(-depth <= self.aux_layer < depth, "aux_layer", self.aux_layer, f"one of {depth} blocks (the depth)")
@@ -167,7 +167,7 @@ class SelfTrainedViT(SingleStage):
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Inside, the network is in evaluation mode and makes no graph."""
+        """Context in which the network is in evaluation mode and builds no graph."""
         was = self.training
         self.eval()
         try:

@@ -1,9 +1,10 @@
-"""SemFormer: class masks that a frozen autoencoder of class semantics judges (Chen et al., 2022; semformer.md).
+"""SemFormer: class masks that are evaluated by a frozen autoencoder of class semantics (Chen et al., 2022;
+semformer.md).
 
 First the class-aware autoencoder (CAAE, net/seed/semformer/autoencoder.py) is trained: it turns an image into one
-vector a class and learns, from the tags, what the vector of a class looks like. Then SemFormer learns a mask for each
-class. An image without all but the mask must look to the frozen CAAE like the class and like no other; an image
-without the mask like the others.
+vector per class and learns, from the tags, a prototype of each class's vector. Then SemFormer learns a mask for each
+class: for the frozen CAAE, the image inside the mask must look like this class and no other, and the image outside the
+mask like the other classes.
 
 Background is a class of its own throughout: K = C + 1 classes, background first and always present.
 """
@@ -48,30 +49,30 @@ class SemFormerOptions(Options):
     backbone: ViTOptions = field(default_factory=lambda: ViTOptions(image_size=448, drop_path=0.0))
     """Transformer."""
     dropout: DropProbability = 0.5
-    """Probability that the mask head sees nothing of a patch, in training."""
+    """Probability, in training, that a patch is dropped before the mask head."""
     similarity_weight: Weight = 1.0
-    """Weight of the class tokens' similarities."""
+    """Weight of the loss on the class tokens' similarities."""
     foreground_weight: Weight = 1.0
-    """Weight of what is seen through the masks."""
+    """Weight of the loss on image parts inside the masks."""
     background_weight: Weight = 1.0
-    """Weight of what is seen beside the masks."""
+    """Weight of the loss on image parts outside the masks."""
     suppression_weight: Weight = 0.075
-    """Weight of the masks' size."""
+    """Weight of the loss on the masks' size."""
     complement_weight: Weight = 1.0
-    """Weight of the masks' adding up to one."""
+    """Weight of the loss that makes the masks sum to one."""
     attention: bool = True
     """Multiply the maps by the class tokens' attention to the patches ("class-relation attention")."""
     map_layers: Annotated[Count, When("attention")] = 4
-    """Last layers whose attention is taken."""
+    """Number of last layers whose attention is used."""
 
     def cross_check(self) -> None:
-        """Raises ValueError for more layers than there are."""
+        """Raises ValueError for more layers than exist."""
         super().cross_check()
         depth = self.backbone.depth
         check(self.map_layers <= depth, "map_layers", self.map_layers, f"in 1 .. {depth} (the depth)")
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> SemFormer:
-        """SemFormer for ``num_classes`` foreground classes, judged by the network of the phase caae."""
+        """SemFormer for ``num_classes`` foreground classes, with the trained network of the phase caae as the judge."""
         guide = earlier["caae"]
         assert isinstance(guide, CAAE)
         return SemFormer(self, num_classes, guide)
@@ -88,12 +89,12 @@ class ClassLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(classes, out).uniform_(-(width**-0.5), width**-0.5))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Plain."""
+        """Tokens (B, K, D) -> (B, K, E)."""
         return torch.einsum("bkd,kde->bke", tokens, self.weight) + self.bias
 
 
 class Segmentor(nn.Module):
-    """The network proper: a class token a class, a mask head on the patches (semformer.md section 4)."""
+    """The trained network: one class token per class, and a mask head on the patches (semformer.md section 4)."""
 
     def __init__(self, options: SemFormerOptions, classes: int, class_dim: int) -> None:
         super().__init__()
@@ -120,7 +121,7 @@ class Segmentor(nn.Module):
 
 
 def valid_mask(box: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """Where a training image shows its photograph, at another size (semformer.md section 5.1).
+    """Region of the original image (not padding) in a training image, at another size (semformer.md section 5.1).
 
     box (B, 4): top, bottom, left, right at the size ``source`` (H, W) -> (B, 1, h, w) float32 in {0, 1} at ``target``.
     """
@@ -144,20 +145,20 @@ def complement_error(masks: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageClassPairs:
-    """All n pairs of an image and a class that it shows, in row-major order; background included."""
+    """All n pairs of an image and one of its classes, background included, in row-major order."""
 
     image: Tensor
-    """(n,) int64."""
+    """(n,) int64, index of the image."""
     number: Tensor
-    """(n,) int64, the class."""
+    """(n,) int64, index of the class."""
     own: Tensor
-    """(n, K) bool: the class."""
+    """(n, K) bool, true at the class."""
     others: Tensor
-    """(n, K) bool: the other classes of its image."""
+    """(n, K) bool, true at the other classes of the image."""
 
     @classmethod
     def of(cls, labels: Tensor) -> ImageClassPairs:
-        """From labels (B, K)."""
+        """Make the pairs from labels (B, K)."""
         image, number = labels.nonzero(as_tuple=True)
         own = F.one_hot(number, labels.shape[1]).bool()
         return cls(image, number, own, (labels[image] > 0) & ~own)
@@ -180,9 +181,9 @@ class SemFormerRecipe(SeedRecipe):
         return (("caae", self.caae), ("cam", self))
 
 
-# The momentum is that of the published poly-SGD, which passes its weight decay there; the rates hang on it (section 11,
-# trap 3). Published checkpoints were chosen by the tags (CAAE) and by pixel labels (--cam.selection train_miou), here
-# the last ones are taken. It is not known which segmentation network was published.
+# The momentum is that of the published poly-SGD, which passes its weight decay there; the learning rates depend on it
+# (section 11, trap 3). Published checkpoints were chosen by the tags (CAAE) and by pixel labels (--cam.selection
+# train_miou), here the last ones are taken. It is not known which segmentation network was published.
 _PUBLISHED = Recipe(
     cam=SemFormerRecipe(
         caae=Phase(

@@ -1,9 +1,9 @@
 """The class-aware autoencoder (CAAE) of SemFormer: its first phase, and the frozen judge of its second (semformer.md
 section 3).
 
-A DeiT turns the image into patches; every patch gives one vector a class; their sum over the patches is the image's
-class embedding. A learned table holds what the vector of each class looks like: the two are trained to be similar where
-the image shows the class. A decoder makes the image anew from the class vectors of its patches.
+A DeiT encodes the image; every patch gives one vector per class, and their sum over the patches is the image's class
+embedding. A learned table contains a prototype vector per class: the two are trained to be similar if the image shows
+the class. A decoder reconstructs the image from the class vectors of its patches.
 
 Background is a class of its own: K = C + 1 classes, background first and always present.
 """
@@ -28,7 +28,7 @@ from net.groups import Group, name_groups
 
 _EPS = 1e-5
 PRETRAINED_PARTS = ("model", "stage", "backbone")
-"""What the names of pre-trained parameters contain (semformer.md section 7)."""
+"""Parts of the names of pre-trained parameters (semformer.md section 7)."""
 
 
 _NEW = ("mlp", "decoder", "convert", "re_convert", "crs")
@@ -43,7 +43,7 @@ def tags_with_background(tags: Tensor) -> Tensor:
 def similarity(embeddings: Tensor, semantics: Tensor) -> Tensor:
     """Clamped cosine of two (..., E) tensors that broadcast -> (...), float32, at most 0.9999 (semformer.md 3.2).
 
-    The clamp ends the gradient of a similarity that is good enough.
+    The clamp stops the gradient of a sufficient similarity.
     """
     with torch.autocast(embeddings.device.type, enabled=False):
         cosine = F.cosine_similarity(embeddings.float(), semantics.float(), dim=-1, eps=1e-8)
@@ -69,13 +69,13 @@ class CAAEOptions(Options):
     class_dim: Count = 256
     """Length of a class vector."""
     reduction: Literal["sum", "mean", "max"] = "sum"
-    """How the class vectors of all patches become that of the image."""
+    """How the class vectors of all patches are pooled to that of the image."""
     decoder_width: Count = 768
     """Channels of a token in the decoder."""
     decoder_depth: Count = 8
     """Blocks of the decoder."""
     decoder_heads: Count = 12
-    """Attention heads of the decoder; they divide its width."""
+    """Attention heads of the decoder; must divide its width."""
     similarity_weight: Weight = 1.0
     """Weight of the similarities' cross entropy."""
     reconstruction_weight: Weight = 1.0
@@ -109,7 +109,7 @@ class CAAEDecoder(nn.Module):
         self.mlp = nn.Linear(width, 3 * options.encoder.patch**2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Plain."""
+        """The forward pass, as described for the class."""
         for block in self.blocks:
             x = block(x)
         return self.mlp(self.norm(x))
@@ -119,7 +119,7 @@ class CAAE(Network):
     """Class-aware autoencoder. Names are the official ones; what official files hold beside them (a distillation token
     and its head) is never used and left out. There is no class token. New layers start by PyTorch's default.
 
-    Nothing is random in it: training and evaluation mode give the same.
+    It has no randomness: training and evaluation mode give the same result.
     """
 
     normalisation = "imagenet"
@@ -139,7 +139,7 @@ class CAAE(Network):
     def patch_vectors(self, images: Tensor) -> Tensor:
         """Class vectors of every patch, class-major: (B, 3, H, W) -> (B, N, K * E), 0 or above.
 
-        Raises ValueError where a side is no multiple of the patch: the reconstruction would have another size.
+        Raises ValueError if a side is not a multiple of the patch: the reconstruction would have another size.
         """
         patch = self.options.encoder.patch
         if images.shape[2] % patch or images.shape[3] % patch:
@@ -164,7 +164,7 @@ class CAAE(Network):
         return self.pool_vectors(self.patch_vectors(images))
 
     def class_semantics(self) -> Tensor:
-        """What the vector of each class should look like ("CRS"): (K, E), 0 or above."""
+        """Prototype vector of each class ("CRS"): (K, E), 0 or above."""
         return self.crs(torch.arange(self.classes, device=self.crs[0].weight.device))
 
     def reconstruct(self, vectors: Tensor, size: tuple[int, int]) -> Tensor:
@@ -192,7 +192,8 @@ class CAAE(Network):
         }
 
     def param_groups(self) -> list[Group]:
-        """The encoder at the base rate, the rest at 10 times it; what is no weight at twice that, without decay."""
+        """The encoder at the base rate, the rest at 10 times it; parameters that are not weights at twice that, without
+        decay."""
         return name_groups(self, PRETRAINED_PARTS)
 
     def pretrained_names(self) -> tuple[str, ...]:
