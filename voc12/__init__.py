@@ -1,1 +1,1 @@
-"""The data: which images, tags and masks there are, and how a batch is made of them."""
+"""The data: images, tags and masks of data sets, and training batches."""

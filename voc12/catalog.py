@@ -1,7 +1,6 @@
-"""Which images, tags and masks a data set has: all that the steps know of it.
+"""The contract of a data set: its images, tags and masks, as the steps see them.
 
-A further data set is one new file in voc12/data_sets: a subclass of Catalog, registered by a decorator and found by
-name.
+To add a data set, add one file in voc12/data_sets: a subclass of Catalog, registered by a decorator.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _Class = TypeVar("_Class", bound="type[Catalog]")
 
 
 def data_set(*names: str) -> Callable[[_Class], _Class]:
-    """Register a data set under the names it has on the command line; it is made from the name and its root folder."""
+    """Register a data set under its names on the command line; it is created from the name and its root folder."""
 
     def add(cls: _Class) -> _Class:
         for name in names:
@@ -72,7 +71,7 @@ class Catalog(ABC):
         root: its folder.
         classes: names of the foreground classes; mask value c + 1 is class c.
         tag_source: where tags come from, in words.
-        aim: what is to be found in its images: masks, or (one class an image) boxes.
+        aim: what a run predicts: masks, or (one class per image) boxes.
     """
 
     aim: Literal["masks", "boxes"] = "masks"
@@ -92,18 +91,18 @@ class Catalog(ABC):
         """Whether the classes are simply the names that occur, so that one misspelt would be one more."""
         return False
 
-    # What a data set says of itself.
+    # Implemented by each data set.
     @abstractmethod
     def named_list(self, split: str) -> list[str]:
         """Ids of a split by its name; NoSuchList where there is no such split, listing those there are."""
 
     @abstractmethod
     def index_images(self) -> Mapping[str, str]:
-        """All images there are: {id: path below ``root``}, made without touching each file."""
+        """All images: {id: path below ``root``}, found without opening each file."""
 
     @abstractmethod
     def index_masks(self) -> Mapping[str, str]:
-        """All true masks there are: {id: path below ``root``}."""
+        """All true masks: {id: path below ``root``}."""
 
     def index_objects(self) -> Mapping[str, str]:
         """All masks of single objects there are, in the form of VOC's SegmentationObject: {id: path below ``root``}; a
@@ -120,11 +119,10 @@ class Catalog(ABC):
         raise DataError(f"{self.name} has no boxes to compare with: localise runs on data sets that have, as cub200.")
 
     def region(self, image_id: str) -> np.ndarray | None:
-        """Which pixels are of the object, where a data set of boxes knows it: (H, W) uint8, 1 object, 0 background,
-        255 not to be counted."""
+        """The object's mask, if a data set of boxes has one: (H, W) uint8, 1 object, 0 background, 255 ignored."""
         return None
 
-    # What the steps ask.
+    # Used by the steps.
     @property
     def num_classes(self) -> int:
         """Number of foreground classes C."""
@@ -234,7 +232,7 @@ class Catalog(ABC):
         need_boxes: bool = False,
         saliency: Path | None = None,
     ) -> list[str]:
-        """Look whether everything that a step will read of a split is there, before any work starts.
+        """Check before any work starts that everything a step will read of a split exists.
 
         Args:
             split: as for ``ids``.

@@ -1,4 +1,4 @@
-"""Lists of image ids: reading one, choosing from one, naming a few of one in a message."""
+"""Lists of image ids: reading, choosing some, and naming a few in a message."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from misc.files.ids import read_ids
 from voc12.tags import DataError
 
 SHOWN = 10
-"""Items that a message names."""
+"""Number of items that a message names."""
 
 
 class NoSuchList(DataError):
@@ -38,7 +38,7 @@ def read_list(path: Path, id_of_line: Callable[[str], str]) -> list[str]:
 
 
 def pick_evenly(ids: Sequence[str], count: int) -> list[str]:
-    """``count`` ids at equal distances: a fixed choice, not a flattering one."""
+    """``count`` ids at equal distances in the list: a fixed choice, not a selection of good results."""
     return [ids[i] for i in np.unique(np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(int))] if ids else []
 
 

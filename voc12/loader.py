@@ -1,7 +1,7 @@
-"""Training batches: which image comes when, how it is read and augmented, and the processes that do it.
+"""Training batches: order of the samples, reading and augmentation, and worker processes.
 
 The sample at position p of a training (p = update x batch size + place in the batch) depends on the seed and p alone:
-not on the number of processes, workers or micro-batches, nor on where a training was taken up again.
+not on the number of processes, workers or micro-batches, nor on where a training was resumed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _stream(seed: int, kind: int, *numbers: int) -> np.random.Generator:
 
 
 class Draws:
-    """Order of the samples of a training, without state: any position can be asked for at any time.
+    """Order of the samples of a training, without state: any position can be computed at any time.
 
     Args:
         images: length of the list.
@@ -77,7 +77,7 @@ class Draws:
     def draw(self, position: int) -> Draw:
         """(index, position, update) at a position from 0 on."""
         number, place = divmod(position, self._pass_length)
-        if self._kept[0] != number:  # kept because asked for again and again, not because anything depends on it
+        if self._kept[0] != number:  # cached only for speed
             self._kept = (number, _stream(self.seed, _SHUFFLE, number).permutation(self.images))
         step = position // self.batch_size
         if self._keeps_last:
@@ -90,9 +90,8 @@ class Draws:
         """What one process makes: the micro-batches of updates ``start_step`` to ``total_steps`` - 1.
 
         Each process takes an equal, connected part of every global batch, in micro-batches of ``micro_batch``. A
-        smaller last batch is shared by all micro-batches as evenly as it goes; where it has too few images for that,
-        the first of them stand in twice.
-        Raises ValueError where that does not come out even.
+        smaller last batch is divided over all micro-batches as evenly as possible; if it has too few images, the first
+        ones are used twice. Raises ValueError if that cannot be divided evenly.
         """
         share = self.batch_size // world
         if self.batch_size % world or share % micro_batch:
@@ -119,7 +118,7 @@ class TrainSet(Dataset[dict[str, Tensor]]):
         seed: of the augmentation.
         with_mask: reads the (pseudo or true) mask of an id, (H, W) uint8; None: samples have no mask.
         planes: reads the label planes of an id, (P, H, W); None: samples have no target.
-        plane_fill: what the planes hold where a crop shows no image.
+        plane_fill: value of the planes where a crop lies outside the image.
         target: makes the target of a sample from its augmented planes (P, S, S); needed with ``planes``.
         saliency: reads the saliency map of an id, (H, W) uint8; None: samples have none.
         views: further pictures of every sample, by name.
@@ -262,7 +261,7 @@ class _Loader(DataLoader[dict[str, Tensor]]):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
         try:
             yield from super().__iter__()
-        except DataError as error:  # from a worker it comes with the worker's traceback in its text
+        except DataError as error:  # errors from a worker contain the worker's traceback
             raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from error
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
@@ -301,7 +300,7 @@ def make_loader(
         Iterable of TrainSet's samples, stacked: image (b, 3, S, S), tags (b, C), box (b, 4) ...
 
     Raises (while iterating):
-        ValueError: shares do not come out even. DataError: a sample cannot be made. WorkerDied.
+        ValueError: the batch cannot be divided evenly. DataError: a sample cannot be made. WorkerDied.
     """
     return _Loader(
         dataset,

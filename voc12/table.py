@@ -1,4 +1,4 @@
-"""``labels.csv``: the tags of many images in one table, in the two forms that people write (docs/your_data.md).
+"""``labels.csv``: the tags of all images in one table, in either of two forms (docs/your_data.md).
 
     file,classes               file,dog,person
     a.jpg,dog;person           a.jpg,1,1
@@ -37,7 +37,7 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Table:
-    """What a table of tags says.
+    """Content of a table of tags.
 
     Attributes:
         classes: names of the classes; the given ones, or where none were given the columns, or all names in order.
@@ -61,7 +61,7 @@ def read_table(path: Path, classes: Sequence[str] | None, key: Callable[[str], s
         path: of the table, UTF-8.
         classes: the names that may occur; None: whatever occurs is a class, but numbers, lists and names made of other
             names.
-        key: id of an image, from its file as written; its ValueError is the line's fault.
+        key: id of an image from its file as written; its ValueError is reported for the line.
 
     Raises:
         DataError: with the faults of the first ten lines that have one: unknown class, wrong number of columns, a cell

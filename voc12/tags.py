@@ -21,11 +21,11 @@ _LARGEST_XML = 16 << 20
 
 
 class DataError(ValueError):
-    """The data set is not what it should be; the message says what, where, and what to do."""
+    """The data set has a problem; the message says what, where, and what to do."""
 
 
 def encode_tags(names: Iterable[str], classes: Sequence[str]) -> np.ndarray:
-    """(C,) float32 vector with 1 for each class in ``names``; names that are no class are passed over."""
+    """(C,) float32 vector with 1 for each class in ``names``; other names are ignored."""
     present = set(names)
     return np.array([name in present for name in classes], np.float32)
 

@@ -1,7 +1,6 @@
 """Augmentation of one training sample, driven by a recipe's Augment (misc/config.py) and a random generator passed in.
 
-Whatever moves the image moves its mask, its label planes and its box in the same way. Nothing here leaves a trace in a
-global random state.
+Geometric operations are applied to image, mask, label planes and box alike. No global random state is changed.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ Size = tuple[int, int]
 
 @dataclass
 class TrainSample:
-    """What augmentation acts on.
+    """One sample during augmentation.
 
     image (H, W, 3) uint8 RGB, after ``normalize`` float32; mask and saliency (H, W) uint8 or None; planes (P, H, W) of
     any dtype or None: integer planes are label maps (resized PIL nearest), floating ones scores (OpenCV bilinear).
-    ``box`` (top, bottom, left, right), half-open: the part of the image that shows the photograph, the rest is canvas.
+    ``box`` (top, bottom, left, right), half-open: the part that is the original image; the rest is canvas.
     ``mirrored``: whether it is the mirror image of what it was.
 
     Raises ValueError where mask, planes or saliency have another size than the image.
@@ -123,7 +122,7 @@ def _resized(sample: TrainSample, size: Size) -> None:
 
 
 def flip_sample(sample: TrainSample) -> None:
-    """Mirror everything left to right."""
+    """Mirror all arrays of the sample left to right."""
     width = sample.image.shape[1]
     sample.image = sample.image[:, ::-1]
     sample.on_masks(lambda mask: mask[:, ::-1])
@@ -231,8 +230,8 @@ def _place(length: int, size: int, rng: np.random.Generator, place: str) -> tupl
 
 @contextmanager
 def _lent(rng: np.random.Generator) -> Iterator[None]:
-    """Inside, the global streams of Python, NumPy and torch (of the CPU), which timm and torchvision draw from, come
-    from ``rng``; they are put back afterwards."""
+    """Context in which the global random states of Python, NumPy and torch (CPU), which timm and torchvision use, are
+    seeded from ``rng``; they are restored afterwards."""
     kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed = int(rng.integers(2**32))
     random.seed(seed)
@@ -249,8 +248,9 @@ def _lent(rng: np.random.Generator) -> Iterator[None]:
 def crop_and_resize(
     sample: TrainSample, size: int, area: tuple[float, float], rng: np.random.Generator, image_filter: str = "bicubic"
 ) -> None:
-    """Cut a random part, of a share of the area in ``area`` and of aspect 3/4 to 4/3, and resize it to a square of
-    side ``size``: image PIL bicubic (mctformer.md section 6) or bilinear (semformer.md 3.4), mask PIL nearest."""
+    """Crop a random part, with a fraction of the area in the range ``area`` and an aspect ratio of 3/4 to 4/3, and
+    resize it to a square of side ``size``: image PIL bicubic (mctformer.md section 6) or bilinear (semformer.md 3.4),
+    mask PIL nearest."""
     with _lent(rng):
         top, left, height, width = RandomResizedCrop.get_params(
             Image.fromarray(np.ascontiguousarray(sample.image)), list(area), [3 / 4, 4 / 3]
@@ -313,7 +313,7 @@ def augment_sample(
         normalisation: name in misc.image.pixels.NORMALISATIONS.
         rng: random stream of this sample.
         batch_rng: random stream that all samples of the batch have in common (``scale_per_batch``).
-        plane_fill: what planes hold on the canvas.
+        plane_fill: value of the planes on the canvas.
         operations: only these operations, in this order; None: all of the recipe.
 
     Returns:
@@ -335,7 +335,7 @@ def augment_sample(
                 if rng.random() < recipe.flip:
                     flip_sample(sample)
             case "jitter":
-                # nothing is drawn where it always happens
+                # no random number is drawn if it always happens
                 if recipe.jitter_probability == 1 or rng.random() < recipe.jitter_probability:
                     jitter_colours(sample, recipe.jitter, rng)
             case "hsv":

@@ -1,1 +1,1 @@
-"""Files: written whole or not at all, read without executing anything."""
+"""File formats of a run: written atomically, read without executing code."""

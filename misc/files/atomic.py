@@ -1,5 +1,5 @@
-"""Files that several processes share: each appears whole or not at all, is changed by one process at a time, and what
-killed processes left half written is cleared away."""
+"""Atomic writing of files that several processes share, locks, and removal of half-written files of killed
+processes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from typing import BinaryIO
 from filelock import FileLock, Timeout
 
 SUFFIX = ".part"
-"""Of files that are being written."""
+"""Suffix of files that are being written."""
 
 _OLD = 24 * 3600
 _LONGEST_WAIT = 300
 
 
 class DiskFull(OSError):
-    """No space is left: the step must stop, not go on to the next image."""
+    """No disk space is left: the step must stop instead of going on to the next image."""
 
 
 def _host() -> str:
-    """A short name of the space in which this process's id is unique: the machine, or a container on it."""
+    """A short name of the machine or container in which this process's id is unique."""
     space = "/proc/self/ns/pid"
     inner = os.stat(space).st_ino if os.path.exists(space) else 0
     return hashlib.sha256(f"{platform.node()} {inner}".encode()).hexdigest()[:8]
@@ -36,7 +36,7 @@ def _host() -> str:
 
 @contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write; it takes its name only when the block ends without an error. Raises DiskFull."""
+    """Open a binary file for writing; it gets its name only when the block ends without an error. Raises DiskFull."""
     path = Path(path)
     # the writer's host and process id tell remove_leftovers whether it lives
     beside = path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{SUFFIX}")
@@ -50,7 +50,7 @@ def writing(path: Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         beside.unlink(missing_ok=True)
         cause: BaseException | None = error
-        while cause is not None:  # zip writers put an error of their own over the disk's
+        while cause is not None:  # zip writers raise their own error on top of the disk's
             if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFull(
                     cause.errno, f"No disk space left while writing {path}. Free some and start the same command again"
@@ -60,11 +60,10 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_leftovers(places: Iterable[Path]) -> int:
-    """Remove half-written files that no process goes on with; returns their number.
+    """Remove half-written files that no process is writing any more; returns their number.
 
-    These are files that ``writing`` began in a process of this host that is no more, and, whoever began them (another
-    machine of a cluster), files that nothing was written to for a day. Parallel jobs on one folder don't disturb each
-    other.
+    These are files that ``writing`` began in a process of this host that has ended, and files of any other host (of a
+    cluster) that have not changed for a day. Parallel jobs on one folder don't disturb each other.
 
     Args:
         places: folders, which are searched with all below, and files, whose own folder is searched.
@@ -81,7 +80,7 @@ def remove_leftovers(places: Iterable[Path]) -> int:
             if _abandoned(path):
                 path.unlink()
                 removed += 1
-        except FileNotFoundError:  # finished or removed meanwhile
+        except FileNotFoundError:  # finished or removed in the meantime
             pass
     return removed
 

@@ -1,4 +1,4 @@
-"""CAM files: this project's ``cam/ID.npz``, and the pickled ``.npy`` files of the published codes."""
+"""CAM files: this project's ``cam/ID.npz``, and the pickled ``.npy`` files of other WSSS repositories."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from misc.image.cam import Cam
 def write_cam(path: Path, cam: Cam) -> None:
     """Write ``cam/ID.npz``: maps, and ``coarse`` ones if there are any, are clipped to [0, 1] and stored as float16.
 
-    SEAM's rule gives negative values where a class is ruled out (seam.md 5); as 0 they lose every arg-max alike.
-    Raises ValueError for values that are not finite: no later step could tell.
+    SEAM's rule gives negative values where a class is ruled out (seam.md 5); stored as 0 they lose every arg-max just
+    the same. Raises ValueError for values that are not finite, which no later step would notice.
     """
     stored = {"maps": cam.maps} if cam.coarse is None else {"maps": cam.maps, "coarse": cam.coarse}
     if not all(np.isfinite(values).all() for values in stored.values()):

@@ -1,4 +1,4 @@
-"""Image ids: of files, of the lines of a list; an id cannot leave its folder."""
+"""Image ids of files and of lines in lists; an id cannot leave its folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from misc.files.store import LARGEST_TEXT, check_file, reading
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
-"""Image files, the preferred one first where an id has several."""
+"""Suffixes of image files, in order of preference if an id has several files."""
 _LONGEST = 4096
 """Characters of a path that systems open."""
 _DRIVE = re.compile(r"[A-Za-z]:")

@@ -1,4 +1,4 @@
-"""Images that a user names on a command line: files, folders and globs, and the names of what is made of them."""
+"""Images given on a command line as files, folders and globs, and the ids of their results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from misc.files.ids import IMAGE_SUFFIXES
 
 
 def find_images(words: Sequence[str], leave_out: Path | None = None) -> dict[str, Path]:
-    """The images that are meant, by an id under which results can be written.
+    """The images given, by ids under which results can be written.
 
     A folder stands for all images below it that have a known suffix; its ids keep the sub-folders. Other images have
     their file name without suffix for an id; images that would share one get their suffix into it (``a.jpg``). An image

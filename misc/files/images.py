@@ -1,4 +1,4 @@
-"""Image and mask files."""
+"""Reading and writing of image and mask files."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _check_png(data: bytes) -> None:
 
 
 def read_image(path: Path, largest: float = LARGEST_MEGAPIXELS) -> np.ndarray:
-    """(H, W, 3) uint8 RGB of any image file that Pillow reads, turned as its EXIF orientation says.
+    """(H, W, 3) uint8 RGB of any image file that Pillow reads, rotated as its EXIF orientation says.
 
     Grey, palette and CMYK images are converted, of an animation or of several pages the first is taken, transparency is
     left out. Of more than 8 bits a channel, the values are those of the smallest depth of 8, 10, 12, 14 and 16 bits

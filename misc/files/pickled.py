@@ -1,4 +1,5 @@
-"""The field's pickled ``.npy`` files, read without running code: an unpickler that knows arrays and dicts."""
+"""Pickled ``.npy`` files of other WSSS repositories, read without running code by an unpickler restricted to arrays and
+dicts."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ class _Dtype:
 
 
 class _Array(np.ndarray):
-    """An array being unpickled."""
+    """Stands for a NumPy array during unpickling."""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         *version, shape, dtype, fortran, content = state

@@ -1,4 +1,4 @@
-"""The run folder: where every step's files are, what made them, and what they scored (docs/design.md section 5)."""
+"""The run folder: paths of every step's files, their configuration and their scores (docs/design.md section 5)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class RunFolder:
         return self._file("aff_label", image_id, ".png")
 
     def aff_planes(self, image_id: str) -> Path:
-        """What the affinity network's training reads of an image."""
+        """Label planes of an image for the affinity network's training."""
         return self._file("aff_label", image_id, ".npz")
 
     def label(self, image_id: str) -> Path:
@@ -73,11 +73,11 @@ class RunFolder:
         return self._file("seg_before_crf", image_id, ".png")
 
     def box(self, image_id: str) -> Path:
-        """Boxes found in an image, and what they are worth."""
+        """Boxes found in an image, and their scores."""
         return self._file("box", image_id, ".npz")
 
     def overlay(self, mask: Path) -> Path:
-        """A mask of this folder laid over its image: the same path in label_overlay or seg_overlay, a JPEG."""
+        """Overlay of a mask of this folder on its image: the same path in label_overlay or seg_overlay, a JPEG."""
         kind, *rest = mask.relative_to(self.root).parts
         return self.root.joinpath(f"{kind}_overlay", *rest).with_name(mask.stem + ".jpg")
 
@@ -88,7 +88,7 @@ class RunFolder:
 
     @property
     def report(self) -> Path:
-        """The page that shows the run."""
+        """The report page."""
         return self.root / "report.html"
 
     def _file(self, folder: str, image_id: str, suffix: str) -> Path:
@@ -97,7 +97,7 @@ class RunFolder:
     # --- run.json -------------------------------------------------------------------------------------------------
 
     def record(self) -> dict[str, Any]:
-        """What run.json holds ({} for a new folder)."""
+        """Content of run.json ({} for a new folder)."""
         path = self.root / "run.json"
         return store.read_json(path) if path.exists() else {}
 
@@ -148,11 +148,11 @@ class RunFolder:
         return [f"  {k}: {there.get(k)!r} there, {wanted.get(k)!r} now" for k in differing]
 
     def _locked(self) -> contextlib.AbstractContextManager[None]:
-        """Held while run.json or scores.json is read and written anew: parallel jobs (--shard) share them."""
+        """Lock held while run.json or scores.json is read and rewritten: parallel jobs (--shard) share them."""
         return atomic.locked(self.root / ".lock")
 
     def check_cams(self, config: dict[str, Any], data: dict[str, Any]) -> None:
-        """Whether another run can take the CAMs of this one over.
+        """Check that another run can use the CAMs of this one.
 
         Args:
             config, data: of that run, as for ``begin``.
@@ -176,8 +176,8 @@ class RunFolder:
             )
 
     def adopt_cams(self, source: RunFolder, networks: Iterable[str]) -> None:
-        """Take the CAM networks of these names and the CAMs over from another run, as links (copies where there can be
-        none); what is here already stays."""
+        """Take the CAM networks of these names and the CAMs from another run, as links (or copies if links are
+        impossible); existing files stay."""
         pairs = [(source.weights(name), self.weights(name)) for name in networks]
         pairs += [(path, self.root / "cam" / path.name) for path in sorted((source.root / "cam").glob("*.npz"))]
         for path, target in pairs:
@@ -193,7 +193,7 @@ class RunFolder:
         return bool(self.record().get("steps", {}).get(step, {}).get("done"))
 
     def forget(self, step: str) -> None:
-        """Take back that a step is done, and its scores."""
+        """Remove a step's record and its scores."""
         with self._locked():
             record = self.record()
             if record.get("steps", {}).pop(step, None):
@@ -207,7 +207,7 @@ class RunFolder:
     def step(self, step: str, done: bool = True, makes: Sequence[str] = ()) -> Iterator[None]:
         """Time a step and record it when the block ends without an error: as done, or (one shard of it) not yet.
 
-        What killed processes left half written of what the step ``makes`` (folders and files of the run folder) is
+        Half-written files of killed processes in what the step ``makes`` (folders and files of the run folder) are
         removed first. Parallel parts of a step may end in any order: their times add up, the highest peak counts.
         """
         if distributed.is_main():

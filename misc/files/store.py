@@ -1,6 +1,6 @@
-"""Bytes, JSON, weights and arrays, in and out; images, CAMs and lists have modules of their own beside this one.
+"""Reading and writing of bytes, JSON, weights and arrays. Images, CAMs and lists have their own modules.
 
-A file appears whole or not at all (misc/files/atomic.py). Nothing is unpickled that could run code. Errors name the
+Files are written atomically (misc/files/atomic.py). Nothing that could run code is unpickled. Errors name the
 file and the remedy.
 """
 
@@ -77,7 +77,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_weights(path: Path, value: Any) -> None:
-    """Write tensors (a state dict or a resume point) atomically; the bytes depend on the values alone."""
+    """Write tensors (a state dict or a resume point) atomically; equal values give equal bytes."""
     with writing(path) as file:
         torch.save(value, file)
 

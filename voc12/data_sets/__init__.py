@@ -1,1 +1,1 @@
-"""One file a data set: its folder's layout, and where its tags and masks come from."""
+"""One file per data set: its folder's layout, and where its tags and masks come from."""

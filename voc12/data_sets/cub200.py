@@ -1,9 +1,9 @@
-"""CUB-200-2011: birds with one class and one box an image (wsol.md section 4).
+"""CUB-200-2011: birds with one class and one box per image (wsol.md section 4).
 
 Folder: images/CLASS/NAME.jpg, and the lists images.txt, image_class_labels.txt, train_test_split.txt,
 bounding_boxes.txt, classes.txt of lines "id value ..."; segmentations/CLASS/NAME.png in it or beside it serve PxAP.
-(The published reader cuts the last character of each line off and loses a digit where the file has no final newline;
-this one does not.)
+(The published reader drops the last character of each line, a digit if the file has no final newline; this one does
+not.)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from voc12.lists import NoSuchList
 from voc12.tags import DataError
 
 _OBJECT = 127
-"""Grey value of a segmentation above which a pixel is of the bird: most of five people marked it."""
+"""Grey value of a segmentation above which a pixel belongs to the bird: most of five annotators marked it."""
 
 
 @data_set("cub200", "sample_cub")
@@ -77,7 +77,7 @@ class CubCatalog(Catalog):
         return {image_id: f"images/{path}" for image_id, path in self._paths.items() if path in there}
 
     def index_masks(self) -> dict[str, str]:
-        """None: segmentations tell bird from background, not class from class; see ``region``."""
+        """Empty: segmentations separate bird and background, not classes; see ``region``."""
         return {}
 
     def read_tags(self, image_id: str) -> np.ndarray:

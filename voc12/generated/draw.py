@@ -1,8 +1,9 @@
-"""What the pictures of the sample set look like (voc12/generated/sets.py writes them as a data set).
+"""Drawing of the images of the sample set (voc12/generated/sets.py writes them as a data set).
 
 Every object is a large plain *body* (colour and shape family shared by all classes) that carries one small *mark*; only
-the mark tells the class. A network trained from tags therefore finds the marks, and whatever follows colour edges finds
-the bodies. Backgrounds are textured and hold distractors: lines, patches, and badges that look like marks but are none.
+the mark shows the class. A network trained from tags therefore finds the marks, and whatever follows colour edges finds
+the bodies. Backgrounds are textured and hold distractors: lines, patches, and badges that look like marks but belong to
+no class.
 
 A third of the pictures (``CLOSE_UP``) show one near object, 60 to 85 % of the long side; a tenth (``EMPTY``) show none,
 from picture 2 x classes of a split on; all others hold one to three objects of 20 to 70 %.

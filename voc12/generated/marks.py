@@ -1,4 +1,4 @@
-"""The marks of the sample set, one a class, and the badges that look like marks but belong to no class."""
+"""The marks of the sample set, one per class, and the badges that look like marks but belong to no class."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _spiral(u: Array, v: Array) -> Array:
 
 @dataclass(frozen=True)
 class Mark:
-    """What tells a class: an outline, a pattern on it, and the 8 bit RGB colours of both."""
+    """The mark of a class: an outline, a pattern on it, and the 8-bit RGB colours of both."""
 
     name: str
     outline: Pattern

@@ -1,11 +1,12 @@
-"""Makes a download ready and checks it, once: lists, tags, masks, and every missing or damaged file by name.
+"""Prepares and checks a downloaded data set: lists, tags, masks, and every missing or damaged file by name.
 
     python -m voc12.prepare voc12 --root VOCdevkit/VOC2012 --sbd benchmark_RELEASE
     python -m voc12.prepare coco14 --root coco
     python -m voc12.prepare folder --root my_photos --val-share 0.2
     python -m voc12.prepare shrink --root my_photos --out my_photos_1024
 
-Run again, it goes on where it stopped and changes nothing that is there. The exit status is 1 where anything is wrong.
+A second call continues where the first stopped and changes no existing file. The exit status is 1 if it finds a
+problem.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the preparations share: problems told and counted, texts of lists, and the check of every file."""
+"""Shared code of the preparations: reporting and counting of problems, texts of lists, and the check of every file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DirOption = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 _ORIENTATION = 0x0112
 """EXIF's tag of how a photo is turned; above 4: by a quarter."""
 WORKERS = min(8, os.cpu_count() or 1)
-"""Processes unless told otherwise."""
+"""Default number of processes."""
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Findings:
     planned: dict[Path, str] = field(default_factory=dict)
 
     def tell(self, text: str) -> None:
-        """One problem."""
+        """Print and count one problem."""
         self.count += 1
         print(f"PROBLEM: {text}")
 
@@ -55,7 +55,7 @@ class Findings:
 
     def work(self, name: str, ids: Sequence[str], action: Callable[[str], None], workers: int,
              done: Callable[[str], bool] = lambda _: False) -> None:
-        """Do ``action`` for every id and tell every failure."""
+        """Call ``action`` for every id and report every failure."""
         try:
             each(name, ids, action, done=done, workers=workers)
         except EachFailed as failed:

@@ -1,4 +1,4 @@
-"""``python -m voc12.prepare folder``: checks a folder of one's own images, and draws a validation list."""
+"""``python -m voc12.prepare folder``: checks a folder of your own images, and draws a validation list."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from voc12.prepare.findings import (
 from voc12.tags import DataError
 
 _LARGE_MEGAPIXELS = 1.5
-"""Larger images of one's own are told of; VOC's have 0.19, COCO's 0.31."""
+"""Images larger than this are reported; VOC's have 0.19 megapixels, COCO's 0.31."""
 
 
 def prepare_folder(
@@ -36,14 +36,14 @@ def prepare_folder(
 
     Args:
         root: DirOption with images/ and labels.csv.
-        val_share: Share of the tagged images that splits/val.txt gets, chosen by chance (the same on every call); the
-            others go to splits/train.txt. 0: no lists are written.
+        val_share: Fraction of the tagged images that splits/val.txt gets, chosen at random (the same on every call);
+            the others go to splits/train.txt. 0: no lists are written.
         decode: Read every image and mask; otherwise only look whether the files are there.
         overwrite: Replace lists and classes.txt that are there with other content.
         workers: Processes.
     """
     if not 0 <= val_share < 1:
-        raise DataError(f"--val-share {val_share} is not possible: it must be a share below 1, such as 0.2.")
+        raise DataError(f"--val-share {val_share} is not possible: it must be a fraction below 1, such as 0.2.")
     findings = Findings(overwrite)
     catalog = FolderCatalog("folder", root)
     if not catalog.classes_are_listed:

@@ -2,7 +2,7 @@
 
 ``cls/ID.mat`` holds a struct ``GTcls`` with the fields Boundaries (20 sparse maps, one a class), Segmentation
 ((H, W), 0 background, 1..20 VOC's classes in its order) and CategoriesPresent. SegmentationClassAug, the mask folder
-that the field passes round, is these maps as PNG.
+that the field passes round, contains these maps as PNG.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def read_sbd_mask(path: Path, num_classes: int = 20) -> np.ndarray:
         content = scipy.io.loadmat(path, struct_as_record=False)
     except NotImplementedError:
         raise DataError(f"{path} is of MATLAB 7.3, SBD's are version 5: save it with -v7, or download it.") from None
-    except Exception as error:  # scipy's reader raises whatever the bytes lead it to
+    except Exception as error:  # scipy's reader raises many types on damaged files
         raise DataError(f"{path} is no MATLAB file or a damaged one ({error}): download it again.") from None
     truth = content.get("GTcls")
     if truth is None:

@@ -1,4 +1,4 @@
-"""``python -m voc12.prepare shrink``: a copy of one's own images whose sides are no longer than a limit."""
+"""``python -m voc12.prepare shrink``: a copy of your own images with sides no longer than a limit."""
 
 from __future__ import annotations
 
