@@ -109,7 +109,7 @@ def load_model(path: Path, part: Part) -> Model:
     load_state(network, path)
     if trained_on != (here := _normalisation(network)):
         raise ValueError(
-            f"{path} was trained with images normalised as {trained_on}, this version has {here}: train anew."
+            f"{path} was trained with images normalised as {trained_on}, this version has {here}: train it again."
         )
     return Model(network.eval(), method, classes, recipe, store.fingerprint(path))
 

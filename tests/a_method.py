@@ -17,7 +17,7 @@ class ThreeLayerOptions(Options):
     """Three convolutions."""
 
     width: int = 16
-    """Channels."""
+    """Channels of the three layers."""
 
     def build(self, num_classes: int, earlier: dict[str, Network]) -> ThreeLayers:
         """The network for ``num_classes`` foreground classes."""

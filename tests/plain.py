@@ -99,7 +99,7 @@ def full_attention_map(network: Any, image: Tensor, c: int) -> Tensor:
 
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear."""
+    """Maps resized to ``size``, bilinear with align_corners False."""
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 

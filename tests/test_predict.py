@@ -230,7 +230,7 @@ def test_tags_give_the_runs_own_maps_and_masks(
     assert (tmp_path / "out" / "masks" / f"{cam.stem}.png").read_bytes() == label
 
 
-def test_without_a_refiner_a_crf_or_a_threshold_serves_and_is_said(
+def test_without_a_refiner_a_crf_or_a_threshold_is_used_and_reported(
     trained: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     part = tmp_path / "part"

@@ -151,7 +151,7 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((width,), start))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Plain."""
+        """Tokens (B, T, D) -> (B, T, D)."""
         return x * self.gamma
 
 

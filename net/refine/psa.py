@@ -52,7 +52,7 @@ _LEVELS = (3, 4, 5)
 
 @dataclass(frozen=True)
 class PSAOptions(Options):
-    """AffinityNet."""
+    """Options of AffinityNet; the defaults are the published ones."""
     # psa.md section 5.1
 
     backbone: Literal["resnet38", "vgg16"] = "resnet38"

@@ -25,7 +25,7 @@ class AreamMCTformerOptions(AreamOptions):
     """Options of AReAM on MCTformer-V2; the defaults are the published ones."""
 
     backbone: ViTOptions = field(default_factory=ViTOptions)
-    """Transformer."""
+    """Options of the transformer."""
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> AreamMCTformer:
         """The network for ``num_classes`` foreground classes."""

@@ -44,7 +44,7 @@ class MCTformerOptions(Options):
     """v1: class tokens only. v2: with a patch map. plus: MCTformer+, published with backbone.image_size and crop 448,
     batch 32, 45 epochs, lr 3.125e-5 and scales 1.0 0.75 1.25 (the preset published_plus)."""
     backbone: ViTOptions = field(default_factory=ViTOptions)
-    """Transformer."""
+    """Options of the transformer."""
     map_layers: Annotated[int, Range(least=0)] = 0
     """Number of last layers whose class-to-patch attention makes the map. 0: as published (3; plus: all)."""
     attention: bool = True

@@ -39,9 +39,9 @@ class PuzzleCamOptions(Options):
     resnet: Annotated[ResNetOptions, When("backbone", "resnet")] = field(
         default_factory=lambda: ResNetOptions(norm="trained")
     )
-    """ResNet."""
+    """Options of the ResNet, if it is the backbone."""
     resnest: Annotated[ResNeStOptions, When("backbone", "resnest")] = field(default_factory=ResNeStOptions)
-    """ResNeSt."""
+    """Options of the ResNeSt, if it is the backbone."""
     tiles: Count = 2
     """Tiles per side: 2 splits an image into quarters. Must divide the side of the training images."""
     level: Literal["feature", "cam"] = "feature"

@@ -35,7 +35,7 @@ class SeamOptions(Options):
     """Options of network and loss; the defaults are the published ones."""
 
     backbone: ResNet38Options = field(default_factory=lambda: ResNet38Options(frozen="b2"))
-    """Backbone."""
+    """Options of the ResNet38 backbone."""
     dropout: DropProbability = 0.5
     """Channel dropout probability before the classifier."""
     head_lr: Positive = 10.0

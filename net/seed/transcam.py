@@ -32,7 +32,7 @@ class TransCamOptions(Options):
     """Options of network and map; the defaults are the published ones."""
 
     backbone: ConformerOptions = field(default_factory=ConformerOptions)
-    """Backbone."""
+    """Options of the Conformer backbone."""
     method: Method = "transcam"
     """The map. transcam: the convolution branch's, spread by the patch-to-patch attention. convcam: that map unchanged.
     clsattn: times the class token's attention to the patches. attnagg: as transcam with the attention transposed."""

@@ -34,11 +34,11 @@ class TsCamOptions(Options):
     backbone: Literal["deit", "conformer"] = "deit"
     """The transformer; only the section with this name is used."""
     deit: Annotated[ViTOptions, When("backbone", "deit")] = field(default_factory=ViTOptions)
-    """DeiT. Tiny: width 192, 3 heads; base: width 768, 12 heads."""
+    """Options of the DeiT, if it is the backbone. Tiny: width 192, 3 heads; base: width 768, 12 heads."""
     conformer: Annotated[ConformerOptions, When("backbone", "conformer")] = field(
         default_factory=lambda: ConformerOptions(last_stride=2)
     )
-    """Conformer."""
+    """Options of the Conformer, if it is the backbone."""
     loss: ClassLoss = "cross_entropy"
     """cross_entropy: one class per image, as published. soft_margin: several classes per image."""
 

@@ -34,9 +34,9 @@ class DeepLabV3PlusOptions(Options):
     resnest: Annotated[ResNeStOptions, When("backbone", "resnest")] = field(
         default_factory=lambda: ResNeStOptions(norm="fixed")
     )
-    """ResNeSt."""
+    """Options of the ResNeSt, if it is the backbone."""
     resnet: Annotated[ResNetOptions, When("backbone", "resnet")] = field(default_factory=ResNetOptions)
-    """ResNet."""
+    """Options of the ResNet, if it is the backbone."""
     rates: Annotated[tuple[int, ...], Range(least=1, filled=True)] = (6, 12, 18)
     """Dilations of the parallel 3x3 convolutions, in cells of 16 pixels; parallel to them are a 1x1 convolution and the
     mean of the whole map."""

@@ -53,7 +53,7 @@ class AreamOptions(Options):
     high entropy count less in the maps and more in the loss. Empty: equal weights, as in the released models."""
 
     backbone: ViTOptions | ConformerOptions = field(default_factory=ViTOptions)
-    """Backbone."""
+    """Options of the backbone."""
 
     def cross_check(self) -> None:
         """Raises ValueError for layers that do not exist or have no weight, and for scores in the wrong order."""

@@ -14,7 +14,7 @@ import numpy as np
 from misc.crf.dense import CRFSettings, DenseCRF
 
 FEW_PIXELS = 0.002
-"""The cases allow a few differing pixels in arg-max maps: at most this share."""
+"""The cases allow a few differing pixels in arg-max maps: at most this fraction."""
 
 
 def _check_argmax(case: Any, name: str, posterior: np.ndarray) -> None:

@@ -22,7 +22,7 @@ from net.segment.deeplabv1 import DeepLabV1
 from net.segment.deeplabv1_largefov import LargeFOV
 
 FEW_PIXELS = 0.002
-"""The cases allow a few differing pixels in arg-max maps: at most this share."""
+"""The cases allow a few differing pixels in arg-max maps: at most this fraction."""
 
 REACHED = {
     "grad_conv_fov.weight": 0.04, "grad_backbone.b6.conv_branch2a.weight": 0.025, "grad_backbone.conv1a.weight": 0.0075,

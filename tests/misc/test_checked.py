@@ -54,7 +54,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("values, told", WRONG.values(), ids=WRONG)
-def test_what_is_wrong_is_told(values: dict[str, Any], told: str) -> None:
+def test_what_is_wrong_is_reported(values: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError) as error:
         Some(**values)
     assert told in str(error.value)
@@ -66,7 +66,7 @@ def test_borders_are_possible() -> None:
         Inner(share=1.1)
 
 
-def test_a_field_has_an_effect_where_it_is_said() -> None:
+def test_a_field_has_an_effect_where_its_condition_holds() -> None:
     (warm,), (many,) = (marks(hints(Some)[name], When) for name in ("warm", "many"))
     assert [warm.holds(Some(kind=kind)) for kind in ("a", "b")] == [False, True]
     assert [many.holds(Some(kinds=kinds)) for kinds in ((), ("a",), ("a", "b"))] == [False, False, True]

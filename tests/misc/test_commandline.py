@@ -21,7 +21,7 @@ def test_nobody_reading_ends_it_quietly() -> None:
     assert started.returncode == 141
 
 
-def test_another_broken_pipe_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_broken_pipe_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     def work() -> None:
         raise BrokenPipeError(32, "Broken pipe")
 

@@ -103,7 +103,7 @@ def test_one_process_needs_no_group() -> None:
     distributed.stop()
 
 
-def test_a_gpu_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="--machine.device cuda: PyTorch sees no GPU"):
         distributed.start("cuda")

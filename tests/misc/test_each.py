@@ -1,4 +1,4 @@
-"""The loop over images: shares, resume, failures that cost nobody else, worker processes that die."""
+"""The per-image loop: sharding, resume, failures that do not stop other images, worker processes that die."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_only_what_is_missing_is_read_and_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_failing_image_costs_no_other(mode: str, tmp_path: Path) -> None:
+def test_a_failing_image_does_not_stop_the_others(mode: str, tmp_path: Path) -> None:
     work = Work(tmp_path, bad=("im2", "im9"))
     with pytest.raises(EachFailed) as told:
         each("step", IDS, work, done=work.done, **MODES[mode])
@@ -105,7 +105,7 @@ def test_a_failing_image_costs_no_other(mode: str, tmp_path: Path) -> None:
     assert mended.made() == IDS
 
 
-def test_a_failing_preparation_costs_no_other(tmp_path: Path) -> None:
+def test_a_failing_preparation_does_not_stop_the_others(tmp_path: Path) -> None:
     work = Work(tmp_path)
     with pytest.raises(EachFailed, match="im3: FileNotFoundError: im3.jpg does not exist"):
         each("step", IDS, work, done=work.done, prepare=prepare, workers=2)
@@ -142,7 +142,7 @@ def test_shards_and_processes_share_the_ids_together(monkeypatch: pytest.MonkeyP
     assert sorted(seen, key=IDS.index) == IDS
 
 
-def test_a_worker_that_is_killed_is_told_with_the_image_and_a_remedy(tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_is_reported_with_the_image_and_a_remedy(tmp_path: Path) -> None:
     work = Work(tmp_path, deadly=("im5",))
     with pytest.raises(WorkerDied, match=r"died .*im5.*same command again, with fewer --machine.workers"):
         each("step", IDS, work, done=work.done, workers=2)

@@ -445,7 +445,7 @@ def test_an_interrupted_selection_keeps_what_an_undisturbed_one_keeps(at: int, t
     assert whole == cut
 
 
-def test_what_another_training_found_best_is_not_taken(tmp_path: Path) -> None:
+def test_the_best_weights_of_another_training_are_not_used(tmp_path: Path) -> None:
     recipe = Fit(**{**vars(RECIPE), "epochs": 4, "warmup_epochs": 0})
     network = Counting()
     with pytest.raises(KeyboardInterrupt):

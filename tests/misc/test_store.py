@@ -74,7 +74,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_a_full_disk_is_reported_as_such_and_nothing_half_stays(
+def test_a_full_disk_is_reported_as_such_and_no_half_written_file_stays(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_: int) -> None:

@@ -1,4 +1,4 @@
-"""net/shared/aream.py and step/lib/entropy.py: what the golden cases don't say."""
+"""net/shared/aream.py and step/lib/entropy.py: what the golden cases don't cover."""
 
 from __future__ import annotations
 

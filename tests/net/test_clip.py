@@ -137,7 +137,7 @@ def without_open_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", refuse)
 
 
-def test_what_is_missing_is_told_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_reported_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     without_open_clip(monkeypatch)
     with pytest.raises(ValueError, match="pip install -r requirements-clip.txt"):
         tokenise(["dog"], 77)

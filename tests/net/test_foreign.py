@@ -450,7 +450,7 @@ def test_wrappings_found_in_the_wild(wrapped: dict[str, object], tmp_path: Path)
     assert found.keys() == TENSORS.keys() and all(torch.equal(found[name], value) for name, value in TENSORS.items())
 
 
-def test_of_several_networks_it_is_said_which_one_is_taken(tmp_path: Path) -> None:
+def test_of_several_networks_a_warning_names_the_one_used(tmp_path: Path) -> None:
     student = {name: value + 1 for name, value in TENSORS.items()}
     teacher = {f"module.backbone.{name}": value for name, value in TENSORS.items()}
     torch.save({"student": student, "teacher": teacher}, tmp_path / "file.pth")

@@ -149,7 +149,7 @@ def test_the_map_is_that_of_whole_attention_matrices_and_of_each_image_alone(kin
         torch.testing.assert_close(maps[image, c], plain, rtol=1e-4, atol=1e-5 * plain.max().item())
 
 
-def test_attention_that_is_looked_at_changes_nothing() -> None:
+def test_visiting_attention_changes_no_result() -> None:
     net = built().eval()
     images = pictures(2, 32, 32)
     _, _, logits = net.attention_gradients(images, torch.ones(2, CLASSES))
@@ -465,7 +465,7 @@ def test_cams_of_other_settings_or_none_are_refused(
     assert "no run with finished steps train_cam and make_cam is there" in capsys.readouterr().err
 
 
-def test_what_a_single_stage_run_has_not_is_told(
+def test_steps_missing_in_a_single_stage_run_are_reported(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def told(*argv: str) -> str:
@@ -479,7 +479,7 @@ def test_what_a_single_stage_run_has_not_is_told(
     assert "--masks truth: with --segmenter own" in told(*new, "--masks", "truth")
 
 
-def test_missing_and_wrong_saliency_is_told_before_or_with_its_file(
+def test_missing_and_wrong_saliency_is_reported_before_or_with_its_file(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "some").mkdir()

@@ -232,7 +232,7 @@ def two_middles(height: int, width: int, left: int, right: int) -> Tensor:
     return 0.5 * torch.stack([height // 2 - y, middle - x]).float()
 
 
-def test_objects_of_one_class_are_told_apart() -> None:
+def test_objects_of_one_class_are_separated() -> None:
     field = two_middles(11, 30, 6, 22)
     ends = find_centroids(field)
     assert ends[:, :, :14].unique(dim=1).shape[1] <= 3 and abs(int(ends[1, 5, 0]) - 6) <= 1

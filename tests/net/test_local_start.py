@@ -27,7 +27,7 @@ def halves() -> Tensor:
 
 
 def attention_to_own_half(watch: Callable[[Tensor, AttentionSums], object], depth: int) -> float:
-    """Of the patches' attention, layers added up, the share that stays in the half of the image it comes from."""
+    """Fraction of the patches' attention, summed over layers, that stays in its own half of the image."""
     sums = AttentionSums(1, [1.0] * depth, [1.0] * depth)
     with torch.no_grad():
         watch(halves(), sums)

@@ -33,7 +33,7 @@ FLAGS = """
 
 
 def run(copy: Path, *words: str) -> tuple[int, str]:
-    """Exit status of the copy's driver, and what it says."""
+    """Exit status of the copy's driver, and its output."""
     code = f"import sys; sys.path[0] = {str(copy)!r}; import run_sample; sys.exit(run_sample.main(sys.argv[1:]))"
     done = start(["-c", code, *words], PYTHONPATH=str(copy))
     return done.returncode, done.stdout + done.stderr
@@ -48,7 +48,7 @@ def test_a_new_file_runs_through_all_steps_and_a_broken_one_is_named(copy: Path)
     assert status == 1 and "net/seed/broken.py does not import: ImportError" in said and "Traceback" not in said
 
 
-def test_a_slip_is_told_before_any_work_starts(copy: Path) -> None:
+def test_a_mistake_is_reported_before_any_work_starts(copy: Path) -> None:
     file = copy / "net" / "seed" / "three_layers.py"
     whole = file.read_text()
     file.write_text(whole.replace('self.body(batch["image"])', 'self.body(batch["images"])'))

@@ -98,7 +98,7 @@ def test_empty_maps_give_finite_losses_and_gradients() -> None:
     assert all(torch.isfinite(m.grad).all() for m in maps)
 
 
-def test_equivariant_maps_cost_nothing() -> None:
+def test_equivariance_losses_of_equivariant_maps_are_zero() -> None:
     """Second maps that are the resized first ones, of a class that is present everywhere at most once a pixel."""
     tags = torch.tensor([[1.0, 0.0]])
     ramp = torch.linspace(0, 1, 21).expand(1, 1, 21, 21)

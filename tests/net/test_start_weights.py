@@ -1,4 +1,4 @@
-"""What every score says about the weights that its network was trained from."""
+"""The start weights in the provenance of every score."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from net.start_weights import PRETRAINED, StartWeights
 from step.lib.scoring import start_weights
 
 
-def test_start_weights_are_told_in_words() -> None:
+def test_start_weights_are_described_in_words() -> None:
     cam = SeedRecipe(network=None, weights="/far/away/resnet50.pth", init="imagenet")  # type: ignore[arg-type]
     assert start_weights(cam) == "imagenet (resnet50.pth)"
     for weights, init, told in (

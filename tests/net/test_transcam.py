@@ -90,7 +90,7 @@ def test_stride_of_the_last_fusion() -> None:
     torch.testing.assert_close(larger[:, :, ::2, ::2], features, rtol=1e-4, atol=1e-5)
 
 
-def test_looking_changes_nothing() -> None:
+def test_visiting_attention_changes_nothing() -> None:
     model = randomise(Conformer(TINY)).eval()
     plain = model.forward_features(batch()["image"])
     seen: list[Tensor] = []

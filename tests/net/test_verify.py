@@ -1,4 +1,5 @@
-"""net/verify.py: every published and sample recipe passes it, and a slip in a new method is told in one sentence."""
+"""net/verify.py: every published and sample recipe passes it, and a mistake in a new method is reported in one
+sentence."""
 
 from __future__ import annotations
 
@@ -90,12 +91,12 @@ WRONG_LOSSES = {
 
 
 @pytest.mark.parametrize("slip", WRONG_LOSSES)
-def test_a_wrong_loss_is_told(slip: str, monkeypatch: pytest.MonkeyPatch, whole: Any) -> None:
+def test_a_wrong_loss_is_reported(slip: str, monkeypatch: pytest.MonkeyPatch, whole: Any) -> None:
     forward, said = WRONG_LOSSES[slip]
     assert re.search(rf"ThreeLayers.*{said}", told(monkeypatch, "forward", forward, whole))
 
 
-def test_wrong_maps_and_scores_are_told(monkeypatch: pytest.MonkeyPatch, whole: Any) -> None:
+def test_wrong_maps_and_scores_are_reported(monkeypatch: pytest.MonkeyPatch, whole: Any) -> None:
     right = ThreeLayers.cam
     wrong = {
         lambda self, images, tags: right(self, images, tags)[:, :-1]: r"gives \(1, 2, 16, 20\), but \(1, 3",
@@ -111,7 +112,7 @@ def test_wrong_maps_and_scores_are_told(monkeypatch: pytest.MonkeyPatch, whole: 
         verify_seed(whole, CLASSES)
 
 
-def test_a_wrong_build_or_normalisation_is_told(monkeypatch: pytest.MonkeyPatch, whole: Any) -> None:
+def test_a_wrong_build_or_normalisation_is_reported(monkeypatch: pytest.MonkeyPatch, whole: Any) -> None:
     assert "normalisation 'none' is not one of" in told(monkeypatch, "normalisation", "none", whole)
 
     def build(self: Any, num_classes: int, earlier: dict[str, Network]) -> Any:
@@ -132,7 +133,7 @@ def test_a_phase_that_trains_nothing_has_no_loss_to_check(monkeypatch: pytest.Mo
     verify_seed([(name, still)], CLASSES)
 
 
-def test_wrong_labels_targets_and_scores_of_a_refiner_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_labels_targets_and_scores_of_a_refiner_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     cls = registry.REFINERS["psa"]
     recipe, right = cls.recipes["sample"], (cls.make_label, cls.refine)
 

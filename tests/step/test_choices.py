@@ -19,7 +19,7 @@ from voc12.catalog import load_data_sets
     ("--cam.fit.lrr", "Did you mean --cam.fit.lr"), ("--lr", "Did you mean --cam.fit.lr"),
     ("--refnier=psa", "Did you mean --refiner"),
 ])  # fmt: skip
-def test_a_wrong_flag_is_told_with_the_nearest(flag: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_flag_is_reported_with_the_nearest(flag: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_sample.main(["seam", flag, "1"]) == 2
     assert told in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""The data set as the steps see it: files, tags, masks, lists, and what is said of a damaged one."""
+"""The data set as the steps see it: files, tags, masks, lists, and errors for damaged data."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_names_of_parts_do_not_count() -> None:
     assert encode_tags(names_from_xml(text), ["head", "dog"]).tolist() == [0, 1]
 
 
-def test_names_that_are_no_class_are_told(voc: Path) -> None:
+def test_names_that_are_no_class_are_reported(voc: Path) -> None:
     write(voc / "Annotations/b.c.xml", xml("dog", "Dog", "Dog"))
     assert open_catalog("voc12", voc).check("train") == ["Objects whose names are no class are passed over: 'Dog' (2)."]
 

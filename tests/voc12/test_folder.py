@@ -1,4 +1,4 @@
-"""A folder of one's own images: what it may look like, what is made up, and what is said of a damaged one."""
+"""A folder of one's own images: accepted layouts, lists made up if missing, and errors for damaged folders."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_masks(own: Path) -> None:
     assert data.tags("sub/b.c").tolist() == [0, 1]
 
 
-def test_what_is_needed_is_told(own: Path) -> None:
+def test_what_is_needed_is_reported(own: Path) -> None:
     with pytest.raises(DataError, match="nowhere does not exist"):
         opened(own / "nowhere")
     (own / "labels.csv").unlink()

@@ -61,7 +61,7 @@ def test_sbd_maps(mask: list[list[int]], tmp_path: Path) -> None:
     assert read.dtype == np.uint8 and read.tolist() == mask
 
 
-def test_what_is_no_sbd_map_is_told(tmp_path: Path) -> None:
+def test_what_is_no_sbd_map_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "x.mat"
     cases: list[tuple[dict[str, Any], str]] = [
         ({"Segmentation": None}, "GTcls has no Segmentation .it has .*Boundaries"),
@@ -155,7 +155,7 @@ def test_difficult_objects_and_tags_of_masks(voc: Path, capsys: pytest.CaptureFi
     assert np.flatnonzero(open_catalog("voc12", root).tags("t2")).tolist() == [7]
 
 
-def test_every_missing_or_damaged_file_is_told(voc: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_missing_or_damaged_file_is_reported(voc: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = voc / "VOCdevkit" / "VOC2012"
     (root / "JPEGImages/t1.jpg").unlink()
     (root / "JPEGImages/s1.jpg").write_bytes(b"\xff\xd8 cut short")
@@ -257,7 +257,7 @@ def test_crowds_may_be_left_out_of_the_tags_and_ignored_in_the_masks(
     assert (mask[:, :8] == 2).all() and (mask[2:, 10:] == 255).all() and (mask[:2, 10:] == 2).all()
 
 
-def test_one_half_of_coco_is_enough_and_a_missing_image_is_told(
+def test_one_half_of_coco_is_enough_and_a_missing_image_is_reported(
     coco_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree(coco_root / "val2014")
@@ -345,7 +345,7 @@ def test_a_folder_gets_its_class_list_and_splits(own: Path, capsys: pytest.Captu
     assert status == 1 and "--overwrite" in text and open_catalog("folder", own).ids("val") == val
 
 
-def test_what_is_wrong_with_a_folder_is_told(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_wrong_with_a_folder_is_reported(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (own / "images/my 0.jpg").unlink()
     (own / "images/my 9.jpg").rename(own / "images/My 9.jpg")
     (own / "images/my 1.jpg").write_bytes(b"\xff\xd8 cut short")
@@ -364,7 +364,7 @@ def test_what_is_wrong_with_a_folder_is_told(own: Path, capsys: pytest.CaptureFi
     assert status == 1 and problems.count("PROBLEM") == 9 and "my 2" not in problems
 
 
-def test_large_photographs_are_told_with_the_remedy(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_large_photographs_are_reported_with_the_remedy(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "NOTE" not in run(capsys, "folder", "--root", own)[1]
     Image.new("L", (4000, 3000)).save(own / "images/my 0.jpg")
     status, text = run(capsys, "folder", "--root", own, "--no-decode")

@@ -116,7 +116,7 @@ def test_no_file_is_written_while_there_are_problems(tmp_path: Path, capsys: pyt
     assert status == 0 and (root / "classes.txt").read_text() == "cat\ndog\n"
 
 
-def test_a_class_without_image_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_class_without_image_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = folder(tmp_path, TAGS, classes="__ignore__\ncat\nghost\ndog\n")
     status, text = prepare(capsys, root)
     assert status == 0 and "no image of any list has the class __ignore__, ghost" in text
@@ -139,7 +139,7 @@ def test_val_share_leaves_a_training_image_of_every_class(tmp_path: Path) -> Non
 # ---------------------------------------------------------------------------------------------- lists
 
 
-def test_lists_that_meet_or_are_missing_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lists_that_meet_or_are_missing_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = folder(tmp_path / "my photos", TAGS)
     assert f"--root '{root}'" in prepare(capsys, root)[1]
     write(root / "splits/train.txt", "a\nb\n")
@@ -196,7 +196,7 @@ def test_masks_drawn_as_255_are_a_problem(tmp_path: Path, capsys: pytest.Capture
     assert prepare(capsys, root)[0] == 1
 
 
-def test_masks_of_other_classes_than_the_tags_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_masks_of_other_classes_than_the_tags_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = folder(tmp_path, TAGS, classes="cat\ndog\n")
     for name, value in zip("abc", (2, 1, 2), strict=True):
         mask(root / "masks" / f"{name}.png", value)
@@ -206,7 +206,7 @@ def test_masks_of_other_classes_than_the_tags_are_told(tmp_path: Path, capsys: p
     assert any(told in warning for warning in open_catalog("folder", root).check("train"))
 
 
-def test_masks_that_are_no_png_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_masks_that_are_no_png_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = folder(tmp_path, TAGS, classes="cat\ndog\n")
     (root / "masks").mkdir()
     Image.new("L", (6, 4)).save(root / "masks/a.jpg")
@@ -272,7 +272,7 @@ def test_pixels_of_an_unknown_range_are_refused(tmp_path: Path) -> None:
             read_image(tmp_path / "a.tif")
 
 
-def test_what_is_left_out_of_pictures_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_left_out_of_pictures_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = folder(tmp_path, TAGS)
     Image.fromarray(np.full((4, 6), 4000, np.uint16)).save(root / "images/deep.png")
     Image.new("RGBA", (6, 4)).save(root / "images/clear.png")
@@ -313,7 +313,7 @@ def voc(root: Path, *names: str, encoding: str = "utf-8", classes: str = "cat\nd
     return root
 
 
-def test_names_in_other_capitals_or_unknown_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_in_other_capitals_or_unknown_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = voc(tmp_path / "a", "cat", "Dog", "person")
     status, text = prepare(capsys, root, kind="voc12")
     assert status == 1 and "PROBLEM: objects whose names are no class, but for their capitals: 'Dog' (1; is it" in text

@@ -69,7 +69,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("text, told", WRONG.values(), ids=WRONG)
-def test_what_is_wrong_is_told(text: str | bytes, told: str, tmp_path: Path) -> None:
+def test_what_is_wrong_is_reported(text: str | bytes, told: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=told) as error:
         read(tmp_path, text)
     assert "labels.csv" in str(error.value)

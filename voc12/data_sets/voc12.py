@@ -90,7 +90,7 @@ class VocCatalog(Catalog):
         return [p for f in folders for p in walk_files(self.root, f) if os.path.splitext(p)[1].lower() in others]
 
     def index_objects(self) -> dict[str, str]:
-        """SegmentationObject."""
+        """Masks in SegmentationObject."""
         return _index_folder(self.root, "SegmentationObject", (".png",))
 
     def annotation_path(self, image_id: str) -> Path:

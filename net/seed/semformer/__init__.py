@@ -47,7 +47,7 @@ class SemFormerOptions(Options):
     """SemFormer: network, loss and map; the defaults are the published ones."""
 
     backbone: ViTOptions = field(default_factory=lambda: ViTOptions(image_size=448, drop_path=0.0))
-    """Transformer."""
+    """Options of the transformer."""
     dropout: DropProbability = 0.5
     """Probability, in training, that a patch is dropped before the mask head."""
     similarity_weight: Weight = 1.0
