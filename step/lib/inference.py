@@ -47,7 +47,7 @@ def walk_cam(
     refiner: Refiner, picture: Picture, cam: Cam, options: Any, machine: Machine, device: torch.device
 ) -> tuple[np.ndarray, Instances]:
     """Refine a CAM by the recipe's ``walk``: scores (K + 1, H, W) float32 of background and the CAM's K classes, and
-    the single objects, or None if the refiner does not separate objects."""
+    the single objects (none of them if the refiner does not separate objects)."""
     with torch.inference_mode(), autocast(machine, device):
         if refiner.finds_instances(options):
             return refiner.find_instances(picture.to(device), cam, options)
