@@ -8,7 +8,7 @@
 #                         ImageSets/Segmentation/{train,train_aug,val}.txt
 #              SEG_WEIGHTS   start of the segmentation network: a ResNet-101 that was trained on ImageNet, as in
 #                         scripts/semformer.sh (step 6; not looked at with --steps 1-5)
-#   packages   pip install -r requirements-clip.txt (the tokeniser; needed in step 1 only)
+#   packages   requirements-clip.txt (the tokeniser; needed in step 1 only) is installed by this script
 #   weights    OpenAI's ViT-B/16 is fetched by open_clip; without a way to the internet: --cam.weights FILE, either
 #              ViT-B-16.pt of OpenAI or open_clip_model.safetensors of timm/vit_base_patch16_clip_224.openai
 #   hardware   maps: one forward pass of a ViT-B at image size, and a pass back through its last block for each class;
@@ -29,4 +29,5 @@
 # On the sample set: python run_sample.py clipes. It has random weights, so that its maps mean nothing.
 set -euo pipefail
 . "$(dirname "$0")/system.sh" root seg -- "$@"
+. scripts/env.sh requirements-clip.txt
 launch clipes --data voc12 --root "$root" --seg.weights "$seg"

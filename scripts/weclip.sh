@@ -6,7 +6,7 @@
 #   command    scripts/weclip.sh VOC_ROOT [flags of run_sample.py]
 #              VOC_ROOT   VOCdevkit/VOC2012 with JPEGImages, Annotations, SegmentationClass(Aug) and
 #                         ImageSets/Segmentation/{train,train_aug,val}.txt
-#   packages   pip install -r requirements-clip.txt (the tokeniser; needed in step 1 only)
+#   packages   requirements-clip.txt (the tokeniser; needed in step 1 only) is installed by this script
 #   weights    OpenAI's ViT-B/16 is fetched by open_clip; without a way to the internet: --cam.weights FILE, either
 #              ViT-B-16.pt of OpenAI or open_clip_model.safetensors of timm/vit_base_patch16_clip_224.openai
 #   switch     --cam.network.switch published: the decoder takes part in the maps after 30.5 % of the training, as the
@@ -23,4 +23,5 @@
 # that its masks mean nothing.
 set -euo pipefail
 . "$(dirname "$0")/system.sh" root -- "$@"
+. scripts/env.sh requirements-clip.txt
 launch weclip --data voc12 --root "$root"

@@ -39,7 +39,8 @@ if [ "$1" != -m ] || [ "$2" = torch.distributed.run ]; then for word in "$@"; do
 def room(tmp_path: Path) -> Path:
     """A checkout whose Python prints its arguments, a line each."""
     shutil.copytree(ROOM / "scripts", tmp_path / "room" / "scripts")
-    shutil.copy(ROOM / "requirements.txt", tmp_path / "room")
+    for name in ("requirements.txt", "requirements-clip.txt"):
+        shutil.copy(ROOM / name, tmp_path / "room")
     python = tmp_path / "room" / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(PYTHON)

@@ -19,6 +19,7 @@ from misc.score import wsol
 from misc.score.evaluate import InstanceScores, Scores, evaluate_cams, evaluate_instances, evaluate_masks
 from misc.score.objects import Instances, read_instances, true_instances
 from net.contract import Phase, SeedRecipe
+from net.start_weights import NONE
 from step.lib.config import Config, Job
 
 
@@ -27,6 +28,8 @@ def start_weights(phase: Phase, cam: SeedRecipe | None = None) -> str:
     training, the CAM network (made by the method ``cam``), or the released checkpoint that it is."""
     if phase.released:
         return f"released checkpoint {', '.join(Path(file).name for file in phase.released_files)}, as it is"
+    if phase.network.keeps_start_weights and phase.start.word == NONE:
+        return "random, and partly never trained: these results mean nothing"
     return phase.start.tell(phase.init, None if cam is None else start_weights(cam.phases()[-1][1]))
 
 
