@@ -21,6 +21,7 @@ if __name__ == "__main__" and (answered := commandline.answer_early(Path(__file_
     sys.exit(answered)  # before PyTorch is imported, which takes seconds
 
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -28,6 +29,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
+from misc.files.atomic import remove_leftovers
 from misc.files.camfiles import read_cam
 from misc.files.ids import IdReader, file_of_id, read_ids
 from misc.files.images import read_mask
@@ -274,7 +276,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = evaluate(options)
         if options.json is not None:
+            remove_leftovers([options.json])
             write_json(options.json, result)
+    except BrokenProcessPool:
+        print(
+            "evaluation.py: a worker process died (often: out of memory). Start again, with fewer --workers.",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        print("evaluation.py: interrupted, nothing is written.", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"evaluation.py: {error}", file=sys.stderr)
         return 1

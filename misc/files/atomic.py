@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 SUFFIX = ".part"
 """Suffix of files that are being written."""
 
+_LONGEST_NAME = 190
 _OLD = 24 * 3600
 _LONGEST_WAIT = 300
 
@@ -39,7 +40,8 @@ def writing(path: Path) -> Iterator[BinaryIO]:
     """Open a binary file for writing; it gets its name only when the block ends without an error. Raises DiskFull."""
     path = Path(path)
     # the writer's host and process id tell remove_leftovers whether it lives
-    beside = path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{SUFFIX}")
+    start = path.name.encode()[:_LONGEST_NAME].decode(errors="ignore")  # what is put around it must fit too
+    beside = path.with_name(f".{start}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{SUFFIX}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
@@ -51,7 +53,7 @@ def writing(path: Path) -> Iterator[BinaryIO]:
         beside.unlink(missing_ok=True)
         cause: BaseException | None = error
         while cause is not None:  # zip writers raise their own error on top of the disk's
-            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise DiskFull(
                     cause.errno, f"No disk space left while writing {path}. Free some and start the same command again"
                 ) from error

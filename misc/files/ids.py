@@ -111,7 +111,7 @@ class IdReader:
         self.known = known
         self._is_folder = is_folder or _folders_of(known).__contains__
         self._anywhere = roots is None
-        forms = [form for root in roots or () for form in (Path(os.path.abspath(root)), root.resolve())]
+        forms = [form for root in roots or () for form in (os.path.abspath(root), os.path.realpath(root))]
         self._roots = [composed(str(form)) for form in forms]
 
     def __call__(self, line: str) -> str:

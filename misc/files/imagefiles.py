@@ -31,9 +31,9 @@ def find_images(words: Sequence[str], leave_out: Path | None = None) -> dict[str
     found: dict[Path, str] = {}  # the file itself -> its name below its folder
     paths: dict[Path, Path] = {}
     for word in words:
-        for path, name in _named(word, None if leave_out is None else leave_out.resolve()):
-            paths.setdefault(path.resolve(), path)
-            found.setdefault(path.resolve(), name)
+        for path, name in _named(word, None if leave_out is None else real_path(leave_out)):
+            paths.setdefault(real_path(path), path)
+            found.setdefault(real_path(path), name)
     if not found:
         raise ValueError(
             f"There is no image in {', '.join(words)}: give files, folders or globs of {', '.join(IMAGE_SUFFIXES)}."
@@ -50,6 +50,11 @@ def find_images(words: Sequence[str], leave_out: Path | None = None) -> dict[str
             )
         images[image_id] = paths[file]
     return images
+
+
+def real_path(path: Path) -> Path:
+    """Where a path leads, links followed; links in circles are left as they are."""
+    return Path(os.path.realpath(path))
 
 
 def safe_name(name: str) -> str:
@@ -69,13 +74,13 @@ def _named(word: str, leave_out: Path | None) -> Iterator[tuple[Path, str]]:
         for match in map(Path, sorted(glob.glob(word, recursive=True))):
             if match.is_dir():
                 continue
-            if match.suffix.lower() in IMAGE_SUFFIXES and not _inside(match.resolve(), leave_out):
+            if match.suffix.lower() in IMAGE_SUFFIXES and not _inside(real_path(match), leave_out):
                 yield match, match.name
 
 
 def _below(folder: Path, leave_out: Path | None) -> Iterator[tuple[Path, str]]:
     for top, inner, names in os.walk(folder):
-        inner[:] = sorted(n for n in inner if not n.startswith(".") and not _inside(Path(top, n).resolve(), leave_out))
+        inner[:] = sorted(n for n in inner if not n.startswith(".") and not _inside(real_path(Path(top, n)), leave_out))
         for name in sorted(names):
             if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith("."):
                 path = Path(top, name)

@@ -4,7 +4,10 @@ dicts."""
 from __future__ import annotations
 
 import io
+import math
+import os
 import pickle
+import pickletools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from misc.files.store import reading
+from misc.files.store import check_array_header, reading
 
 
 class _Dtype:
@@ -45,6 +48,8 @@ def _scalar(dtype: _Dtype, content: bytes) -> Any:
 
 
 def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> np.ndarray:
+    if math.prod(size) > len(storage):
+        raise pickle.UnpicklingError(f"it holds a tensor of shape {tuple(size)} in {len(storage)} numbers")
     return torch.empty(0, dtype=storage.dtype).set_(storage, offset, size, stride).numpy()
 
 
@@ -74,13 +79,25 @@ def read_pickled(path: Path) -> Any:
     Raises FileNotFoundError; ValueError for a damaged file or any object but arrays, dicts, strings and numbers.
     """
     with reading(path, "", "", "replace it"), open(path, "rb") as file:
-        version = np.lib.format.read_magic(file)
-        shape, _, dtype = _header(file, version)
+        dtype = check_array_header(file, os.fstat(file.fileno()).st_size)
+        start = file.tell()
+        file.seek(0)
+        shape = _header(file, np.lib.format.read_magic(file))[0]
         if not dtype.hasobject:
             file.seek(0)
             return np.load(file, allow_pickle=False)
+        _check_memo(file.read())
+        file.seek(start)
         value = _Unpickler(file).load()
     return value.item() if isinstance(value, np.ndarray) and shape == () else value
+
+
+def _check_memo(content: bytes) -> None:
+    """ValueError where the pickle remembers things under numbers of which it has no use: the table of them would fill
+    the memory."""
+    for number, (operation, argument, _) in enumerate(pickletools.genops(content)):
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > max(255, number):
+            raise ValueError(f"it asks for {argument} places to remember things")
 
 
 def _header(file: BinaryIO, version: tuple[int, int]) -> tuple[tuple[int, ...], bool, np.dtype]:

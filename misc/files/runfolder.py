@@ -19,6 +19,7 @@ import torch
 from misc import distributed
 from misc.files import atomic, store
 from misc.files.ids import checked_id
+from misc.files.schema import Each, Number
 
 
 class OtherConfiguration(ValueError):
@@ -99,7 +100,7 @@ class RunFolder:
     def record(self) -> dict[str, Any]:
         """Content of run.json ({} for a new folder)."""
         path = self.root / "run.json"
-        return store.read_json(path) if path.exists() else {}
+        return store.read_json(path, _RECORD) if path.exists() else {}
 
     def begin(self, config: dict[str, Any], machine: dict[str, Any], data: dict[str, Any], force: bool) -> None:
         """Record what this run is; called once before any work, by every process.
@@ -235,7 +236,7 @@ class RunFolder:
     def scores(self) -> dict[str, dict[str, Any]]:
         """Every recorded score by name."""
         path = self.root / "scores.json"
-        return store.read_json(path) if path.exists() else {}
+        return store.read_json(path, _SCORES) if path.exists() else {}
 
     def add_score(self, name: str, score: dict[str, Any]) -> None:
         """Record a score with its provenance, and the step that runs, under a name (replacing one of the same name)."""
@@ -277,3 +278,19 @@ def _peak() -> dict[str, float]:
     if torch.cuda.is_available():
         peak["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
     return peak
+
+
+_STEP = {"?done": bool, "?seconds": Number(0), "?peak_memory_mb": Number(0)}
+_RECORD = {
+    "config": dict, "data": dict, "?machine": dict, "?steps": Each(_STEP), "?command": [str], "?versions": Each(str),
+    "?git_commit": str,
+}  # fmt: skip
+_PERCENT = Number(0, 100, none=True)
+_CLASS = {"name": str, "?iou": _PERCENT, "?precision": _PERCENT, "?recall": _PERCENT, "?boundary_iou": _PERCENT}
+_SCORES = Each(
+    {
+        "?step": str, "?split": str, "?images": Number(0, whole=True), "?threshold": Number(0, 1, none=True),
+        "?miou": _PERCENT, "?boundary_miou": _PERCENT, "?classes": [_CLASS], "?confusion": [[Number(0, whole=True)]],
+        "?curve": [{"threshold": Number(0, 1), "miou": _PERCENT}],
+    }
+)  # fmt: skip

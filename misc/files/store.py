@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import stat
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
 from misc.files.atomic import writing
+from misc.files.schema import Form, find_fault
 
 LARGEST_TEXT = 256 << 20
 """Bytes of the largest list, table or JSON of our own that is read."""
@@ -70,10 +73,15 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON; FileNotFoundError, ValueError for a damaged file."""
+def read_json(path: Path, form: Form = None) -> Any:
+    """Read JSON of a form (misc/files/schema.py); FileNotFoundError, ValueError for a damaged file or another form."""
     with reading(path, "", "", "delete it and run again"):
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        check_file(path, LARGEST_TEXT)
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        fault = find_fault(value, form)
+        if fault:
+            raise ValueError(fault)
+        return value
 
 
 def write_weights(path: Path, value: Any) -> None:
@@ -104,13 +112,26 @@ def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     stored = read_weights(path)
     try:
-        return stored["model"], dict(json.loads(stored["description"]))
-    except (KeyError, TypeError, ValueError, IndexError):
+        state, description = stored["model"], dict(json.loads(stored["description"]))
+    except (RecursionError, AttributeError, KeyError, TypeError, ValueError, IndexError):
         raise ValueError(
             f"{path} doesn't say which network and classes it is of: it was written by another project, or by an early "
             "version of this one. Train with this version (a run's weights/*.pt do say it); foreign weights can be "
             "what such a training starts from (--seg.weights FILE)."
         ) from None
+    check_finite(path, state)
+    return state, description
+
+
+def check_finite(path: Path, state: Any) -> None:
+    """ValueError where a state dict holds anything but real, finite tensors by name."""
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is damaged: its weights are a {type(state).__name__}. Give another file.")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.is_complex():
+            raise ValueError(f"{path} is damaged: {name!r} is no tensor of real numbers. Give another file.")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{path} is damaged: {name} holds values that are not finite. Give another file.")
 
 
 @lru_cache
@@ -135,9 +156,34 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
         np.savez_compressed(file, **arrays)
 
 
+_LARGEST_ARRAYS = 2 << 30
+
+
+def _check_npz(file: BinaryIO) -> None:
+    """ValueError where an npz file would unfold to gigabytes, or a header claims another size than its data has."""
+    with zipfile.ZipFile(file) as packed:
+        if sum(part.file_size for part in packed.infolist()) > _LARGEST_ARRAYS:
+            raise ValueError(f"its arrays have more than {_LARGEST_ARRAYS >> 30} GB")
+        for part in packed.infolist():
+            with packed.open(part) as array:
+                check_array_header(array, part.file_size)
+    file.seek(0)
+
+
+def check_array_header(file: Any, size: int) -> np.dtype:
+    """Type of the array in an opened npy file of ``size`` bytes; ValueError where its header claims more than that."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    if not dtype.hasobject and (min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > size):
+        raise ValueError(f"an array claims the shape {shape}, more than its {size} bytes hold")
+    return dtype
+
+
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Read an npz file of plain arrays; FileNotFoundError, ValueError for a damaged file or one with objects."""
     remedy = "delete it and start the command that makes it again"
     with reading(path, "", ": run the step that makes it first", remedy), open(path, "rb") as file:
+        _check_npz(file)
         with np.lib.npyio.NpzFile(file, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}

@@ -24,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from misc import distributed
 from misc.config import Fit, Machine
 from misc.files import store
+from misc.loop.each import WorkerDied
 from misc.loop.progress import Progress
 from misc.loop.trainable import Batch, Trainable
 
@@ -257,9 +258,14 @@ def fit(
         description = {**description, "rating": {"last": last, "selected": float(kept["score"])}}
     keep(network, device, machine, weights, description, finish)
     if main:
-        for done in (resume, best):
-            done.unlink(missing_ok=True)
+        remove_points(weights)
     distributed.barrier()
+
+
+def remove_points(weights: Path) -> None:
+    """Remove what only an unfinished training of these weights needs."""
+    for done in (resume_point(weights), _best_point(weights)):
+        done.unlink(missing_ok=True)
 
 
 def keep(
@@ -289,7 +295,15 @@ def _wrap(network: Trainable, machine: Machine, device: torch.device) -> nn.Modu
 
 
 def _take(stream: Iterator[Batch], count: int) -> list[Batch]:
-    return [next(stream) for _ in range(count)]
+    try:
+        return [next(stream) for _ in range(count)]
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise WorkerDied(
+            "A worker process that reads images died (often: out of memory). Start the same command again, with fewer "
+            "--machine.workers if it happens again."
+        ) from None
 
 
 def _to(batch: Batch, device: torch.device, machine: Machine) -> Batch:
@@ -381,7 +395,11 @@ def _resume(
     if not path.exists():
         return 0
     state = store.read_weights(path)
-    there, now = json.loads(state.get("identity", "{}")), json.loads(identity)
+    now = json.loads(identity)
+    try:
+        there = dict(json.loads(state["identity"]))
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
+        raise ValueError(f"{path} is no resume point: delete it to train from the start.") from None
     differing = [k for k in {**there, **now} if there.get(k) != now.get(k)]
     if differing:
         shown = "; ".join(f"{k} was {there.get(k)!r}, is {now.get(k)!r}" for k in differing[:5])
@@ -389,12 +407,20 @@ def _resume(
             f"{path} is the resume point of another training ({shown}). Delete it to train from the start, or use the "
             "settings it was made with."
         )
-    network.load_state_dict(state["network"])
-    for (optimiser, _), stored in zip(rules, state["optimisers"], strict=True):
-        optimiser.load_state_dict(stored)
-    if state["scaler"]:  # empty if it was saved without fp16
-        scaler.load_state_dict(state["scaler"])
-    return int(state["step"])
+    try:
+        step, total = int(state["step"]), now["updates"]
+        if not 0 < step < total:
+            raise ValueError(f"its update {step} is not one of {total}")
+        store.check_finite(path, state["network"])
+        network.load_state_dict(state["network"])
+        for (optimiser, _), stored in zip(rules, state["optimisers"], strict=True):
+            optimiser.load_state_dict(stored)
+        if state["scaler"]:  # empty if it was saved without fp16
+            scaler.load_state_dict(state["scaler"])
+    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, IndexError) as error:
+        told = str(error).split("\n")[0]
+        raise ValueError(f"{path} is damaged ({told}): delete it to train from the start.") from None
+    return step
 
 
 def _check_weights(network: Trainable, step: int, name: str) -> None:

@@ -8,6 +8,7 @@ overlays/ID.jpg, and optional files.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -198,7 +199,8 @@ def _each_image(
 
     def done(image_id: str) -> bool:
         mask, image = folder.file("masks", image_id, "png"), images[image_id]
-        return not folder.redo and mask.exists() and image.exists() and mask.stat().st_mtime >= image.stat().st_mtime
+        there = os.path.exists(mask) and os.path.exists(image)  # False for names that are too long
+        return not folder.redo and there and mask.stat().st_mtime >= image.stat().st_mtime
 
     def prepare(image_id: str) -> tuple[np.ndarray, np.ndarray]:
         image = read_image(images[image_id])

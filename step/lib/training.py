@@ -15,7 +15,7 @@ from misc.files.ids import checked_id
 from misc.files.images import read_image, read_mask
 from misc.files.store import write_model
 from misc.image.pixels import normalise_image, to_tensor
-from misc.loop.fit import divide, fit, keep
+from misc.loop.fit import divide, fit, keep, remove_points
 from misc.loop.trainable import Batch
 from net.contract import Network, Phase
 from net.model import Part, describe_network
@@ -62,6 +62,8 @@ def train(
     recipe = phase.fit
     if all(distributed.joined([job.run.weights(name).exists()])):
         distributed.say(f"{name}: trained already.")
+        if distributed.is_main():
+            remove_points(job.run.weights(name))  # a training that was killed at its very end leaves them
         return
     if phase.released:
         if distributed.is_main():

@@ -273,7 +273,7 @@ def test_one_half_of_coco_is_enough_and_a_missing_image_is_reported(
 COCO_FAULTS: dict[str, tuple[Any, str]] = {
     "json": ("{", "is damaged"),
     "kind": ({"images": [], "annotations": []}, "is no instances file: it lacks one of the lists"),
-    "entry": ({"images": [{"id": 1}], "annotations": [], "categories": CATEGORIES}, "an entry lacks 'file_name'"),
+    "entry": ({"images": [{"id": 1}], "annotations": [], "categories": CATEGORIES}, "lacks 'file_name'"),
     "image": ({"images": [], "annotations": [{"id": 7, "image_id": 1, "category_id": 1}], "categories": CATEGORIES},
               "annotation 7 is of image 1, which the file does not list"),
 }  # fmt: skip

@@ -60,7 +60,7 @@ def test_another_seed_gives_other_pictures() -> None:
 def test_smaller_set_is_a_prefix(sample: Path, tmp_path: Path) -> None:
     generate(tmp_path / "small", images=4, val=2, classes=3, seed=5)
     whole, small = digests(sample), digests(tmp_path / "small")
-    shared = [name for name in small if name.split("/")[0] not in ("ImageSets", "sample.json")]
+    shared = [name for name in small if name.split("/")[0] not in ("ImageSets", "sample.json", ".lock")]
     assert len(shared) == 6 * 5 + 1  # five files an image, and classes.txt
     assert all(small[name] == whole[name] for name in shared)
     for split in ("train", "val"):

@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from misc.files import store
+from misc.files import atomic, store
 from misc.image.draw import palette
 from voc12.generated.draw import SPLIT_YEARS, DrawnPicture, draw_picture, draw_saliency
 from voc12.generated.marks import MARKS, class_names
@@ -82,9 +82,9 @@ def _claim(root: Path, wanted: dict[str, object]) -> bool:
                 told = ", ".join(f"{k} is {found.get(k)}, asked for {wanted.get(k)}" for k in fields)
                 raise FileExistsError(f"{root}: a sample set with other parameters ({told}); {remedy}")
             return record.suffix == ".json"
-    if root.exists() and any(root.iterdir()):
+    # a lock, and what a killed process left half written, are not anything else
+    if root.exists() and any(p.name != ".lock" and not p.name.endswith(atomic.SUFFIX) for p in root.iterdir()):
         raise FileExistsError(f"{root}: neither empty nor a sample set; {remedy}")
-    store.write_json(root / "sample.json.part", wanted)
     return False
 
 
@@ -129,11 +129,16 @@ def generate(
         wanted["layout"] = layout
     if _claim(root, wanted):
         return
-    if layout == "cub":
-        _write_cub(root, {"train": images, "val": val}, names, seed, long_side)
-    else:
-        _write_voc(root, {"train": images, "val": val}, names, seed, long_side)
-    os.replace(root / "sample.json.part", root / "sample.json")
+    with atomic.locked(root / ".lock"):  # two commands may begin at once on a set that is not there yet
+        if _claim(root, wanted):
+            return
+        atomic.remove_leftovers([root])
+        store.write_json(root / "sample.json.part", wanted)
+        if layout == "cub":
+            _write_cub(root, {"train": images, "val": val}, names, seed, long_side)
+        else:
+            _write_voc(root, {"train": images, "val": val}, names, seed, long_side)
+        os.replace(root / "sample.json.part", root / "sample.json")
 
 
 def _write_voc(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from misc.files import atomic
 from misc.files.ids import id_of_file
 from misc.files.images import write_mask
 from voc12.data_sets.coco14 import YEAR_FOLDERS, Coco14Catalog
@@ -82,6 +83,7 @@ def prepare_coco14(
         if masks:
             folder = root / "SegmentationClass" / year
             work = _Render(instances, numbers, folder, crowd_masks)
+            atomic.remove_leftovers([folder])
             there = {path.stem for path in folder.glob("*.png")}
             findings.work(f"masks of {year}", list(numbers), work, workers, there.__contains__)
     if not lists:

@@ -15,6 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from pycocotools import mask as rle
 
+from misc.files.schema import Number, find_fault
+from misc.files.store import check_file
 from misc.image.labels import IGNORE
 from voc12.tags import DataError, checked_classes
 
@@ -73,12 +75,46 @@ def _region(thing: dict[str, Any], height: int, width: int) -> np.ndarray:
     if isinstance(shape, list):
         if not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in shape):
             raise DataError(f"{where}: a polygon is a list of x and y in turn, at least three points.")
+        # the decoder draws every step of an outline, far outside the image too
+        fault = find_fault(shape, [[Number(-_FAR * max(height, width), _FAR * max(height, width))]], "segmentation")
+        if fault:
+            raise DataError(f"{where}: {fault} (the image is {height} x {width}).")
         coded = rle.merge(rle.frPyObjects(shape, height, width))
-    elif isinstance(shape["counts"], list):
-        coded = rle.frPyObjects(shape, height, width)
-    else:
-        coded = {"size": shape["size"], "counts": shape["counts"].encode()}
-    return rle.decode(coded).astype(bool)
+        return rle.decode(coded).astype(bool)
+    counts = shape.get("counts")
+    if isinstance(counts, str):
+        counts = _run_lengths(counts, height * width, where)
+    if find_fault(counts, [Number(0, whole=True)]) or sum(counts) != height * width:
+        raise DataError(f"{where}: its counts are no run lengths that add up to {height} x {width} pixels.")
+    values = np.arange(len(counts)) % 2 == 1
+    return np.repeat(values, counts).reshape(width, height).T
+
+
+_FAR = 10
+"""Sides of the image that a polygon may reach beyond it."""
+
+
+def _run_lengths(text: str, pixels: int, where: str) -> list[int]:
+    """Run lengths of COCO's compressed form: six bits a character, differences to the last but one from the "
+    "third on."""
+    counts: list[int] = []
+    value, shift = 0, 0
+    for letter in text.encode(errors="replace"):
+        bits = letter - 48
+        if not 0 <= bits < 64 or shift > 60:
+            raise DataError(f"{where}: its counts are no compressed run lengths.")
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            if bits & 16:
+                value -= 1 << shift
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value, shift = 0, 0
+            if counts[-1] > pixels:
+                raise DataError(f"{where}: its run lengths are more than the image has pixels.")
+    if shift:
+        raise DataError(f"{where}: its counts end too early.")
+    return counts
 
 
 def read_coco_annotations(path: Path) -> CocoAnnotations:
@@ -89,18 +125,31 @@ def read_coco_annotations(path: Path) -> CocoAnnotations:
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
+            check_file(path)
             content = json.load(file)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: put COCO's annotations there, or say --annotations DIR.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}): unpack or download it again.") from None
     lists = ("images", "annotations", "categories")
     if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in lists):
         raise DataError(f"{path} is no instances file: it lacks one of the lists {', '.join(lists)}.")
+    fault = find_fault({name: content[name] for name in lists}, _INSTANCES)
+    if fault:
+        raise DataError(f"{path} is no instances file: {fault}.")
     try:
         return _collect(path, content)
     except KeyError as error:
         raise DataError(f"{path} is no instances file: an entry lacks {error}.") from None
+
+
+_ID = Number(-(2**63), 2**63, whole=True)
+_SIDE = Number(1, 65535, whole=True)
+_INSTANCES = {
+    "images": [{"id": _ID, "file_name": str, "height": _SIDE, "width": _SIDE}],
+    "annotations": [{"image_id": _ID, "category_id": _ID, "?iscrowd": Number(0, 1)}],
+    "categories": [{"id": _ID, "name": str}],
+}
 
 
 def _collect(path: Path, content: dict[str, Any]) -> CocoAnnotations:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from misc.files import store
+from misc.files import atomic, store
 from misc.files.images import jpeg_bytes, read_image, read_mask, write_mask
 from misc.image.pixels import resize_image, resize_mask, scaled_size
 from voc12.catalog import Catalog
@@ -54,6 +54,7 @@ def shrink_folder(
     findings = Findings(overwrite)
     catalog = FolderCatalog("folder", root)
     work = _Shrink(catalog, out, long_side)
+    atomic.remove_leftovers([out])
     findings.work("shrinking", sorted(catalog.images), work, workers, lambda i: work.image(i).exists())
     for path in [root / "labels.csv", root / "classes.txt", *sorted((root / "splits").glob("*.txt"))]:
         if path.is_file():

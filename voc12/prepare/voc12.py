@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from misc.files import atomic
 from misc.files.images import write_mask
 from voc12 import tags as tags_of
 from voc12.catalog import Catalog
@@ -82,6 +83,7 @@ def prepare_voc12(
         ids = sorted(path.stem for path in source.glob("*.mat") if path.stem not in official)
         print(f"SBD: {len(ids)} maps in {source} for images without an official mask")
         work = _Convert(source, catalog)
+        atomic.remove_leftovers([catalog.root / "SegmentationClassAug"])
         findings.work("SBD masks", ids, work, workers, lambda i: aug_mask_path(catalog, i).exists())
         catalog = VocCatalog("voc12", catalog.root)
     lists: dict[str, list[str]] = {}
