@@ -61,8 +61,8 @@ def checked_id(image_id: str) -> str:
         raise ValueError(f"Image id {image_id!r} is not allowed: ids are file names inside the data folder.")
     if _DRIVE.match(image_id) or (os.name == "nt" and ":" in image_id):
         raise ValueError(f"Image id {image_id!r} is not allowed: its ':' reads as a drive. Rename the file.")
-    if "\0" in image_id or image_id in (".",):
-        raise ValueError(f"Image id {image_id!r} is not allowed.")
+    if image_id == "." or any(mark in image_id for mark in "\0\n\r"):  # a list has one name a line
+        raise ValueError(f"Image id {image_id!r} is not allowed: rename the file.")
     return image_id
 
 

@@ -152,6 +152,7 @@ WRONG_SHAPES = {
     "too short": {"size": [4, 6], "counts": [3, 4]},
     "negative": {"size": [4, 6], "counts": [30, -6]},
     "none": {"size": [4, 6]},
+    "size of another type": {"size": -9, "counts": [24]},
     "cut": {"size": [4, 6], "counts": "a~"},
     "long": {"size": [4, 6], "counts": "oooooo0"},
 }

@@ -50,3 +50,5 @@ def test_a_colon_is_part_of_a_name_unless_it_reads_as_a_drive() -> None:
     assert checked_id("shot 10:00:01") == "shot 10:00:01"
     with pytest.raises(ValueError, match="its ':' reads as a drive"):
         checked_id("c:d")
+    with pytest.raises(ValueError, match="not allowed"):
+        checked_id("a\nb")

@@ -70,7 +70,7 @@ def _region(thing: dict[str, Any], height: int, width: int) -> np.ndarray:
         return np.zeros((height, width), bool)  # only a box is known
     if not isinstance(shape, (list, dict)):
         raise DataError(f"{where}: its segmentation is a {type(shape).__name__}, not polygons or run lengths.")
-    if isinstance(shape, dict) and list(shape.get("size", ())) != [height, width]:
+    if isinstance(shape, dict) and shape.get("size") != [height, width]:
         raise DataError(f"{where}: its run lengths are of size {shape.get('size')}, the image is {height} x {width}.")
     if isinstance(shape, list):
         if not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in shape):
