@@ -24,7 +24,17 @@ from misc.image.labels import IGNORE
 from misc.image.picture import Picture, truncate_values_to_image
 from misc.image.pixels import NORMALISATIONS
 from misc.loop.trainable import Batch
-from net.contract import AffinityNetwork, Network, Phase, RefineRecipe, SeedNetwork, Segmenter, SingleStage
+from net.contract import (
+    AffinityNetwork,
+    Network,
+    Phase,
+    Refiner,
+    RefineRecipe,
+    RefineSettings,
+    SeedNetwork,
+    Segmenter,
+    SingleStage,
+)
 
 _TINY = (64, 224)
 """Image sides to try: the first one that a network accepts; if none, that of the training crop."""
@@ -54,38 +64,33 @@ def verify_seed(phases: Sequence[tuple[str, Phase]], num_classes: int) -> None:
 
         _check_map(network, "cam", maps, phase, num_classes)
         with torch.no_grad():
-            scores = _asked(network, "classify", lambda images: network.classify(images, num_classes), phase)
+            scores = _asked(network, "classify", lambda images: network.classify(images, num_classes), _sides(phase))
             _check_shape(network, "classify", scores, (1, num_classes))
             if isinstance(network, SingleStage):
                 _check_map(network, "logits", network.logits, phase, num_classes + 1)
 
 
-def verify_refiner(cls: type[AffinityNetwork], recipe: RefineRecipe, num_classes: int) -> None:
-    """Check labels, losses and scores of a refiner. Raises as ``verify_seed``."""
+def verify_refiner(cls: type[Refiner], recipe: RefineSettings, num_classes: int) -> None:
+    """Check the scores of a refiner; if it is trained, its labels and losses too. Raises as ``verify_seed``."""
     with _undisturbed():
-        network = _built(recipe, num_classes, {})
-        made: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-
-        def labels(size: int) -> Batch:
-            picture = np.zeros((size, size, 3), np.uint8)
-            picture[: size // 2] = 255
-            made[size] = cls.make_label(picture, _cam(num_classes, (size, size)), recipe.label)
-            return {**_tags(num_classes), "target": torch.from_numpy(np.stack([cls.make_target(made[size][1])] * 2))}
-
-        _check_losses(network, recipe, labels)
-        for size, (picture, planes) in made.items():
-            _check_shape(network, "make_label (picture)", picture, (size, size))
-            _check_shape(network, "make_label (planes)", planes, (planes.shape[0], size, size))
+        if issubclass(cls, AffinityNetwork):
+            assert isinstance(recipe, RefineRecipe)
+            refiner = _built(recipe, num_classes, {})
+            _check_affinity_training(refiner, recipe, num_classes)
+            refiner.eval()
+            sides = _sides(recipe)
+        else:
+            refiner, sides = cls(), _TINY[:1]
 
         def scores(images: Tensor) -> Any:
-            picture = Picture(truncate_values_to_image(images[0], network.normalisation), images[0])
-            return network.refine(picture, _cam(num_classes, picture.size), recipe.walk)
+            picture = Picture(truncate_values_to_image(images[0], refiner.normalisation), images[0])
+            return refiner.refine(picture, _cam(num_classes, picture.size), recipe.walk)
 
-        refined = _asked(network.eval(), "refine", scores, recipe)
+        refined = _asked(refiner, "refine", scores, sides)
         classes = len(_cam(num_classes, (8, 8)).keys)
-        _check_shape(network, "refine", refined, (classes + 1, *refined.shape[1:]))
+        _check_shape(refiner, "refine", refined, (classes + 1, *refined.shape[1:]))
         if refined.shape[2] - refined.shape[1] != _WIDER:
-            raise ValueError(f"{_file(network)}: the scores of refine do not have the height and width of the image.")
+            raise ValueError(f"{_file(refiner)}: the scores of refine do not have the height and width of the image.")
 
 
 def verify_segmenter(phase: Phase, num_classes: int) -> None:
@@ -180,17 +185,33 @@ def _sides(phase: Phase) -> list[int]:
     return [*(side for side in _TINY if side < crop), crop]
 
 
-def _asked(network: Network, what: str, call: Callable[[Tensor], Any], phase: Phase) -> Any:
+def _asked(thing: Network | Refiner, what: str, call: Callable[[Tensor], Any], sides: Sequence[int]) -> Any:
     """The result of ``call`` for one image that is not square. If it fails, a ValueError names the method's file."""
-    for side in _sides(phase):
+    for side in sides:
         try:
             return call(torch.linspace(-1, 1, 3 * side * (side + _WIDER)).view(1, 3, side, side + _WIDER))
         except Exception as error:
             refused = error
     raise ValueError(
-        f"{_file(network)}: {type(network).__name__}.{what} fails on one image of {side} x {side + _WIDER} pixels with "
+        f"{_file(thing)}: {type(thing).__name__}.{what} fails on one image of {side} x {side + _WIDER} pixels with "
         f"{_words(refused)}."
     ) from refused
+
+
+def _check_affinity_training(network: AffinityNetwork, recipe: RefineRecipe, num_classes: int) -> None:
+    """Check the labels that an affinity network makes, and the losses of a training on them."""
+    made: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def labels(size: int) -> Batch:
+        picture = np.zeros((size, size, 3), np.uint8)
+        picture[: size // 2] = 255
+        made[size] = network.make_label(picture, _cam(num_classes, (size, size)), recipe.label)
+        return {**_tags(num_classes), "target": torch.from_numpy(np.stack([network.make_target(made[size][1])] * 2))}
+
+    _check_losses(network, recipe, labels)
+    for size, (picture, planes) in made.items():
+        _check_shape(network, "make_label (picture)", picture, (size, size))
+        _check_shape(network, "make_label (planes)", planes, (planes.shape[0], size, size))
 
 
 def _check_losses(network: Network, phase: Phase, extra: Callable[[int], Batch]) -> None:
@@ -237,14 +258,14 @@ def _losses(network: Network, phase: Phase, side: int, progress: float, extra: B
 
 def _check_map(network: Network, what: str, call: Callable[[Tensor], Any], phase: Phase, channels: int) -> None:
     """Check that ``call`` gives a map (1, channels, h, w), h and w at least 1."""
-    maps = _asked(network, what, call, phase)
+    maps = _asked(network, what, call, _sides(phase))
     size = tuple(maps.shape[2:]) if isinstance(maps, Tensor) and maps.ndim == 4 and maps.numel() else ("h", "w")
     _check_shape(network, what, maps, (1, channels, *size))
 
 
-def _check_shape(network: Network, what: str, value: Any, wanted: tuple[Any, ...]) -> None:
+def _check_shape(thing: Network | Refiner, what: str, value: Any, wanted: tuple[Any, ...]) -> None:
     """Raise ValueError if an array or tensor has another shape."""
     shape = tuple(value.shape) if hasattr(value, "shape") else type(value).__name__
     if shape != wanted:
         text = ", ".join(map(str, wanted))
-        raise ValueError(f"{_file(network)}: {type(network).__name__}.{what} gives {shape}, but ({text}) is required.")
+        raise ValueError(f"{_file(thing)}: {type(thing).__name__}.{what} gives {shape}, but ({text}) is required.")

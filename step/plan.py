@@ -192,7 +192,8 @@ def verify_networks(job: Job, steps: Sequence[Step]) -> None:
     names, classes, cfg = {s.name for s in steps}, job.catalog.num_classes, job.cfg
     if "train_cam" in names and not cfg.cam.released:
         verify.verify_seed(cfg.cam.phases(), classes)
-    if "train_aff" in names and not cfg.aff.released:
+    trained = job.refine_method().is_trained
+    if ("train_aff" in names and not cfg.aff.released) if trained else "random_walk" in names:
         verify.verify_refiner(job.refine_method(), cfg.aff, classes)
     if "train_seg" in names and not cfg.seg.released:
         verify.verify_segmenter(cfg.seg, classes)
