@@ -21,6 +21,16 @@
 #
 # Layers weighted by entropy: train with --cam.network.pair-weight 0 in a run folder of its own, measure with
 # "python -m scripts.layer_entropy aream_conformer ..." and the same flags, and add what it prints to this command.
+#
+# COCO 2014 (no score was found; the recipe is the same):
+#
+#   python run_sample.py aream_conformer --preset published --data coco14 --root COCO \
+#       --cam.weights CONFORMER_PTH --aff.weights RES38_CLS --seg.weights RES38_CLS
+#
+# The authors' weights, used without training: add one of these to the command (no such file was at hand; more:
+# docs/results.md)
+#
+#   --cam.released checkpoint.pth --steps 1-2  train 70.69
 set -euo pipefail
 . "$(dirname "$0")/system.sh" root conformer classifier -- "$@"
 launch aream_conformer --data voc12 --root "$root" \

@@ -22,6 +22,13 @@
 #
 # Layers weighted by entropy: train with --cam.network.pair-weight 0 in a run folder of its own, measure with
 # "python -m scripts.layer_entropy aream_mctformer ..." and the same flags, and add what it prints to this command.
+#
+# COCO 2014: nothing was published for AReAM on MCTformer, only on Conformer: see scripts/aream_conformer.sh.
+#
+# The authors' weights, used without training: add one of these to the command (no such file was at hand; more:
+# docs/results.md)
+#
+#   --cam.released checkpoint_best.pth --steps 1-2  train 67.93
 set -euo pipefail
 . "$(dirname "$0")/system.sh" root classifier -- "$@"
 launch aream_mctformer --data voc12 --root "$root" --aff.weights "$classifier" --seg.weights "$classifier"

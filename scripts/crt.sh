@@ -17,6 +17,14 @@
 #   2 make_cam     train       57.7 mIoU (best background score)                               published
 #   5 random_walk  train       71.8                                                            published
 #   7 infer_seg    val         71.2; test: 71.7 (DeepLab v2, ResNet-101, COCO start)           published
+#
+# The authors' weights, used without training: add one of these to the command (no such file was at hand; more:
+# docs/results.md)
+#
+#   --cam.released deits_cam.pth,res152_cam.pth --steps 1-2                 train 57.7
+#   --cam.released deits_cam.pth,res152_cam.pth --aff.released res50_irn.pth --steps train_cam make_cam train_aff random_walk
+#       -> train 71.8
+#   --seg.released checkpoint_final.pth --steps train_seg infer_seg         val 71.2
 set -euo pipefail
 . "$(dirname "$0")/system.sh" root coco -- "$@"
 launch crt --data voc12 --root "$root" --seg.weights "$coco"

@@ -18,6 +18,13 @@
 #   5 random_walk  train    37.7 AP50 of objects (32.4 to 35.7)    paper, issues
 #   7 infer_seg    val      63.5 mIoU, DeepLab on ResNet-50; here  paper
 #                           DeepLab v2 on ResNet-101: not comparable
+#
+# The authors' weights, used without training: add one of these to the command (no such file was at hand; more:
+# docs/results.md)
+#
+#   --cam.released res50_cam.pth --steps 1-2                                train 48.3
+#   --cam.released res50_cam.pth --aff.released res50_irn.pth --steps train_cam make_cam train_aff random_walk
+#       -> train 66.5
 set -euo pipefail
 . "$(dirname "$0")/system.sh" root -- "$@"
 launch irn_cam --data voc12 --root "$root"

@@ -17,6 +17,18 @@
 #   5 random_walk  train                 -     69.1    76.2    papers (users of plus: 69.7 to 72.6; its settings were
 #                                                              never published, those of v2 are taken)
 #   7 infer_seg    val                   -     71.9    74.0    papers (a user's v2: 71.1)
+#
+# COCO 2014 (the paper's val: v2 42.0, plus 45.2; nothing after the CAMs was published for COCO, so steps 3 to 7 are VOC's
+# settings):
+#
+#   python run_sample.py mctformer --preset published --data coco14 --root COCO \
+#       --aff.weights RES38_CLS --seg.weights RES38_CLS
+#
+# The authors' weights, used without training: add one of these to the command (no such file was at hand; more:
+# docs/results.md)
+#
+#   --cam.released checkpoint.pth --steps 1-2                train: see the table
+#   --seg.released model_29.pth --steps train_seg infer_seg  val 71.9 (v2)
 set -euo pipefail
 . "$(dirname "$0")/system.sh" version= root classifier -- "$@"
 [ "$version" = v2 ] || preset=published_$version

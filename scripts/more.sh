@@ -23,6 +23,11 @@
 # ancestor, is taken. Steps 3 to 6 are not needed; with a refiner and a segmentation network: see scripts/toco.sh.
 #
 # On the sample set: python run_sample.py more.
+#
+# The authors' weights, used without training: add one of these to the command (no such file was at hand; more:
+# docs/results.md)
+#
+#   --cam.released model_iter_sota.pth --steps 1-2 infer_seg  val 76.4 (not said of which file)
 set -euo pipefail
 . "$(dirname "$0")/system.sh" root -- "$@"
 launch more --data voc12 --root "$root"

@@ -14,6 +14,13 @@
 #   2 make_cam     train       47.7 mIoU (released weights), 48.0         repository, paper
 #   5 random_walk  train       61.0 (released weights, alphas 4/16/32)    repository
 #   7 infer_seg    val         61.7, with the paper's ResNet38; here DeepLab v1 as SEAM re-trains it, so not comparable
+#
+# The authors' weights, used without training: add one of these to the command (no such file was at hand; more:
+# docs/results.md)
+#
+#   --cam.released res38_cls.pth --steps 1-2                                train 47.7
+#   --cam.released res38_cls.pth --aff.released resnet38_aff.pth --steps train_cam make_cam train_aff random_walk
+#       -> train 61.0
 set -euo pipefail
 . "$(dirname "$0")/system.sh" root params -- "$@"
 launch psa --data voc12 --root "$root" --cam.weights "$params" --aff.weights "$params" --seg.weights "$params"

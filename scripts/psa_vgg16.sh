@@ -14,6 +14,12 @@
 #   5 random_walk  train       59.6 (val 54.0; released, alphas 4/16/32)  repository
 #   7 infer_seg    val         58.4 with the paper's DeepLab on VGG16, which is not here: DeepLab v1 on ResNet38 takes its
 #                              place, so not comparable
+#
+# The authors' weights, used without training: add one of these to the command (no such file was at hand; more:
+# docs/results.md)
+#
+#   --cam.released FILE --steps 1-2                                         train 48.9
+#   --cam.released FILE --aff.released FILE --steps train_cam make_cam train_aff random_walk  train 59.6
 set -euo pipefail
 . "$(dirname "$0")/system.sh" root vgg params -- "$@"
 preset=published_vgg16

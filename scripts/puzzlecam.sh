@@ -21,6 +21,12 @@
 #
 # Difference from the published pipeline: that keeps the epoch that scores best against the PIXEL LABELS of train (CAM
 # network) and val (segmentation network); here the last one is kept unless --cam.selection train_miou is said.
+#
+# The authors' weights, used without training: add one of these to the command (no such file was at hand; more:
+# docs/results.md)
+#
+#   --cam.released FILE --steps 1-2                  train about 61.9 (resnest101e)
+#   --seg.released FILE --steps train_seg infer_seg  67.7 (resnest101e), 72.2 (resnest269e), set not named
 set -euo pipefail
 . "$(dirname "$0")/system.sh" root backbone= -- "$@"
 network=()

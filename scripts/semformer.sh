@@ -27,6 +27,11 @@
 #     python evaluation.py --list VOC_ROOT/ImageSets/Segmentation/train.txt --predict-dir runs/semformer-voc12/cam \
 #       --gt-dir VOC_ROOT/SegmentationClass --type npz --num-classes 21 --curve --start 0.1 --end 0.4 --step 0.01 \
 #       --erosion 7          (and without --erosion)
+#
+# The authors' weights, used without training: add one of these to the command (no such file was at hand; more:
+# docs/results.md)
+#
+#   --cam.released FILE --steps 1-2  train 63.7 (needs no autoencoder)
 set -euo pipefail
 . "$(dirname "$0")/system.sh" root weights -- "$@"
 launch semformer --data voc12 --root "$root" --seg.weights "$weights"

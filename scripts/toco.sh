@@ -29,6 +29,11 @@
 #       --aff.weights IMAGENET_PARAMS --seg.weights IMAGENET_PARAMS
 #
 # On the sample set: python run_sample.py toco.
+#
+# The authors' weights, used without training: add one of these to the command (no such file was at hand; more:
+# docs/results.md)
+#
+#   --cam.released checkpoints/model_iter_20000.pth --steps 1-2 infer_seg  val 71.1
 set -euo pipefail
 . "$(dirname "$0")/system.sh" root -- "$@"
 launch toco --data voc12 --root "$root"

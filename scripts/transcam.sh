@@ -19,6 +19,11 @@
 #   7 infer_seg    val         69.3 (a user's: 68.8); test: 69.6                    published
 #
 # Seeds vary by about 2 with the random seed, the author says; the published training sets none.
+#
+# The authors' weights, used without training: add one of these to the command (no such file was at hand; more:
+# docs/results.md)
+#
+#   --cam.released transcam_6485.pth --steps 1-2  train 64.85
 set -euo pipefail
 . "$(dirname "$0")/system.sh" root conformer params -- "$@"
 launch transcam --data voc12 --root "$root" \

@@ -27,6 +27,7 @@ from voc12.catalog import open_catalog
 load_methods()
 SYSTEMS = sorted(p.stem for p in (ROOM / "scripts").glob("*.sh") if "\nlaunch " in p.read_text())
 WORDS = {"VERSION": "plus", "METHOD": "crt", "BACKBONE": "resnest101e"}
+BACKBONES = {"getam": "deit_distilled"}
 PRESETS = {"mctformer": "published_plus", "crt_cub": "published_cub", "psa_vgg16": "published_vgg16"}
 """Arguments that are no paths."""
 
@@ -61,7 +62,8 @@ def test_a_script_runs_its_published_recipe(system: str, room: Path) -> None:
     short = call(room, system, *["x"] * (len(names) - 1))
     assert short.returncode == 2 and all(name in short.stdout for name in names) and "set -e" not in short.stdout
 
-    given = [WORDS.get(name, f"some folder/{name}") for name in names]  # relative to where it is called
+    words = {**WORDS, "BACKBONE": BACKBONES.get(system, WORDS["BACKBONE"])}
+    given = [words.get(name, f"some folder/{name}") for name in names]  # relative to where it is called
     (room.parent / "some folder").mkdir()
     told = call(room, system, *given, "--seed", "7", "--run", "a b")
     assert told.returncode == 0, told.stderr
@@ -76,6 +78,41 @@ def test_a_script_runs_its_published_recipe(system: str, room: Path) -> None:
         phases += [phase for phase in (cfg.aff, cfg.seg) if isinstance(phase, Phase)]
     weights = {phase.weights for phase in phases}
     assert places <= {str(cfg.root), str(cfg.saliency), *weights} and REQUIRED not in weights
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_script_names_the_commands_of_the_released_weights(system: str, room: Path) -> None:
+    text = (room / "scripts" / f"{system}.sh").read_text()
+    method = {"irn": "irn_cam", "crt_cub": "crt", "psa_vgg16": "psa"}.get(system, system)
+    lines = re.findall(r"^#   (--(?:cam|seg)\.released .*?)(?:  +| *\n#       -> )(\S.*)$", text, re.M)
+    assert lines or method in ("clipes", "weclip")  # nothing is trained; no weights were released
+    for flags, expected in lines:
+        cfg = parsing.parse([method, "--preset", PRESETS.get(system, "published"), *flags.split()])
+        assert (cfg.cam.released or cfg.seg.released) and cfg.steps and expected
+
+
+@pytest.mark.parametrize("name", ["vitb_hybrid", "vitb", "deit", "deit_distilled"])
+def test_getam_takes_the_authors_names_of_its_backbones(name: str, room: Path) -> None:
+    told = call(room, "getam", name, "root", "saliency").stdout
+    cfg = parsing.parse(told[told.index("run_sample.py") :].splitlines()[1:])
+    assert cfg.cam.network.dpt.backbone == name.replace("deit", "deitb")
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_further_commands_in_a_header_are_understood(system: str, room: Path) -> None:
+    text = (room / "scripts" / f"{system}.sh").read_text()
+    commands = re.findall(r"^#   ((?:scripts/\w+\.sh|python run_sample\.py) (?:.*\\\n#)*.*)$", text, re.M)
+    expected = {"crt_cub": 2, "mctformer": 1, "aream_conformer": 1, "seam": 1, "getam": 4}
+    assert len(commands) >= expected.get(system, 0)
+    for command in commands:
+        words = command.replace("\\\n#", " ").split("    expected")[0]
+        program, *arguments = re.split(r" {20,}", words)[0].split()
+        if program == "python":
+            flags = arguments[1:]
+        else:
+            told = call(room, Path(program).stem, *arguments)
+            flags = told.stdout[told.stdout.index("run_sample.py") :].splitlines()[1:]
+        assert parsing.parse(flags).preset.startswith("published")
 
 
 def test_several_gpus_are_named_before_the_command(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:

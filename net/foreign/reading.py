@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import struct
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,10 @@ _OTHERS: dict[bytes, str] = {
     b"<!doctype": "a web page was saved in place of the file: download it again",
     b"<html": "a web page was saved in place of the file: download it again",
     b"\x1f\x8b": "a gzip archive: unpack it and give what is inside",
+    b"bzh": "a bzip2 archive: unpack it and give what is inside",
+    b"\xfd7zxz": "an xz archive: unpack it and give what is inside",
+    b"7z\xbc\xaf": "a 7z archive: unpack it and give what is inside",
+    b"rar!": "a RAR archive: unpack it and give what is inside",
 }
 """First bytes, in lower case, of files that are often mistaken for weights files."""
 
@@ -41,10 +46,26 @@ def _format(path: Path) -> str:
     for kind, (recognises, _) in _READERS.items():
         if recognises(head):
             return kind
+    _refuse_tar(path)
     raise ValueError(
         f"{path}: not a known weights format ({', '.join(_READERS)}); it begins with {head!r}. "
         "If it should be one of these, download it again."
     )
+
+
+def _refuse_tar(path: Path) -> None:
+    """Raises ValueError for a tar archive, also one of a checkpoint from before PyTorch 0.2. Many files named .pth.tar
+    are none, but ordinary checkpoints."""
+    if not tarfile.is_tarfile(path):
+        return
+    with tarfile.open(path) as archive:
+        names = archive.getnames()
+    if {"pickle", "storages", "tensors"} <= set(names):
+        raise ValueError(
+            f"{path}: a checkpoint in the format of PyTorch before 0.2, which is not read. If you trust its source, "
+            "load it (torch.load(FILE, weights_only=False)) and save the tensors anew."
+        )
+    raise ValueError(f"{path}: a tar archive that holds {', '.join(names[:3])}: unpack it and give what is inside.")
 
 
 def read_timm(name: str) -> State:

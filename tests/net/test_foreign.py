@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import struct
+import tarfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -481,6 +482,8 @@ def test_what_is_no_checkpoint_is_named_for_what_it_is(tmp_path: Path) -> None:
         (b"<!DOCTYPE html><html>", "web page"),
         (b"\n  <html lang=en>", "web page"),
         (b"\x1f\x8b\x08\x00 and more than that", "gzip"),
+        (b"BZh91AY&SY and more", "bzip2"),
+        (b"\xfd7zXZ\x00 and more", "an xz archive"),
     ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=told):
@@ -490,6 +493,17 @@ def test_what_is_no_checkpoint_is_named_for_what_it_is(tmp_path: Path) -> None:
         archive.write(tmp_path / "inner.pth", "weights/inner.pth")
     with pytest.raises(ValueError, match="ZIP archive that holds weights/inner.pth: unpack"):
         read_tensors(path)
+    with tarfile.open(path, "w") as tar:
+        tar.add(tmp_path / "inner.pth", "weights/inner.pth")
+    with pytest.raises(ValueError, match="a tar archive that holds weights/inner.pth: unpack"):
+        read_tensors(path)
+    with tarfile.open(path, "w") as tar:
+        for name in ("sys_info", "pickle", "storages", "tensors"):
+            tar.add(tmp_path / "inner.pth", name)
+    with pytest.raises(ValueError, match="before 0.2"):
+        read_tensors(path)
+    torch.save({"state_dict": TENSORS}, tmp_path / "model_best.pth.tar")  # a common name of ordinary checkpoints
+    assert read_tensors(tmp_path / "model_best.pth.tar").keys() == TENSORS.keys()
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("net/constants.pkl", b"")
         archive.writestr("net/data.pkl", b"")
