@@ -76,9 +76,10 @@ class Plan:
             report.show(self.job)
 
     def following(self) -> Step | None:
-        """The step that follows the named ones in the pipeline; None at its end."""
-        last = STEPS.index(self.steps[-1])
-        return next((s for s in select((), self.job.aim) if STEPS.index(s) > last), None)
+        """The first unfinished step after the named ones; None at the pipeline's end. All processes must call it."""
+        later = STEPS[STEPS.index(self.steps[-1]) + 1 :]
+        own = select((), self.job.aim)
+        return next((s for s in later if s in own and not finished(self.job, s)), None)
 
 
 def open_plan(cfg: Config) -> Plan:

@@ -27,11 +27,6 @@ def palette(n: int = 256) -> np.ndarray:
     return colours.astype(np.uint8)
 
 
-def colour_mask(mask: np.ndarray) -> np.ndarray:
-    """(H, W) uint8 indices -> (H, W, 3) uint8 palette colours."""
-    return palette()[mask]
-
-
 def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.55) -> np.ndarray:
     """The mask's colours blended over the image: (H, W, 3) uint8. Background is left unchanged, ignored pixels are
     whitened, and each class has a white outline."""

@@ -26,6 +26,8 @@ def parse(argv: Sequence[str]) -> Config:
     if choices.value(argv, "--voc12-root") and not choices.value(argv, "--data"):
         base = dataclasses.replace(base, data="voc12")
     cfg = tyro.cli(Config, default=base, args=list(argv), prog="run_sample.py", add_help=False)
+    if not cfg.steps and "--steps" in argv:
+        raise ValueError("--steps needs numbers, names or ranges: --steps 2-4 report. Without it, all steps run.")
     if cfg.method != method:
         raise ValueError(f"METHOD comes first: python run_sample.py {cfg.method} ...")
     return cfg
