@@ -24,12 +24,12 @@ class Each:
     form: Any
 
 
-Form = Any
+Schema = Any
 """A type; a Number; [form]: a list of these; {key: form}: an object with these keys (``?key``: it may lack it) and any
 others; an Each; None: anything."""
 
 
-def find_fault(value: Any, form: Form, where: str = "") -> str | None:
+def find_fault(value: Any, form: Schema, where: str = "") -> str | None:
     """What is wrong with a value that JSON gave, as "FIELD is ..., not ...", or None."""
     name = where or "the whole"
     if form is None:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from misc.files.atomic import writing
-from misc.files.schema import Form, find_fault
+from misc.files.schema import Schema, find_fault
 
 LARGEST_TEXT = 256 << 20
 """Bytes of the largest list, table or JSON of our own that is read."""
@@ -73,7 +73,7 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def read_json(path: Path, form: Form = None) -> Any:
+def read_json(path: Path, form: Schema = None) -> Any:
     """Read JSON of a form (misc/files/schema.py); FileNotFoundError, ValueError for a damaged file or another form."""
     with reading(path, "", "", "delete it and run again"):
         check_file(path, LARGEST_TEXT)
