@@ -136,6 +136,15 @@ class Phase(Checked):
 
 
 @dataclass(frozen=True)
+class TaggedPhase(Phase):
+    """An earlier phase of a CAM method, of a ``TagScorer``, whose epoch may be chosen by tags."""
+
+    selection: Literal["last", "train_tags"] = "last"
+    """Which weights are kept. last: those after the last update. train_tags: those of the epoch whose class scores,
+    thresholded, have the best average precision on the TAGS of the scored list."""
+
+
+@dataclass(frozen=True)
 class SeedRecipe(Phase):
     """Recipe of a CAM method. A method with several phases subclasses this and lists them."""
 
@@ -150,7 +159,7 @@ class SeedRecipe(Phase):
     the best mAP on the validation list, over the classes of each image; looks at the TAGS of the validation images, as
     the published AReAM on MCTformer does. train_miou: those of the epoch whose CAMs (one scale, no mirror) have the
     best mIoU on the scored list at their best background score; looks at the PIXEL LABELS of the training images, as
-    the published SemFormer and Puzzle-CAM do; they do so on coarser maps."""
+    the published SemFormer and Puzzle-CAM do. These two are rated by their own measure: coarse maps of corner crops."""
 
     def phases(self) -> tuple[tuple[str, Phase], ...]:
         """The phases in order, each with its name (weights/NAME.pt); the last is the CAM network, named cam.
@@ -221,6 +230,14 @@ class Recipe:
     """How the CAM network's own masks are predicted, if it is a ``SingleStage`` (the segmenter named ``OWN``)."""
 
 
+class TagScorer(Network):
+    """A network that scores classes, to be rated by tags (``TaggedPhase``)."""
+
+    @abstractmethod
+    def score_classes(self, images: Tensor) -> Tensor:
+        """Scores of all classes, background first: (B, 3, S, S) normalised -> (B, C + 1) in [0, 1]."""
+
+
 class SeedNetwork(Network):
     """A CAM network: trained from tags, gives class maps."""
 
@@ -228,6 +245,14 @@ class SeedNetwork(Network):
     """Recipes by their names on ``--preset``: 'published', 'sample' and variants, such as 'published_cub'."""
     map_needs_gradient: ClassVar[bool] = False
     """Whether ``cam`` runs a backward pass (then it is called with gradients enabled)."""
+
+    selection_thresholds: ClassVar[tuple[float, ...] | None] = None
+    """Background scores of the published selection by pixel labels, which rates ``selection_maps`` of the images' top
+    left corners; None where none was published: then single-scale CAMs of whole images are rated."""
+
+    def selection_maps(self, images: Tensor, tags: Tensor) -> Tensor:
+        """The maps that the published selection rates; arguments and result as for ``cam``, which it is by default."""
+        return self.cam(images, tags)
 
     @abstractmethod
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:

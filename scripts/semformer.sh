@@ -20,8 +20,8 @@
 #
 # Two things change these scores without changing the method, and neither happens unless it is asked for:
 # - The published weights are those of the epoch with the best mIoU on the PIXEL LABELS of train. Add
-#   --cam.selection train_miou for that (on maps at image size and with attention, where the
-#   published ones are 28 x 28 and without).
+#   --cam.selection train_miou for that (the published 28 x 28 maps of corner crops). The autoencoder's epoch is
+#   chosen on the TAGS of train, as published; --cam.caae.selection last does not choose.
 # - The published evaluation erodes every region by 7 x 7 pixels before it counts; whether 63.7 was measured so is not
 #   known. Step 2 scores without it. Both:
 #     python evaluation.py --list VOC_ROOT/ImageSets/Segmentation/train.txt --predict-dir runs/semformer-voc12/cam \

@@ -12,16 +12,18 @@ import torch
 from PIL import Image
 
 from misc.files.images import read_image, read_mask
-from misc.image.pixels import normalise_image, to_tensor
+from misc.image.labels import IGNORE
+from misc.image.pixels import normalise_image, resize_image, resize_mask, to_tensor
 from misc.loop.fit import autocast
 from misc.score.metrics import ThresholdCurve
-from net.contract import Network, SeedNetwork
+from net.contract import Network, Phase, SeedNetwork, TaggedPhase, TagScorer
 from step.lib.config import Job
 from step.lib.inference import predict_cam
 from step.lib.networks import build_earlier, build_network, load_network
 from step.lib.training import train
 
 _THRESHOLDS = tuple(i / 100 for i in range(1, 100))
+_EPS = 1e-5
 
 
 def run(job: Job, device: torch.device) -> None:
@@ -33,10 +35,19 @@ def run(job: Job, device: torch.device) -> None:
         *before, (name, phase) = job.cfg.cam.phases()
         train(job, name, phase, build_network(job, phase, build_earlier(job, before)), device, ids=job.train_ids())
         return
+    by_tags = [n for n, p in job.cfg.cam.phases() if isinstance(p, TaggedPhase) and p.selection == "train_tags"]
+    if by_tags and not job.catalog.has_list(job.cfg.score_list):
+        raise ValueError(
+            f"--cam.{by_tags[0]}.selection train_tags needs the tags of the list {job.cfg.score_list}, and there is no "
+            f"such list. Take --cam.{by_tags[0]}.selection last, or name another --score-list."
+        )
     for name, phase in job.cfg.cam.phases():
         network = build_network(job, phase, earlier)
         score = None
-        if name == "cam" and masks is not None:
+        if isinstance(phase, TaggedPhase) and phase.selection == "train_tags":
+            assert isinstance(network, TagScorer)
+            score = partial(tag_precision, job, phase, network, device)
+        elif name == "cam" and masks is not None:
             assert isinstance(network, SeedNetwork)
             score = partial(train_miou, job, network, masks, device)
         elif name == "cam" and tagged is not None:
@@ -96,8 +107,10 @@ def average_precision(scores: np.ndarray, present: np.ndarray) -> float:
 
 
 def train_miou(job: Job, network: SeedNetwork, masks: Mapping[str, Path], device: torch.device) -> float:
-    """Best mIoU over all background scores of the network's single-scale maps, compared with these masks by image
-    id."""
+    """Best mIoU over the background scores, compared with these masks by image id: of the maps and scores that were
+    published for the network, or else of its single-scale CAMs at all scores."""
+    if network.selection_thresholds is not None:
+        return corner_miou(job, network, masks, device)
     infer = job.cfg.cam.infer
     infer = replace(infer, scales=infer.scales[:1] if infer.square else (1.0,), flip=False, coarse=0)
     curve = ThresholdCurve(job.catalog.num_classes + 1, _THRESHOLDS)
@@ -106,3 +119,47 @@ def train_miou(job: Job, network: SeedNetwork, masks: Mapping[str, Path], device
         cam = predict_cam(network, image, tags, infer, job.machine(job.cfg.cam, device), device)
         curve.add(read_mask(path), cam.keys, cam.maps)
     return curve.best()[1]
+
+
+def corner_miou(job: Job, network: SeedNetwork, masks: Mapping[str, Path], device: torch.device) -> float:
+    """``train_miou`` as published for SemFormer (semformer.md section 5.3) and Puzzle-CAM (puzzlecam.md section 4; its
+    maps are not described there): of top left corners of the images, padded with zeros to the training crop. Their maps
+    are divided by their maxima, masks reduced to the maps' grid."""
+    assert network.selection_thresholds is not None
+    curve, side = ThresholdCurve(job.catalog.num_classes + 1, network.selection_thresholds), job.cfg.cam.augment.crop
+    for image_id, path in masks.items():
+        pixels, tags = read_image(job.catalog.image_path(image_id))[:side, :side], job.catalog.tags(image_id)
+        values = torch.zeros(1, 3, side, side)
+        values[0, :, : pixels.shape[0], : pixels.shape[1]] = to_tensor(normalise_image(pixels, network.normalisation))
+        truth = np.full((side, side), IGNORE, np.uint8)
+        truth[: pixels.shape[0], : pixels.shape[1]] = read_mask(path)[:side, :side]
+        present = torch.tensor(tags, dtype=torch.float32, device=device)[None]
+        with torch.inference_mode(), autocast(job.machine(job.cfg.cam, device), device):
+            maps = network.selection_maps(values.to(device), present)[0].float()  # (C, h, w)
+        maps = (maps - _EPS).clamp(min=0) / (maps.amax((1, 2), keepdim=True) + _EPS)
+        keys = np.flatnonzero(tags)
+        curve.add(resize_mask(truth, (maps.shape[1], maps.shape[2])), keys, maps.cpu().numpy()[keys])
+    return curve.best()[1]
+
+
+def tag_precision(job: Job, phase: Phase, network: TagScorer, device: torch.device) -> float:
+    """Best mean average precision, over images of the scored list and at the best threshold, of thresholded class
+    scores against tags, background included (semformer.md section 3.4). Images are squashed to the training crop; those
+    of an incomplete last batch are left out, as published."""
+    side, ids = phase.augment.crop, job.catalog.ids(job.cfg.score_list)
+    ids = ids[: len(ids) // phase.fit.batch_size * phase.fit.batch_size] or ids
+    total = np.zeros(len(_THRESHOLDS))
+    for image_id in ids:
+        pixels = resize_image(read_image(job.catalog.image_path(image_id)), (side, side), "bilinear")
+        values = to_tensor(normalise_image(pixels, network.normalisation))[None].to(device)
+        with torch.inference_mode(), autocast(job.machine(phase, device), device):
+            scores = network.score_classes(values)[0].float().cpu().numpy()
+        present = np.concatenate([[True], job.catalog.tags(image_id) > 0])
+        total += [binary_precision(scores > threshold, present) for threshold in _THRESHOLDS]
+    return float(total.max() / len(ids))
+
+
+def binary_precision(found: np.ndarray, present: np.ndarray) -> float:
+    """Average precision of yes and no in place of scores: those found first, then all; (K,) bool each."""
+    right, share = (found & present).sum() / present.sum(), present.mean()
+    return float(right * present[found].mean() + (1 - right) * share) if found.any() else float(share)

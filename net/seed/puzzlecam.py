@@ -166,6 +166,7 @@ class PuzzleCam(SeedNetwork):
 
     recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
     normalisation = ResNet.normalisation
+    selection_thresholds = tuple(i / 100 for i in range(10, 50, 5))  # puzzlecam.md section 4
 
     def __init__(self, options: PuzzleCamOptions, num_classes: int) -> None:
         super().__init__()

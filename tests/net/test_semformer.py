@@ -388,8 +388,8 @@ def test_an_epoch_is_rated_by_the_best_background_score(job: Job) -> None:
     assert set(masks) == set(job.catalog.ids("train")) and 0 < rated < 1
 
     class Empty(SemFormer):
-        def cam(self, images: Tensor, tags: Tensor) -> Tensor:
-            return super().cam(images, tags) * 0
+        def selection_maps(self, images: Tensor, tags: Tensor) -> Tensor:
+            return super().selection_maps(images, tags) * 0
 
     guide = autoencoder(2)
     empty = train_miou(job, Empty(TINY, 2, guide).eval(), masks, torch.device("cpu"))
@@ -399,7 +399,7 @@ def test_an_epoch_is_rated_by_the_best_background_score(job: Job) -> None:
 def test_selection_without_masks_is_refused_before_anything_is_trained(data: Path, tmp_path: Path) -> None:
     own = shutil.copytree(data, tmp_path / "own")
     next((own / "SegmentationClass").glob("2025*")).unlink()
-    with pytest.raises(ValueError, match="train_miou needs the masks of the list train, 1 images have none"):
+    with pytest.raises(ValueError, match="train_miou needs the masks of the list train, but 1 images have none"):
         scored_masks(open_job(replace(open_config(own), run=tmp_path / "run")))
     assert run_sample.main(arguments(own, tmp_path / "run", "--cam.selection", "train_miou")) == 1
     assert not list((tmp_path / "run").glob("weights/*"))

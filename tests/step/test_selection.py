@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from running import arguments, make_set
 
 import run_sample
-from step.lib.config import default_config
-from step.train_cam import average_precision
+from misc.files.images import read_mask
+from misc.image.pixels import resize_mask
+from net.registry import SEEDS
+from step.lib import parsing
+from step.lib.config import default_config, open_job
+from step.train_cam import average_precision, binary_precision, scored_masks, tag_precision, train_miou
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +38,81 @@ def test_average_precision_of_one_image(scores: list[float], present: list[int],
     assert average_precision(np.array(scores), np.array(present, bool)) == pytest.approx(wanted)
 
 
+def own(method: str, data: Path, folder: Path) -> list[str]:
+    """The command line of a method's own sample recipe."""
+    place = ["--root", str(data), "--out", str(folder / "run")]
+    return [method, *place, "--machine.device", "cpu", "--machine.workers", "0"]
+
+
+@pytest.mark.parametrize("found", list(itertools.product([0, 1], repeat=4)))
+def test_average_precision_of_yes_and_no_is_that_of_two_ranks(found: tuple[int, ...]) -> None:
+    present, yes = np.array([1, 1, 0, 1], bool), np.array(found, bool)
+    wanted, recall = 0.0, 0.0
+    for chosen in (yes, yes | True) if yes.any() else (yes | True,):  # those of score 1, then of 1 and 0
+        now = (chosen & present).sum() / 3
+        wanted, recall = wanted + (now - recall) * present[chosen].mean(), now
+    assert binary_precision(yes, present) == pytest.approx(wanted)
+
+
+def test_the_autoencoder_is_rated_by_its_class_scores_on_squashed_images(data: Path, tmp_path: Path) -> None:
+    cfg = parsing.parse(own("semformer", data, tmp_path))
+    job, (_, phase), seen = open_job(cfg), cfg.cam.phases()[0], []
+
+    class Scorer:
+        normalisation = "imagenet"
+
+        def score_classes(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(tuple(images.shape))
+            tags = job.catalog.tags(job.catalog.ids("train")[len(seen) - 1])
+            return torch.tensor([[0.7, *(0.2 + 0.45 * tags)]])
+
+    assert tag_precision(job, phase, Scorer(), torch.device("cpu")) == 1  # between 0.2 and 0.65
+    side = phase.augment.crop
+    assert set(seen) == {(1, 3, side, side)} and 0 < len(seen) <= 6
+
+
+def test_pixel_labels_rate_the_published_maps_of_the_corner(data: Path, tmp_path: Path) -> None:
+    cfg = parsing.parse(own("puzzlecam", data, tmp_path))
+    job = open_job(cfg)
+    masks, side = scored_masks(job), cfg.cam.augment.crop
+
+    class Knowing:
+        normalisation = "imagenet"
+        selection_thresholds = (0.1, 0.3)
+
+        def __init__(self) -> None:
+            self.ids = iter(masks.items())
+
+        def selection_maps(self, images: torch.Tensor, tags: torch.Tensor) -> torch.Tensor:
+            _, path = next(self.ids)
+            truth = np.zeros((side, side), np.uint8)
+            corner = read_mask(path)[:side, :side]
+            truth[: corner.shape[0], : corner.shape[1]] = corner
+            assert images.shape == (1, 3, side, side) and not images[..., corner.shape[0] :, :].any()
+            small = resize_mask(truth, (14, 14))
+            return 5 * torch.tensor(np.stack([small == c + 1 for c in range(job.catalog.num_classes)]))[None].float()
+
+    class Empty(Knowing):
+        def selection_maps(self, images: torch.Tensor, tags: torch.Tensor) -> torch.Tensor:
+            return 0 * super().selection_maps(images, tags)
+
+    knowing, empty = (train_miou(job, network, masks, torch.device("cpu")) for network in (Knowing(), Empty()))
+    assert knowing == pytest.approx(1) and empty < 0.5
+
+
+def test_a_selection_by_tags_needs_the_scored_list(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--cam.caae.selection", "train_tags", "--score-list", "nothing", "--steps", "train_cam"]
+    assert run_sample.main([*own("semformer", data, tmp_path), *flags]) == 1
+    assert "nothing" in capsys.readouterr().err and not list(tmp_path.glob("run/weights/*"))
+
+
 def test_published_selections_look_at_tags_alone() -> None:
+    semformer = default_config("semformer", "published").cam
+    assert semformer.caae.selection == "train_tags" and semformer.selection == "last"
+    assert SEEDS["semformer"].selection_thresholds == pytest.approx(np.arange(0.01, 1, 0.01))
+    assert SEEDS["puzzlecam"].selection_thresholds == (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45)
     assert default_config("aream_mctformer", "published").cam.selection == "val_tags"
     for method in ("aream_conformer", "semformer", "puzzlecam", "mctformer", "crt"):
         assert default_config(method, "published").cam.selection == "last"

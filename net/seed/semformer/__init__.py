@@ -24,7 +24,7 @@ from misc.config import Augment, CamInference, Fit
 from misc.image.pixels import box_mask
 from net.backbone.transformer import AttentionSums, Visit
 from net.backbone.vit import SAMPLE_VIT, GridViT, ViTOptions
-from net.contract import Batch, Network, Options, Phase, Recipe, SeedNetwork, SeedRecipe
+from net.contract import Batch, Network, Options, Phase, Recipe, SeedNetwork, SeedRecipe, TaggedPhase
 from net.foreign.loading import load_tensors
 from net.foreign.reading import read_tensors
 from net.groups import Group, name_groups
@@ -173,7 +173,7 @@ class SemFormerRecipe(SeedRecipe):
 
     network: SemFormerOptions = field(default_factory=SemFormerOptions)
     """Options of the network itself."""
-    caae: Phase = field(default_factory=lambda: Phase(network=CAAEOptions()))
+    caae: TaggedPhase = field(default_factory=lambda: TaggedPhase(network=CAAEOptions()))
     """The first phase: the autoencoder that judges the masks."""
 
     def phases(self) -> tuple[tuple[str, Phase], ...]:
@@ -182,12 +182,13 @@ class SemFormerRecipe(SeedRecipe):
 
 
 # The momentum is that of the published poly-SGD, which passes its weight decay there; the learning rates depend on it
-# (section 11, trap 3). Published checkpoints were chosen by the tags (CAAE) and by pixel labels (--cam.selection
-# train_miou), here the last ones are taken. It is not known which segmentation network was published.
+# (section 11, trap 3). Published checkpoints were chosen by the tags (CAAE, as here) and by pixel labels (SemFormer:
+# --cam.selection train_miou; here the last ones are taken). It is not known which segmentation network was published.
 _PUBLISHED = Recipe(
     cam=SemFormerRecipe(
-        caae=Phase(
+        caae=TaggedPhase(
             network=CAAEOptions(),
+            selection="train_tags",
             fit=Fit(epochs=200, batch_size=64, lr=0.025, momentum=5e-4, nesterov=True, weight_decay=5e-4),
             augment=Augment(
                 order=("jitter", "scale", "resized_crop", "flip", "normalize"),
@@ -221,7 +222,7 @@ _PUBLISHED = Recipe(
 _SAMPLE = Recipe(
     cam=SemFormerRecipe(
         amp="fast",
-        caae=Phase(
+        caae=TaggedPhase(
             amp="fast",
             network=CAAEOptions(
                 encoder=replace(SAMPLE_VIT, image_size=80, drop_path=0.0),
@@ -256,6 +257,7 @@ class SemFormer(SeedNetwork):
 
     normalisation = "imagenet"
     recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
+    selection_thresholds = tuple(i / 100 for i in range(1, 100))
 
     def __init__(self, options: SemFormerOptions, num_classes: int, guide: CAAE) -> None:
         super().__init__()
@@ -337,6 +339,10 @@ class SemFormer(SeedNetwork):
             low, high = sums.to_patches.aminmax(dim=2, keepdim=True)  # of each class (B, K, 1)
             maps = maps * ((sums.to_patches - low) / (high - low + _EPS)).view_as(maps)
         return maps[:, 1:]
+
+    def selection_maps(self, images: Tensor, tags: Tensor) -> Tensor:
+        """Rectified mask logits without attention (semformer.md section 5.3); otherwise as ``cam``."""
+        return F.relu(self.segmentor(images)[1])[:, 1:]
 
     def classify(self, images: Tensor, num_classes: int) -> Tensor:
         """Similarities of the class embeddings with what they are trained towards; see the contract."""

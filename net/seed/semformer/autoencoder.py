@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from misc.checked import Count, Weight, check
 from net.backbone.transformer import TransformerBlock
 from net.backbone.vit import GridViT, ViTOptions
-from net.contract import Batch, Network, Options
+from net.contract import Batch, Network, Options, TagScorer
 from net.foreign.loading import load_tensors
 from net.foreign.reading import read_tensors
 from net.groups import Group, name_groups
@@ -115,7 +115,7 @@ class CAAEDecoder(nn.Module):
         return self.mlp(self.norm(x))
 
 
-class CAAE(Network):
+class CAAE(TagScorer):
     """Class-aware autoencoder. Names are the official ones; what official files hold beside them (a distillation token
     and its head) is never used and left out. There is no class token. New layers start by PyTorch's default.
 
@@ -166,6 +166,10 @@ class CAAE(Network):
     def class_semantics(self) -> Tensor:
         """Prototype vector of each class ("CRS"): (K, E), 0 or above."""
         return self.crs(torch.arange(self.classes, device=self.crs[0].weight.device))
+
+    def score_classes(self, images: Tensor) -> Tensor:
+        """Similarities of the images' embeddings with the class semantics: (B, 3, S, S) -> (B, K) in [0, 1]."""
+        return similarity(self.embed_classes(images), self.class_semantics())
 
     def reconstruct(self, vectors: Tensor, size: tuple[int, int]) -> Tensor:
         """Class vectors (B, N, K * E) -> images (B, 3, H, W) of that size, normalised."""
