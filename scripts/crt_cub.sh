@@ -16,7 +16,8 @@
 #                              crt, last epoch      70.2       82.9   86.3                          the authors' log
 #                              tscam                71.3       83.8   87.7      80.3       94.8     published
 #
-# The published figures are those of the best epoch, chosen on the test images; here the last epoch is measured. TS-CAM on
+# The published figures are those of the best epoch, chosen on the test images; here the last epoch is measured
+# unless --cam.selection val_boxes is said, which keeps the epoch of the best GT-Known on test. TS-CAM on
 # Conformer-S (77.2, 90.9, 94.1): --cam.network.backbone conformer --cam.weights conformer_small_patch16.pth
 #
 # TS-CAM on the other DeiTs (expected: Loc Top-1, Top-5, GT-Known; Cls Top-1, Top-5). DeiT-B was published for images of

@@ -12,23 +12,17 @@ import torch
 
 from misc.files.images import read_image
 from misc.files.store import write_arrays
-from misc.infer.cams import infer_logits, infer_raw_maps, merge_maps, normalise_maps
+from misc.infer.cams import infer_logits, infer_raw_maps
 from misc.loop.each import each
 from misc.loop.fit import autocast
 from misc.score import wsol
+from step.lib.boxes import on_grid
 from step.lib.config import Job
 from step.lib.networks import load_cam_network
 from step.lib.scoring import score_boxes
 
 AskMaps = Callable[[np.ndarray], list[torch.Tensor]]
 """Classes -> their raw maps, as ``misc.infer.cams.merge_maps`` takes them."""
-
-
-def on_grid(job: Job, maps: list[torch.Tensor], mode: str) -> np.ndarray:
-    """Merge maps to (K, side, side) float32, each scaled to 0 .. 1."""
-    infer, side = job.cfg.cam.infer, job.cfg.cam.boxes.side
-    total = normalise_maps(merge_maps(maps, (side, side), mode=mode), infer.normalise).cpu().numpy()  # type: ignore[arg-type]
-    return np.stack([wsol.stretch_map(m) for m in total])
 
 
 def localise(

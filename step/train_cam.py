@@ -17,6 +17,7 @@ from misc.image.pixels import normalise_image, resize_image, resize_mask, to_ten
 from misc.loop.fit import autocast
 from misc.score.metrics import ThresholdCurve
 from net.contract import Network, Phase, SeedNetwork, TaggedPhase, TagScorer
+from step.lib.boxes import known_boxes
 from step.lib.config import Job
 from step.lib.inference import predict_cam
 from step.lib.networks import build_earlier, build_network, load_network
@@ -30,6 +31,8 @@ def run(job: Job, device: torch.device) -> None:
     """Train every phase of the method on the training list: writes weights/PHASE.pt, the last one weights/cam.pt."""
     masks = scored_masks(job) if job.cfg.cam.selection == "train_miou" else None
     tagged = tagged_ids(job) if job.cfg.cam.selection == "val_tags" else None
+    if job.cfg.cam.selection == "val_boxes":
+        job.catalog.boxes(job.catalog.ids(job.cfg.val_list)[0])  # raises for data sets without boxes
     earlier: dict[str, Network] = {}
     if job.cfg.cam.released:  # earlier phases were only needed for its training, which is done
         *before, (name, phase) = job.cfg.cam.phases()
@@ -53,6 +56,9 @@ def run(job: Job, device: torch.device) -> None:
         elif name == "cam" and tagged is not None:
             assert isinstance(network, SeedNetwork)
             score = partial(val_map, job, network, tagged, device)
+        elif name == "cam" and job.cfg.cam.selection == "val_boxes":
+            assert isinstance(network, SeedNetwork)
+            score = partial(known_boxes, job, network, device)
         train(job, name, phase, network, device, ids=job.train_ids(), score=score)
         earlier[name] = load_network(job, name, phase, device, earlier).requires_grad_(False)
 

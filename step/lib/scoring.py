@@ -154,6 +154,7 @@ def score_boxes(job: Job, device: torch.device) -> None:
     searched = f"searched on {split} itself"
     hidden, given, start = "none", "true class", start_weights(job.cfg.cam.phases()[-1][1])
     precision = precisions(job, "cam", device)
+    rating = read_model(job.run.weights("cam"))[1].get("rating")
     fixed = {"threshold": options.threshold, "threshold_choice": "fixed"}
     means = wsol.summarise_verdicts(verdicts)
     figures = [(n, v, given if n == "GT-Known" else hidden, fixed) for n, v in means.items()]
@@ -171,7 +172,7 @@ def score_boxes(job: Job, device: torch.device) -> None:
             f"boxes: {name}",
             {"value": value, "unit": "percent", "images": len(found), "split": split, "tags": tags, **cut,
              "scales": list(infer.scales), "flip": infer.flip, "grid": options.side, "start_weights": start,
-             "precision": precision,
+             "precision": precision, "selection": job.cfg.cam.selection, "selection_rating": rating,
              **({"errors": wsol.error_shares(verdicts)} if name == "Loc Top-1" else {})},
         )  # fmt: skip
         distributed.say(f"{name}: {value:.2f} % on {split}, {len(found)} images, tags used: {tags}")

@@ -180,3 +180,18 @@ def test_crt_trains_on_boxes_in_its_form_on_cub(data: Path, tmp_path: Path) -> N
     assert run_sample.main(["crt", "--root", str(data), "--out", str(tmp_path / "crt"), *flags]) == 0
     scores = json.loads((tmp_path / "crt" / "scores.json").read_text())
     assert list(scores) == [f"boxes: {name}" for name in FIGURES]
+
+
+def test_the_epoch_of_the_best_boxes_is_kept_and_rated_as_it_is_scored(data: Path, tmp_path: Path) -> None:
+    assert run(data, tmp_path, "--cam.selection", "val_boxes", "--cam.fit.epochs", "3") == 0
+    score = json.loads((tmp_path / "scores.json").read_text())["boxes: GT-Known"]
+    rating = score["selection_rating"]
+    assert score["selection"] == "val_boxes" and rating["selected"] >= rating["last"]
+    assert score["value"] == pytest.approx(100 * rating["selected"])
+
+
+def test_selection_by_boxes_needs_boxes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generate(tmp_path / "voc", images=4, val=2, classes=2, seed=0, long_side=(64, 90))
+    flags = ["--root", str(tmp_path / "voc"), "--out", str(tmp_path / "run"), "--steps", "train_cam"]
+    assert run_sample.main(["psa", *flags, "--cam.selection", "val_boxes", "--machine.device", "cpu"]) == 1
+    assert "no boxes" in capsys.readouterr().err and not list(tmp_path.glob("run/weights/*"))
