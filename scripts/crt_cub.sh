@@ -21,15 +21,16 @@
 # Conformer-S (77.2, 90.9, 94.1): --cam.network.backbone conformer --cam.weights conformer_small_patch16.pth
 #
 # TS-CAM on the other DeiTs (expected: Loc Top-1, Top-5, GT-Known; Cls Top-1, Top-5). DeiT-B was published for images of
-# 384 pixels; from which file it started and to what size its training images are enlarged is not known (440 here).
+# 384 pixels; to what size its training images are enlarged is not known (440 is a guess; this network was not
+# built here). Its start file is the one of 224 pixels, whose positions are resized.
 #
 #   DeiT-T: 64.5 80.9 86.4; 72.9 91.9 (without internet add --cam.weights deit_tiny_patch16_224-a1311bcf.pth)
 #   scripts/crt_cub.sh tscam CUB_ROOT --cam.network.deit.width 192 --cam.network.deit.heads 3 \
 #       --cam.network.deit.pretrained deit_tiny_patch16_224
 #
-#   DeiT-B: 75.8 84.1 86.6; 86.8 96.7 (without internet add --cam.weights deit_base_patch16_384-8de9b5d1.pth)
+#   DeiT-B: 75.8 84.1 86.6; 86.8 96.7 (without internet add --cam.weights deit_base_patch16_224-b5f2ef4d.pth)
 #   scripts/crt_cub.sh tscam CUB_ROOT --cam.network.deit.width 768 --cam.network.deit.heads 12 \
-#       --cam.network.deit.pretrained deit_base_patch16_384 --cam.network.deit.image-size 384 \
+#       --cam.network.deit.pretrained deit_base_patch16_224 --cam.network.deit.image-size 384 \
 #       --cam.augment.square 440 --cam.augment.crop 384 --cam.infer.scales 384 --cam.boxes.side 384
 #
 # Score maps of other code in wsolevaluation's layout: python -m scripts.box_scores MAPS metadata/CUB/test
