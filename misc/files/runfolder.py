@@ -240,8 +240,9 @@ class RunFolder:
 
     def add_score(self, name: str, score: dict[str, Any]) -> None:
         """Record a score with its provenance, and the step that runs, under a name (replacing one of the same name)."""
+        made_by = {} if self._step is None else {"step": self._step}
         with self._locked():
-            store.write_json(self.root / "scores.json", {**self.scores(), name: {**score, "step": self._step}})
+            store.write_json(self.root / "scores.json", {**self.scores(), name: {**score, **made_by}})
 
 
 def _versions() -> dict[str, str]:

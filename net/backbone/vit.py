@@ -102,6 +102,8 @@ def resize_positions(
     maps = table.unflatten(1, source).permute(0, 3, 1, 2)  # (1, D, h0, w0)
     align = {} if mode == "nearest" else {"align_corners": False}
     if offset:
+        if torch.jit.is_tracing():  # no graph holds factors that depend on the image's size
+            raise ValueError("positions that are resized by a factor (position_offset) have no ONNX form")
         factors = tuple((side + offset) / old for side, old in zip(target, source, strict=True))
         maps = F.interpolate(maps, scale_factor=factors, mode=mode, **align)
     else:
@@ -249,8 +251,8 @@ class ViT(ViTBody):
         """Normalised images (B, 3, H, W) -> [class tokens; patches] with their positions (B, T, D), and the grid."""
         patches, grid = self.patch_embed(images)
         # published: resized also if a non-square image has the same number of patches
-        as_trained = grid == self.grid and images.shape[2] == images.shape[3]
-        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], 1)
+        as_trained = grid == self.grid and images.shape[2] == images.shape[3] and not torch.jit.is_tracing()
+        tokens = torch.cat([self.cls_token.expand(images.shape[0], -1, -1), patches], 1)
         return tokens + self.positions(grid, as_trained), grid
 
     def forward_features(self, images: Tensor, visit: Visit | None = None) -> tuple[Tensor, Grid]:

@@ -82,8 +82,12 @@ def load_tensors(
     """
     from_file = isinstance(source, str | Path)
     label = label or (str(source) if from_file else "state dict")
-    state = _renamed(read_tensors(source) if from_file else unwrap(source), rename, label)
     own = module.state_dict()
+    if from_file:
+        state = read_tensors(source)
+    else:  # names that are the module's already may all begin like a wrapper's prefix
+        state = dict(source) if any(name in own for name in source) else unwrap(source)  # type: ignore[assignment]
+    state = _renamed(state, rename, label)
 
     def counter(name: str) -> bool:
         return name.endswith("num_batches_tracked")

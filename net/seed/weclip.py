@@ -267,6 +267,7 @@ _SAMPLE = Recipe(
             clip=ClipOptions(image_size=112, width=64, layers=4, embed=32), width=32, decoder_layers=1, decoder_heads=4,
             blocks=3, candidates=2, iterations=10,
         ),
+        amp="fast",
         fit=Fit(epochs=2, batch_size=16, optimiser="adamw", lr=2e-4, weight_decay=0.01, power=1.0),
         augment=Augment(
             order=("scale", "flip", "crop", "normalize"), scale=(0.75, 1.25), scale_filter="bilinear", crop=112

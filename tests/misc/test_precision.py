@@ -8,7 +8,7 @@ import torch
 from misc.config import Machine
 from misc.loop.fit import autocast
 from net import registry
-from net.contract import SeedRecipe
+from net.contract import Phase, SeedRecipe
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 registry.load_methods()
@@ -46,7 +46,8 @@ def _phases() -> list[tuple[str, str, str, str]]:
             for preset, recipe in cls.recipes.items():
                 phase = getattr(recipe, "cam", recipe)
                 phases = phase.phases() if isinstance(phase, SeedRecipe) else (("", phase),)
-                found += [(method, preset, name, part.amp) for name, part in phases]
+                found += [(method, preset, name, part.amp) for name, part in phases
+                          if isinstance(part, Phase) and part.fit.steps != 0]  # fmt: skip
     return found
 
 

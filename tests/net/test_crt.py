@@ -12,6 +12,7 @@ import run_sample
 from misc.config import override
 from net.seed import crt
 from net.seed.crt import Crt, CrtOptions
+from voc12.generated.sets import generate
 
 SMALL = override(
     Crt.recipes["sample"].cam.network,
@@ -185,7 +186,7 @@ def test_two_weight_files_are_checked_before_any_work(tmp_path: Path, capsys: py
     there = tmp_path / "deit.pth"
     there.write_bytes(b"x")
     flags = ["--root", str(tmp_path / "set"), "--out", str(tmp_path / "out"), "--steps", "1"]
-    run_sample.sets.generate(tmp_path / "set", images=2, val=1, classes=2, long_side=(64, 70))
+    generate(tmp_path / "set", images=2, val=1, classes=2, long_side=(64, 70))
     assert run_sample.main(["crt", *flags, "--cam.weights", f"{there},{tmp_path / 'nothing.pth'}"]) == 1
     assert f"{tmp_path / 'nothing.pth'}: there is no such file" in capsys.readouterr().err
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from running import make_set
@@ -17,13 +18,14 @@ from step.lib.scoring import start_weights
 
 
 def test_start_weights_are_described_in_words() -> None:
-    cam = SeedRecipe(network=None, weights="/far/away/resnet50.pth", init="imagenet")  # type: ignore[arg-type]
+    trained = SimpleNamespace(keeps_start_weights=False)
+    cam = SeedRecipe(network=trained, weights="/far/away/resnet50.pth", init="imagenet")  # type: ignore[arg-type]
     assert start_weights(cam) == "imagenet (resnet50.pth)"
     for weights, init, told in (
         ("none", "coco", "random"), ("a/b.pth", "", "b.pth"), ("b.pth", "coco", "coco (b.pth)"),
         ("pretrained", "", "pretrained"), ("cam", "coco", "CAM network (from imagenet (resnet50.pth))"),
     ):  # fmt: skip
-        assert start_weights(Phase(network=None, weights=weights, init=init), cam) == told  # type: ignore[arg-type]
+        assert start_weights(Phase(network=trained, weights=weights, init=init), cam) == told  # type: ignore[arg-type]
 
 
 def test_start_weights_are_parsed_and_checked_before_any_work(tmp_path: Path) -> None:

@@ -223,6 +223,16 @@ def side(phase: Phase) -> int:
     return min(phase.augment.crop, 96)
 
 
+def with_views(batch: Batch, phase: Phase) -> Batch:
+    """The batch with seeds, and the images again as every view that the phase wants."""
+    count = len(batch["image"])
+    made = {**batch, "seed": torch.arange(count)}
+    for name in phase.views():
+        mirrored = torch.zeros(count, dtype=torch.bool)
+        made |= {f"view/{name}": batch["image"], f"box/{name}": batch["box"], f"mirrored/{name}": mirrored}
+    return made
+
+
 @pytest.mark.parametrize("name", sorted(registry.SEEDS))
 def test_seed_networks_train(name: str) -> None:
     phases = dict(registry.SEEDS[name].recipes["sample"].cam.phases())
@@ -237,7 +247,7 @@ def test_seed_networks_train(name: str) -> None:
         }  # fmt: skip
         if phases[phase_name].network.wants_saliency:
             batch["saliency"] = 255 * (torch.arange(size * size).view(1, size, size) % 40 < 20).repeat(3, 1, 1).byte()
-        check_training(network, batch)
+        check_training(network, with_views(batch, phases[phase_name]))
 
 
 @pytest.mark.parametrize("size", [(64, 64), (49, 75), (91, 58)])
@@ -261,6 +271,7 @@ def test_seed_networks_classify_without_tags_as_they_were_trained(name: str) -> 
         "image": images, "tags": torch.tensor([[1.0, 0, 0], [0, 0, 1]]),
         "box": torch.tensor([[0, size, 0, size]] * 2),
     }  # fmt: skip
+    batch = with_views(batch, phase)
     optimiser = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=3e-3)
     network.train()
     for module in network.modules():
@@ -268,8 +279,9 @@ def test_seed_networks_classify_without_tags_as_they_were_trained(name: str) -> 
             module.p = 0.0
     for _ in range(48):
         optimiser.zero_grad()
-        counts = {f"counts/{k}": v.float() for k, v in network.counts(batch).items()}
-        sum(network({**batch, **counts}, 0.0).values()).backward()
+        made = {**batch, **network.prepare(batch, 0.0)}
+        counts = {f"counts/{k}": v.float() for k, v in network.counts(made).items()}
+        sum(network({**made, **counts}, 0.0).values()).backward()
         optimiser.step()
     for module in network.modules():  # so few updates say nothing about running statistics
         module.training = isinstance(module, torch.nn.BatchNorm2d)
