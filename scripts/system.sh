@@ -22,10 +22,7 @@ fi
 for name in "${names[@]}"; do
     case $name in
         *=) printf -v "${name%=}" %s "$1" ;;
-        *)
-            [ -e "$1" ] || { echo "error: $name: there is no file or folder $1." >&2; exit 2; }
-            printf -v "$name" %s "$(realpath "$1")"
-            ;;
+        *) printf -v "$name" %s "$(realpath "$1")" ;;
     esac
     shift
 done
