@@ -55,6 +55,8 @@ def _plain_data() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
 
 
 def read_pytorch(path: Path) -> State:
+    """State dict of a PyTorch checkpoint; only tensors and plain data are unpickled. ValueError for other archives and
+    for files without a tensor, pickle.UnpicklingError for anything else inside."""
     if zipfile.is_zipfile(path):
         _refuse_other_archives(path)
     with torch.serialization.safe_globals(_plain_data()):
@@ -111,6 +113,7 @@ def _holds_tensors(nested: object) -> bool:
 
 
 def read_safetensors(path: Path) -> State:
+    """State dict of a safetensors file. ValueError if that package is missing or the file holds no tensor."""
     try:
         from safetensors.torch import load_file
     except ImportError as error:

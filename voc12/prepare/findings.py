@@ -95,6 +95,7 @@ def table_text(rows: Iterable[tuple[str, Sequence[str]]]) -> str:
 
 
 def join_lines(items: Iterable[str]) -> str:
+    """The text of a list file: one item per line, each line ended."""
     return "".join(f"{item}\n" for item in items)
 
 
