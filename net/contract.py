@@ -244,7 +244,8 @@ class SeedNetwork(Network):
     """A CAM network: trained from tags, gives class maps."""
 
     recipes: ClassVar[Mapping[Preset, Recipe]]
-    """Recipes by their names on ``--preset``: 'published', 'sample' and variants, such as 'published_cub'."""
+    """Recipes by their names on ``--preset``: 'published', 'sample' and variants, such as 'published_cub'. Assigned at
+    the end of the method's file, after its options: ``Seam.recipes = {...}``."""
     map_needs_gradient: ClassVar[bool] = False
     """Whether ``cam`` runs a backward pass (then it is called with gradients enabled)."""
 

@@ -41,9 +41,6 @@ def _register(room: str, name: str) -> Callable[[T], T]:
         home, _, rest = cls.__module__.partition(f"net.{room}.")
         if not home and rest.partition(".")[0] != name:
             raise ValueError(f"{cls.__name__} is registered as {name!r}: the name must be that of its file.")
-        recipes = getattr(cls, "recipes", {})
-        if missing := [preset for preset in BASES if preset not in recipes]:
-            raise ValueError(f"{cls.__name__}.recipes has no {' and no '.join(map(repr, missing))}.")
         cls.name = name  # type: ignore[attr-defined]
         table[name] = cls
         return cls
@@ -54,7 +51,8 @@ def _register(room: str, name: str) -> Callable[[T], T]:
 def seed(name: str) -> Callable[[T], T]:
     """Register a CAM network under its name on the command line, which is that of its file.
 
-    The decorator raises ValueError if the name is taken or not the file's, or if a recipe of ``BASES`` is missing.
+    Its recipes follow at the end of the file: ``TheNetwork.recipes = {"published": ..., "sample": ...}``. The decorator
+    raises ValueError if the name is taken or not the file's.
     """
     return _register("seed", name)
 
@@ -72,8 +70,8 @@ def segmenter(name: str) -> Callable[[T], T]:
 def load_methods() -> None:
     """Import every file and package of net/seed, net/refine and net/segment, which fills the registries.
 
-    A file that does not import or registers nothing is reported in a warning and in ``BROKEN``; the others are
-    registered.
+    A file that does not import, registers nothing or lacks a recipe of ``BASES`` is reported in a warning and in
+    ``BROKEN``; the others are registered.
     """
     for room, table in ROOMS.items():
         for module in pkgutil.iter_modules([str(Path(__file__).parent / room)]):
@@ -84,6 +82,9 @@ def load_methods() -> None:
                 importlib.import_module(f"net.{room}.{module.name}")
                 if module.name not in table:
                     raise ValueError(f"no class in it is registered as {module.name!r}")
+                recipes = getattr(table[module.name], "recipes", {})
+                if missing := [preset for preset in BASES if preset not in recipes]:
+                    raise ValueError(f"{table[module.name].__name__}.recipes has no {' and no '.join(missing)}")
             except Exception as error:
                 table.pop(module.name, None)
                 last = traceback.extract_tb(error.__traceback__)[-1]

@@ -12,27 +12,9 @@ from net.losses import multilabel_soft_margin
 from net.registry import seed
 
 
-@dataclass(frozen=True)
-class ThreeLayerOptions(Options):
-    """Three convolutions."""
-
-    width: int = 16
-    """Channels of the three layers."""
-
-    def build(self, num_classes: int, earlier: dict[str, Network]) -> ThreeLayers:
-        """The network for ``num_classes`` foreground classes."""
-        return ThreeLayers(self, num_classes)
-
-
-_FIT, _AUGMENT = Fit(epochs=2, batch_size=4, optimiser="adamw", lr=1e-3), Augment(long_side=(64, 90), crop=64)
-_CAM = SeedRecipe(ThreeLayerOptions(), _FIT, _AUGMENT, infer=CamInference(scales=(1.0,)))
-
-
 @seed("three_layers")
 class ThreeLayers(SeedNetwork):
     """Class maps of three convolutions, trained by their means."""
-
-    recipes = {"published": Recipe(cam=_CAM), "sample": Recipe(cam=_CAM)}
 
     def __init__(self, options: ThreeLayerOptions, num_classes: int) -> None:
         super().__init__()
@@ -47,3 +29,20 @@ class ThreeLayers(SeedNetwork):
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C, ceil(H / 4), ceil(W / 4))."""
         return self.head(self.body(images)).relu().float()
+
+
+@dataclass(frozen=True)
+class ThreeLayerOptions(Options):
+    """Three convolutions."""
+
+    width: int = 16
+    """Channels of the three layers."""
+
+    def build(self, num_classes: int, earlier: dict[str, Network]) -> ThreeLayers:
+        """The network for ``num_classes`` foreground classes."""
+        return ThreeLayers(self, num_classes)
+
+
+_FIT, _AUGMENT = Fit(epochs=2, batch_size=4, optimiser="adamw", lr=1e-3), Augment(long_side=(64, 90), crop=64)
+_CAM = SeedRecipe(ThreeLayerOptions(), _FIT, _AUGMENT, infer=CamInference(scales=(1.0,)))
+ThreeLayers.recipes = {"published": Recipe(cam=_CAM), "sample": Recipe(cam=_CAM)}

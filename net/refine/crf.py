@@ -17,9 +17,15 @@ from net.contract import PlainRefiner, RefineSettings
 from net.registry import refiner
 from net.shared.background import BackgroundOptions
 
-_CRF = CRFSettings(
-    iterations=10, gauss_sxy=1, gauss_weight=3, bilateral_sxy=67, bilateral_srgb=3, bilateral_weight=4
-)
+
+@refiner("crf")
+class CrfRefiner(PlainRefiner):
+    """Posterior of the CRF."""
+
+    def refine(self, picture: Picture, cam: Cam, options: CrfOptions) -> np.ndarray:
+        """The scores sum to one."""
+        scores = options.stack(cam.maps)
+        return DenseCRF(picture.rgb, options.crf, picture.values.device)(scores)
 
 
 @dataclass(frozen=True)
@@ -38,17 +44,12 @@ class CrfRecipe(RefineSettings):
     """Background score and CRF."""
 
 
-@refiner("crf")
-class CrfRefiner(PlainRefiner):
-    """Posterior of the CRF."""
+_CRF = CRFSettings(
+    iterations=10, gauss_sxy=1, gauss_weight=3, bilateral_sxy=67, bilateral_srgb=3, bilateral_weight=4
+)
 
-    recipes = {
-        "published": CrfRecipe(),
-        # a background that pictures of small objects need, and colours that lie farther apart
-        "sample": CrfRecipe(CrfOptions("constant", crf=CRFSettings(iterations=5, bilateral_sxy=32))),
-    }
-
-    def refine(self, picture: Picture, cam: Cam, options: CrfOptions) -> np.ndarray:
-        """The scores sum to one."""
-        scores = options.stack(cam.maps)
-        return DenseCRF(picture.rgb, options.crf, picture.values.device)(scores)
+CrfRefiner.recipes = {
+    "published": CrfRecipe(),
+    # a background that pictures of small objects need, and colours that lie farther apart
+    "sample": CrfRecipe(CrfOptions("constant", crf=CRFSettings(iterations=5, bilateral_sxy=32))),
+}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from misc.checked import When
 from misc.config import Augment, Fit
@@ -22,6 +22,11 @@ from net.contract import Network, RefineRecipe
 from net.registry import refiner
 from net.shared.edge import EdgeLabel, EdgeNetwork, EdgeOptions, EdgeWalk
 from net.start_weights import PRETRAINED
+
+
+@refiner("edge")
+class EdgeOnly(EdgeNetwork):
+    """The refiner ``edge``; labels, training and walk are those of ``EdgeNetwork``."""
 
 
 @dataclass(frozen=True)
@@ -61,37 +66,32 @@ class EdgeRecipe(RefineRecipe):
 
 _CRF = CRFSettings(iterations=1, bilateral_sxy=50.0, bilateral_srgb=5.0)
 
-
-@refiner("edge")
-class EdgeOnly(EdgeNetwork):
-    """The refiner ``edge``; labels, training and walk are those of ``EdgeNetwork``."""
-
-    recipes: ClassVar[Mapping[str, EdgeRecipe]] = {
-        # The momentum is the published poly-SGD's, which passes its weight decay there (semformer.md section 7).
-        "published": EdgeRecipe(
-            fit=Fit(epochs=3, batch_size=32, lr=0.1, momentum=1e-4, nesterov=True, weight_decay=1e-4),
-            augment=Augment(
-                order=("long_side", "flip", "jitter", "normalize", "crop"),
-                long_side=(320, 640),
-                jitter=(0.3, 0.3, 0.3, 0.1),
-                crop=512,
-            ),
-            weights=PRETRAINED,
-            # published, although the names suggest the opposite: the sure foreground is larger than the possible one,
-            # so that hardly any pixel is ignored (semformer.md section 8)
-            label=EdgeLabel(threshold_fg=0.11, threshold_bg=0.15),
-            walk=EdgeWalk(crf=_CRF),
+EdgeOnly.recipes = {
+    # The momentum is the published poly-SGD's, which passes its weight decay there (semformer.md section 7).
+    "published": EdgeRecipe(
+        fit=Fit(epochs=3, batch_size=32, lr=0.1, momentum=1e-4, nesterov=True, weight_decay=1e-4),
+        augment=Augment(
+            order=("long_side", "flip", "jitter", "normalize", "crop"),
+            long_side=(320, 640),
+            jitter=(0.3, 0.3, 0.3, 0.1),
+            crop=512,
         ),
-        # from random weights, so nothing is frozen
-        "sample": EdgeRecipe(
-            amp="fast",
-            network=EdgeOnlyOptions(resnet=SAMPLE_RESNET, radius=5),
-            fit=Fit(epochs=10, batch_size=16, optimiser="adamw", lr=0.002, weight_decay=1e-4),
-            augment=Augment(order=("long_side", "flip", "jitter", "normalize", "crop"), long_side=(112, 160), crop=112),
-            # maps of networks trained from random weights are sharp: they are small away from the marks
-            label=EdgeLabel(
-                threshold_fg=0.03, threshold_bg=0.006, crf=CRFSettings(bilateral_sxy=30.0, bilateral_srgb=8.0)
-            ),
-            walk=EdgeWalk(logt=6, canvas=112, threshold=0.03, crf=_CRF),
+        weights=PRETRAINED,
+        # published, although the names suggest the opposite: the sure foreground is larger than the possible one,
+        # so that hardly any pixel is ignored (semformer.md section 8)
+        label=EdgeLabel(threshold_fg=0.11, threshold_bg=0.15),
+        walk=EdgeWalk(crf=_CRF),
+    ),
+    # from random weights, so nothing is frozen
+    "sample": EdgeRecipe(
+        amp="fast",
+        network=EdgeOnlyOptions(resnet=SAMPLE_RESNET, radius=5),
+        fit=Fit(epochs=10, batch_size=16, optimiser="adamw", lr=0.002, weight_decay=1e-4),
+        augment=Augment(order=("long_side", "flip", "jitter", "normalize", "crop"), long_side=(112, 160), crop=112),
+        # maps of networks trained from random weights are sharp: they are small away from the marks
+        label=EdgeLabel(
+            threshold_fg=0.03, threshold_bg=0.006, crf=CRFSettings(bilateral_sxy=30.0, bilateral_srgb=8.0)
         ),
-    }
+        walk=EdgeWalk(logt=6, canvas=112, threshold=0.03, crf=_CRF),
+    ),
+}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
@@ -50,43 +50,102 @@ _WEAK = 2.5
 _LEAST_SHARE = 0.01
 """Smallest fraction of the image's pixels; smaller pieces stay in the list with score 0."""
 
-# ------------------------------------------------------------------------------------------------ settings
 
+@refiner("irn")
+class IRN(EdgeNetwork):
+    """Boundary and displacement network (irnet.md section 8); state-dict names are the official ones (each tensor
+    once)."""
 
-@dataclass(frozen=True)
-class IRNOptions(EdgeOptions):
-    """Boundary and displacement network."""
-    # irnet.md section 8
+    heads = ("fc_edge*", "fc_dp*", "mean_shift")
+    calibrates = True
 
-    displacement_lr: float = 10.0
-    """Learning rate of the displacement layers relative to that of the boundary layers."""
+    def __init__(self, options: IRNOptions) -> None:
+        super().__init__(options)
+        self.displacement_lr = options.displacement_lr
+        channels, strides = self.resnet50.channels, self.resnet50.strides
+        middle = strides["layer2"]
+        for number, (stage, cout, groups, stride) in enumerate(
+            zip(STAGES, (64, 128, 256, 256, 256), (8, 16, 16, 16, 16), (CELL, CELL, *[middle] * 3), strict=True), 1
+        ):
+            self.add_module(f"fc_dp{number}", make_projection(channels[stage], cout, groups, strides[stage] // stride))
+        self.fc_dp6 = make_projection(768, 256, 16, middle // CELL)
+        self.fc_dp7 = nn.Sequential(*make_projection(448, 256, 16, 1), nn.Conv2d(256, 2, 1, bias=False))
+        self.mean_shift = MeanShift()
 
-    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> IRN:
-        """The network; it depends neither on the classes nor on earlier networks."""
-        return IRN(self)
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image (B, 3, S, S), target (B, S/4, S/4) -> affinity terms, and dp_fg and dp_bg."""
+        taps = self.resnet50.forward_stages(batch["image"])
+        labels = self.label_pairs(batch["target"])
+        counts = {name: batch[f"counts/{name}"] for name in labels}
+        displacements, radius = self.pair_geometry(batch["target"].shape[-2:])
+        return {
+            **self.edge_losses(self.edge_logits(taps), labels, batch),
+            **displacement_losses(self.displacement_field(taps), labels, counts, displacements, radius),
+        }
 
+    @torch.no_grad()
+    def find_instances(self, picture: Picture, cam: Cam, options: IRNWalk) -> tuple[np.ndarray, Instances]:
+        """Random walk, and the objects by a second walk of every class over each object of the displacement field
+        (irnet.md section 10.3). Raises ValueError if image and CAM differ in size."""
+        size = check_sizes(picture, cam)
+        if len(cam.keys) == 0:
+            return np.ones((1, *size), np.float32), Instances.none(size)
+        taps = self.forward_pair(picture.values, options.canvas)
+        boundary = self.pair_boundary(taps, size)  # (h, w)
+        field = self.displacement_field({stage: tap[:1] for stage, tap in taps.items()})  # (1, 2, h', w')
+        objects = self.find_objects(crop_like(field, boundary)[0], boundary, cam, size, options)
+        return self.walk_scores(picture, cam, boundary, options), objects
 
-@dataclass(frozen=True)
-class IRNWalk(EdgeWalk):
-    """Random walk, and the objects of each class."""
-    # irnet.md section 10
+    def displacement_field(self, taps: StageMaps) -> Tensor:
+        """Displacement field from the stages' maps: (B, 2, ceil(H/4), ceil(W/4)) float32, (dy, dx) in cells; the mean
+        is subtracted in evaluation mode."""
+        one, two, *deep = (getattr(self, f"fc_dp{number}")(taps[stage]) for number, stage in enumerate(STAGES, 1))
+        six = self.fc_dp6(torch.cat([crop_like(m, deep[0]) for m in deep], dim=1))
+        return self.mean_shift(self.fc_dp7(torch.cat([one, two, crop_like(six, two)], dim=1)).float())
 
-    instances: bool = True
-    """Also separate single objects (instance/ID.npz, instance/ID.png)."""
-    instance_threshold: Annotated[Probability, When("instances")] = 0.25
-    """Background score of the objects' walk."""
+    def param_groups(self) -> list[Group]:
+        """Boundary layers (and the backbone, if not frozen) at the base rate, displacement layers at
+        ``displacement_lr`` times it; everything is decayed (irnet.md section 9.4)."""
+        named = [(name.startswith("fc_dp"), p) for name, p in self.named_parameters() if p.requires_grad]
+        return [
+            Group([p for new, p in named if not new]),
+            Group([p for new, p in named if new], self.displacement_lr),
+        ]
 
+    @torch.no_grad()
+    def calibrate(self, images: Iterable[Tensor]) -> None:
+        """Measure the mean displacement (irnet.md section 9.4): the mean over each image's canvas, then over all
+        images.
 
-@dataclass(frozen=True)
-class IRNRecipe(RefineRecipe):
-    """Recipe of IRNet."""
+        The published code leaves out the last incomplete batch (24 of 1464 images), and fails if all
+        images are fewer than a batch.
+        """
+        total, count = torch.zeros(2, dtype=torch.float64), 0
+        self.mean_shift.running_mean.zero_()
+        for batch in images:
+            total += self.displacement_field(self.resnet50.forward_stages(batch)).mean((2, 3)).sum(0).double().cpu()
+            count += len(batch)
+        self.mean_shift.running_mean.copy_(total / max(1, count))
 
-    network: IRNOptions = field(default_factory=IRNOptions)
-    """Options of the network itself."""
-    label: EdgeLabel = field(default_factory=EdgeLabel)
-    """How labels are made from CAMs."""
-    walk: IRNWalk = field(default_factory=IRNWalk)
-    """The random walk."""
+    @classmethod
+    def finds_instances(cls, options: IRNWalk) -> bool:
+        """Whether the settings ask for single objects."""
+        return options.instances
+
+    @staticmethod
+    def find_objects(
+        field: Tensor, boundary: Tensor, cam: Cam, size: tuple[int, int], options: IRNWalk
+    ) -> Instances:
+        """Objects of an image of (H, W) from its displacement field (2, h, w), boundary (h, w) and CAMs."""
+        numbers = torch.from_numpy(find_clusters(field.cpu().numpy(), find_centroids(field).cpu().numpy()))  # (h, w)
+        members = F.one_hot(numbers).permute(2, 0, 1)  # (I, h, w)
+        maps = torch.from_numpy(cam.on_grid(tuple(boundary.shape)))  # (K, h, w)
+        rows = (maps[:, None] * members[None]).flatten(0, 1)  # (K * I, h, w), by class
+        kept = rows.flatten(1).amax(1) > 0  # the others stay zero on the walk
+        classes = np.repeat(cam.keys, len(members))[kept.numpy()]
+        seeds = rows[kept].to(boundary.device)
+        walked = propagate_scores(seeds, boundary, options.radius, options.beta, 2**options.logt)
+        return make_instances(walked, classes, size, options.instance_threshold)
 
 
 # ------------------------------------------------------------------------------------------------ displacement loss
@@ -240,126 +299,68 @@ def make_instances(scores: Tensor, classes: np.ndarray, size: tuple[int, int], t
     return Instances(np.stack(masks), np.array(kinds, np.int64), np.array(values, np.float32))
 
 
-# ------------------------------------------------------------------------------------------------ network
+# ------------------------------------------------------------------------------------- options
 
 
-@refiner("irn")
-class IRN(EdgeNetwork):
-    """Boundary and displacement network (irnet.md section 8); state-dict names are the official ones (each tensor
-    once)."""
+@dataclass(frozen=True)
+class IRNOptions(EdgeOptions):
+    """Boundary and displacement network."""
+    # irnet.md section 8
 
-    heads = ("fc_edge*", "fc_dp*", "mean_shift")
-    calibrates = True
+    displacement_lr: float = 10.0
+    """Learning rate of the displacement layers relative to that of the boundary layers."""
 
-    def __init__(self, options: IRNOptions) -> None:
-        super().__init__(options)
-        self.displacement_lr = options.displacement_lr
-        channels, strides = self.resnet50.channels, self.resnet50.strides
-        middle = strides["layer2"]
-        for number, (stage, cout, groups, stride) in enumerate(
-            zip(STAGES, (64, 128, 256, 256, 256), (8, 16, 16, 16, 16), (CELL, CELL, *[middle] * 3), strict=True), 1
-        ):
-            self.add_module(f"fc_dp{number}", make_projection(channels[stage], cout, groups, strides[stage] // stride))
-        self.fc_dp6 = make_projection(768, 256, 16, middle // CELL)
-        self.fc_dp7 = nn.Sequential(*make_projection(448, 256, 16, 1), nn.Conv2d(256, 2, 1, bias=False))
-        self.mean_shift = MeanShift()
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> IRN:
+        """The network; it depends neither on the classes nor on earlier networks."""
+        return IRN(self)
 
-    def displacement_field(self, taps: StageMaps) -> Tensor:
-        """Displacement field from the stages' maps: (B, 2, ceil(H/4), ceil(W/4)) float32, (dy, dx) in cells; the mean
-        is subtracted in evaluation mode."""
-        one, two, *deep = (getattr(self, f"fc_dp{number}")(taps[stage]) for number, stage in enumerate(STAGES, 1))
-        six = self.fc_dp6(torch.cat([crop_like(m, deep[0]) for m in deep], dim=1))
-        return self.mean_shift(self.fc_dp7(torch.cat([one, two, crop_like(six, two)], dim=1)).float())
 
-    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """``batch``: image (B, 3, S, S), target (B, S/4, S/4) -> affinity terms, and dp_fg and dp_bg."""
-        taps = self.resnet50.forward_stages(batch["image"])
-        labels = self.label_pairs(batch["target"])
-        counts = {name: batch[f"counts/{name}"] for name in labels}
-        displacements, radius = self.pair_geometry(batch["target"].shape[-2:])
-        return {
-            **self.edge_losses(self.edge_logits(taps), labels, batch),
-            **displacement_losses(self.displacement_field(taps), labels, counts, displacements, radius),
-        }
+@dataclass(frozen=True)
+class IRNWalk(EdgeWalk):
+    """Random walk, and the objects of each class."""
+    # irnet.md section 10
 
-    def param_groups(self) -> list[Group]:
-        """Boundary layers (and the backbone, if not frozen) at the base rate, displacement layers at
-        ``displacement_lr`` times it; everything is decayed (irnet.md section 9.4)."""
-        named = [(name.startswith("fc_dp"), p) for name, p in self.named_parameters() if p.requires_grad]
-        return [
-            Group([p for new, p in named if not new]),
-            Group([p for new, p in named if new], self.displacement_lr),
-        ]
+    instances: bool = True
+    """Also separate single objects (instance/ID.npz, instance/ID.png)."""
+    instance_threshold: Annotated[Probability, When("instances")] = 0.25
+    """Background score of the objects' walk."""
 
-    @torch.no_grad()
-    def calibrate(self, images: Iterable[Tensor]) -> None:
-        """Measure the mean displacement (irnet.md section 9.4): the mean over each image's canvas, then over all
-        images.
 
-        The published code leaves out the last incomplete batch (24 of 1464 images), and fails if all
-        images are fewer than a batch.
-        """
-        total, count = torch.zeros(2, dtype=torch.float64), 0
-        self.mean_shift.running_mean.zero_()
-        for batch in images:
-            total += self.displacement_field(self.resnet50.forward_stages(batch)).mean((2, 3)).sum(0).double().cpu()
-            count += len(batch)
-        self.mean_shift.running_mean.copy_(total / max(1, count))
+@dataclass(frozen=True)
+class IRNRecipe(RefineRecipe):
+    """Recipe of IRNet."""
 
-    @classmethod
-    def finds_instances(cls, options: IRNWalk) -> bool:
-        """Whether the settings ask for single objects."""
-        return options.instances
+    network: IRNOptions = field(default_factory=IRNOptions)
+    """Options of the network itself."""
+    label: EdgeLabel = field(default_factory=EdgeLabel)
+    """How labels are made from CAMs."""
+    walk: IRNWalk = field(default_factory=IRNWalk)
+    """The random walk."""
 
-    @torch.no_grad()
-    def find_instances(self, picture: Picture, cam: Cam, options: IRNWalk) -> tuple[np.ndarray, Instances]:
-        """Random walk, and the objects by a second walk of every class over each object of the displacement field
-        (irnet.md section 10.3). Raises ValueError if image and CAM differ in size."""
-        size = check_sizes(picture, cam)
-        if len(cam.keys) == 0:
-            return np.ones((1, *size), np.float32), Instances.none(size)
-        taps = self.forward_pair(picture.values, options.canvas)
-        boundary = self.pair_boundary(taps, size)  # (h, w)
-        field = self.displacement_field({stage: tap[:1] for stage, tap in taps.items()})  # (1, 2, h', w')
-        objects = self.find_objects(crop_like(field, boundary)[0], boundary, cam, size, options)
-        return self.walk_scores(picture, cam, boundary, options), objects
 
-    @staticmethod
-    def find_objects(
-        field: Tensor, boundary: Tensor, cam: Cam, size: tuple[int, int], options: IRNWalk
-    ) -> Instances:
-        """Objects of an image of (H, W) from its displacement field (2, h, w), boundary (h, w) and CAMs."""
-        numbers = torch.from_numpy(find_clusters(field.cpu().numpy(), find_centroids(field).cpu().numpy()))  # (h, w)
-        members = F.one_hot(numbers).permute(2, 0, 1)  # (I, h, w)
-        maps = torch.from_numpy(cam.on_grid(tuple(boundary.shape)))  # (K, h, w)
-        rows = (maps[:, None] * members[None]).flatten(0, 1)  # (K * I, h, w), by class
-        kept = rows.flatten(1).amax(1) > 0  # the others stay zero on the walk
-        classes = np.repeat(cam.keys, len(members))[kept.numpy()]
-        seeds = rows[kept].to(boundary.device)
-        walked = propagate_scores(seeds, boundary, options.radius, options.beta, 2**options.logt)
-        return make_instances(walked, classes, size, options.instance_threshold)
+# ------------------------------------------------------------------------------------- recipes
 
-    recipes: ClassVar[Mapping[str, IRNRecipe]] = {
-        # irnet.md sections 7, 9.4 and 10. The momentum is the published poly-SGD's, which passes its weight decay there
-        # (section 5). Sizes of the random scaling are cut to whole pixels here, rounded there.
-        "published": IRNRecipe(
-            fit=Fit(epochs=3, batch_size=32, lr=0.1, momentum=1e-4, weight_decay=1e-4),
-            augment=Augment(
-                order=("scale", "normalize", "flip", "crop"), scale=(0.5, 1.5), scale_filter="bicubic", crop=512
-            ),
-            weights=PRETRAINED,
+IRN.recipes = {
+    # irnet.md sections 7, 9.4 and 10. The momentum is the published poly-SGD's, which passes its weight decay there
+    # (section 5). Sizes of the random scaling are cut to whole pixels here, rounded there.
+    "published": IRNRecipe(
+        fit=Fit(epochs=3, batch_size=32, lr=0.1, momentum=1e-4, weight_decay=1e-4),
+        augment=Augment(
+            order=("scale", "normalize", "flip", "crop"), scale=(0.5, 1.5), scale_filter="bicubic", crop=512
         ),
-        # from random weights, so nothing is frozen
-        "sample": IRNRecipe(
-            amp="fast",
-            network=IRNOptions(resnet=SAMPLE_RESNET, radius=5, displacement_lr=1.0),
-            fit=Fit(epochs=10, batch_size=16, optimiser="adamw", lr=0.002, weight_decay=1e-4),
-            augment=Augment(
-                order=("scale", "normalize", "flip", "crop"), scale=(0.75, 1.25), scale_filter="bicubic", crop=112
-            ),
-            label=EdgeLabel(
-                threshold_fg=0.12, threshold_bg=0.03, crf=CRFSettings(bilateral_sxy=30.0, bilateral_srgb=8.0)
-            ),
-            walk=IRNWalk(logt=6, canvas=112, threshold=0.1, crf=CRFSettings(1)),
+        weights=PRETRAINED,
+    ),
+    # from random weights, so nothing is frozen
+    "sample": IRNRecipe(
+        amp="fast",
+        network=IRNOptions(resnet=SAMPLE_RESNET, radius=5, displacement_lr=1.0),
+        fit=Fit(epochs=10, batch_size=16, optimiser="adamw", lr=0.002, weight_decay=1e-4),
+        augment=Augment(
+            order=("scale", "normalize", "flip", "crop"), scale=(0.75, 1.25), scale_filter="bicubic", crop=112
         ),
-    }
+        label=EdgeLabel(
+            threshold_fg=0.12, threshold_bg=0.03, crf=CRFSettings(bilateral_sxy=30.0, bilateral_srgb=8.0)
+        ),
+        walk=IRNWalk(logt=6, canvas=112, threshold=0.1, crf=CRFSettings(1)),
+    ),
+}

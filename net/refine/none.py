@@ -13,6 +13,15 @@ from net.registry import refiner
 from net.shared.background import BackgroundOptions
 
 
+@refiner("none")
+class NoRefiner(PlainRefiner):
+    """Background score and class maps, side by side."""
+
+    def refine(self, picture: Picture, cam: Cam, options: BackgroundOptions) -> np.ndarray:
+        """The picture is not looked at."""
+        return options.stack(cam.maps)
+
+
 @dataclass(frozen=True)
 class NoneRecipe(RefineSettings):
     """No refinement."""
@@ -21,12 +30,4 @@ class NoneRecipe(RefineSettings):
     """The background's score."""
 
 
-@refiner("none")
-class NoRefiner(PlainRefiner):
-    """Background score and class maps, side by side."""
-
-    recipes = {"published": NoneRecipe(), "sample": NoneRecipe()}
-
-    def refine(self, picture: Picture, cam: Cam, options: BackgroundOptions) -> np.ndarray:
-        """The picture is not looked at."""
-        return options.stack(cam.maps)
+NoRefiner.recipes = {"published": NoneRecipe(), "sample": NoneRecipe()}

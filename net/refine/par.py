@@ -19,6 +19,16 @@ from net.registry import refiner
 from net.shared.background import BackgroundOptions
 
 
+@refiner("par")
+class ParRefiner(PlainRefiner):
+    """Scores of background and classes after PAR."""
+
+    def refine(self, picture: Picture, cam: Cam, options: ParOptions) -> np.ndarray:
+        """The scores sum to a little more than those before it: the kernel's weights do (misc/propagate/par.py)."""
+        scores = torch.from_numpy(options.stack(cam.maps)).to(picture.values.device)[None]  # (1, K + 1, H, W)
+        return PixelAdaptive(picture.values[None], PAR)(scores, options.iterations)[0].cpu().numpy()
+
+
 @dataclass(frozen=True)
 class ParOptions(BackgroundOptions):
     """Background score and iterations."""
@@ -35,13 +45,4 @@ class ParRecipe(RefineSettings):
     """Background score and iterations."""
 
 
-@refiner("par")
-class ParRefiner(PlainRefiner):
-    """Scores of background and classes after PAR."""
-
-    recipes = {"published": ParRecipe(), "sample": ParRecipe(ParOptions("constant", iterations=10))}
-
-    def refine(self, picture: Picture, cam: Cam, options: ParOptions) -> np.ndarray:
-        """The scores sum to a little more than those before it: the kernel's weights do (misc/propagate/par.py)."""
-        scores = torch.from_numpy(options.stack(cam.maps)).to(picture.values.device)[None]  # (1, K + 1, H, W)
-        return PixelAdaptive(picture.values[None], PAR)(scores, options.iterations)[0].cpu().numpy()
+ParRefiner.recipes = {"published": ParRecipe(), "sample": ParRecipe(ParOptions("constant", iterations=10))}

@@ -22,6 +22,45 @@ from net.shared.aream import PUBLISHED_REFINE, Aream, AreamOptions
 from net.start_weights import REQUIRED
 
 
+@seed("aream_conformer")
+class AreamConformer(Conformer, Aream):
+    """Conformer with ``cnn_head``, a 1x1 convolution on the map, and ``att_head`` on the class token, of C outputs."""
+
+    names = ("conv", "token")
+    tokens = 1
+    gated = False
+    entropy_epsilon = 1e-6
+    heads = ("cnn_head", "att_head")
+
+    def __init__(self, options: AreamConformerOptions, num_classes: int) -> None:
+        super().__init__(options.backbone)
+        self.options = options
+        self.cnn_head = nn.Conv2d(self.channels, num_classes, 1)
+        self.att_head = nn.Linear(self.width, num_classes)
+        self.initialise_heads(self.cnn_head, self.att_head)
+
+    def forward_maps(self, images: Tensor, visit: Visit | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Classifiers on the convolution branch and on the class token; the map is signed."""
+        features, token = self.forward_features(self.whole_patches(images), visit)
+        maps = self.cnn_head(features).float()
+        return (maps.mean((2, 3)), self.att_head(token).float()), maps.detach()
+
+    def param_groups(self) -> list[Group]:
+        """Weight decay on matrices only, except the class token; the heads have 10 times the rate."""
+        return decay_groups(self, ("cls_token",), self.heads)
+
+    def load_weights(self, weights: str) -> str:
+        """Conformer's ImageNet weights without their heads (``Conformer_small_patch16.pth``), or a whole checkpoint of
+        AReAM, which has a ``cnn_head`` and must fit completely."""
+        if "cnn_head.weight" in read_tensors(weights):
+            return str(load_tensors(self, weights))
+        return str(load_tensors(self, weights, rename=lambda name: None if "head" in name else name,
+                        allow_missing=self.heads))  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------- options
+
+
 @dataclass(frozen=True)
 class AreamConformerOptions(AreamOptions):
     """Options of AReAM on Conformer."""
@@ -89,43 +128,4 @@ _SAMPLE = Recipe(
     segmenter="deeplabv1_largefov",
 )  # fmt: skip
 
-
-
-# ------------------------------------------------------------------------------------- network (aream.md section 2)
-
-
-@seed("aream_conformer")
-class AreamConformer(Conformer, Aream):
-    """Conformer with ``cnn_head``, a 1x1 convolution on the map, and ``att_head`` on the class token, of C outputs."""
-
-    recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
-    names = ("conv", "token")
-    tokens = 1
-    gated = False
-    entropy_epsilon = 1e-6
-    heads = ("cnn_head", "att_head")
-
-    def __init__(self, options: AreamConformerOptions, num_classes: int) -> None:
-        super().__init__(options.backbone)
-        self.options = options
-        self.cnn_head = nn.Conv2d(self.channels, num_classes, 1)
-        self.att_head = nn.Linear(self.width, num_classes)
-        self.initialise_heads(self.cnn_head, self.att_head)
-
-    def forward_maps(self, images: Tensor, visit: Visit | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Classifiers on the convolution branch and on the class token; the map is signed."""
-        features, token = self.forward_features(self.whole_patches(images), visit)
-        maps = self.cnn_head(features).float()
-        return (maps.mean((2, 3)), self.att_head(token).float()), maps.detach()
-
-    def param_groups(self) -> list[Group]:
-        """Weight decay on matrices only, except the class token; the heads have 10 times the rate."""
-        return decay_groups(self, ("cls_token",), self.heads)
-
-    def load_weights(self, weights: str) -> str:
-        """Conformer's ImageNet weights without their heads (``Conformer_small_patch16.pth``), or a whole checkpoint of
-        AReAM, which has a ``cnn_head`` and must fit completely."""
-        if "cnn_head.weight" in read_tensors(weights):
-            return str(load_tensors(self, weights))
-        return str(load_tensors(self, weights, rename=lambda name: None if "head" in name else name,
-                        allow_missing=self.heads))  # fmt: skip
+AreamConformer.recipes = {"published": _PUBLISHED, "sample": _SAMPLE}

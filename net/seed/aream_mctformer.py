@@ -20,6 +20,31 @@ from net.shared.aream import PUBLISHED_REFINE, Aream, AreamOptions
 from net.start_weights import PRETRAINED
 
 
+@seed("aream_mctformer")
+class AreamMCTformer(MultiClassViT, Aream):
+    """MCTformer-V2. State-dict names are those of its and AReAM's checkpoints; start weights are a DeiT's."""
+
+    names = ("cls", "patch")
+    gated = True
+
+    def __init__(self, options: AreamMCTformerOptions, num_classes: int) -> None:
+        super().__init__(options.backbone, num_classes)
+        self.options = options
+
+    def forward_maps(self, images: Tensor, visit: Visit | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Classifiers on class tokens and patches; the map is rectified."""
+        x, grid = self.forward_features(images, visit)
+        maps = self.patch_maps(x, grid)
+        return (self.class_token_logits(x), maps.mean((2, 3))), maps.detach().relu()
+
+    def param_groups(self) -> list[Group]:
+        """Weight decay on matrices, except ``pos_embed``; also on the class tokens, unlike MCTformer."""
+        return decay_groups(self, ("pos_embed",))
+
+
+# ------------------------------------------------------------------------------------- options
+
+
 @dataclass(frozen=True)
 class AreamMCTformerOptions(AreamOptions):
     """Options of AReAM on MCTformer-V2; the defaults are the published ones."""
@@ -74,29 +99,4 @@ _SAMPLE = Recipe(
     segmenter="deeplabv1_largefov",
 )  # fmt: skip
 
-
-
-# ------------------------------------------------------------------------------------- network (aream.md section 2)
-
-
-@seed("aream_mctformer")
-class AreamMCTformer(MultiClassViT, Aream):
-    """MCTformer-V2. State-dict names are those of its and AReAM's checkpoints; start weights are a DeiT's."""
-
-    recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
-    names = ("cls", "patch")
-    gated = True
-
-    def __init__(self, options: AreamMCTformerOptions, num_classes: int) -> None:
-        super().__init__(options.backbone, num_classes)
-        self.options = options
-
-    def forward_maps(self, images: Tensor, visit: Visit | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Classifiers on class tokens and patches; the map is rectified."""
-        x, grid = self.forward_features(images, visit)
-        maps = self.patch_maps(x, grid)
-        return (self.class_token_logits(x), maps.mean((2, 3))), maps.detach().relu()
-
-    def param_groups(self) -> list[Group]:
-        """Weight decay on matrices, except ``pos_embed``; also on the class tokens, unlike MCTformer."""
-        return decay_groups(self, ("pos_embed",))
+AreamMCTformer.recipes = {"published": _PUBLISHED, "sample": _SAMPLE}

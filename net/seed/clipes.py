@@ -34,6 +34,61 @@ from net.registry import seed
 from net.start_weights import PRETRAINED
 
 
+@seed("clipes")
+class Clipes(SeedNetwork):
+    """A frozen image tower and the features of texts. Its file needs neither text tower nor tokeniser."""
+
+    normalisation = "clip"
+    map_needs_gradient = True
+
+    def __init__(self, options: ClipesOptions, num_classes: int) -> None:
+        super().__init__()
+        self.options = options
+        self.texts = Texts((), (), options.texts.templates)
+        self.encoder = FrozenClip(options.clip, num_classes)
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """Never called: there is nothing to train."""
+        raise ValueError("CLIP-ES has nothing to train: leave --cam.fit.steps at 0.")
+
+    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
+        """Spread and scaled class maps on the grid of patches: (B, 3, H, W), (B, C) -> (B, C, h, w) float32 in [0, 1),
+        0 for absent classes."""
+        layers, blocks = self.encoder.layers, self.options.blocks
+        attention = AttentionSums(1, [0] * layers, [0] * (layers - blocks) + [1 / blocks] * blocks)
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            tokens, grid = self.encoder.visual.forward_features(images.float(), attention)
+        found = self.encoder.class_gradients(tokens, tags, lambda seen: attention(layers - 1, seen))
+        maps = found.maps(grid)
+        for image, affinity, present in zip(maps, attention.affinity, tags > 0, strict=True):
+            image[present] = scale_to_unit(refine_by_attention(image[present], affinity, self.options.cut))
+        return maps
+
+    def set_class_texts(self, names: Sequence[str], own: Mapping[str, str]) -> None:
+        """Choose the texts; until weights are loaded their features are random directions."""
+        self.texts = self.options.texts.choose(names, own)
+        self.encoder.draw_texts(len(self.texts.background))
+
+    def notes(self) -> dict[str, Any]:
+        """The texts that were encoded."""
+        return {"texts": self.texts.record()}
+
+    def pretrained_names(self) -> tuple[str, ...]:
+        """The whole CLIP of ``options.clip``, as open_clip has it."""
+        return (f"open_clip:{self.options.clip.pretrained}",)
+
+    def load_weights(self, weights: str) -> str:
+        """A whole CLIP: a file, or ``open_clip:NAME``. Its text tower encodes the texts."""
+        return self.encoder.load_clip(read_clip(weights), self.texts, weights)
+
+    def classify(self, images: Tensor, num_classes: int) -> Tensor:
+        """Scaled cosines with the classes' texts: (B, 3, H, W) -> (B, C)."""
+        return self.encoder.text_logits(images)[:, :num_classes]
+
+
+# ------------------------------------------------------------------------------------- options
+
+
 @dataclass(frozen=True)
 class ClipesOptions(Options):
     """CLIP, its texts and the map; the defaults are the published ones for VOC."""
@@ -95,55 +150,4 @@ _SAMPLE = Recipe(
     segment={"fit.epochs": 2},
 )
 
-
-@seed("clipes")
-class Clipes(SeedNetwork):
-    """A frozen image tower and the features of texts. Its file needs neither text tower nor tokeniser."""
-
-    recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
-    normalisation = "clip"
-    map_needs_gradient = True
-
-    def __init__(self, options: ClipesOptions, num_classes: int) -> None:
-        super().__init__()
-        self.options = options
-        self.texts = Texts((), (), options.texts.templates)
-        self.encoder = FrozenClip(options.clip, num_classes)
-
-    def set_class_texts(self, names: Sequence[str], own: Mapping[str, str]) -> None:
-        """Choose the texts; until weights are loaded their features are random directions."""
-        self.texts = self.options.texts.choose(names, own)
-        self.encoder.draw_texts(len(self.texts.background))
-
-    def notes(self) -> dict[str, Any]:
-        """The texts that were encoded."""
-        return {"texts": self.texts.record()}
-
-    def pretrained_names(self) -> tuple[str, ...]:
-        """The whole CLIP of ``options.clip``, as open_clip has it."""
-        return (f"open_clip:{self.options.clip.pretrained}",)
-
-    def load_weights(self, weights: str) -> str:
-        """A whole CLIP: a file, or ``open_clip:NAME``. Its text tower encodes the texts."""
-        return self.encoder.load_clip(read_clip(weights), self.texts, weights)
-
-    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """Never called: there is nothing to train."""
-        raise ValueError("CLIP-ES has nothing to train: leave --cam.fit.steps at 0.")
-
-    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
-        """Spread and scaled class maps on the grid of patches: (B, 3, H, W), (B, C) -> (B, C, h, w) float32 in [0, 1),
-        0 for absent classes."""
-        layers, blocks = self.encoder.layers, self.options.blocks
-        attention = AttentionSums(1, [0] * layers, [0] * (layers - blocks) + [1 / blocks] * blocks)
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            tokens, grid = self.encoder.visual.forward_features(images.float(), attention)
-        found = self.encoder.class_gradients(tokens, tags, lambda seen: attention(layers - 1, seen))
-        maps = found.maps(grid)
-        for image, affinity, present in zip(maps, attention.affinity, tags > 0, strict=True):
-            image[present] = scale_to_unit(refine_by_attention(image[present], affinity, self.options.cut))
-        return maps
-
-    def classify(self, images: Tensor, num_classes: int) -> Tensor:
-        """Scaled cosines with the classes' texts: (B, 3, H, W) -> (B, C)."""
-        return self.encoder.text_logits(images)[:, :num_classes]
+Clipes.recipes = {"published": _PUBLISHED, "sample": _SAMPLE}

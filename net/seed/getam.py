@@ -34,72 +34,200 @@ from net.registry import seed
 from net.start_weights import PRETRAINED
 
 
-@dataclass(frozen=True)
-class GetamLabel(Checked):
-    """Labels that the network makes during training."""
-    # getam.md section 4
+@seed("getam")
+class Getam(SingleStage):
+    """DPT with a linear classifier on the pooled coarsest map. getam.md section 2.
 
-    saliency: bool = True
-    """Take the background from saliency maps (--saliency DIR), as published. Without them, labels come from the maps
-    alone by two constant background scores; this is our rule, not a published one."""
-    salient_above: Annotated[int, Range(least=0, most=254), When("saliency")] = 0
-    """Largest saliency value that counts as not salient. Published: 0, so any nonzero value is salient."""
-    epsilon: Positive = 1e-5
-    """Added to the maximum by which a map is divided. Published oddity: maps have the same order of magnitude, so the
-    background score depends on the size of the gradients (section 4.3)."""
-    power: Annotated[Positive, When("saliency")] = 32.0
-    """With saliency: the background's score is (1 - largest map) to this power."""
-    cut: Annotated[float, Range(above=0, below=1), When("saliency")] = 0.9
-    """With saliency: quantile of a class's positive scores above which a pixel that is not salient gets the class.
-    COCO: 0.95."""
-    opening: Annotated[int, Range(least=0), When("saliency")] = 10
-    """With saliency: side of the square that opens the foreground. Pixels. 0: none."""
-    low: Annotated[Probability, When("saliency", False)] = 0.2
-    """Without saliency: pixels whose scores are all below are background."""
-    high: Annotated[Probability, When("saliency", False)] = 0.4
-    """Without saliency: pixels with a score above have that class; what lies between is unknown."""
-    iterations: Annotated[int, Range(least=0)] = 10
-    """Iterations of PAMR on the maps. 0: none."""
+    State-dict names are those of the official checkpoints.
+    """
 
-    def cross_check(self) -> None:
-        """Raises ValueError if the lower background score is above the higher one."""
-        check(self.low <= self.high, "low", self.low, f"at most high = {self.high}")
+    map_needs_gradient = True
+    finds_unused = True  # the decoder in the first phase
 
+    def __init__(self, options: GetamOptions, num_classes: int) -> None:
+        super().__init__()
+        self.options = options
+        dpt = options.dpt
+        self.multiple = 2 * dpt.patch
+        self.pretrained = DPTEncoder(dpt)
+        self.scratch = DPTDecoder(dpt.channels, dpt.features, num_classes + 1, dpt.dropout)
+        self.cam_module = ChannelGate(dpt.features)
+        self.cls_head = nn.Linear(dpt.channels[-1], num_classes)
 
-@dataclass(frozen=True)
-class GetamOptions(Options):
-    """Network, map, labels and losses; the defaults are the published ones."""
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image (B, 3, S, S), tags (B, C), box (B, 4), saliency (B, S, S) if it is used.
 
-    dpt: DPTOptions = field(default_factory=DPTOptions)
-    """Transformer and decoder."""
-    start_layer: Annotated[int, Range(least=0)] = 6
-    """First block (from 0) whose attention is in the map."""
-    cls_share: Probability = 0.5
-    """Fraction of the training in which only the classifier is trained."""
-    seg_lr: Positive = 0.1
-    """Factor of the learning rate after that."""
-    label: GetamLabel = field(default_factory=GetamLabel)
-    """Labels made during training."""
-    saliency_loss: Literal["published", "intended", "none"] = "published"
-    """Target of the background's probability. intended: 0 where salient, else 1. published: 1 everywhere but where a
-    label was completed (the published code divides by 255 what it had made 0 and 1: section 9, trap 1)."""
-    dense: DenseOptions = field(default_factory=DenseOptions)
-    """Dense energy loss."""
+        Returns {"cls": multi-label soft margin loss}, and in the second phase with it {"ce_background",
+        "ce_foreground": cross entropies, each over the pixels of its kind; "dense": energy; "saliency": binary cross
+        entropy of the background's probability}. Padding counts as background except in the energy, as published.
+        """
+        images = batch["image"]
+        if "label" not in batch:
+            return {"cls": multilabel_soft_margin(self.class_logits(images), batch["tags"])}
+        classes, logits = self.forward_both(images)
+        terms = {"cls": multilabel_soft_margin(classes, batch["tags"])}
+        with torch.autocast(images.device.type, enabled=False):
+            return {**terms, **self.segmentation_losses(logits.float(), batch)}
 
-    def cross_check(self) -> None:
-        """Raises ValueError for a layer that does not exist."""
-        super().cross_check()
-        depth = self.dpt.depth
-        check(self.start_layer < depth, "start_layer", self.start_layer, f"in 0 .. {depth - 1} (below the depth)")
+    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
+        """Raw maps of the present classes, others 0: (B, 3, H, W) -> (B, C, ceil(H / patch), ceil(W / patch)) float32.
 
-    @property
-    def wants_saliency(self) -> bool:
-        """True if labels are made with saliency maps."""
-        return self.label.saliency
+        Sum over blocks of (mean over heads of the positive part of attention times gradient) times (mean over heads of
+        the gradient's positive part): two means multiplied, not a mean of products (getam.md section 3).
+        """
+        attention, gradients, _ = self.attention_gradients(images, tags)
+        layers = (gradients * attention).clamp(min=0).mean(3) * gradients.clamp(min=0).mean(3)  # (K, L, B, T)
+        values = layers.sum(1)[:, :, self.pretrained.model.tokens :]  # (K, B, N)
+        patch, (height, width) = self.options.dpt.patch, images.shape[-2:]
+        grid = tuple(-(-side // self.multiple) * 2 for side in (height, width))
+        maps = values.new_zeros((*tags.shape, values.shape[2]))  # (B, C, N)
+        rank = tags.cumsum(1) * tags
+        for k, value in enumerate(values, 1):
+            maps += (rank == k)[:, :, None] * value[:, None]
+        return maps.unflatten(2, grid)[..., : -(-height // patch), : -(-width // patch)]
 
-    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> Getam:
-        """GETAM for ``num_classes`` foreground classes."""
-        return Getam(self, num_classes)
+    def logits(self, images: Tensor) -> Tensor:
+        """Segmentation logits: (B, 3, H, W) -> (B, C + 1, H, W)."""
+        return self.forward_both(images)[1]
+
+    # ---------------------------------------------------------------------------------------------- network
+
+    def _whole(self, images: Tensor) -> Tensor:
+        """Padded with the mean colour at the bottom and right to sides that the four maps fit."""
+        height, width = images.shape[-2:]
+        return F.pad(images, (0, -width % self.multiple, 0, -height % self.multiple))
+
+    def _classes(self, coarsest: Tensor) -> Tensor:
+        return self.cls_head(coarsest.mean((2, 3)))
+
+    def class_logits(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, C)."""
+        return self._classes(self.pretrained(self._whole(images))[-1])
+
+    def classify(self, images: Tensor, num_classes: int) -> Tensor:
+        """The classifier's logits: (B, 3, H, W) -> (B, C)."""
+        return self.class_logits(images).float()
+
+    def forward_both(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits (B, C), and segmentation logits (B, C + 1, H, W), background first, of images (B, 3, H, W)."""
+        whole = self._whole(images)
+        maps = self.pretrained(whole)
+        x = self.scratch.output_conv(self.cam_module(self.scratch(maps)))
+        x = F.interpolate(x, size=whole.shape[-2:], mode="bilinear", align_corners=True)
+        return self._classes(maps[-1]), x[..., : images.shape[2], : images.shape[3]]
+
+    # ---------------------------------------------------------------------------------------------- map
+
+    def attention_gradients(self, images: Tensor, tags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention and its gradients, which make the map, for the k-th present class of all images at once.
+
+        Only the class token's row of the attention is kept, and there is no graph before the first block in the map. In
+        full precision: magnitudes are about 1e-5 (trap 8).
+
+        Args:
+            images: (B, 3, H, W) normalised, any H and W.
+            tags: (B, C) in {0, 1}.
+
+        Returns:
+            attention: (L, B, n, T) of the class token in the L blocks from ``start_layer`` on, after the softmax.
+            gradients: (K, L, B, n, T) of the logit of each image's k-th present class, signed; 0 where it has fewer.
+            logits: (B, C).
+        """
+        rows: list[Tensor] = []
+
+        def look(attention: QueryKey) -> Tensor:
+            rows.append(attention.first_weights(1))  # (B, n, 1, T)
+            return rows[-1]
+
+        first, body = self.options.start_layer, self.pretrained.model
+        last = self.pretrained.act_postprocess4
+        with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
+            with torch.no_grad():
+                x, grid, _ = body.embed_with_stem(self._whole(images.float()))
+                for block in body.blocks[:first]:
+                    x = block(x)
+            x.requires_grad_()
+            for block in body.blocks[first:]:
+                x = block(x, look)
+            logits = self._classes(last(x, grid))
+            rank = tags.cumsum(1) * tags  # 1 for an image's first class, 2 for its second, ...
+            count = int(rank.max())
+            gradients = [
+                torch.stack(torch.autograd.grad(logits[rank == k].sum(), rows, retain_graph=k < count))
+                for k in range(1, count + 1)
+            ]  # (L, B, n, 1, T) each
+        attention = torch.stack(rows).detach()[:, :, :, 0]
+        none = attention.new_zeros((0, *attention.shape))
+        return attention, torch.stack(gradients)[:, :, :, :, 0] if gradients else none, logits.detach()
+
+    # ---------------------------------------------------------------------------------------------- training
+
+    def is_segmenting(self, progress: float) -> bool:
+        """Whether the second phase has started. Published: one update after its fraction of the training."""
+        return progress > self.options.cls_share
+
+    def lr_scale(self, progress: float) -> float:
+        """Factor of the learning rate: ``seg_lr`` in the second phase, else 1."""
+        return self.options.seg_lr if self.is_segmenting(progress) else 1.0
+
+    def prepare(self, batch: Batch, progress: float) -> Batch:
+        """In the second phase ``label`` (B, S, S) int64 and, with saliency, ``salient`` (B, S, S) uint8, from the
+        network's present maps, in training mode as published."""
+        if not self.is_segmenting(progress):
+            return {}
+        options, colours = self.options.label, truncate_values(batch["image"], self.normalisation)
+        maps = self.cam(batch["image"], batch["tags"])
+        labels, salient = [], []
+        for index, tags in enumerate(batch["tags"]):
+            keys = tags.nonzero()[:, 0]
+            norm = normalise_label_maps(maps[index, keys], colours[index], options)
+            if options.saliency:
+                label, after = label_with_saliency(
+                    norm, keys, batch["saliency"][index] > options.salient_above, options
+                )
+                salient.append(after)
+            else:
+                label = label_without_saliency(norm, keys, options)
+            labels.append(label)
+        made = {"label": torch.stack(labels)}
+        return {**made, "salient": torch.stack(salient)} if salient else made
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """In the second phase, the numbers of background and foreground pixels."""
+        if "label" not in batch:
+            return {}
+        background = batch["label"] == 0
+        return {"background": background.sum(), "foreground": (~background & (batch["label"] != IGNORE)).sum()}
+
+    def segmentation_losses(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The terms of logits (B, C + 1, S, S) float32 against the labels of the batch (see ``forward``)."""
+        label, options = batch["label"], self.options
+        errors = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")  # (B, S, S), 0 where unknown
+        background = label == 0
+        # published: 0 / 0 if a batch has no pixel of a kind (section 9, trap 2)
+        terms = {
+            "ce_background": errors[background].sum() / batch["counts/background"].clamp(min=1e-5),
+            "ce_foreground": errors[~background].sum() / batch["counts/foreground"].clamp(min=1e-5),
+        }
+        if options.dense.weight:
+            inside = box_mask(batch["box"], label.shape[-2:])
+            colours = truncate_values(batch["image"], self.normalisation)
+            terms["dense"] = dense_energy(logits, label, colours, inside, options.dense)
+        if options.label.saliency and options.saliency_loss != "none":
+            target = saliency_target(batch["salient"], options.saliency_loss)
+            terms["saliency"] = F.binary_cross_entropy(logits.softmax(1)[:, 0], target)
+        return terms
+
+    def pretrained_names(self) -> tuple[str, ...]:
+        """timm's ImageNet classifier of the transformer."""
+        return self.pretrained.model.pretrained_names()
+
+    def load_weights(self, weights: str) -> str:
+        """A whole GETAM checkpoint, strictly, or an ImageNet classifier for the transformer (a file in timm's naming,
+        or 'pretrained': timm's own)."""
+        if any(name.startswith("pretrained.model.") for name in read_tensors(weights)):
+            return str(load_tensors(self, weights))
+        return self.pretrained.model.load_weights(weights)
 
 
 # ------------------------------------------------------------------------------ labels (getam.md section 4)
@@ -192,13 +320,84 @@ def saliency_target(salient: Tensor, rule: str) -> Tensor:
     return 1 - (salient == 255 if rule == "published" else salient > 0).float()
 
 
+# ------------------------------------------------------------------------------------- options
+
+
+@dataclass(frozen=True)
+class GetamLabel(Checked):
+    """Labels that the network makes during training."""
+    # getam.md section 4
+
+    saliency: bool = True
+    """Take the background from saliency maps (--saliency DIR), as published. Without them, labels come from the maps
+    alone by two constant background scores; this is our rule, not a published one."""
+    salient_above: Annotated[int, Range(least=0, most=254), When("saliency")] = 0
+    """Largest saliency value that counts as not salient. Published: 0, so any nonzero value is salient."""
+    epsilon: Positive = 1e-5
+    """Added to the maximum by which a map is divided. Published oddity: maps have the same order of magnitude, so the
+    background score depends on the size of the gradients (section 4.3)."""
+    power: Annotated[Positive, When("saliency")] = 32.0
+    """With saliency: the background's score is (1 - largest map) to this power."""
+    cut: Annotated[float, Range(above=0, below=1), When("saliency")] = 0.9
+    """With saliency: quantile of a class's positive scores above which a pixel that is not salient gets the class.
+    COCO: 0.95."""
+    opening: Annotated[int, Range(least=0), When("saliency")] = 10
+    """With saliency: side of the square that opens the foreground. Pixels. 0: none."""
+    low: Annotated[Probability, When("saliency", False)] = 0.2
+    """Without saliency: pixels whose scores are all below are background."""
+    high: Annotated[Probability, When("saliency", False)] = 0.4
+    """Without saliency: pixels with a score above have that class; what lies between is unknown."""
+    iterations: Annotated[int, Range(least=0)] = 10
+    """Iterations of PAMR on the maps. 0: none."""
+
+    def cross_check(self) -> None:
+        """Raises ValueError if the lower background score is above the higher one."""
+        check(self.low <= self.high, "low", self.low, f"at most high = {self.high}")
+
+
+@dataclass(frozen=True)
+class GetamOptions(Options):
+    """Network, map, labels and losses; the defaults are the published ones."""
+
+    dpt: DPTOptions = field(default_factory=DPTOptions)
+    """Transformer and decoder."""
+    start_layer: Annotated[int, Range(least=0)] = 6
+    """First block (from 0) whose attention is in the map."""
+    cls_share: Probability = 0.5
+    """Fraction of the training in which only the classifier is trained."""
+    seg_lr: Positive = 0.1
+    """Factor of the learning rate after that."""
+    label: GetamLabel = field(default_factory=GetamLabel)
+    """Labels made during training."""
+    saliency_loss: Literal["published", "intended", "none"] = "published"
+    """Target of the background's probability. intended: 0 where salient, else 1. published: 1 everywhere but where a
+    label was completed (the published code divides by 255 what it had made 0 and 1: section 9, trap 1)."""
+    dense: DenseOptions = field(default_factory=DenseOptions)
+    """Dense energy loss."""
+
+    def cross_check(self) -> None:
+        """Raises ValueError for a layer that does not exist."""
+        super().cross_check()
+        depth = self.dpt.depth
+        check(self.start_layer < depth, "start_layer", self.start_layer, f"in 0 .. {depth - 1} (below the depth)")
+
+    @property
+    def wants_saliency(self) -> bool:
+        """True if labels are made with saliency maps."""
+        return self.label.saliency
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> Getam:
+        """GETAM for ``num_classes`` foreground classes."""
+        return Getam(self, num_classes)
+
+
 # ------------------------------------------------------------------------------ recipes (getam.md sections 6 and 7)
 
 _CRF = CRFSettings(
     iterations=20, gauss_sxy=3, gauss_weight=3, bilateral_sxy=83, bilateral_srgb=5, bilateral_weight=4
 )
-# maps of a single scale, as labels are made of them: no inference of maps alone was published
 
+# maps of a single scale, as labels are made of them: no inference of maps alone was published
 _PUBLISHED = Recipe(
     cam=SeedRecipe(
         network=GetamOptions(),
@@ -256,199 +455,4 @@ _SAMPLE = Recipe(
     ),
 )
 
-
-@seed("getam")
-class Getam(SingleStage):
-    """DPT with a linear classifier on the pooled coarsest map. getam.md section 2.
-
-    State-dict names are those of the official checkpoints.
-    """
-
-    recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
-    map_needs_gradient = True
-    finds_unused = True  # the decoder in the first phase
-
-    def __init__(self, options: GetamOptions, num_classes: int) -> None:
-        super().__init__()
-        self.options = options
-        dpt = options.dpt
-        self.multiple = 2 * dpt.patch
-        self.pretrained = DPTEncoder(dpt)
-        self.scratch = DPTDecoder(dpt.channels, dpt.features, num_classes + 1, dpt.dropout)
-        self.cam_module = ChannelGate(dpt.features)
-        self.cls_head = nn.Linear(dpt.channels[-1], num_classes)
-
-    # ---------------------------------------------------------------------------------------------- network
-
-    def _whole(self, images: Tensor) -> Tensor:
-        """Padded with the mean colour at the bottom and right to sides that the four maps fit."""
-        height, width = images.shape[-2:]
-        return F.pad(images, (0, -width % self.multiple, 0, -height % self.multiple))
-
-    def _classes(self, coarsest: Tensor) -> Tensor:
-        return self.cls_head(coarsest.mean((2, 3)))
-
-    def class_logits(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, C)."""
-        return self._classes(self.pretrained(self._whole(images))[-1])
-
-    def classify(self, images: Tensor, num_classes: int) -> Tensor:
-        """The classifier's logits: (B, 3, H, W) -> (B, C)."""
-        return self.class_logits(images).float()
-
-    def forward_both(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Class logits (B, C), and segmentation logits (B, C + 1, H, W), background first, of images (B, 3, H, W)."""
-        whole = self._whole(images)
-        maps = self.pretrained(whole)
-        x = self.scratch.output_conv(self.cam_module(self.scratch(maps)))
-        x = F.interpolate(x, size=whole.shape[-2:], mode="bilinear", align_corners=True)
-        return self._classes(maps[-1]), x[..., : images.shape[2], : images.shape[3]]
-
-    def logits(self, images: Tensor) -> Tensor:
-        """Segmentation logits: (B, 3, H, W) -> (B, C + 1, H, W)."""
-        return self.forward_both(images)[1]
-
-    # ---------------------------------------------------------------------------------------------- map
-
-    def attention_gradients(self, images: Tensor, tags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Attention and its gradients, which make the map, for the k-th present class of all images at once.
-
-        Only the class token's row of the attention is kept, and there is no graph before the first block in the map. In
-        full precision: magnitudes are about 1e-5 (trap 8).
-
-        Args:
-            images: (B, 3, H, W) normalised, any H and W.
-            tags: (B, C) in {0, 1}.
-
-        Returns:
-            attention: (L, B, n, T) of the class token in the L blocks from ``start_layer`` on, after the softmax.
-            gradients: (K, L, B, n, T) of the logit of each image's k-th present class, signed; 0 where it has fewer.
-            logits: (B, C).
-        """
-        rows: list[Tensor] = []
-
-        def look(attention: QueryKey) -> Tensor:
-            rows.append(attention.first_weights(1))  # (B, n, 1, T)
-            return rows[-1]
-
-        first, body = self.options.start_layer, self.pretrained.model
-        last = self.pretrained.act_postprocess4
-        with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
-            with torch.no_grad():
-                x, grid, _ = body.embed_with_stem(self._whole(images.float()))
-                for block in body.blocks[:first]:
-                    x = block(x)
-            x.requires_grad_()
-            for block in body.blocks[first:]:
-                x = block(x, look)
-            logits = self._classes(last(x, grid))
-            rank = tags.cumsum(1) * tags  # 1 for an image's first class, 2 for its second, ...
-            count = int(rank.max())
-            gradients = [
-                torch.stack(torch.autograd.grad(logits[rank == k].sum(), rows, retain_graph=k < count))
-                for k in range(1, count + 1)
-            ]  # (L, B, n, 1, T) each
-        attention = torch.stack(rows).detach()[:, :, :, 0]
-        none = attention.new_zeros((0, *attention.shape))
-        return attention, torch.stack(gradients)[:, :, :, :, 0] if gradients else none, logits.detach()
-
-    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
-        """Raw maps of the present classes, others 0: (B, 3, H, W) -> (B, C, ceil(H / patch), ceil(W / patch)) float32.
-
-        Sum over blocks of (mean over heads of the positive part of attention times gradient) times (mean over heads of
-        the gradient's positive part): two means multiplied, not a mean of products (getam.md section 3).
-        """
-        attention, gradients, _ = self.attention_gradients(images, tags)
-        layers = (gradients * attention).clamp(min=0).mean(3) * gradients.clamp(min=0).mean(3)  # (K, L, B, T)
-        values = layers.sum(1)[:, :, self.pretrained.model.tokens :]  # (K, B, N)
-        patch, (height, width) = self.options.dpt.patch, images.shape[-2:]
-        grid = tuple(-(-side // self.multiple) * 2 for side in (height, width))
-        maps = values.new_zeros((*tags.shape, values.shape[2]))  # (B, C, N)
-        rank = tags.cumsum(1) * tags
-        for k, value in enumerate(values, 1):
-            maps += (rank == k)[:, :, None] * value[:, None]
-        return maps.unflatten(2, grid)[..., : -(-height // patch), : -(-width // patch)]
-
-    # ---------------------------------------------------------------------------------------------- training
-
-    def is_segmenting(self, progress: float) -> bool:
-        """Whether the second phase has started. Published: one update after its fraction of the training."""
-        return progress > self.options.cls_share
-
-    def lr_scale(self, progress: float) -> float:
-        """Factor of the learning rate: ``seg_lr`` in the second phase, else 1."""
-        return self.options.seg_lr if self.is_segmenting(progress) else 1.0
-
-    def prepare(self, batch: Batch, progress: float) -> Batch:
-        """In the second phase ``label`` (B, S, S) int64 and, with saliency, ``salient`` (B, S, S) uint8, from the
-        network's present maps, in training mode as published."""
-        if not self.is_segmenting(progress):
-            return {}
-        options, colours = self.options.label, truncate_values(batch["image"], self.normalisation)
-        maps = self.cam(batch["image"], batch["tags"])
-        labels, salient = [], []
-        for index, tags in enumerate(batch["tags"]):
-            keys = tags.nonzero()[:, 0]
-            norm = normalise_label_maps(maps[index, keys], colours[index], options)
-            if options.saliency:
-                label, after = label_with_saliency(
-                    norm, keys, batch["saliency"][index] > options.salient_above, options
-                )
-                salient.append(after)
-            else:
-                label = label_without_saliency(norm, keys, options)
-            labels.append(label)
-        made = {"label": torch.stack(labels)}
-        return {**made, "salient": torch.stack(salient)} if salient else made
-
-    def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """In the second phase, the numbers of background and foreground pixels."""
-        if "label" not in batch:
-            return {}
-        background = batch["label"] == 0
-        return {"background": background.sum(), "foreground": (~background & (batch["label"] != IGNORE)).sum()}
-
-    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """``batch``: image (B, 3, S, S), tags (B, C), box (B, 4), saliency (B, S, S) if it is used.
-
-        Returns {"cls": multi-label soft margin loss}, and in the second phase with it {"ce_background",
-        "ce_foreground": cross entropies, each over the pixels of its kind; "dense": energy; "saliency": binary cross
-        entropy of the background's probability}. Padding counts as background except in the energy, as published.
-        """
-        images = batch["image"]
-        if "label" not in batch:
-            return {"cls": multilabel_soft_margin(self.class_logits(images), batch["tags"])}
-        classes, logits = self.forward_both(images)
-        terms = {"cls": multilabel_soft_margin(classes, batch["tags"])}
-        with torch.autocast(images.device.type, enabled=False):
-            return {**terms, **self.segmentation_losses(logits.float(), batch)}
-
-    def segmentation_losses(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """The terms of logits (B, C + 1, S, S) float32 against the labels of the batch (see ``forward``)."""
-        label, options = batch["label"], self.options
-        errors = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")  # (B, S, S), 0 where unknown
-        background = label == 0
-        # published: 0 / 0 if a batch has no pixel of a kind (section 9, trap 2)
-        terms = {
-            "ce_background": errors[background].sum() / batch["counts/background"].clamp(min=1e-5),
-            "ce_foreground": errors[~background].sum() / batch["counts/foreground"].clamp(min=1e-5),
-        }
-        if options.dense.weight:
-            inside = box_mask(batch["box"], label.shape[-2:])
-            colours = truncate_values(batch["image"], self.normalisation)
-            terms["dense"] = dense_energy(logits, label, colours, inside, options.dense)
-        if options.label.saliency and options.saliency_loss != "none":
-            target = saliency_target(batch["salient"], options.saliency_loss)
-            terms["saliency"] = F.binary_cross_entropy(logits.softmax(1)[:, 0], target)
-        return terms
-
-    def pretrained_names(self) -> tuple[str, ...]:
-        """timm's ImageNet classifier of the transformer."""
-        return self.pretrained.model.pretrained_names()
-
-    def load_weights(self, weights: str) -> str:
-        """A whole GETAM checkpoint, strictly, or an ImageNet classifier for the transformer (a file in timm's naming,
-        or 'pretrained': timm's own)."""
-        if any(name.startswith("pretrained.model.") for name in read_tensors(weights)):
-            return str(load_tensors(self, weights))
-        return self.pretrained.model.load_weights(weights)
+Getam.recipes = {"published": _PUBLISHED, "sample": _SAMPLE}

@@ -18,6 +18,49 @@ from net.registry import seed
 from net.start_weights import PRETRAINED
 
 
+@seed("irn_cam")
+class IRNCam(SeedNetwork):
+    """The classifier; state-dict names are the official ones (each tensor once): ``resnet50``, ``classifier``."""
+
+    normalisation = ResNet.normalisation
+
+    def __init__(self, options: IRNCamOptions, num_classes: int) -> None:
+        super().__init__()
+        self.head_lr = options.head_lr
+        self.resnet50 = ResNet(options.resnet)
+        self.classifier = nn.Conv2d(self.resnet50.channels["layer4"], num_classes, 1, bias=False)
+
+    def class_logits(self, images: Tensor) -> Tensor:
+        """Class scores: the features are pooled, then classified; (B, 3, H, W) -> (B, C)."""
+        return self.classifier(self.resnet50(images).mean((2, 3), keepdim=True)).flatten(1)
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image (B, 3, S, S), tags (B, C) -> {"cls": multi-label soft margin loss}."""
+        return {"cls": multilabel_soft_margin(self.class_logits(batch["image"]), batch["tags"])}
+
+    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
+        """Rectified maps of all classes: (B, 3, H, W) -> (B, C, ceil(H/16), ceil(W/16)) float32."""
+        return F.relu(self.classifier(self.resnet50(images)).float())
+
+    def classify(self, images: Tensor, num_classes: int) -> Tensor:
+        """The logits."""
+        return self.class_logits(images).float()
+
+    def param_groups(self) -> list[Group]:
+        """Backbone at the base rate, classifier at ``head_lr`` times it; everything is decayed (irnet.md section 5)."""
+        backbone = [p for p in self.resnet50.parameters() if p.requires_grad]
+        return [Group(backbone), Group(list(self.classifier.parameters()), self.head_lr)]
+
+    def pretrained_names(self) -> tuple[str, ...]:
+        """timm's ImageNet classifier of the backbone."""
+        return (self.resnet50.options.pretrained,)
+
+    def load_weights(self, weights: str) -> str:
+        """ImageNet weights ('pretrained': torchvision's by the option of the backbone, or a file), or a whole
+        checkpoint; the classifier may be absent or of other classes: then it stays random, and the report says so."""
+        return load_resnet(self, weights, heads=("classifier",))
+
+
 @dataclass(frozen=True)
 class IRNCamOptions(Options):
     """Options of the network; the defaults are the published ones."""
@@ -64,46 +107,4 @@ _SAMPLE = Recipe(
     segment={"weights": "cam"},
 )
 
-
-@seed("irn_cam")
-class IRNCam(SeedNetwork):
-    """The classifier; state-dict names are the official ones (each tensor once): ``resnet50``, ``classifier``."""
-
-    recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
-    normalisation = ResNet.normalisation
-
-    def __init__(self, options: IRNCamOptions, num_classes: int) -> None:
-        super().__init__()
-        self.head_lr = options.head_lr
-        self.resnet50 = ResNet(options.resnet)
-        self.classifier = nn.Conv2d(self.resnet50.channels["layer4"], num_classes, 1, bias=False)
-
-    def class_logits(self, images: Tensor) -> Tensor:
-        """Class scores: the features are pooled, then classified; (B, 3, H, W) -> (B, C)."""
-        return self.classifier(self.resnet50(images).mean((2, 3), keepdim=True)).flatten(1)
-
-    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """``batch``: image (B, 3, S, S), tags (B, C) -> {"cls": multi-label soft margin loss}."""
-        return {"cls": multilabel_soft_margin(self.class_logits(batch["image"]), batch["tags"])}
-
-    def classify(self, images: Tensor, num_classes: int) -> Tensor:
-        """The logits."""
-        return self.class_logits(images).float()
-
-    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
-        """Rectified maps of all classes: (B, 3, H, W) -> (B, C, ceil(H/16), ceil(W/16)) float32."""
-        return F.relu(self.classifier(self.resnet50(images)).float())
-
-    def param_groups(self) -> list[Group]:
-        """Backbone at the base rate, classifier at ``head_lr`` times it; everything is decayed (irnet.md section 5)."""
-        backbone = [p for p in self.resnet50.parameters() if p.requires_grad]
-        return [Group(backbone), Group(list(self.classifier.parameters()), self.head_lr)]
-
-    def pretrained_names(self) -> tuple[str, ...]:
-        """timm's ImageNet classifier of the backbone."""
-        return (self.resnet50.options.pretrained,)
-
-    def load_weights(self, weights: str) -> str:
-        """ImageNet weights ('pretrained': torchvision's by the option of the backbone, or a file), or a whole
-        checkpoint; the classifier may be absent or of other classes: then it stays random, and the report says so."""
-        return load_resnet(self, weights, heads=("classifier",))
+IRNCam.recipes = {"published": _PUBLISHED, "sample": _SAMPLE}

@@ -41,51 +41,89 @@ _MCT_TEMPERATURE = 0.07
 _WINDOW, _MARGIN, _DRAWN, _LEAST_MEAN = 6, 3, 8, 1.2
 
 
-@dataclass(frozen=True)
-class MoreOptions(SelfTrainedOptions):
-    """Network, map and losses; the defaults are published for VOC."""
+@seed("more")
+class More(SelfTrainedViT):
+    """MoRe. State-dict names are those of the official checkpoints, which load strictly (more.md section 2.3)."""
 
-    scales: Annotated[tuple[float, ...], Range(above=0, filled=True)] = (1.0, 0.5, 0.75, 1.5)
-    """Scales of the maps that labels are made from while it trains."""
-    map: Literal["cam", "lam"] = "cam"
-    """Map of the CAM steps. cam: the class maps. lam: class tokens times patch tokens (then infer.merge is max)."""
-    temperature: Positive = 0.5
-    """Temperature of cle. COCO: 0.1."""
-    switch: Probability = 0.5
-    """Fraction of the training after which the labels of cle and une come from the final maps, with the thresholds
-    late_high and late_low, in place of the auxiliary ones. COCO: 0.625."""
-    certain_high: Probability = 0.5
-    """Before the switch: map value above which cle takes a token to have a class."""
-    late_high: Probability = 0.6
-    """After the switch: map value above which cle and une take a token to have a class."""
-    late_low: Probability = 0.35
-    """After the switch: map value up to which cle and une take a token to be background."""
-    mct: Term = field(default_factory=lambda: Term(1.0))
-    """Class tokens apart."""
-    mct_with_mean: bool = False
-    """Half of mct is a soft margin loss on the tokens' means, as COCO's published log was made."""
-    ptc: Term = field(default_factory=lambda: Term(0.3))
-    """Patch token contrast. COCO: begins after 0.1."""
-    cle: Term = field(default_factory=lambda: Term(0.2))
-    """Certain patches and class tokens. COCO: 0.1, begins after 0.15."""
-    une: Term = field(default_factory=lambda: Term(0.1))
-    """Uncertain patches and class tokens. COCO: 0.01, begins after 0.15."""
-    seg: Term = field(default_factory=lambda: Term(0.12, 0.1))
-    """Cross entropy of the decoder. COCO: begins after 0.2."""
-    reg: Term = field(default_factory=lambda: Term(0.05, 0.1))
-    """Dense energy of the decoder's predictions. COCO: begins after 0.2."""
-    window_centre: bool = False
-    """Which token of an uncertain window une takes. Off, published: its corner. On: its centre, which is uncertain."""
+    settings: MoreOptions
 
-    def cross_check(self) -> None:
-        """Raises ValueError for thresholds the wrong way round."""
-        super().cross_check()
-        check(self.late_low <= self.late_high, "late_low", self.late_low, f"at most late_high = {self.late_high}")
-        check(self.low <= self.certain_high, "certain_high", self.certain_high, f"at least low = {self.low}")
+    def __init__(self, options: MoreOptions, num_classes: int) -> None:
+        super().__init__(options, ClassTokenViT(options.backbone, num_classes, options.aux_layer), num_classes)
+        self.graph_layer = GraphModule(options.backbone.width, max(1, int(0.5 * num_classes)))
 
-    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> More:
-        """MoRe for ``num_classes`` foreground classes."""
-        return More(self, num_classes)
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image (B, 3, S, S), tags (B, C), seed (B,), and what ``prepare`` and the loop add.
+
+        Returns {"cls", "cls_aux": soft margin losses; "mct", "cle", "une": of the class tokens; "ptc": patch contrast;
+        "seg", "reg": of the decoder}, weighted.
+        """
+        options, images, tags = self.settings, batch["image"], batch["tags"]
+        tokens, patches, auxiliary = self.encoder(images)
+        rebuilt = self.class_tokens(tokens, patches)
+        ptc = patch_contrast(
+            patches, batch["token_label"], batch["counts/same_pairs"], batch["counts/different_pairs"]
+        )
+        with torch.autocast(images.device.type, enabled=False):
+            mct = token_contrast(rebuilt)
+            if options.mct_with_mean:
+                mct = (mct + mean_margin(rebuilt, tags)) / 2
+            cle = certain_patches(rebuilt, patches, batch["certain_label"], tags, options.temperature)
+            une = uncertain_patches(rebuilt, patches, batch["taken"], tags, batch["counts/taken"])
+        everywhere = torch.ones_like(images[:, 0], dtype=torch.bool)  # published: no box anywhere
+        weights = options.seg.at(progress), options.reg.at(progress)
+        return {
+            "cls": multilabel_soft_margin(self.classifier.class_logits(patches), tags),
+            "cls_aux": multilabel_soft_margin(self.aux_classifier.class_logits(auxiliary), tags),
+            "mct": options.mct.at(progress) * mct,
+            "ptc": options.ptc.at(progress) * ptc,
+            "cle": options.cle.at(progress) * cle,
+            "une": options.une.at(progress) * une,
+            **self.segmentation_terms(self.decoder(patches), batch, everywhere, weights),
+        }
+
+    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
+        """The map that the options name."""
+        return self.attention_maps(images) if self.settings.map == "lam" else super().cam(images, tags)
+
+    def class_tokens(self, tokens: Tensor, patches: Tensor) -> Tensor:
+        """The encoder's class tokens (B, 4 + C, D) and patches (B, D, h, w) -> rebuilt class tokens (B, C, D)."""
+        return self.graph_layer(tokens[:, _SPARE:], patches.flatten(2).transpose(1, 2))
+
+    def attention_maps(self, images: Tensor) -> Tensor:
+        """LAM: products of class tokens and patch tokens, signed, (B, 3, H, W) -> (B, C, h, w) float32."""
+        tokens, patches, _ = self.encoder(images)
+        return torch.einsum("bcd,bdhw->bchw", self.class_tokens(tokens, patches).float(), patches.float())
+
+    # ----------------------------------------------------------------------------------- training
+
+    def prepare(self, batch: Batch, progress: float) -> Batch:
+        """Labels from the maps of this moment: ``token_label``, ``certain_label`` (B, h, w) int64 for ptc and cle,
+        ``taken`` (B, h, w) float32 for une; with the decoder's terms ``label`` (B, S, S) int64."""
+        options = self.settings
+        (maps, auxiliary), keys, real = self.online_maps(batch)
+        grid = [side // options.backbone.patch for side in maps.shape[-2:]]
+        final, early = resize_maps(maps, grid), resize_maps(auxiliary, grid)
+        made = {"token_label": threshold_label(early, keys, options.high, options.low)}
+        if progress > options.switch:
+            made["certain_label"] = uncertain = threshold_label(final, keys, options.late_high, options.late_low)
+        else:
+            made["certain_label"] = threshold_label(early, keys, options.certain_high, options.low)
+            uncertain = made["token_label"]
+        made["taken"] = torch.stack([
+            draw_uncertain(one, stream.permutation, options.window_centre)
+            for one, stream in zip(uncertain, sample_streams(batch), strict=True)
+        ])  # fmt: skip
+        if options.seg.at(progress) or options.reg.at(progress):
+            made["label"] = self.decoder_labels(batch["image"], maps, keys, real)
+        return made
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """As of the base, and the number of tokens that une takes."""
+        return {**super().counts(batch), "taken": batch["taken"].sum()}
+
+    def param_groups(self) -> list[Group]:
+        """Encoder but for its norms, its norms, classifiers, graph module, decoder (more.md section 6)."""
+        return self.split_groups([self.classifier, self.aux_classifier], [self.graph_layer], [self.decoder])
 
 
 # ------------------------------------------------------------------------------------ network (more.md section 2)
@@ -225,6 +263,56 @@ def uncertain_patches(tokens: Tensor, patches: Tensor, taken: Tensor, tags: Tens
     return ((1 - alike + unlike) / 2 * taken.flatten(1)).sum() / count.clamp(min=1e-5)
 
 
+# ------------------------------------------------------------------------------------- options
+
+
+@dataclass(frozen=True)
+class MoreOptions(SelfTrainedOptions):
+    """Network, map and losses; the defaults are published for VOC."""
+
+    scales: Annotated[tuple[float, ...], Range(above=0, filled=True)] = (1.0, 0.5, 0.75, 1.5)
+    """Scales of the maps that labels are made from while it trains."""
+    map: Literal["cam", "lam"] = "cam"
+    """Map of the CAM steps. cam: the class maps. lam: class tokens times patch tokens (then infer.merge is max)."""
+    temperature: Positive = 0.5
+    """Temperature of cle. COCO: 0.1."""
+    switch: Probability = 0.5
+    """Fraction of the training after which the labels of cle and une come from the final maps, with the thresholds
+    late_high and late_low, in place of the auxiliary ones. COCO: 0.625."""
+    certain_high: Probability = 0.5
+    """Before the switch: map value above which cle takes a token to have a class."""
+    late_high: Probability = 0.6
+    """After the switch: map value above which cle and une take a token to have a class."""
+    late_low: Probability = 0.35
+    """After the switch: map value up to which cle and une take a token to be background."""
+    mct: Term = field(default_factory=lambda: Term(1.0))
+    """Class tokens apart."""
+    mct_with_mean: bool = False
+    """Half of mct is a soft margin loss on the tokens' means, as COCO's published log was made."""
+    ptc: Term = field(default_factory=lambda: Term(0.3))
+    """Patch token contrast. COCO: begins after 0.1."""
+    cle: Term = field(default_factory=lambda: Term(0.2))
+    """Certain patches and class tokens. COCO: 0.1, begins after 0.15."""
+    une: Term = field(default_factory=lambda: Term(0.1))
+    """Uncertain patches and class tokens. COCO: 0.01, begins after 0.15."""
+    seg: Term = field(default_factory=lambda: Term(0.12, 0.1))
+    """Cross entropy of the decoder. COCO: begins after 0.2."""
+    reg: Term = field(default_factory=lambda: Term(0.05, 0.1))
+    """Dense energy of the decoder's predictions. COCO: begins after 0.2."""
+    window_centre: bool = False
+    """Which token of an uncertain window une takes. Off, published: its corner. On: its centre, which is uncertain."""
+
+    def cross_check(self) -> None:
+        """Raises ValueError for thresholds the wrong way round."""
+        super().cross_check()
+        check(self.late_low <= self.late_high, "late_low", self.late_low, f"at most late_high = {self.late_high}")
+        check(self.low <= self.certain_high, "certain_high", self.certain_high, f"at least low = {self.low}")
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> More:
+        """MoRe for ``num_classes`` foreground classes."""
+        return More(self, num_classes)
+
+
 # ------------------------------------------------------------------------------------ recipes (more.md sections 3 to 7)
 
 _FIT = Fit(
@@ -316,91 +404,4 @@ _SAMPLE = Recipe(
     ),
 )  # fmt: skip
 
-
-# ------------------------------------------------------------------------------------ method
-
-
-@seed("more")
-class More(SelfTrainedViT):
-    """MoRe. State-dict names are those of the official checkpoints, which load strictly (more.md section 2.3)."""
-
-    recipes = {"published": _PUBLISHED, "published_coco": _COCO, "sample": _SAMPLE}
-    settings: MoreOptions
-
-    def __init__(self, options: MoreOptions, num_classes: int) -> None:
-        super().__init__(options, ClassTokenViT(options.backbone, num_classes, options.aux_layer), num_classes)
-        self.graph_layer = GraphModule(options.backbone.width, max(1, int(0.5 * num_classes)))
-
-    def class_tokens(self, tokens: Tensor, patches: Tensor) -> Tensor:
-        """The encoder's class tokens (B, 4 + C, D) and patches (B, D, h, w) -> rebuilt class tokens (B, C, D)."""
-        return self.graph_layer(tokens[:, _SPARE:], patches.flatten(2).transpose(1, 2))
-
-    def attention_maps(self, images: Tensor) -> Tensor:
-        """LAM: products of class tokens and patch tokens, signed, (B, 3, H, W) -> (B, C, h, w) float32."""
-        tokens, patches, _ = self.encoder(images)
-        return torch.einsum("bcd,bdhw->bchw", self.class_tokens(tokens, patches).float(), patches.float())
-
-    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
-        """The map that the options name."""
-        return self.attention_maps(images) if self.settings.map == "lam" else super().cam(images, tags)
-
-    # ----------------------------------------------------------------------------------- training
-
-    def prepare(self, batch: Batch, progress: float) -> Batch:
-        """Labels from the maps of this moment: ``token_label``, ``certain_label`` (B, h, w) int64 for ptc and cle,
-        ``taken`` (B, h, w) float32 for une; with the decoder's terms ``label`` (B, S, S) int64."""
-        options = self.settings
-        (maps, auxiliary), keys, real = self.online_maps(batch)
-        grid = [side // options.backbone.patch for side in maps.shape[-2:]]
-        final, early = resize_maps(maps, grid), resize_maps(auxiliary, grid)
-        made = {"token_label": threshold_label(early, keys, options.high, options.low)}
-        if progress > options.switch:
-            made["certain_label"] = uncertain = threshold_label(final, keys, options.late_high, options.late_low)
-        else:
-            made["certain_label"] = threshold_label(early, keys, options.certain_high, options.low)
-            uncertain = made["token_label"]
-        made["taken"] = torch.stack([
-            draw_uncertain(one, stream.permutation, options.window_centre)
-            for one, stream in zip(uncertain, sample_streams(batch), strict=True)
-        ])  # fmt: skip
-        if options.seg.at(progress) or options.reg.at(progress):
-            made["label"] = self.decoder_labels(batch["image"], maps, keys, real)
-        return made
-
-    def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """As of the base, and the number of tokens that une takes."""
-        return {**super().counts(batch), "taken": batch["taken"].sum()}
-
-    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """``batch``: image (B, 3, S, S), tags (B, C), seed (B,), and what ``prepare`` and the loop add.
-
-        Returns {"cls", "cls_aux": soft margin losses; "mct", "cle", "une": of the class tokens; "ptc": patch contrast;
-        "seg", "reg": of the decoder}, weighted.
-        """
-        options, images, tags = self.settings, batch["image"], batch["tags"]
-        tokens, patches, auxiliary = self.encoder(images)
-        rebuilt = self.class_tokens(tokens, patches)
-        ptc = patch_contrast(
-            patches, batch["token_label"], batch["counts/same_pairs"], batch["counts/different_pairs"]
-        )
-        with torch.autocast(images.device.type, enabled=False):
-            mct = token_contrast(rebuilt)
-            if options.mct_with_mean:
-                mct = (mct + mean_margin(rebuilt, tags)) / 2
-            cle = certain_patches(rebuilt, patches, batch["certain_label"], tags, options.temperature)
-            une = uncertain_patches(rebuilt, patches, batch["taken"], tags, batch["counts/taken"])
-        everywhere = torch.ones_like(images[:, 0], dtype=torch.bool)  # published: no box anywhere
-        weights = options.seg.at(progress), options.reg.at(progress)
-        return {
-            "cls": multilabel_soft_margin(self.classifier.class_logits(patches), tags),
-            "cls_aux": multilabel_soft_margin(self.aux_classifier.class_logits(auxiliary), tags),
-            "mct": options.mct.at(progress) * mct,
-            "ptc": options.ptc.at(progress) * ptc,
-            "cle": options.cle.at(progress) * cle,
-            "une": options.une.at(progress) * une,
-            **self.segmentation_terms(self.decoder(patches), batch, everywhere, weights),
-        }
-
-    def param_groups(self) -> list[Group]:
-        """Encoder but for its norms, its norms, classifiers, graph module, decoder (more.md section 6)."""
-        return self.split_groups([self.classifier, self.aux_classifier], [self.graph_layer], [self.decoder])
+More.recipes = {"published": _PUBLISHED, "published_coco": _COCO, "sample": _SAMPLE}

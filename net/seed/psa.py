@@ -22,6 +22,82 @@ from net.registry import seed
 from net.start_weights import REQUIRED
 
 
+@seed("psa")
+class PlainCam(SeedNetwork):
+    """Base of both classifiers; ``CamOptions.build`` creates one of them.
+
+    State-dict names are those of the official checkpoints.
+    """
+
+    head_lr: float
+
+    @abstractmethod
+    def class_logits(self, images: Tensor) -> Tensor:
+        """Class scores: (B, 3, H, W) -> (B, C)."""
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image (B, 3, S, S), tags (B, C) -> {"cls": multi-label soft margin loss}."""
+        return {"cls": multilabel_soft_margin(self.class_logits(batch["image"]), batch["tags"])}
+
+    def classify(self, images: Tensor, num_classes: int) -> Tensor:
+        """The logits."""
+        return self.class_logits(images).float()
+
+    def param_groups(self) -> list[Group]:
+        """The published four groups; the classifier is the new layer."""
+        return conv_groups(self, ("fc8",), self.head_lr)
+
+    def load_weights(self, weights: str) -> str:
+        """ImageNet weights of the backbone (``.params``, ``.caffemodel``) or a whole classifier.
+
+        ``fc8`` may be missing or have other classes: then it stays random, and the report says so.
+        """
+        return str(load_tensors(self, weights, allow_missing=("fc8",)))
+
+
+class CamResNet38(PlainCam, ResNet38):
+    """The classifier on ResNet38 (psa.md section 2.1)."""
+
+    normalisation = ResNet38.normalisation
+
+    def __init__(self, options: CamOptions, num_classes: int) -> None:
+        super().__init__(options.resnet38)
+        self.head_lr = options.head_lr
+        self.dropout7 = nn.Dropout2d(options.dropout)
+        self.fc8 = nn.Conv2d(self.channels["conv6"], num_classes, 1, bias=False)
+        nn.init.xavier_uniform_(self.fc8.weight)
+
+    def class_logits(self, images: Tensor) -> Tensor:
+        """Class scores: the features are pooled, then classified; (B, 3, H, W) -> (B, C)."""
+        pooled = self.dropout7(self.forward_stages(images)["conv6"]).mean((2, 3), keepdim=True)  # (B, 4096, 1, 1)
+        return self.fc8(pooled).flatten(1)
+
+    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
+        """Rectified maps of all classes: (B, 3, H, W) -> (B, C, ceil(H/8), ceil(W/8)) float32."""
+        return F.relu(self.fc8(self.forward_stages(images)["conv6"]).float())
+
+
+class CamVGG16(PlainCam, VGG16):
+    """The classifier on VGG16 (psa.md section 2.2)."""
+
+    normalisation = VGG16.normalisation
+
+    def __init__(self, options: CamOptions, num_classes: int) -> None:
+        super().__init__(options.vgg16)
+        self.head_lr = options.head_lr
+        self.drop7 = nn.Dropout2d(options.dropout)
+        self.fc8 = nn.Conv2d(self.channels["fc7"], num_classes, 1, bias=False)
+        nn.init.xavier_uniform_(self.fc8.weight)
+
+    def class_logits(self, images: Tensor) -> Tensor:
+        """Class scores: the maps are pooled; (B, 3, H, W) -> (B, C)."""
+        return self.fc8(self.drop7(self.forward_stages(images)["fc7"])).mean((2, 3))
+
+    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
+        """Square root of the rectified maps: (B, 3, H, W) -> (B, C, ceil(H/8), ceil(W/8)) float32."""
+        return F.relu(self.fc8(self.forward_stages(images)["fc7"]).float()).sqrt()
+
+
 @dataclass(frozen=True)
 class CamOptions(Options):
     """Options of the network; the defaults are the published ones."""
@@ -105,79 +181,4 @@ _SAMPLE = Recipe(
     segment={"weights": "cam"},
 )
 
-
-@seed("psa")
-class PlainCam(SeedNetwork):
-    """Base of both classifiers; ``CamOptions.build`` creates one of them.
-
-    State-dict names are those of the official checkpoints.
-    """
-
-    recipes = {"published": _PUBLISHED, "published_vgg16": _PUBLISHED_VGG16, "sample": _SAMPLE}
-    head_lr: float
-
-    @abstractmethod
-    def class_logits(self, images: Tensor) -> Tensor:
-        """Class scores: (B, 3, H, W) -> (B, C)."""
-
-    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """``batch``: image (B, 3, S, S), tags (B, C) -> {"cls": multi-label soft margin loss}."""
-        return {"cls": multilabel_soft_margin(self.class_logits(batch["image"]), batch["tags"])}
-
-    def classify(self, images: Tensor, num_classes: int) -> Tensor:
-        """The logits."""
-        return self.class_logits(images).float()
-
-    def param_groups(self) -> list[Group]:
-        """The published four groups; the classifier is the new layer."""
-        return conv_groups(self, ("fc8",), self.head_lr)
-
-    def load_weights(self, weights: str) -> str:
-        """ImageNet weights of the backbone (``.params``, ``.caffemodel``) or a whole classifier.
-
-        ``fc8`` may be missing or have other classes: then it stays random, and the report says so.
-        """
-        return str(load_tensors(self, weights, allow_missing=("fc8",)))
-
-
-class CamResNet38(PlainCam, ResNet38):
-    """The classifier on ResNet38 (psa.md section 2.1)."""
-
-    normalisation = ResNet38.normalisation
-
-    def __init__(self, options: CamOptions, num_classes: int) -> None:
-        super().__init__(options.resnet38)
-        self.head_lr = options.head_lr
-        self.dropout7 = nn.Dropout2d(options.dropout)
-        self.fc8 = nn.Conv2d(self.channels["conv6"], num_classes, 1, bias=False)
-        nn.init.xavier_uniform_(self.fc8.weight)
-
-    def class_logits(self, images: Tensor) -> Tensor:
-        """Class scores: the features are pooled, then classified; (B, 3, H, W) -> (B, C)."""
-        pooled = self.dropout7(self.forward_stages(images)["conv6"]).mean((2, 3), keepdim=True)  # (B, 4096, 1, 1)
-        return self.fc8(pooled).flatten(1)
-
-    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
-        """Rectified maps of all classes: (B, 3, H, W) -> (B, C, ceil(H/8), ceil(W/8)) float32."""
-        return F.relu(self.fc8(self.forward_stages(images)["conv6"]).float())
-
-
-class CamVGG16(PlainCam, VGG16):
-    """The classifier on VGG16 (psa.md section 2.2)."""
-
-    normalisation = VGG16.normalisation
-
-    def __init__(self, options: CamOptions, num_classes: int) -> None:
-        super().__init__(options.vgg16)
-        self.head_lr = options.head_lr
-        self.drop7 = nn.Dropout2d(options.dropout)
-        self.fc8 = nn.Conv2d(self.channels["fc7"], num_classes, 1, bias=False)
-        nn.init.xavier_uniform_(self.fc8.weight)
-
-    def class_logits(self, images: Tensor) -> Tensor:
-        """Class scores: the maps are pooled; (B, 3, H, W) -> (B, C)."""
-        return self.fc8(self.drop7(self.forward_stages(images)["fc7"])).mean((2, 3))
-
-    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
-        """Square root of the rectified maps: (B, 3, H, W) -> (B, C, ceil(H/8), ceil(W/8)) float32."""
-        return F.relu(self.fc8(self.forward_stages(images)["fc7"]).float()).sqrt()
+PlainCam.recipes = {"published": _PUBLISHED, "published_vgg16": _PUBLISHED_VGG16, "sample": _SAMPLE}

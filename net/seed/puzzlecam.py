@@ -30,40 +30,69 @@ Masking = Literal["masking", "none", "selection"]
 _EPSILON = 1e-5
 
 
-@dataclass(frozen=True)
-class PuzzleCamOptions(Options):
-    """Options of network and losses; the defaults are the published ones."""
+@seed("puzzlecam")
+class PuzzleCam(SeedNetwork):
+    """A backbone ``model`` and a 1x1 ``classifier`` without bias.
 
-    backbone: Literal["resnet", "resnest"] = "resnet"
-    """Backbone; only the section with this name is used. The published scores are for resnest."""
-    resnet: Annotated[ResNetOptions, When("backbone", "resnet")] = field(
-        default_factory=lambda: ResNetOptions(norm="trained")
-    )
-    """Options of the ResNet, if it is the backbone."""
-    resnest: Annotated[ResNeStOptions, When("backbone", "resnest")] = field(default_factory=ResNeStOptions)
-    """Options of the ResNeSt, if it is the backbone."""
-    tiles: Count = 2
-    """Tiles per side: 2 splits an image into quarters. Must divide the side of the training images."""
-    level: Literal["feature", "cam"] = "feature"
-    """Maps to compare. feature: the raw class maps. cam: class maps divided by their maxima."""
-    # puzzlecam.md section 6
-    masking: Masking = "masking"
-    """Maps used in the reconstruction loss. masking: those of present classes, divided by the number of all classes
-    (so that its weight depends on that number). none: all. selection: those of present classes, mean over these."""
-    squared: bool = False
-    """Use squared instead of absolute differences."""
-    alpha: Weight = 4.0
-    """Largest weight of the reconstruction (the published code's default is 1, its best run has 4)."""
-    alpha_rise: Annotated[float, Range(above=0, most=1)] = 0.5
-    """Fraction of the training in which the weight rises from 0 to ``alpha``."""
-    confidence: bool = False
-    """Add the entropy-like loss on the tiles' scores, which is in the published code but not in the paper."""
-    head_lr: Positive = 10.0
-    """Learning rate of the classifier relative to the backbone's."""
+    State-dict names are those of the official checkpoints, which hold the backbone twice (``model.*``, ``stage1.*`` to
+    ``stage5.*``); here it is once. puzzlecam.md section 2.
+    """
 
-    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> PuzzleCam:
-        """Puzzle-CAM for ``num_classes`` foreground classes."""
-        return PuzzleCam(self, num_classes)
+    normalisation = ResNet.normalisation
+    selection_thresholds = tuple(i / 100 for i in range(10, 50, 5))  # puzzlecam.md section 4
+
+    def __init__(self, options: PuzzleCamOptions, num_classes: int) -> None:
+        super().__init__()
+        self.options = options
+        self.model = ResNet(options.resnet) if options.backbone == "resnet" else ResNeSt(options.resnest)
+        self.classifier = nn.Conv2d(self.model.channels["layer4"], num_classes, 1, bias=False)
+        nn.init.kaiming_normal_(self.classifier.weight)
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image (B, 3, S, S), tags (B, C) -> {"cl": multi-label soft margin loss of the whole image's maps,
+        "pcl": the same of the joined ones, "re": weighted reconstruction} and, if enabled, "conf".
+
+        Raises ValueError if the joined maps of the tiles have another size than the image's map.
+        """
+        options, tags = self.options, batch["tags"].to(torch.float32)
+        whole = self.forward_maps(batch["image"])  # (B, C, h, w)
+        tiles = self.forward_maps(split_tiles(batch["image"], options.tiles))  # (tiles^2 B, C, h / tiles, w / tiles)
+        joined = join_tiles(tiles, options.tiles)  # (B, C, h, w)
+        if joined.shape != whole.shape:
+            raise ValueError(
+                f"The maps of the tiles make {tuple(joined.shape[2:])} cells, that of the image has "
+                f"{tuple(whole.shape[2:])}: make augment.crop a multiple of {options.tiles} cells."
+            )
+        terms = {"cl": multilabel_soft_margin(whole.mean((2, 3)), tags)}
+        if options.level == "cam":
+            whole, joined = divide_by_maximum(whole), divide_by_maximum(joined)
+        terms["pcl"] = multilabel_soft_margin(joined.mean((2, 3)), tags)
+        weight = options.alpha * min(progress / options.alpha_rise, 1)
+        terms["re"] = weight * reconstruction_loss(whole, joined, tags, options.masking, options.squared)
+        if options.confidence:
+            terms["conf"] = score_entropy(tiles.mean((2, 3)))
+        return terms
+
+    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
+        """Rectified maps of all classes: (B, 3, H, W) -> (B, C, h, w) float32."""
+        return F.relu(self.forward_maps(images))
+
+    def forward_maps(self, images: Tensor) -> Tensor:
+        """Class maps, signed: (B, 3, H, W) -> (B, C, h, w) float32, at stride 16 in the published form."""
+        return self.classifier(self.model(images)).float()
+
+    def param_groups(self) -> list[Group]:
+        """The backbone's weights and biases, the classifier at ``head_lr`` times their rate."""
+        return name_groups(self, ("model",), self.options.head_lr)
+
+    def pretrained_names(self) -> tuple[str, ...]:
+        """timm's ImageNet classifier of the backbone."""
+        return (self.model.options.pretrained,)
+
+    def load_weights(self, weights: str) -> str:
+        """Start from an ImageNet file of torchvision, timm or ResNeSt, or from a whole Puzzle-CAM; 'pretrained': timm's
+        file."""
+        return load_resnet(self, weights, heads=("classifier",), owner="model")
 
 
 # ---------------------------------------------------------------------------- tiles and losses (puzzlecam.md section 3)
@@ -114,6 +143,45 @@ def score_entropy(scores: Tensor) -> Tensor:
     return -(v * (v + _EPSILON).log()).sum(1).mean()
 
 
+# ------------------------------------------------------------------------------------- options
+
+
+@dataclass(frozen=True)
+class PuzzleCamOptions(Options):
+    """Options of network and losses; the defaults are the published ones."""
+
+    backbone: Literal["resnet", "resnest"] = "resnet"
+    """Backbone; only the section with this name is used. The published scores are for resnest."""
+    resnet: Annotated[ResNetOptions, When("backbone", "resnet")] = field(
+        default_factory=lambda: ResNetOptions(norm="trained")
+    )
+    """Options of the ResNet, if it is the backbone."""
+    resnest: Annotated[ResNeStOptions, When("backbone", "resnest")] = field(default_factory=ResNeStOptions)
+    """Options of the ResNeSt, if it is the backbone."""
+    tiles: Count = 2
+    """Tiles per side: 2 splits an image into quarters. Must divide the side of the training images."""
+    level: Literal["feature", "cam"] = "feature"
+    """Maps to compare. feature: the raw class maps. cam: class maps divided by their maxima."""
+    # puzzlecam.md section 6
+    masking: Masking = "masking"
+    """Maps used in the reconstruction loss. masking: those of present classes, divided by the number of all classes
+    (so that its weight depends on that number). none: all. selection: those of present classes, mean over these."""
+    squared: bool = False
+    """Use squared instead of absolute differences."""
+    alpha: Weight = 4.0
+    """Largest weight of the reconstruction (the published code's default is 1, its best run has 4)."""
+    alpha_rise: Annotated[float, Range(above=0, most=1)] = 0.5
+    """Fraction of the training in which the weight rises from 0 to ``alpha``."""
+    confidence: bool = False
+    """Add the entropy-like loss on the tiles' scores, which is in the published code but not in the paper."""
+    head_lr: Positive = 10.0
+    """Learning rate of the classifier relative to the backbone's."""
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> PuzzleCam:
+        """Puzzle-CAM for ``num_classes`` foreground classes."""
+        return PuzzleCam(self, num_classes)
+
+
 # ------------------------------------------------------------------------------ recipes (puzzlecam.md sections 4 and 5)
 
 _PUBLISHED = Recipe(
@@ -155,68 +223,4 @@ _SAMPLE = Recipe(
     segment={"weights": "cam"},
 )
 
-
-@seed("puzzlecam")
-class PuzzleCam(SeedNetwork):
-    """A backbone ``model`` and a 1x1 ``classifier`` without bias.
-
-    State-dict names are those of the official checkpoints, which hold the backbone twice (``model.*``, ``stage1.*`` to
-    ``stage5.*``); here it is once. puzzlecam.md section 2.
-    """
-
-    recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
-    normalisation = ResNet.normalisation
-    selection_thresholds = tuple(i / 100 for i in range(10, 50, 5))  # puzzlecam.md section 4
-
-    def __init__(self, options: PuzzleCamOptions, num_classes: int) -> None:
-        super().__init__()
-        self.options = options
-        self.model = ResNet(options.resnet) if options.backbone == "resnet" else ResNeSt(options.resnest)
-        self.classifier = nn.Conv2d(self.model.channels["layer4"], num_classes, 1, bias=False)
-        nn.init.kaiming_normal_(self.classifier.weight)
-
-    def forward_maps(self, images: Tensor) -> Tensor:
-        """Class maps, signed: (B, 3, H, W) -> (B, C, h, w) float32, at stride 16 in the published form."""
-        return self.classifier(self.model(images)).float()
-
-    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """``batch``: image (B, 3, S, S), tags (B, C) -> {"cl": multi-label soft margin loss of the whole image's maps,
-        "pcl": the same of the joined ones, "re": weighted reconstruction} and, if enabled, "conf".
-
-        Raises ValueError if the joined maps of the tiles have another size than the image's map.
-        """
-        options, tags = self.options, batch["tags"].to(torch.float32)
-        whole = self.forward_maps(batch["image"])  # (B, C, h, w)
-        tiles = self.forward_maps(split_tiles(batch["image"], options.tiles))  # (tiles^2 B, C, h / tiles, w / tiles)
-        joined = join_tiles(tiles, options.tiles)  # (B, C, h, w)
-        if joined.shape != whole.shape:
-            raise ValueError(
-                f"The maps of the tiles make {tuple(joined.shape[2:])} cells, that of the image has "
-                f"{tuple(whole.shape[2:])}: make augment.crop a multiple of {options.tiles} cells."
-            )
-        terms = {"cl": multilabel_soft_margin(whole.mean((2, 3)), tags)}
-        if options.level == "cam":
-            whole, joined = divide_by_maximum(whole), divide_by_maximum(joined)
-        terms["pcl"] = multilabel_soft_margin(joined.mean((2, 3)), tags)
-        weight = options.alpha * min(progress / options.alpha_rise, 1)
-        terms["re"] = weight * reconstruction_loss(whole, joined, tags, options.masking, options.squared)
-        if options.confidence:
-            terms["conf"] = score_entropy(tiles.mean((2, 3)))
-        return terms
-
-    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
-        """Rectified maps of all classes: (B, 3, H, W) -> (B, C, h, w) float32."""
-        return F.relu(self.forward_maps(images))
-
-    def param_groups(self) -> list[Group]:
-        """The backbone's weights and biases, the classifier at ``head_lr`` times their rate."""
-        return name_groups(self, ("model",), self.options.head_lr)
-
-    def pretrained_names(self) -> tuple[str, ...]:
-        """timm's ImageNet classifier of the backbone."""
-        return (self.model.options.pretrained,)
-
-    def load_weights(self, weights: str) -> str:
-        """Start from an ImageNet file of torchvision, timm or ResNeSt, or from a whole Puzzle-CAM; 'pretrained': timm's
-        file."""
-        return load_resnet(self, weights, heads=("classifier",), owner="model")
+PuzzleCam.recipes = {"published": _PUBLISHED, "sample": _SAMPLE}

@@ -30,28 +30,94 @@ _EPSILON = 1e-5
 _COLUMNS = 1024
 
 
-@dataclass(frozen=True)
-class SeamOptions(Options):
-    """Options of network and loss; the defaults are the published ones."""
+@seed("seam")
+class Seam(SeedNetwork, ResNet38):
+    """ResNet38 with a classifier ``fc8`` (C + 1 maps) and the PCM's layers ``f8_3``, ``f8_4``, ``f9``.
 
-    backbone: ResNet38Options = field(default_factory=lambda: ResNet38Options(frozen="b2"))
-    """Options of the ResNet38 backbone."""
-    dropout: DropProbability = 0.5
-    """Channel dropout probability before the classifier."""
-    head_lr: Positive = 10.0
-    """Learning rate of the new layers relative to the pre-trained ones."""
-    second_scale: Annotated[float, Range(above=0, most=1)] = 0.3
-    """Size of the second branch's image relative to the first's."""
-    hardest: Annotated[float, Range(above=0, most=1)] = 0.2
-    """Fraction of a map's entries, those with the largest differences, that ECR uses."""
-    plain_share: Probability = 0.0
-    """Fraction of the training, at its start, in which only the classifier is trained, on one scale. Published: 0, from
-    ImageNet weights. From random weights there is nothing yet for the scales to agree on, and a plain step costs
-    half."""
+    State-dict names are those of the official checkpoints. seam.md section 3.
+    """
 
-    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> Seam:
-        """SEAM for ``num_classes`` foreground classes."""
-        return Seam(self, num_classes)
+    normalisation = ResNet38.normalisation
+    head = ("fc8", "f8_3", "f8_4", "f9")
+
+    def __init__(self, options: SeamOptions, num_classes: int) -> None:
+        super().__init__(options.backbone)
+        self.second_scale = options.second_scale
+        self.hardest = options.hardest
+        self.plain_share = options.plain_share
+        self.finds_unused = options.plain_share > 0  # the PCM's layers are only used in the second part
+        self.head_lr = options.head_lr
+        self.dropout7 = nn.Dropout2d(options.dropout)
+        self.fc8 = nn.Conv2d(self.channels["conv6"], num_classes + 1, 1, bias=False)
+        self.f8_3 = nn.Conv2d(self.channels["conv4"], 64, 1, bias=False)
+        self.f8_4 = nn.Conv2d(self.channels["conv5"], 128, 1, bias=False)
+        self.f9 = nn.Conv2d(3 + 64 + 128, 192, 1, bias=False)
+        nn.init.xavier_uniform_(self.fc8.weight)
+        nn.init.kaiming_normal_(self.f8_3.weight)
+        nn.init.kaiming_normal_(self.f8_4.weight)
+        nn.init.xavier_uniform_(self.f9.weight, gain=4)
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image (B, 3, S, S), tags (B, C) -> the terms of ``seam_losses``; in the first,
+        plain part of the training the class term alone."""
+        image = batch["image"]
+        if progress < self.plain_share:
+            cam = self.fc8(self.dropout7(self.forward_stages(image)["conv6"]))
+            return {"cls": pooled_class_loss(cam, batch["tags"])}
+        size = image.shape[-2:]
+        small_size = tuple(int(side * self.second_scale) for side in size)
+        small = _resize(image, small_size)
+        first = [_resize(m, size) for m in self.forward_both_maps(image)]
+        second = [_resize(m, small_size) for m in self.forward_both_maps(small)]
+        return seam_losses(*first, *second, batch["tags"], self.hardest)
+
+    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
+        """The spread maps of all classes at the size of the images: (B, 3, H, W) -> (B, C, H, W) in [0, 1].
+
+        They are resized to the input's size here, with aligned corners, and to the image's size by the merging,
+        without: the published two steps (seam.md sections 3.5 and 5).
+        """
+        _, revised = self.forward_both_maps(images)
+        return _resize(revised[:, 1:], images.shape[-2:])
+
+    def forward_both_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Plain and spread maps on the feature grid: (B, 3, H, W) -> two (B, C + 1, h, w) float32.
+
+        The plain map is raw and signed, the spread one in [0, 1]; h = ceil(H/8), w = ceil(W/8).
+        """
+        taps = self.forward_stages(images)
+        cam = self.fc8(self.dropout7(taps["conv6"])).float()
+        features = torch.cat(
+            [
+                _resize(images.float(), cam.shape[-2:]),
+                F.relu(self.f8_3(taps["conv4"].detach())).float(),
+                F.relu(self.f8_4(taps["conv5"].detach())).float(),
+            ],
+            1,
+        )  # (B, 195, h, w)
+        return cam, correlate(attention_values(cam), self.f9(features))
+
+    def classify(self, images: Tensor, num_classes: int) -> Tensor:
+        """The pooled raw map, which the class loss trains: (B, 3, H, W) -> (B, C)."""
+        return self.fc8(self.forward_stages(images)["conv6"]).float().mean((2, 3))[:, 1:]
+
+    def param_groups(self) -> list[Group]:
+        """The published four groups; the head's layers are the new ones."""
+        return conv_groups(self, self.head, self.head_lr)
+
+    def load_weights(self, weights: str) -> str:
+        """ImageNet weights (``.params``) or a PSA classifier without their heads, or a whole SEAM checkpoint.
+
+        PSA's ``fc8`` has another shape (no background) and is left out. Raises ValueError for a checkpoint that has the
+        PCM's layers but does not fit completely.
+        """
+        report = load_tensors(self, weights, allow_missing=self.head)
+        if "f9.weight" not in report.missing and (report.missing or report.wrong_shape):
+            raise ValueError(
+                f"{report}. It has the pixel correlation layers of SEAM, so everything must fit: is it SEAM's "
+                "checkpoint, and for this number of classes?"
+            )
+        return str(report)
 
 
 def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -194,6 +260,33 @@ def seam_losses(
     }
 
 
+# ------------------------------------------------------------------------------------- options
+
+
+@dataclass(frozen=True)
+class SeamOptions(Options):
+    """Options of network and loss; the defaults are the published ones."""
+
+    backbone: ResNet38Options = field(default_factory=lambda: ResNet38Options(frozen="b2"))
+    """Options of the ResNet38 backbone."""
+    dropout: DropProbability = 0.5
+    """Channel dropout probability before the classifier."""
+    head_lr: Positive = 10.0
+    """Learning rate of the new layers relative to the pre-trained ones."""
+    second_scale: Annotated[float, Range(above=0, most=1)] = 0.3
+    """Size of the second branch's image relative to the first's."""
+    hardest: Annotated[float, Range(above=0, most=1)] = 0.2
+    """Fraction of a map's entries, those with the largest differences, that ECR uses."""
+    plain_share: Probability = 0.0
+    """Fraction of the training, at its start, in which only the classifier is trained, on one scale. Published: 0, from
+    ImageNet weights. From random weights there is nothing yet for the scales to agree on, and a plain step costs
+    half."""
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> Seam:
+        """SEAM for ``num_classes`` foreground classes."""
+        return Seam(self, num_classes)
+
+
 # ------------------------------------------------------------------------------------- recipes (seam.md section 4.2)
 
 _PUBLISHED = Recipe(
@@ -245,93 +338,4 @@ _SAMPLE = Recipe(
     segment={"weights": "cam"},
 )
 
-
-@seed("seam")
-class Seam(SeedNetwork, ResNet38):
-    """ResNet38 with a classifier ``fc8`` (C + 1 maps) and the PCM's layers ``f8_3``, ``f8_4``, ``f9``.
-
-    State-dict names are those of the official checkpoints. seam.md section 3.
-    """
-
-    recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
-    normalisation = ResNet38.normalisation
-    head = ("fc8", "f8_3", "f8_4", "f9")
-
-    def __init__(self, options: SeamOptions, num_classes: int) -> None:
-        super().__init__(options.backbone)
-        self.second_scale = options.second_scale
-        self.hardest = options.hardest
-        self.plain_share = options.plain_share
-        self.finds_unused = options.plain_share > 0  # the PCM's layers are only used in the second part
-        self.head_lr = options.head_lr
-        self.dropout7 = nn.Dropout2d(options.dropout)
-        self.fc8 = nn.Conv2d(self.channels["conv6"], num_classes + 1, 1, bias=False)
-        self.f8_3 = nn.Conv2d(self.channels["conv4"], 64, 1, bias=False)
-        self.f8_4 = nn.Conv2d(self.channels["conv5"], 128, 1, bias=False)
-        self.f9 = nn.Conv2d(3 + 64 + 128, 192, 1, bias=False)
-        nn.init.xavier_uniform_(self.fc8.weight)
-        nn.init.kaiming_normal_(self.f8_3.weight)
-        nn.init.kaiming_normal_(self.f8_4.weight)
-        nn.init.xavier_uniform_(self.f9.weight, gain=4)
-
-    def forward_both_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Plain and spread maps on the feature grid: (B, 3, H, W) -> two (B, C + 1, h, w) float32.
-
-        The plain map is raw and signed, the spread one in [0, 1]; h = ceil(H/8), w = ceil(W/8).
-        """
-        taps = self.forward_stages(images)
-        cam = self.fc8(self.dropout7(taps["conv6"])).float()
-        features = torch.cat(
-            [
-                _resize(images.float(), cam.shape[-2:]),
-                F.relu(self.f8_3(taps["conv4"].detach())).float(),
-                F.relu(self.f8_4(taps["conv5"].detach())).float(),
-            ],
-            1,
-        )  # (B, 195, h, w)
-        return cam, correlate(attention_values(cam), self.f9(features))
-
-    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """``batch``: image (B, 3, S, S), tags (B, C) -> the terms of ``seam_losses``; in the first,
-        plain part of the training the class term alone."""
-        image = batch["image"]
-        if progress < self.plain_share:
-            cam = self.fc8(self.dropout7(self.forward_stages(image)["conv6"]))
-            return {"cls": pooled_class_loss(cam, batch["tags"])}
-        size = image.shape[-2:]
-        small_size = tuple(int(side * self.second_scale) for side in size)
-        small = _resize(image, small_size)
-        first = [_resize(m, size) for m in self.forward_both_maps(image)]
-        second = [_resize(m, small_size) for m in self.forward_both_maps(small)]
-        return seam_losses(*first, *second, batch["tags"], self.hardest)
-
-    def classify(self, images: Tensor, num_classes: int) -> Tensor:
-        """The pooled raw map, which the class loss trains: (B, 3, H, W) -> (B, C)."""
-        return self.fc8(self.forward_stages(images)["conv6"]).float().mean((2, 3))[:, 1:]
-
-    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
-        """The spread maps of all classes at the size of the images: (B, 3, H, W) -> (B, C, H, W) in [0, 1].
-
-        They are resized to the input's size here, with aligned corners, and to the image's size by the merging,
-        without: the published two steps (seam.md sections 3.5 and 5).
-        """
-        _, revised = self.forward_both_maps(images)
-        return _resize(revised[:, 1:], images.shape[-2:])
-
-    def param_groups(self) -> list[Group]:
-        """The published four groups; the head's layers are the new ones."""
-        return conv_groups(self, self.head, self.head_lr)
-
-    def load_weights(self, weights: str) -> str:
-        """ImageNet weights (``.params``) or a PSA classifier without their heads, or a whole SEAM checkpoint.
-
-        PSA's ``fc8`` has another shape (no background) and is left out. Raises ValueError for a checkpoint that has the
-        PCM's layers but does not fit completely.
-        """
-        report = load_tensors(self, weights, allow_missing=self.head)
-        if "f9.weight" not in report.missing and (report.missing or report.wrong_shape):
-            raise ValueError(
-                f"{report}. It has the pixel correlation layers of SEAM, so everything must fit: is it SEAM's "
-                "checkpoint, and for this number of classes?"
-            )
-        return str(report)
+Seam.recipes = {"published": _PUBLISHED, "sample": _SAMPLE}

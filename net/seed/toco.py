@@ -40,51 +40,120 @@ _SMOOTHING = 1e-4
 _NEGATIVE_MEAN = 0.2
 
 
-@dataclass(frozen=True)
-class TocoOptions(SelfTrainedOptions):
-    """Network and losses; the defaults are published for VOC."""
+@seed("toco")
+class Toco(SelfTrainedViT):
+    """ToCo. State-dict names are those of the official checkpoints, which load strictly (toco.md section 2.3)."""
 
-    temperature: Positive = 0.5
-    """Temperature of the class token contrast. COCO: 1."""
-    crops: Count = 8
-    """Local crops of an image."""
-    crop_side: Count = 96
-    """Side of a local crop. Pixels."""
-    momentum: Annotated[float, Range(least=0, below=1)] = 0.9
-    """How much of itself the teacher's projection head keeps in an update."""
-    projection: Annotated[int, Range(least=4)] = 1024
-    """Outputs of the projection heads, which are twice as wide inside."""
-    ptc: Term = field(default_factory=lambda: Term(0.2))
-    """Patch token contrast. COCO: begins after 0.15."""
-    ctc: Term = field(default_factory=lambda: Term(0.5))
-    """Class token contrast. COCO: begins after 0.15."""
-    seg: Term = field(default_factory=lambda: Term(0.1, 0.1))
-    """Cross entropy of the decoder."""
-    reg: Term = field(default_factory=lambda: Term(0.05, 0.1))
-    """Dense energy of the decoder's predictions."""
-    aux_labels_until: Annotated[float, Range(least=0, below=1)] = 0.0
-    """Fraction of the training in which the decoder's labels come from the auxiliary maps. COCO: 0.15."""
-    train_positions: bool = False
-    """Train the position embedding. Published: it stays as it was loaded."""
-    mirrored_box: bool = False
-    """Where the image lies in the crop. Off, published: the box of before the last mirror, on the wrong side in half of
-    the padded samples. On: the true one."""
-    token_box: bool = False
-    """Which token labels lie in the image. Off, published: the box in pixels on the grid of patches, which drops images
-    that begin far from the top left and keeps padding at the bottom right. On: patches whose centre is inside."""
-    shared_mirror: bool = False
-    """Where local crops are cut. Off, published: from a picture that is mirrored independently of the one that the maps
-    are of, so that half of the samples get the crops of the mirrored place. On: from the same place."""
+    settings: TocoOptions
 
-    def cross_check(self) -> None:
-        """Raises ValueError for local crops smaller than a patch."""
-        super().cross_check()
-        patch = self.backbone.patch
-        check(self.crop_side >= patch, "crop_side", self.crop_side, f"at least a patch of {patch} pixels")
+    def __init__(self, options: TocoOptions, num_classes: int) -> None:
+        super().__init__(options, AuxiliaryViT(options.backbone, 1, options.aux_layer, 1000), num_classes)
+        self.encoder.pos_embed.requires_grad_(options.train_positions)
+        width = options.backbone.width
+        self.proj_head = ProjectionHead(width, options.projection)
+        self.proj_head_t = ProjectionHead(width, options.projection).requires_grad_(False)
+        self.proj_head_t.load_state_dict(self.proj_head.state_dict())
 
-    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> Toco:
-        """ToCo for ``num_classes`` foreground classes."""
-        return Toco(self, num_classes)
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image, view/global, view/local (B, 3, S, S) each, tags (B, C), box (B, 4), seed (B,), and what
+        ``prepare`` and the loop add.
+
+        Returns {"cls", "cls_aux": soft margin losses; "ptc", "ctc": contrasts; "seg", "reg": of the decoder}, weighted.
+        """
+        options, images, tags = self.settings, batch["image"], batch["tags"]
+        # published: five passes; there is no randomness in the encoder, so one over both views gives the same
+        tokens, patches, auxiliary = self.encoder(torch.cat([images, batch["view/global"]]))
+        patches, auxiliary = patches[: len(images)], auxiliary[: len(images)]
+        teacher, student = self.project(tokens[:, 0], batch["crops"])
+        ptc = patch_contrast(
+            patches, batch["token_label"], batch["counts/same_pairs"], batch["counts/different_pairs"]
+        )
+        ctc = class_contrast(teacher, student, batch["flags"], options.temperature)
+        weights = options.seg.at(progress), options.reg.at(progress)
+        return {
+            "cls": multilabel_soft_margin(self.classifier.class_logits(patches), tags),
+            "cls_aux": multilabel_soft_margin(self.aux_classifier.class_logits(auxiliary), tags),
+            "ptc": options.ptc.at(progress) * ptc,
+            "ctc": options.ctc.at(progress) * ctc,
+            **self.segmentation_terms(self.decoder(patches), batch, self._inside(batch), weights),
+        }
+
+    def momentum_copies(self) -> Sequence[MomentumCopy]:
+        """The teacher's projection head follows the student's."""
+        return [MomentumCopy(self.proj_head_t, self.proj_head, self.settings.momentum)]
+
+    # ----------------------------------------------------------------------------------- labels
+
+    def prepare(self, batch: Batch, progress: float) -> Batch:
+        """Labels and crops from the maps of this moment.
+
+        ``token_label`` (B, h, w) int64 for ptc; ``crops`` (B, n, 3, c, c) and ``flags`` (B, 2 + n) bool for ctc; with
+        the decoder's terms ``label`` (B, S, S) int64.
+        """
+        options, images = self.settings, batch["image"]
+        (maps, auxiliary), keys, real = self.online_maps(batch)
+        made = {"token_label": self.token_label(auxiliary, keys, batch)}
+        region = region_of_interest(auxiliary, options.high, options.low)
+        draws = [stream.permutation for stream in sample_streams(batch)]
+        made["crops"], made["flags"] = self.local_crops(self._local_picture(batch), region, draws)
+        if options.seg.at(progress) or options.reg.at(progress):
+            source = auxiliary if progress <= options.aux_labels_until else maps
+            label = self.decoder_labels(images, source, keys, real)
+            made["label"] = label.masked_fill(~self._inside(batch), IGNORE)
+        return made
+
+    def _box(self, batch: Batch) -> Tensor:
+        return batch["box/image"] if self.settings.mirrored_box else batch["box"]
+
+    def _inside(self, batch: Batch) -> Tensor:
+        return box_mask(self._box(batch), batch["image"].shape[-2:])
+
+    def token_label(self, maps: Tensor, keys: Tensor, batch: Batch) -> Tensor:
+        """(B, K, H, W) -> (B, h, w) int64, 255 unknown or outside the image."""
+        patch, box = self.settings.backbone.patch, self._box(batch)
+        grid = [side // patch for side in maps.shape[-2:]]
+        label = threshold_label(resize_maps(maps, grid), keys, self.settings.high, self.settings.low)
+        if self.settings.token_box:  # a patch is inside where its centre is: patch (i + 1/2) in [begin, end)
+            box = torch.div(2 * box + patch - 1, 2 * patch, rounding_mode="floor")
+        return label.masked_fill(~box_mask(box, grid), IGNORE)
+
+    def _local_picture(self, batch: Batch) -> Tensor:
+        """What local crops are cut from: (B, 3, S, S)."""
+        local = batch["view/local"]
+        if not self.settings.shared_mirror:
+            return local
+        differs = batch["mirrored/local"] != batch["mirrored/image"]
+        return torch.where(differs[:, None, None, None], local.flip(-1), local)
+
+    def local_crops(
+        self, pictures: Tensor, region: Tensor, draws: Sequence[Callable[[int], np.ndarray]]
+    ) -> tuple[Tensor, Tensor]:
+        """Local crops of images (B, 3, S, S) by their regions (B, S, S): crops (B, n, 3, c, c), flags (B, 2 + n) bool.
+
+        ``draws``: for each image a function that permutes so many candidates; the first n are taken.
+        """
+        side, count = self.settings.crop_side, self.settings.crops
+        crops, flags = [], []
+        for picture, mask, permutation in zip(pictures, region, draws, strict=True):
+            candidates = crop_candidates(mask, side, count)
+            corners = candidates[torch.from_numpy(permutation(len(candidates))[:count]).to(candidates.device)]
+            crops.append(cut_crops(picture, corners, side))
+            flags.append(F.pad(crop_flags(mask, corners, side), (2, 0), value=True))
+        return torch.stack(crops), torch.stack(flags)
+
+    # ----------------------------------------------------------------------------------- losses
+
+    def project(self, tokens: Tensor, crops: Tensor) -> tuple[Tensor, Tensor]:
+        """Class tokens of the global views (2 B, D), view-major, and local crops (B, n, 3, c, c) -> projections of the
+        teacher (2 B, P) and the student ((2 + n) B, P), view-major."""
+        local, _, _ = self.encoder(crops.transpose(0, 1).flatten(0, 1))  # (n B, 1, D)
+        with torch.no_grad():
+            teacher = self.proj_head_t(tokens)
+        return teacher, self.proj_head(torch.cat([tokens, local[:, 0]]))
+
+    def param_groups(self) -> list[Group]:
+        """Encoder but for its norms, its norms, classifiers and projection, decoder (toco.md section 7)."""
+        return self.split_groups([self.classifier, self.aux_classifier, self.proj_head], [self.decoder])
 
 
 # ------------------------------------------------------------------------------------ local crops (toco.md section 4)
@@ -150,6 +219,56 @@ def class_contrast(teacher: Tensor, student: Tensor, flags: Tensor, temperature:
         last = torch.logaddexp(torch.zeros_like(rest), rest)
         total = (errors * positive).sum((1, 2)) + last.sum((1, 2))  # (B,)
         return (total / 2 / (flags.sum(1) + _SMOOTHING)).mean()
+
+
+# ------------------------------------------------------------------------------------- options
+
+
+@dataclass(frozen=True)
+class TocoOptions(SelfTrainedOptions):
+    """Network and losses; the defaults are published for VOC."""
+
+    temperature: Positive = 0.5
+    """Temperature of the class token contrast. COCO: 1."""
+    crops: Count = 8
+    """Local crops of an image."""
+    crop_side: Count = 96
+    """Side of a local crop. Pixels."""
+    momentum: Annotated[float, Range(least=0, below=1)] = 0.9
+    """How much of itself the teacher's projection head keeps in an update."""
+    projection: Annotated[int, Range(least=4)] = 1024
+    """Outputs of the projection heads, which are twice as wide inside."""
+    ptc: Term = field(default_factory=lambda: Term(0.2))
+    """Patch token contrast. COCO: begins after 0.15."""
+    ctc: Term = field(default_factory=lambda: Term(0.5))
+    """Class token contrast. COCO: begins after 0.15."""
+    seg: Term = field(default_factory=lambda: Term(0.1, 0.1))
+    """Cross entropy of the decoder."""
+    reg: Term = field(default_factory=lambda: Term(0.05, 0.1))
+    """Dense energy of the decoder's predictions."""
+    aux_labels_until: Annotated[float, Range(least=0, below=1)] = 0.0
+    """Fraction of the training in which the decoder's labels come from the auxiliary maps. COCO: 0.15."""
+    train_positions: bool = False
+    """Train the position embedding. Published: it stays as it was loaded."""
+    mirrored_box: bool = False
+    """Where the image lies in the crop. Off, published: the box of before the last mirror, on the wrong side in half of
+    the padded samples. On: the true one."""
+    token_box: bool = False
+    """Which token labels lie in the image. Off, published: the box in pixels on the grid of patches, which drops images
+    that begin far from the top left and keeps padding at the bottom right. On: patches whose centre is inside."""
+    shared_mirror: bool = False
+    """Where local crops are cut. Off, published: from a picture that is mirrored independently of the one that the maps
+    are of, so that half of the samples get the crops of the mirrored place. On: from the same place."""
+
+    def cross_check(self) -> None:
+        """Raises ValueError for local crops smaller than a patch."""
+        super().cross_check()
+        patch = self.backbone.patch
+        check(self.crop_side >= patch, "crop_side", self.crop_side, f"at least a patch of {patch} pixels")
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> Toco:
+        """ToCo for ``num_classes`` foreground classes."""
+        return Toco(self, num_classes)
 
 
 # ------------------------------------------------------------------------------------ recipes (toco.md sections 6 to 8)
@@ -270,124 +389,7 @@ def _on_deit(recipe: Recipe) -> Recipe:
     return replace(recipe, cam=replace(recipe.cam, network=replace(recipe.cam.network, backbone=backbone)))
 
 
-# ------------------------------------------------------------------------------------ network
-
-
-@seed("toco")
-class Toco(SelfTrainedViT):
-    """ToCo. State-dict names are those of the official checkpoints, which load strictly (toco.md section 2.3)."""
-
-    recipes = {
-        "published": _PUBLISHED, "published_deit": _on_deit(_PUBLISHED), "published_coco": _COCO,
-        "published_coco_deit": _on_deit(_COCO), "sample": _SAMPLE,
-    }  # fmt: skip
-    settings: TocoOptions
-
-    def __init__(self, options: TocoOptions, num_classes: int) -> None:
-        super().__init__(options, AuxiliaryViT(options.backbone, 1, options.aux_layer, 1000), num_classes)
-        self.encoder.pos_embed.requires_grad_(options.train_positions)
-        width = options.backbone.width
-        self.proj_head = ProjectionHead(width, options.projection)
-        self.proj_head_t = ProjectionHead(width, options.projection).requires_grad_(False)
-        self.proj_head_t.load_state_dict(self.proj_head.state_dict())
-
-    def momentum_copies(self) -> Sequence[MomentumCopy]:
-        """The teacher's projection head follows the student's."""
-        return [MomentumCopy(self.proj_head_t, self.proj_head, self.settings.momentum)]
-
-    # ----------------------------------------------------------------------------------- labels
-
-    def prepare(self, batch: Batch, progress: float) -> Batch:
-        """Labels and crops from the maps of this moment.
-
-        ``token_label`` (B, h, w) int64 for ptc; ``crops`` (B, n, 3, c, c) and ``flags`` (B, 2 + n) bool for ctc; with
-        the decoder's terms ``label`` (B, S, S) int64.
-        """
-        options, images = self.settings, batch["image"]
-        (maps, auxiliary), keys, real = self.online_maps(batch)
-        made = {"token_label": self.token_label(auxiliary, keys, batch)}
-        region = region_of_interest(auxiliary, options.high, options.low)
-        draws = [stream.permutation for stream in sample_streams(batch)]
-        made["crops"], made["flags"] = self.local_crops(self._local_picture(batch), region, draws)
-        if options.seg.at(progress) or options.reg.at(progress):
-            source = auxiliary if progress <= options.aux_labels_until else maps
-            label = self.decoder_labels(images, source, keys, real)
-            made["label"] = label.masked_fill(~self._inside(batch), IGNORE)
-        return made
-
-    def _box(self, batch: Batch) -> Tensor:
-        return batch["box/image"] if self.settings.mirrored_box else batch["box"]
-
-    def _inside(self, batch: Batch) -> Tensor:
-        return box_mask(self._box(batch), batch["image"].shape[-2:])
-
-    def token_label(self, maps: Tensor, keys: Tensor, batch: Batch) -> Tensor:
-        """(B, K, H, W) -> (B, h, w) int64, 255 unknown or outside the image."""
-        patch, box = self.settings.backbone.patch, self._box(batch)
-        grid = [side // patch for side in maps.shape[-2:]]
-        label = threshold_label(resize_maps(maps, grid), keys, self.settings.high, self.settings.low)
-        if self.settings.token_box:  # a patch is inside where its centre is: patch (i + 1/2) in [begin, end)
-            box = torch.div(2 * box + patch - 1, 2 * patch, rounding_mode="floor")
-        return label.masked_fill(~box_mask(box, grid), IGNORE)
-
-    def _local_picture(self, batch: Batch) -> Tensor:
-        """What local crops are cut from: (B, 3, S, S)."""
-        local = batch["view/local"]
-        if not self.settings.shared_mirror:
-            return local
-        differs = batch["mirrored/local"] != batch["mirrored/image"]
-        return torch.where(differs[:, None, None, None], local.flip(-1), local)
-
-    def local_crops(
-        self, pictures: Tensor, region: Tensor, draws: Sequence[Callable[[int], np.ndarray]]
-    ) -> tuple[Tensor, Tensor]:
-        """Local crops of images (B, 3, S, S) by their regions (B, S, S): crops (B, n, 3, c, c), flags (B, 2 + n) bool.
-
-        ``draws``: for each image a function that permutes so many candidates; the first n are taken.
-        """
-        side, count = self.settings.crop_side, self.settings.crops
-        crops, flags = [], []
-        for picture, mask, permutation in zip(pictures, region, draws, strict=True):
-            candidates = crop_candidates(mask, side, count)
-            corners = candidates[torch.from_numpy(permutation(len(candidates))[:count]).to(candidates.device)]
-            crops.append(cut_crops(picture, corners, side))
-            flags.append(F.pad(crop_flags(mask, corners, side), (2, 0), value=True))
-        return torch.stack(crops), torch.stack(flags)
-
-    # ----------------------------------------------------------------------------------- losses
-
-    def project(self, tokens: Tensor, crops: Tensor) -> tuple[Tensor, Tensor]:
-        """Class tokens of the global views (2 B, D), view-major, and local crops (B, n, 3, c, c) -> projections of the
-        teacher (2 B, P) and the student ((2 + n) B, P), view-major."""
-        local, _, _ = self.encoder(crops.transpose(0, 1).flatten(0, 1))  # (n B, 1, D)
-        with torch.no_grad():
-            teacher = self.proj_head_t(tokens)
-        return teacher, self.proj_head(torch.cat([tokens, local[:, 0]]))
-
-    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """``batch``: image, view/global, view/local (B, 3, S, S) each, tags (B, C), box (B, 4), seed (B,), and what
-        ``prepare`` and the loop add.
-
-        Returns {"cls", "cls_aux": soft margin losses; "ptc", "ctc": contrasts; "seg", "reg": of the decoder}, weighted.
-        """
-        options, images, tags = self.settings, batch["image"], batch["tags"]
-        # published: five passes; there is no randomness in the encoder, so one over both views gives the same
-        tokens, patches, auxiliary = self.encoder(torch.cat([images, batch["view/global"]]))
-        patches, auxiliary = patches[: len(images)], auxiliary[: len(images)]
-        teacher, student = self.project(tokens[:, 0], batch["crops"])
-        ptc = patch_contrast(
-            patches, batch["token_label"], batch["counts/same_pairs"], batch["counts/different_pairs"]
-        )
-        ctc = class_contrast(teacher, student, batch["flags"], options.temperature)
-        weights = options.seg.at(progress), options.reg.at(progress)
-        return {
-            "cls": multilabel_soft_margin(self.classifier.class_logits(patches), tags),
-            "cls_aux": multilabel_soft_margin(self.aux_classifier.class_logits(auxiliary), tags),
-            "ptc": options.ptc.at(progress) * ptc,
-            "ctc": options.ctc.at(progress) * ctc,
-            **self.segmentation_terms(self.decoder(patches), batch, self._inside(batch), weights),
-        }
-
-    def param_groups(self) -> list[Group]:
-        """Encoder but for its norms, its norms, classifiers and projection, decoder (toco.md section 7)."""
-        return self.split_groups([self.classifier, self.aux_classifier, self.proj_head], [self.decoder])
+Toco.recipes = {
+    "published": _PUBLISHED, "published_deit": _on_deit(_PUBLISHED), "published_coco": _COCO,
+    "published_coco_deit": _on_deit(_COCO), "sample": _SAMPLE,
+}  # fmt: skip

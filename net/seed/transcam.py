@@ -27,25 +27,67 @@ from net.start_weights import REQUIRED
 Method = Literal["transcam", "convcam", "clsattn", "attnagg"]
 
 
-@dataclass(frozen=True)
-class TransCamOptions(Options):
-    """Options of network and map; the defaults are the published ones."""
+@seed("transcam")
+class TransCam(SeedNetwork, Conformer):
+    """Conformer with two heads, of C + 1 outputs each: ``conv_cls_head`` on the map, ``trans_cls_head`` on the class
+    token. The first output stands for the background, is never supervised and is dropped everywhere.
 
-    backbone: ConformerOptions = field(default_factory=ConformerOptions)
-    """Options of the Conformer backbone."""
-    method: Method = "transcam"
-    """The map. transcam: the convolution branch's, spread by the patch-to-patch attention. convcam: that map unchanged.
-    clsattn: times the class token's attention to the patches. attnagg: as transcam with the attention transposed."""
+    State-dict names are those of the official checkpoints. transcam.md section 3.
+    """
 
-    def cross_check(self) -> None:
-        """Raises ValueError for a backbone whose map and tokens have different grids."""
-        super().cross_check()
-        if self.backbone.last_stride != 1:
-            raise ValueError("backbone.last_stride must be 1: the map and the tokens share a grid.")
+    normalisation = Conformer.normalisation
+    heads = ("conv_cls_head", "trans_cls_head")
 
-    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> TransCam:
-        """TransCAM for ``num_classes`` foreground classes."""
-        return TransCam(self, num_classes)
+    def __init__(self, options: TransCamOptions, num_classes: int) -> None:
+        super().__init__(options.backbone)
+        self.method: Method = options.method
+        self.trans_cls_head = nn.Linear(self.width, num_classes + 1)
+        self.conv_cls_head = nn.Conv2d(self.channels, num_classes + 1, 3, padding=1)
+        self.initialise_heads(self.trans_cls_head, self.conv_cls_head)
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image (B, 3, S, S), tags (B, C) -> {"cls": multi-label soft margin loss of the summed scores}."""
+        convolution, token = self.class_logits(batch["image"])
+        return {"cls": multilabel_soft_margin((convolution + token)[:, 1:], batch["tags"])}
+
+    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
+        """The map of the option ``method``, signed: (B, 3, H, W) -> (B, C, ceil(H / patch), ceil(W / patch)) float32.
+
+        The attention is summed layer by layer and head by head: only a few matrices of (B, T, T) exist at a time.
+        """
+        total = images.new_zeros(())
+
+        def add(layer: int, attention: QueryKey) -> None:
+            nonlocal total
+            total = attention.mean_weights().add_(total)
+
+        features, _ = self.forward_features(self.whole_patches(images), None if self.method == "convcam" else add)
+        maps = self.conv_cls_head(features)[:, 1:].float()  # (B, C, h, w)
+        if self.method == "convcam":
+            return maps
+        return refine_map(maps, total, self.method)
+
+    def class_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of the convolution branch and of the class token: (B, 3, H, W) -> two (B, C + 1), background first."""
+        features, token = self.forward_features(self.whole_patches(images))
+        return self.conv_cls_head(features).float().mean((2, 3)), self.trans_cls_head(token).float()
+
+    def classify(self, images: Tensor, num_classes: int) -> Tensor:
+        """The summed scores of both branches, which the loss trains: (B, 3, H, W) -> (B, C)."""
+        convolution, token = self.class_logits(images)
+        return (convolution + token)[:, 1:]
+
+    def load_weights(self, weights: str) -> str:
+        """Conformer's ImageNet weights without their heads (``Conformer_small_patch16.pth``), or a whole TransCAM
+        checkpoint (``TransCAM.pth``), which must fit completely.
+
+        They are distinguished by the head of the convolution branch: a linear layer, or a convolution.
+        """
+        head = read_tensors(weights).get("conv_cls_head.weight")
+        if head is not None and head.ndim == 4:
+            return str(load_tensors(self, weights))
+        return str(load_tensors(self, weights, rename=lambda name: None if name.startswith(self.heads) else name,
+                        allow_missing=self.heads))  # fmt: skip
 
 
 def refine_map(maps: Tensor, attention: Tensor, method: Method) -> Tensor:
@@ -68,6 +110,30 @@ def refine_map(maps: Tensor, attention: Tensor, method: Method) -> Tensor:
         case "clsattn":
             return (maps.flatten(2) * attention[:, :1, 1:]).view_as(maps)
     return maps
+
+
+# ------------------------------------------------------------------------------------- options
+
+
+@dataclass(frozen=True)
+class TransCamOptions(Options):
+    """Options of network and map; the defaults are the published ones."""
+
+    backbone: ConformerOptions = field(default_factory=ConformerOptions)
+    """Options of the Conformer backbone."""
+    method: Method = "transcam"
+    """The map. transcam: the convolution branch's, spread by the patch-to-patch attention. convcam: that map unchanged.
+    clsattn: times the class token's attention to the patches. attnagg: as transcam with the attention transposed."""
+
+    def cross_check(self) -> None:
+        """Raises ValueError for a backbone whose map and tokens have different grids."""
+        super().cross_check()
+        if self.backbone.last_stride != 1:
+            raise ValueError("backbone.last_stride must be 1: the map and the tokens share a grid.")
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> TransCam:
+        """TransCAM for ``num_classes`` foreground classes."""
+        return TransCam(self, num_classes)
 
 
 # ------------------------------------------------------------------------------ recipes (transcam.md sections 4 to 7)
@@ -129,66 +195,4 @@ _SAMPLE = Recipe(
     segmenter="deeplabv1",
 )
 
-
-@seed("transcam")
-class TransCam(SeedNetwork, Conformer):
-    """Conformer with two heads, of C + 1 outputs each: ``conv_cls_head`` on the map, ``trans_cls_head`` on the class
-    token. The first output stands for the background, is never supervised and is dropped everywhere.
-
-    State-dict names are those of the official checkpoints. transcam.md section 3.
-    """
-
-    recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
-    normalisation = Conformer.normalisation
-    heads = ("conv_cls_head", "trans_cls_head")
-
-    def __init__(self, options: TransCamOptions, num_classes: int) -> None:
-        super().__init__(options.backbone)
-        self.method: Method = options.method
-        self.trans_cls_head = nn.Linear(self.width, num_classes + 1)
-        self.conv_cls_head = nn.Conv2d(self.channels, num_classes + 1, 3, padding=1)
-        self.initialise_heads(self.trans_cls_head, self.conv_cls_head)
-
-    def class_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores of the convolution branch and of the class token: (B, 3, H, W) -> two (B, C + 1), background first."""
-        features, token = self.forward_features(self.whole_patches(images))
-        return self.conv_cls_head(features).float().mean((2, 3)), self.trans_cls_head(token).float()
-
-    def classify(self, images: Tensor, num_classes: int) -> Tensor:
-        """The summed scores of both branches, which the loss trains: (B, 3, H, W) -> (B, C)."""
-        convolution, token = self.class_logits(images)
-        return (convolution + token)[:, 1:]
-
-    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """``batch``: image (B, 3, S, S), tags (B, C) -> {"cls": multi-label soft margin loss of the summed scores}."""
-        convolution, token = self.class_logits(batch["image"])
-        return {"cls": multilabel_soft_margin((convolution + token)[:, 1:], batch["tags"])}
-
-    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
-        """The map of the option ``method``, signed: (B, 3, H, W) -> (B, C, ceil(H / patch), ceil(W / patch)) float32.
-
-        The attention is summed layer by layer and head by head: only a few matrices of (B, T, T) exist at a time.
-        """
-        total = images.new_zeros(())
-
-        def add(layer: int, attention: QueryKey) -> None:
-            nonlocal total
-            total = attention.mean_weights().add_(total)
-
-        features, _ = self.forward_features(self.whole_patches(images), None if self.method == "convcam" else add)
-        maps = self.conv_cls_head(features)[:, 1:].float()  # (B, C, h, w)
-        if self.method == "convcam":
-            return maps
-        return refine_map(maps, total, self.method)
-
-    def load_weights(self, weights: str) -> str:
-        """Conformer's ImageNet weights without their heads (``Conformer_small_patch16.pth``), or a whole TransCAM
-        checkpoint (``TransCAM.pth``), which must fit completely.
-
-        They are distinguished by the head of the convolution branch: a linear layer, or a convolution.
-        """
-        head = read_tensors(weights).get("conv_cls_head.weight")
-        if head is not None and head.ndim == 4:
-            return str(load_tensors(self, weights))
-        return str(load_tensors(self, weights, rename=lambda name: None if name.startswith(self.heads) else name,
-                        allow_missing=self.heads))  # fmt: skip
+TransCam.recipes = {"published": _PUBLISHED, "sample": _SAMPLE}

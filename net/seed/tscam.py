@@ -27,87 +27,31 @@ from net.registry import seed
 from net.start_weights import PRETRAINED
 
 
-@dataclass(frozen=True)
-class TsCamOptions(Options):
-    """Network and loss; the defaults are the published DeiT-S on CUB-200-2011."""
-
-    backbone: Literal["deit", "conformer"] = "deit"
-    """The transformer; only the section with this name is used."""
-    deit: Annotated[ViTOptions, When("backbone", "deit")] = field(default_factory=ViTOptions)
-    """Options of the DeiT, if it is the backbone. Tiny: width 192, 3 heads; base: width 768, 12 heads."""
-    conformer: Annotated[ConformerOptions, When("backbone", "conformer")] = field(
-        default_factory=lambda: ConformerOptions(last_stride=2)
-    )
-    """Options of the Conformer, if it is the backbone."""
-    loss: ClassLoss = "cross_entropy"
-    """cross_entropy: one class per image, as published. soft_margin: several classes per image."""
-
-    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> TsCam:
-        """TS-CAM for ``num_classes`` classes."""
-        return {"deit": TsCamDeiT, "conformer": TsCamConformer}[self.backbone](self, num_classes)
-
-
-_PUBLISHED = Recipe(
-    cam=SeedRecipe(
-        network=TsCamOptions(),
-        fit=Fit(
-            epochs=60, batch_size=128, last_batch="keep", optimiser="adamw", lr=5e-5, weight_decay=0.05,
-            schedule="step", step_epochs=(30,), step_factor=0.1,
-        ),
-        augment=Augment(order=("square", "crop", "flip", "normalize"), square=256, crop=224, flip=0.5),
-        weights=PRETRAINED,
-        # minmax is what step localise does for boxes (wsol.md section 6): the signed map is not rectified
-        infer=CamInference(scales=(224,), square=True, resize="bilinear", flip=False, normalise="minmax"),
-        boxes=BoxInference(side=224, threshold=0.1, interval=0.001),
-    ),
-    data="cub200",
-)  # fmt: skip
-
-# trained from random weights; small patches, so that maps of small images have some detail
-_SAMPLE = Recipe(
-    cam=SeedRecipe(
-        amp="fast",
-        network=TsCamOptions(
-            deit=SAMPLE_VIT,
-            conformer=SAMPLE_CONFORMER,
-        ),
-        fit=Fit(epochs=24, batch_size=16, optimiser="adamw", lr=1e-3, weight_decay=0.05),
-        augment=Augment(
-            order=("square", "crop", "flip", "jitter", "normalize"), square=128, crop=112, jitter=(0.2, 0.2, 0.2, 0.02)
-        ),
-        infer=CamInference(scales=(112,), square=True, resize="bilinear", flip=False, normalise="minmax"),
-        boxes=BoxInference(side=112, threshold=0.1),
-    ),
-    data="sample_cub",
-)
-
-
 @seed("tscam")
 class TsCam(SeedNetwork):
     """Base for both backbones; ``TsCamOptions.build`` creates one of them."""
 
-    recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
     loss: ClassLoss
-
-    @abstractmethod
-    def class_logits(self, images: Tensor) -> Tensor:
-        """Class scores, of training and test alike: (B, 3, H, W) -> (B, C) float32."""
 
     @abstractmethod
     def coupled_maps(self, images: Tensor) -> Tensor:
         """Semantic maps times the class token's attention: (B, 3, H, W) -> (B, C, h, w) float32, signed."""
 
+    @abstractmethod
+    def class_logits(self, images: Tensor) -> Tensor:
+        """Class scores, of training and test alike: (B, 3, H, W) -> (B, C) float32."""
+
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """``batch``: image (B, 3, S, S), tags (B, C) -> {"cls": the recipe's classification loss}."""
         return {"cls": class_loss(self.class_logits(batch["image"]), batch["tags"], self.loss)}
 
-    def classify(self, images: Tensor, num_classes: int) -> Tensor:
-        """The logits."""
-        return self.class_logits(images)
-
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:
         """The coupled map: (B, 3, H, W) -> (B, C, h, w) float32. Signed and not rectified (wsol.md section 2)."""
         return self.coupled_maps(images)
+
+    def classify(self, images: Tensor, num_classes: int) -> Tensor:
+        """The logits."""
+        return self.class_logits(images)
 
     def param_groups(self) -> list[Group]:
         """Weight decay on matrices, except class token and ``pos_embed`` (wsol.md section 5)."""
@@ -167,3 +111,60 @@ class TsCamConformer(Conformer, TsCam):
             return str(load_tensors(self, weights))
         return str(load_tensors(self, weights, rename=lambda name: None if name.startswith(self.heads) else name,
                         allow_missing=self.heads))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TsCamOptions(Options):
+    """Network and loss; the defaults are the published DeiT-S on CUB-200-2011."""
+
+    backbone: Literal["deit", "conformer"] = "deit"
+    """The transformer; only the section with this name is used."""
+    deit: Annotated[ViTOptions, When("backbone", "deit")] = field(default_factory=ViTOptions)
+    """Options of the DeiT, if it is the backbone. Tiny: width 192, 3 heads; base: width 768, 12 heads."""
+    conformer: Annotated[ConformerOptions, When("backbone", "conformer")] = field(
+        default_factory=lambda: ConformerOptions(last_stride=2)
+    )
+    """Options of the Conformer, if it is the backbone."""
+    loss: ClassLoss = "cross_entropy"
+    """cross_entropy: one class per image, as published. soft_margin: several classes per image."""
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> TsCam:
+        """TS-CAM for ``num_classes`` classes."""
+        return {"deit": TsCamDeiT, "conformer": TsCamConformer}[self.backbone](self, num_classes)
+
+
+_PUBLISHED = Recipe(
+    cam=SeedRecipe(
+        network=TsCamOptions(),
+        fit=Fit(
+            epochs=60, batch_size=128, last_batch="keep", optimiser="adamw", lr=5e-5, weight_decay=0.05,
+            schedule="step", step_epochs=(30,), step_factor=0.1,
+        ),
+        augment=Augment(order=("square", "crop", "flip", "normalize"), square=256, crop=224, flip=0.5),
+        weights=PRETRAINED,
+        # minmax is what step localise does for boxes (wsol.md section 6): the signed map is not rectified
+        infer=CamInference(scales=(224,), square=True, resize="bilinear", flip=False, normalise="minmax"),
+        boxes=BoxInference(side=224, threshold=0.1, interval=0.001),
+    ),
+    data="cub200",
+)  # fmt: skip
+
+# trained from random weights; small patches, so that maps of small images have some detail
+_SAMPLE = Recipe(
+    cam=SeedRecipe(
+        amp="fast",
+        network=TsCamOptions(
+            deit=SAMPLE_VIT,
+            conformer=SAMPLE_CONFORMER,
+        ),
+        fit=Fit(epochs=24, batch_size=16, optimiser="adamw", lr=1e-3, weight_decay=0.05),
+        augment=Augment(
+            order=("square", "crop", "flip", "jitter", "normalize"), square=128, crop=112, jitter=(0.2, 0.2, 0.2, 0.02)
+        ),
+        infer=CamInference(scales=(112,), square=True, resize="bilinear", flip=False, normalise="minmax"),
+        boxes=BoxInference(side=112, threshold=0.1),
+    ),
+    data="sample_cub",
+)
+
+TsCam.recipes = {"published": _PUBLISHED, "sample": _SAMPLE}

@@ -47,53 +47,136 @@ SWITCH = {"published": 9144 / 30000, "mended": 0.5}
 validations on VOC are counted too, so that it switches long before the middle (weclip.md section 3)."""
 
 
-@dataclass(frozen=True)
-class WeclipOptions(Options):
-    """CLIP, texts, decoder and labels; the defaults are the published ones for VOC."""
+@seed("weclip")
+class Weclip(SingleStage):
+    """Frozen CLIP, fusing head and decoder, under the names of the official checkpoints."""
 
-    clip: ClipOptions = field(default_factory=ClipOptions)
-    """Size of the image tower."""
-    texts: TextOptions = field(default_factory=TextOptions)
-    """Texts of classes and background."""
-    width: Count = 256
-    """Channels of the fused map and the decoder."""
-    decoder_layers: Count = 3
-    """Blocks of the decoder."""
-    decoder_heads: Count = 8
-    """Attention heads of the decoder; they divide the width."""
-    dropout: DropProbability = 0.1
-    """Probability that a channel of the fused map is left out in training."""
-    cut: Fraction = 0.4
-    """Share of a map's maximum above which its parts lie in the rectangles that it spreads from. COCO: 0.7."""
-    blocks: Count = 8
-    """Last blocks whose attention is averaged before the switch."""
-    candidates: Count = 6
-    """Last blocks among which P chooses after it. COCO: 10."""
-    switch: Literal["published", "mended"] = "published"
-    """When P takes part in the maps. published: after 30.5 % of the training, as the published code comes to do on VOC.
-    mended: after half of it, as it was meant."""
-    iterations: Annotated[int, Range(least=0)] = 20
-    """Iterations of PAR that make labels follow the crop's colours."""
-    radius: Annotated[int, Range(least=0)] = 8
-    """Cells whose rows and columns differ by no more than this are neighbours in the affinity loss."""
-    affinity_weight: Weight = 0.1
-    """Weight of the affinity loss."""
+    normalisation = "imagenet"  # published, not CLIP's
+    map_needs_gradient = True
 
-    def cross_check(self) -> None:
-        """Raises ValueError for values that make no network together."""
-        check(self.width % self.decoder_heads == 0, "width", self.width, f"a multiple of {self.decoder_heads} heads")
-        for name in ("blocks", "candidates"):
-            value, layers = getattr(self, name), self.clip.layers
-            check(value <= layers, name, value, f"at most the network's {layers}")
+    def __init__(self, options: WeclipOptions, num_classes: int) -> None:
+        super().__init__()
+        self.options = options
+        clip = options.clip
+        self.texts = Texts((), (), options.texts.templates)
+        self.encoder = FrozenClip(clip, num_classes)
+        self.decoder_fts_fuse = FusingHead(clip.layers - 1, clip.width, options.width, options.dropout)
+        self.decoder = MaskDecoder(options.width, options.decoder_heads, options.decoder_layers, num_classes + 1)
 
-    @property
-    def keeps_start_weights(self) -> bool:
-        """CLIP is frozen."""
-        return True
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image (B, 3, S, S), tags (B, C), what ``prepare`` made -> {"seg": balanced cross entropy,
+        "affinity": weighted affinity loss}."""
+        patch = self.options.clip.patch
+        grid = (batch["image"].shape[2] // patch, batch["image"].shape[3] // patch)
+        fused = self.decoder_fts_fuse(batch["tokens"], grid)
+        logits, affinity = self.decoder(fused), cell_affinity(fused)
+        counts = [batch[f"counts/{name}"] for name in ("background", "foreground", "same", "different")]
+        with torch.autocast(fused.device.type, enabled=False):
+            size = batch["label"].shape[1:]
+            logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+            return {
+                "seg": balanced_cross_entropy(logits, batch["label"], *counts[:2]),
+                "affinity": self.options.affinity_weight * affinity_loss(affinity, batch["pairs"], *counts[2:]),
+            }
 
-    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> Weclip:
-        """WeCLIP for ``num_classes`` foreground classes."""
-        return Weclip(self, num_classes)
+    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
+        """Class maps, spread with P, on the grid of patches: (B, 3, H, W), (B, C) -> (B, C, h, w) float32 in [0, 1), 0
+        for absent classes."""
+        return self._maps(images, tags, refined=True)[0]
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Masks: (B, 3, H, W) -> (B, C + 1, H // 16, W // 16), background first."""
+        tokens, _, grid = self._frozen(images)
+        return self.decoder(self.decoder_fts_fuse(tokens, grid))
+
+    def set_class_texts(self, names: Sequence[str], own: Mapping[str, str]) -> None:
+        """Choose the texts; until weights are loaded their features are random directions."""
+        self.texts = self.options.texts.choose(names, own)
+        self.encoder.draw_texts(len(self.texts.background))
+
+    def notes(self) -> dict[str, Any]:
+        """The texts that were encoded."""
+        return {"texts": self.texts.record()}
+
+    def pretrained_names(self) -> tuple[str, ...]:
+        """The whole CLIP of ``options.clip``, as open_clip has it."""
+        return (f"open_clip:{self.options.clip.pretrained}",)
+
+    def load_weights(self, weights: str) -> str:
+        """A whole CLIP (a file, or ``open_clip:NAME``) for the frozen part, or a WeCLIP checkpoint.
+
+        The texts are encoded by its text tower.
+        """
+        state = {} if weights.startswith(OPEN_CLIP) else read_tensors(weights)
+        if "decoder.linear_pred.weight" not in state:
+            return self.encoder.load_clip(read_clip(weights), self.texts, weights)
+        trained = {name: value for name, value in state.items() if name.startswith("decoder")}
+        report = load_tensors(self, trained, allow_missing=["encoder"], label=weights)
+        clip = {name.removeprefix("encoder."): v.float() for name, v in state.items() if name.startswith("encoder.")}
+        return f"{report}; {self.encoder.load_clip(clip, self.texts, weights)}"
+
+    def param_groups(self) -> list[Group]:
+        """Head and decoder at ten times the base rate, all decayed."""
+        return [Group([p for p in self.parameters() if p.requires_grad], 10.0)]
+
+    # ---------------------------------------------------------------------------------------------- network
+
+    def _frozen(self, images: Tensor, visit: Visit | None = None) -> tuple[Tensor, Tensor, Grid]:
+        """Patch tokens (B, L, N, D) after the L blocks before the last, all tokens (B, T, D) of the last of these, and
+        the grid; without gradient, in full precision."""
+        outputs: list[Tensor] = []
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            last, grid = self.encoder.visual.forward_features(
+                images.float(), visit, lambda _, x: outputs.append(x[:, 1:])
+            )
+            return torch.stack(outputs, 1), last, grid
+
+    # ---------------------------------------------------------------------------------------------- map
+
+    def _maps(self, images: Tensor, tags: Tensor, refined: bool) -> tuple[Tensor, Tensor, Grid]:
+        """Class maps (B, C, h, w) as ``cam`` gives them, patch tokens (B, L, N, D), and the grid.
+
+        ``refined``: P takes part, from a pass of the head without dropout (published: with; it only weighs the layers).
+        """
+        layers, options = self.encoder.layers, self.options
+        first = layers - (options.candidates if refined else options.blocks)
+        seen: list[Tensor] = []
+
+        def visit(layer: int, attention: QueryKey) -> None:
+            if layer >= first:
+                seen.append(attention.mean_weights()[:, 1:, 1:])  # (B, N, N)
+
+        tokens, last, grid = self._frozen(images, visit)
+        maps = self.encoder.class_gradients(last, tags, lambda attention: visit(layers - 1, attention)).maps(grid)
+        attention = torch.stack(seen, 1)  # (B, candidates, N, N)
+        with torch.no_grad():
+            affinity = cell_affinity(self.decoder_fts_fuse.combine(tokens, grid)) if refined else None
+        for index, present in enumerate(tags > 0):
+            matrix = attention[index].mean(0) if affinity is None else fuse_attention(attention[index], affinity[index])
+            spread = refine_by_attention(maps[index, present], matrix, options.cut)
+            maps[index, present] = scale_to_unit(spread)
+        return maps, tokens, grid
+
+    def classify(self, images: Tensor, num_classes: int) -> Tensor:
+        """Scaled cosines with the classes' texts: (B, 3, H, W) -> (B, C)."""
+        return self.encoder.text_logits(images)[:, :num_classes]
+
+    # ---------------------------------------------------------------------------------------------- training
+
+    def prepare(self, batch: Batch, progress: float) -> Batch:
+        """``label`` (B, S, S) int64 of the maps of this moment, ``pairs`` (B, N, N) uint8 of ``affinity_label``, and
+        CLIP's patch ``tokens`` (B, L, N, D), so that it runs once an update."""
+        images, tags, options = batch["image"], batch["tags"], self.options
+        maps, tokens, grid = self._maps(images, tags, progress >= SWITCH[options.switch])
+        with torch.no_grad():
+            label = label_crops(maps, tags, images, options.iterations)
+            return {"label": label, "pairs": affinity_label(label, grid, options.radius), "tokens": tokens}
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Pixels labelled background and foreground, pairs of cells with the same label and with different ones."""
+        pairs = batch["pairs"]
+        kinds = count_label_kinds(batch["label"])
+        return {**kinds, "same": (pairs == 1).sum(), "different": (pairs == 0).sum()}
 
 
 # ------------------------------------------------------------------------------ network (weclip.md section 2)
@@ -228,6 +311,58 @@ def affinity_loss(affinity: Tensor, pairs: Tensor, same: Tensor, different: Tens
     return (positive + affinity[pairs == 0].sum() / (different + 1)) / 2
 
 
+# ------------------------------------------------------------------------------------- options
+
+
+@dataclass(frozen=True)
+class WeclipOptions(Options):
+    """CLIP, texts, decoder and labels; the defaults are the published ones for VOC."""
+
+    clip: ClipOptions = field(default_factory=ClipOptions)
+    """Size of the image tower."""
+    texts: TextOptions = field(default_factory=TextOptions)
+    """Texts of classes and background."""
+    width: Count = 256
+    """Channels of the fused map and the decoder."""
+    decoder_layers: Count = 3
+    """Blocks of the decoder."""
+    decoder_heads: Count = 8
+    """Attention heads of the decoder; they divide the width."""
+    dropout: DropProbability = 0.1
+    """Probability that a channel of the fused map is left out in training."""
+    cut: Fraction = 0.4
+    """Share of a map's maximum above which its parts lie in the rectangles that it spreads from. COCO: 0.7."""
+    blocks: Count = 8
+    """Last blocks whose attention is averaged before the switch."""
+    candidates: Count = 6
+    """Last blocks among which P chooses after it. COCO: 10."""
+    switch: Literal["published", "mended"] = "published"
+    """When P takes part in the maps. published: after 30.5 % of the training, as the published code comes to do on VOC.
+    mended: after half of it, as it was meant."""
+    iterations: Annotated[int, Range(least=0)] = 20
+    """Iterations of PAR that make labels follow the crop's colours."""
+    radius: Annotated[int, Range(least=0)] = 8
+    """Cells whose rows and columns differ by no more than this are neighbours in the affinity loss."""
+    affinity_weight: Weight = 0.1
+    """Weight of the affinity loss."""
+
+    def cross_check(self) -> None:
+        """Raises ValueError for values that make no network together."""
+        check(self.width % self.decoder_heads == 0, "width", self.width, f"a multiple of {self.decoder_heads} heads")
+        for name in ("blocks", "candidates"):
+            value, layers = getattr(self, name), self.clip.layers
+            check(value <= layers, name, value, f"at most the network's {layers}")
+
+    @property
+    def keeps_start_weights(self) -> bool:
+        """CLIP is frozen."""
+        return True
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> Weclip:
+        """WeCLIP for ``num_classes`` foreground classes."""
+        return Weclip(self, num_classes)
+
+
 # ------------------------------------------------------------------------------ recipes (weclip.md sections 5 and 6)
 
 _INFER = CamInference(scales=(1.0,), flip=False, stretch=16, normalise="none")
@@ -284,135 +419,4 @@ _SAMPLE = Recipe(
     ),
 )
 
-
-@seed("weclip")
-class Weclip(SingleStage):
-    """Frozen CLIP, fusing head and decoder, under the names of the official checkpoints."""
-
-    recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
-    normalisation = "imagenet"  # published, not CLIP's
-    map_needs_gradient = True
-
-    def __init__(self, options: WeclipOptions, num_classes: int) -> None:
-        super().__init__()
-        self.options = options
-        clip = options.clip
-        self.texts = Texts((), (), options.texts.templates)
-        self.encoder = FrozenClip(clip, num_classes)
-        self.decoder_fts_fuse = FusingHead(clip.layers - 1, clip.width, options.width, options.dropout)
-        self.decoder = MaskDecoder(options.width, options.decoder_heads, options.decoder_layers, num_classes + 1)
-
-    def set_class_texts(self, names: Sequence[str], own: Mapping[str, str]) -> None:
-        """Choose the texts; until weights are loaded their features are random directions."""
-        self.texts = self.options.texts.choose(names, own)
-        self.encoder.draw_texts(len(self.texts.background))
-
-    def notes(self) -> dict[str, Any]:
-        """The texts that were encoded."""
-        return {"texts": self.texts.record()}
-
-    def pretrained_names(self) -> tuple[str, ...]:
-        """The whole CLIP of ``options.clip``, as open_clip has it."""
-        return (f"open_clip:{self.options.clip.pretrained}",)
-
-    def load_weights(self, weights: str) -> str:
-        """A whole CLIP (a file, or ``open_clip:NAME``) for the frozen part, or a WeCLIP checkpoint.
-
-        The texts are encoded by its text tower.
-        """
-        state = {} if weights.startswith(OPEN_CLIP) else read_tensors(weights)
-        if "decoder.linear_pred.weight" not in state:
-            return self.encoder.load_clip(read_clip(weights), self.texts, weights)
-        trained = {name: value for name, value in state.items() if name.startswith("decoder")}
-        report = load_tensors(self, trained, allow_missing=["encoder"], label=weights)
-        clip = {name.removeprefix("encoder."): v.float() for name, v in state.items() if name.startswith("encoder.")}
-        return f"{report}; {self.encoder.load_clip(clip, self.texts, weights)}"
-
-    def param_groups(self) -> list[Group]:
-        """Head and decoder at ten times the base rate, all decayed."""
-        return [Group([p for p in self.parameters() if p.requires_grad], 10.0)]
-
-    # ---------------------------------------------------------------------------------------------- network
-
-    def _frozen(self, images: Tensor, visit: Visit | None = None) -> tuple[Tensor, Tensor, Grid]:
-        """Patch tokens (B, L, N, D) after the L blocks before the last, all tokens (B, T, D) of the last of these, and
-        the grid; without gradient, in full precision."""
-        outputs: list[Tensor] = []
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            last, grid = self.encoder.visual.forward_features(
-                images.float(), visit, lambda _, x: outputs.append(x[:, 1:])
-            )
-            return torch.stack(outputs, 1), last, grid
-
-    def logits(self, images: Tensor) -> Tensor:
-        """Masks: (B, 3, H, W) -> (B, C + 1, H // 16, W // 16), background first."""
-        tokens, _, grid = self._frozen(images)
-        return self.decoder(self.decoder_fts_fuse(tokens, grid))
-
-    # ---------------------------------------------------------------------------------------------- map
-
-    def _maps(self, images: Tensor, tags: Tensor, refined: bool) -> tuple[Tensor, Tensor, Grid]:
-        """Class maps (B, C, h, w) as ``cam`` gives them, patch tokens (B, L, N, D), and the grid.
-
-        ``refined``: P takes part, from a pass of the head without dropout (published: with; it only weighs the layers).
-        """
-        layers, options = self.encoder.layers, self.options
-        first = layers - (options.candidates if refined else options.blocks)
-        seen: list[Tensor] = []
-
-        def visit(layer: int, attention: QueryKey) -> None:
-            if layer >= first:
-                seen.append(attention.mean_weights()[:, 1:, 1:])  # (B, N, N)
-
-        tokens, last, grid = self._frozen(images, visit)
-        maps = self.encoder.class_gradients(last, tags, lambda attention: visit(layers - 1, attention)).maps(grid)
-        attention = torch.stack(seen, 1)  # (B, candidates, N, N)
-        with torch.no_grad():
-            affinity = cell_affinity(self.decoder_fts_fuse.combine(tokens, grid)) if refined else None
-        for index, present in enumerate(tags > 0):
-            matrix = attention[index].mean(0) if affinity is None else fuse_attention(attention[index], affinity[index])
-            spread = refine_by_attention(maps[index, present], matrix, options.cut)
-            maps[index, present] = scale_to_unit(spread)
-        return maps, tokens, grid
-
-    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
-        """Class maps, spread with P, on the grid of patches: (B, 3, H, W), (B, C) -> (B, C, h, w) float32 in [0, 1), 0
-        for absent classes."""
-        return self._maps(images, tags, refined=True)[0]
-
-    def classify(self, images: Tensor, num_classes: int) -> Tensor:
-        """Scaled cosines with the classes' texts: (B, 3, H, W) -> (B, C)."""
-        return self.encoder.text_logits(images)[:, :num_classes]
-
-    # ---------------------------------------------------------------------------------------------- training
-
-    def prepare(self, batch: Batch, progress: float) -> Batch:
-        """``label`` (B, S, S) int64 of the maps of this moment, ``pairs`` (B, N, N) uint8 of ``affinity_label``, and
-        CLIP's patch ``tokens`` (B, L, N, D), so that it runs once an update."""
-        images, tags, options = batch["image"], batch["tags"], self.options
-        maps, tokens, grid = self._maps(images, tags, progress >= SWITCH[options.switch])
-        with torch.no_grad():
-            label = label_crops(maps, tags, images, options.iterations)
-            return {"label": label, "pairs": affinity_label(label, grid, options.radius), "tokens": tokens}
-
-    def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Pixels labelled background and foreground, pairs of cells with the same label and with different ones."""
-        pairs = batch["pairs"]
-        kinds = count_label_kinds(batch["label"])
-        return {**kinds, "same": (pairs == 1).sum(), "different": (pairs == 0).sum()}
-
-    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """``batch``: image (B, 3, S, S), tags (B, C), what ``prepare`` made -> {"seg": balanced cross entropy,
-        "affinity": weighted affinity loss}."""
-        patch = self.options.clip.patch
-        grid = (batch["image"].shape[2] // patch, batch["image"].shape[3] // patch)
-        fused = self.decoder_fts_fuse(batch["tokens"], grid)
-        logits, affinity = self.decoder(fused), cell_affinity(fused)
-        counts = [batch[f"counts/{name}"] for name in ("background", "foreground", "same", "different")]
-        with torch.autocast(fused.device.type, enabled=False):
-            size = batch["label"].shape[1:]
-            logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
-            return {
-                "seg": balanced_cross_entropy(logits, batch["label"], *counts[:2]),
-                "affinity": self.options.affinity_weight * affinity_loss(affinity, batch["pairs"], *counts[2:]),
-            }
+Weclip.recipes = {"published": _PUBLISHED, "sample": _SAMPLE}

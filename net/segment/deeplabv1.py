@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,37 +16,12 @@ from misc.config import Augment, Fit, SegInference
 from misc.crf.dense import CRFSettings
 from misc.image.labels import IGNORE
 from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
-from net.contract import Network, Options, Preset, Segmenter, SegmentRecipe
+from net.contract import Network, Options, Segmenter, SegmentRecipe
 from net.foreign.loading import load_tensors
 from net.foreign.mxnet import resnet38_from_mxnet
 from net.groups import Group, conv_groups
 from net.registry import segmenter
 from net.start_weights import REQUIRED
-
-
-@dataclass(frozen=True)
-class DeepLabV1Options(Options):
-    """Network of ``deeplabv1``; the defaults are the published ones."""
-    # deeplab.md A.1
-
-    backbone: ResNet38Options = field(
-        default_factory=lambda: ResNet38Options(freeze_bn=False, frozen="none", bn_momentum=0.0003)
-    )
-    """ResNet38; its bn_momentum also applies to the head."""
-    fov_channels: Count = 512
-    """Channels of the head."""
-    fov_dilation: Count = 12
-    """Dilation of the head's 3x3 convolution, in cells of 8 pixels."""
-    dropout: DropProbability = 0.5
-    """Dropout before the classifier."""
-    train_affine: bool = False
-    """Train the weights and biases of batch normalisation. The published optimiser does not contain them."""
-    head_lr: Positive = 10.0
-    """Learning rate of the head's weights relative to the backbone's; the classifier's bias learns twice as fast."""
-
-    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> DeepLabV1:
-        """The network for ``num_classes`` foreground classes."""
-        return DeepLabV1(num_classes, self)
 
 
 @segmenter("deeplabv1")
@@ -62,74 +36,6 @@ class DeepLabV1(Segmenter):
         num_classes: foreground classes.
         options: size and training behaviour.
     """
-
-    recipes: ClassVar[Mapping[Preset, SegmentRecipe]] = {
-        "published": SegmentRecipe(
-            network=DeepLabV1Options(),
-            fit=Fit(
-                steps=20000,
-                batch_size=10,
-                micro_batch=5,  # batch statistics of 5 images, as on the two GPUs of the paper without synchronisation
-                lr=0.001,
-                momentum=0.9,
-                weight_decay=5e-4,
-                power=0.9,
-                schedule_extra=1,
-            ),
-            augment=Augment(
-                order=("hsv", "flip", "scale", "normalize", "crop"),
-                hsv=10,
-                flip=0.5,
-                scale=(0.5, 1.5),
-                scale_filter="cubic",
-                scale_by="factor",
-                crop=448,
-                crop_place="random",
-                mask_fill=IGNORE,
-            ),
-            weights=REQUIRED,  # ImageNet: ilsvrc-cls_rna-a1_cls1000_ep-0001.params
-            infer=SegInference(
-                scales=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75),
-                flip=True,
-                resize="cubic",
-                merge="mean_logits",
-                align_corners=True,
-                crf_truncates_image=True,
-                crf=CRFSettings(
-                    iterations=1,
-                    gauss_sxy=3,
-                    gauss_weight=3,
-                    bilateral_sxy=32,
-                    bilateral_srgb=13,
-                    bilateral_weight=10,
-                ),
-            ),
-        ),
-        "sample": SegmentRecipe(
-            amp="fast",
-            network=DeepLabV1Options(
-                backbone=SAMPLE_RESNET38,
-                fov_channels=64,
-                fov_dilation=3,
-                dropout=0.1,
-                train_affine=True,
-                head_lr=1.0,
-            ),
-            fit=Fit(epochs=18, batch_size=16, optimiser="adamw", lr=0.002, weight_decay=0.01),
-            augment=Augment(
-                order=("hsv", "flip", "scale", "normalize", "crop"),
-                scale=(0.75, 1.25),
-                scale_filter="cubic",
-                crop=112,
-            ),
-            infer=SegInference(
-                scales=(0.75, 1.0, 1.25),
-                flip=True,
-                crf_truncates_image=True,
-                crf=CRFSettings(iterations=1, bilateral_sxy=32),
-            ),
-        ),
-    }
 
     def __init__(self, num_classes: int, options: DeepLabV1Options | None = None) -> None:
         super().__init__()
@@ -177,3 +83,97 @@ class DeepLabV1(Segmenter):
             return None if inner is None else f"backbone.{inner}"
 
         return str(load_tensors(self, weights, rename=rename, allow_missing=head))
+
+
+@dataclass(frozen=True)
+class DeepLabV1Options(Options):
+    """Network of ``deeplabv1``; the defaults are the published ones."""
+    # deeplab.md A.1
+
+    backbone: ResNet38Options = field(
+        default_factory=lambda: ResNet38Options(freeze_bn=False, frozen="none", bn_momentum=0.0003)
+    )
+    """ResNet38; its bn_momentum also applies to the head."""
+    fov_channels: Count = 512
+    """Channels of the head."""
+    fov_dilation: Count = 12
+    """Dilation of the head's 3x3 convolution, in cells of 8 pixels."""
+    dropout: DropProbability = 0.5
+    """Dropout before the classifier."""
+    train_affine: bool = False
+    """Train the weights and biases of batch normalisation. The published optimiser does not contain them."""
+    head_lr: Positive = 10.0
+    """Learning rate of the head's weights relative to the backbone's; the classifier's bias learns twice as fast."""
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> DeepLabV1:
+        """The network for ``num_classes`` foreground classes."""
+        return DeepLabV1(num_classes, self)
+
+
+DeepLabV1.recipes = {
+    "published": SegmentRecipe(
+        network=DeepLabV1Options(),
+        fit=Fit(
+            steps=20000,
+            batch_size=10,
+            micro_batch=5,  # batch statistics of 5 images, as on the two GPUs of the paper without synchronisation
+            lr=0.001,
+            momentum=0.9,
+            weight_decay=5e-4,
+            power=0.9,
+            schedule_extra=1,
+        ),
+        augment=Augment(
+            order=("hsv", "flip", "scale", "normalize", "crop"),
+            hsv=10,
+            flip=0.5,
+            scale=(0.5, 1.5),
+            scale_filter="cubic",
+            scale_by="factor",
+            crop=448,
+            crop_place="random",
+            mask_fill=IGNORE,
+        ),
+        weights=REQUIRED,  # ImageNet: ilsvrc-cls_rna-a1_cls1000_ep-0001.params
+        infer=SegInference(
+            scales=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75),
+            flip=True,
+            resize="cubic",
+            merge="mean_logits",
+            align_corners=True,
+            crf_truncates_image=True,
+            crf=CRFSettings(
+                iterations=1,
+                gauss_sxy=3,
+                gauss_weight=3,
+                bilateral_sxy=32,
+                bilateral_srgb=13,
+                bilateral_weight=10,
+            ),
+        ),
+    ),
+    "sample": SegmentRecipe(
+        amp="fast",
+        network=DeepLabV1Options(
+            backbone=SAMPLE_RESNET38,
+            fov_channels=64,
+            fov_dilation=3,
+            dropout=0.1,
+            train_affine=True,
+            head_lr=1.0,
+        ),
+        fit=Fit(epochs=18, batch_size=16, optimiser="adamw", lr=0.002, weight_decay=0.01),
+        augment=Augment(
+            order=("hsv", "flip", "scale", "normalize", "crop"),
+            scale=(0.75, 1.25),
+            scale_filter="cubic",
+            crop=112,
+        ),
+        infer=SegInference(
+            scales=(0.75, 1.0, 1.25),
+            flip=True,
+            crf_truncates_image=True,
+            crf=CRFSettings(iterations=1, bilateral_sxy=32),
+        ),
+    ),
+}

@@ -8,7 +8,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from misc.crf.dense import CRFSettings
 from misc.image.labels import IGNORE
 from misc.image.pixels import resize_masks
 from net.backbone import scaled_channels
-from net.contract import Batch, Network, Options, Preset, Segmenter, SegmentRecipe
+from net.contract import Batch, Network, Options, Segmenter, SegmentRecipe
 from net.foreign.loading import load_tensors
 from net.foreign.reading import read_tensors
 from net.groups import Group, conv_groups
@@ -30,39 +30,154 @@ from net.start_weights import REQUIRED
 Form = Literal["caffe", "torchvision"]
 
 
-@dataclass(frozen=True)
-class DeepLabV2Options(Options):
-    """Network of ``deeplabv2``; the defaults are the published ones."""
-    # deeplab.md C.1, C.2
+class DeepLabBase(nn.Sequential):
+    """The network of one size, (B, 3, H, W) -> (B, cout, h, w) with (h, w) = ``logits_size``: ``layer1`` to ``layer5``
+    and ``aspp``. Names are those of the official checkpoints."""
 
-    # deeplab.md C.6
-    form: Form = "caffe"
-    """Form of the backbone's weights. caffe: images are BGR, 0 to 255, minus the mean, and a stage's stride is in the
-    first 1x1 convolution. torchvision: images are normalised RGB, and the stride is in the 3x3 convolution (also for
-    the CAM networks on a ResNet of this project). Weights of one form do not suit the other: training then ends at
-    about 20 mIoU."""
-    width: Positive = 1.0
-    """Channel multiplier; 1 is the published network."""
-    depth: Annotated[tuple[int, int, int, int], Range(least=1)] = (3, 4, 23, 3)
-    """Blocks in layer2 to layer5."""
-    dilations: Annotated[tuple[int, int], Range(least=1)] = (2, 4)
-    """Dilations of the 3x3 convolutions of layer4 and layer5, in cells of 8 pixels."""
-    rates: Annotated[tuple[int, ...], Range(least=1, filled=True)] = (6, 12, 18, 24)
-    """Dilations of the parallel convolutions of the classifier, in cells of 8 pixels."""
-    scales: Annotated[tuple[float, ...], Range(above=0, below=1)] = (0.5, 0.75)
-    """Factors of the input size in addition to 1, in training and testing."""
-    freeze_bn: bool = True
-    """Keep all batch normalisation (statistics and affine) as loaded. Turn off to train from random weights."""
-    bn_momentum: Annotated[float, Range(above=0, most=1), When("freeze_bn", False)] = 0.001
-    """Momentum of the running statistics, if they are not frozen."""
-    head_lr: Positive = 10.0
-    """Learning rate of the classifier's weights relative to the backbone's; its biases learn twice as fast."""
-    pretrained: Annotated[str, When("form", "torchvision")] = "resnet101.tv_in1k"
-    """timm's name of the ImageNet classifier for the weights 'pretrained' (form torchvision)."""
+    def __init__(self, options: DeepLabV2Options, cout: int) -> None:
+        super().__init__()
+        channels = scaled_channels(64, options.width)
+        stem = OrderedDict(conv1=ConvBn(3, channels, 7, 2), pool=nn.MaxPool2d(3, 2, 1, ceil_mode=True))
+        self.layer1 = nn.Sequential(stem)
+        # stride and dilation of each stage
+        fourth, fifth = options.dilations
+        stages = {"layer2": (1, 1), "layer3": (2, 1), "layer4": (1, fourth), "layer5": (1, fifth)}
+        for number, (name, (stride, dilation)) in enumerate(stages.items()):
+            middle, wide = (scaled_channels(c << number, options.width) for c in (64, 256))
+            blocks = nn.Sequential()
+            for block in range(options.depth[number]):
+                project = block == 0
+                made = DeepLabBottleneck(
+                    channels, middle, wide, stride=stride if project else 1, dilation=dilation, project=project,
+                    form=options.form,
+                )
+                blocks.add_module(f"block{block + 1}", made)
+                channels = wide
+            self.add_module(name, blocks)
+        self._initialise()
+        self.aspp = ASPP(channels, cout, options.rates)
 
-    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> DeepLabV2:
-        """The network for ``num_classes`` foreground classes."""
-        return DeepLabV2(num_classes, self)
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Random weights that keep the scale of the activations through the depth, also with frozen, untrained batch
+        normalisation. Not published: the published network starts from trained weights."""
+        blocks = [module for module in self.modules() if isinstance(module, DeepLabBottleneck)]
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        for block in blocks:
+            block.increase.conv.weight.mul_(len(blocks) ** -0.5)
+
+
+@segmenter("deeplabv2")
+class DeepLabV2(Segmenter):
+    """DeepLab v2 with multi-scale inputs; state-dict names are those of the official checkpoint, ``base.*``.
+
+    Args:
+        num_classes: foreground classes.
+        options: size and training behaviour.
+    """
+
+    def __init__(self, num_classes: int, options: DeepLabV2Options | None = None) -> None:
+        super().__init__()
+        self.options = options = options or DeepLabV2Options()
+        self.normalisation = {"caffe": "caffe_bgr", "torchvision": "imagenet"}[options.form]
+        self.base = DeepLabBase(options, num_classes + 1)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = options.bn_momentum
+        self._freeze()
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image (B, 3, H, W), mask (B, H, W) int64 with 255 = ignore -> {"ce_1", "ce_0.5", ..., "ce_max"}:
+        cross entropy of each size and of their maximum, at the outputs' own sizes (deeplab.md C.3)."""
+        logits = self.logits_by_size(batch["image"])
+        labels = self.resize_labels(batch["mask"])
+        pairs = list(zip(labels, logits, strict=True))
+        terms = {}
+        for term, (scale, x) in zip((*labels, "max"), [*pairs, ("1", self.merge_sizes(logits))], strict=True):
+            total = F.cross_entropy(x.float(), labels[scale], ignore_index=IGNORE, reduction="sum")
+            terms[f"ce_{term}"] = total / batch[f"counts/pixels_{scale}"].clamp(min=1e-5)
+        return terms
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, C + 1, *logits_size(H, W)): about an eighth of the sides."""
+        return self.merge_sizes(self.logits_by_size(images))
+
+    def _freeze(self) -> None:
+        """Freeze batch normalisation if the options say so."""
+        if self.options.freeze_bn:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+                    module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> DeepLabV2:
+        """Set training or evaluation mode, except for frozen layers; returns self."""
+        super().train(mode)
+        self._freeze()
+        return self
+
+    def logits_by_size(self, images: Tensor) -> list[Tensor]:
+        """Logits of every size of the input, 1 first: (B, 3, H, W) -> (B, C + 1, *logits_size(size)) each."""
+        smaller = (shrink_images(images, factor) for factor in self.options.scales)
+        return [self.base(scaled) for scaled in (images, *smaller)]
+
+    @staticmethod
+    def merge_sizes(logits: list[Tensor]) -> Tensor:
+        """Maximum over the sizes, at the size of the first: (B, C + 1, h, w)."""
+        size = logits[0].shape[-2:]
+        resized = [F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in logits[1:]]
+        return torch.stack([logits[0], *resized]).amax(0)
+
+    def resize_labels(self, mask: Tensor) -> dict[str, Tensor]:
+        """The mask at the size of each output, PIL nearest: {"1": (B, h, w), "0.5": ...}."""
+        height, width = mask.shape[-2:]
+        labels = {}
+        for scale in (1, *self.options.scales):
+            labels[f"{scale}"] = resize_masks(mask, logits_size(*shrunk_size((height, width), scale)))
+        return labels
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Number of cells with a label, per output."""
+        labels = self.resize_labels(batch["mask"])
+        return {f"pixels_{scale}": (label != IGNORE).sum() for scale, label in labels.items()}
+
+    def param_groups(self) -> list[Group]:
+        """Convolutions of layers 1 to 5, weights of the classifier, its biases (deeplab.md C.3), and the affine
+        parameters of batch normalisation if they are trained."""
+        return [group for group in conv_groups(self, ("base.aspp",), self.options.head_lr) if group.params]
+
+    def pretrained_names(self) -> tuple[str, ...]:
+        """timm's ImageNet classifier of the backbone."""
+        return (self.options.pretrained,)
+
+    def load_weights(self, weights: str) -> str:
+        """Start from the official files (``init.caffemodel``, ``train2_iter_20000.caffemodel`` and the ``.pth`` made of
+        them), torchvision's ResNet, or a CAM network of this project on a ResNet.
+
+        The classifier may be missing. Raises ValueError if the file has the other ``form`` (a whole ``deeplabv2``,
+        whose form cannot be seen from its names, is accepted).
+        """
+        state = read_tensors(weights)
+        stem = next((name for name in state if name.endswith("layer1.0.conv1.weight")), None)
+        form: Form = "caffe" if stem is None else "torchvision"
+        if form != self.options.form and not any(name.startswith("base.") for name in state):
+            raise ValueError(
+                f"{weights}: its weights have the form {form}, the network is built for {self.options.form}. Give "
+                f"--seg.network.form {form}, and --seg.init with what they were trained on."
+            )
+        # a CAM network has its backbone under a prefix, and a classifier
+        prefix = "" if stem is None else stem.removesuffix("layer1.0.conv1.weight")
+
+        def rename(name: str) -> str | None:
+            if stem is not None:
+                inner = from_torchvision(name.removeprefix(prefix)) if name.startswith(prefix) else None
+            else:
+                inner = from_caffe(name.removeprefix("base."))
+            return None if inner is None or inner.startswith("fc.") else f"base.{inner}"
+
+        return str(load_tensors(self, state, rename=rename, allow_missing=("base.aspp",), label=weights))
 
 
 # ---------------------------------------------------------------------------------------------- layers (deeplab.md C.1)
@@ -117,45 +232,6 @@ class ASPP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The forward pass, as described for the class."""
         return torch.stack([branch(x) for branch in self.children()]).sum(0)
-
-
-class DeepLabBase(nn.Sequential):
-    """The network of one size, (B, 3, H, W) -> (B, cout, h, w) with (h, w) = ``logits_size``: ``layer1`` to ``layer5``
-    and ``aspp``. Names are those of the official checkpoints."""
-
-    def __init__(self, options: DeepLabV2Options, cout: int) -> None:
-        super().__init__()
-        channels = scaled_channels(64, options.width)
-        stem = OrderedDict(conv1=ConvBn(3, channels, 7, 2), pool=nn.MaxPool2d(3, 2, 1, ceil_mode=True))
-        self.layer1 = nn.Sequential(stem)
-        # stride and dilation of each stage
-        fourth, fifth = options.dilations
-        stages = {"layer2": (1, 1), "layer3": (2, 1), "layer4": (1, fourth), "layer5": (1, fifth)}
-        for number, (name, (stride, dilation)) in enumerate(stages.items()):
-            middle, wide = (scaled_channels(c << number, options.width) for c in (64, 256))
-            blocks = nn.Sequential()
-            for block in range(options.depth[number]):
-                project = block == 0
-                made = DeepLabBottleneck(
-                    channels, middle, wide, stride=stride if project else 1, dilation=dilation, project=project,
-                    form=options.form,
-                )
-                blocks.add_module(f"block{block + 1}", made)
-                channels = wide
-            self.add_module(name, blocks)
-        self._initialise()
-        self.aspp = ASPP(channels, cout, options.rates)
-
-    @torch.no_grad()
-    def _initialise(self) -> None:
-        """Random weights that keep the scale of the activations through the depth, also with frozen, untrained batch
-        normalisation. Not published: the published network starts from trained weights."""
-        blocks = [module for module in self.modules() if isinstance(module, DeepLabBottleneck)]
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        for block in blocks:
-            block.increase.conv.weight.mul_(len(blocks) ** -0.5)
 
 
 def shrunk_size(size: Sequence[int], factor: float) -> tuple[int, int]:
@@ -224,191 +300,118 @@ def from_torchvision(name: str) -> str:
     return name
 
 
-# ---------------------------------------------------------------------------------------------- the network
+# ------------------------------------------------------------------------------------- options
 
 
-@segmenter("deeplabv2")
-class DeepLabV2(Segmenter):
-    """DeepLab v2 with multi-scale inputs; state-dict names are those of the official checkpoint, ``base.*``.
+@dataclass(frozen=True)
+class DeepLabV2Options(Options):
+    """Network of ``deeplabv2``; the defaults are the published ones."""
+    # deeplab.md C.1, C.2
 
-    Args:
-        num_classes: foreground classes.
-        options: size and training behaviour.
-    """
+    # deeplab.md C.6
+    form: Form = "caffe"
+    """Form of the backbone's weights. caffe: images are BGR, 0 to 255, minus the mean, and a stage's stride is in the
+    first 1x1 convolution. torchvision: images are normalised RGB, and the stride is in the 3x3 convolution (also for
+    the CAM networks on a ResNet of this project). Weights of one form do not suit the other: training then ends at
+    about 20 mIoU."""
+    width: Positive = 1.0
+    """Channel multiplier; 1 is the published network."""
+    depth: Annotated[tuple[int, int, int, int], Range(least=1)] = (3, 4, 23, 3)
+    """Blocks in layer2 to layer5."""
+    dilations: Annotated[tuple[int, int], Range(least=1)] = (2, 4)
+    """Dilations of the 3x3 convolutions of layer4 and layer5, in cells of 8 pixels."""
+    rates: Annotated[tuple[int, ...], Range(least=1, filled=True)] = (6, 12, 18, 24)
+    """Dilations of the parallel convolutions of the classifier, in cells of 8 pixels."""
+    scales: Annotated[tuple[float, ...], Range(above=0, below=1)] = (0.5, 0.75)
+    """Factors of the input size in addition to 1, in training and testing."""
+    freeze_bn: bool = True
+    """Keep all batch normalisation (statistics and affine) as loaded. Turn off to train from random weights."""
+    bn_momentum: Annotated[float, Range(above=0, most=1), When("freeze_bn", False)] = 0.001
+    """Momentum of the running statistics, if they are not frozen."""
+    head_lr: Positive = 10.0
+    """Learning rate of the classifier's weights relative to the backbone's; its biases learn twice as fast."""
+    pretrained: Annotated[str, When("form", "torchvision")] = "resnet101.tv_in1k"
+    """timm's name of the ImageNet classifier for the weights 'pretrained' (form torchvision)."""
 
-    recipes: ClassVar[Mapping[Preset, SegmentRecipe]] = {
-        "published": SegmentRecipe(
-            network=DeepLabV2Options(),
-            fit=Fit(
-                steps=20000,
-                batch_size=10,
-                micro_batch=5,  # published: each half is averaged over its own pixels, here over all pixels
-                lr=2.5e-4,
-                momentum=0.9,
-                weight_decay=5e-4,
-                power=0.9,
-                schedule_every=10,
-            ),
-            augment=Augment(
-                order=("normalize", "scale", "crop", "flip"),  # published: scaled in floating point
-                scale_set=(0.5, 0.75, 1.0, 1.25, 1.5),
-                scale_filter="linear",
-                scale_mask="pil",
-                crop=321,
-                crop_place="top_left",
-                mask_fill=IGNORE,
-                flip=0.5,
-            ),
-            weights=REQUIRED,  # init.caffemodel or deeplabv1_resnet101-coco.pth
-            init="coco",  # trained on COCO's pixel masks: not for comparisons of methods that learn only from tags
-            infer=SegInference(
-                scales=(1.0,),
-                align_corners=False,
-                # on the raw image; the published code hands over the mean-subtracted one, wrapped (deeplab.md C.4)
-                crf=CRFSettings(
-                    iterations=10,
-                    gauss_sxy=1,
-                    gauss_weight=3,
-                    bilateral_sxy=67,
-                    bilateral_srgb=3,
-                    bilateral_weight=4,
-                ),
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> DeepLabV2:
+        """The network for ``num_classes`` foreground classes."""
+        return DeepLabV2(num_classes, self)
+
+
+# ------------------------------------------------------------------------------------- recipes
+
+DeepLabV2.recipes = {
+    "published": SegmentRecipe(
+        network=DeepLabV2Options(),
+        fit=Fit(
+            steps=20000,
+            batch_size=10,
+            micro_batch=5,  # published: each half is averaged over its own pixels, here over all pixels
+            lr=2.5e-4,
+            momentum=0.9,
+            weight_decay=5e-4,
+            power=0.9,
+            schedule_every=10,
+        ),
+        augment=Augment(
+            order=("normalize", "scale", "crop", "flip"),  # published: scaled in floating point
+            scale_set=(0.5, 0.75, 1.0, 1.25, 1.5),
+            scale_filter="linear",
+            scale_mask="pil",
+            crop=321,
+            crop_place="top_left",
+            mask_fill=IGNORE,
+            flip=0.5,
+        ),
+        weights=REQUIRED,  # init.caffemodel or deeplabv1_resnet101-coco.pth
+        init="coco",  # trained on COCO's pixel masks: not for comparisons of methods that learn only from tags
+        infer=SegInference(
+            scales=(1.0,),
+            align_corners=False,
+            # on the raw image; the published code hands over the mean-subtracted one, wrapped (deeplab.md C.4)
+            crf=CRFSettings(
+                iterations=10,
+                gauss_sxy=1,
+                gauss_weight=3,
+                bilateral_sxy=67,
+                bilateral_srgb=3,
+                bilateral_weight=4,
             ),
         ),
-        "sample": SegmentRecipe(
-            amp="fast",
-            network=DeepLabV2Options(
-                # the shape of SAMPLE_RESNET, the backbone of the sample recipes of CAM networks on a ResNet
-                form="torchvision",
-                width=0.25,
-                depth=(1, 1, 1, 1),
-                dilations=(1, 1),
-                rates=(1, 2, 3, 4),
-                freeze_bn=False,
-                bn_momentum=0.1,
-                head_lr=1.0,
-            ),
-            fit=Fit(epochs=18, batch_size=16, optimiser="adamw", lr=0.002, weight_decay=0.01, schedule_every=10),
-            augment=Augment(
-                order=("hsv", "flip", "scale", "normalize", "crop"),
-                scale_set=(0.75, 1.0, 1.25),
-                scale_filter="linear",
-                scale_mask="pil",
-                crop=112,
-                crop_place="top_left",
-            ),
-            infer=SegInference(
-                scales=(1.0,),
-                align_corners=False,
-                crf=CRFSettings(
-                    iterations=5,
-                    gauss_sxy=1,
-                    gauss_weight=3,
-                    bilateral_sxy=32,
-                    bilateral_srgb=13,
-                    bilateral_weight=4,
-                ),
+    ),
+    "sample": SegmentRecipe(
+        amp="fast",
+        network=DeepLabV2Options(
+            # the shape of SAMPLE_RESNET, the backbone of the sample recipes of CAM networks on a ResNet
+            form="torchvision",
+            width=0.25,
+            depth=(1, 1, 1, 1),
+            dilations=(1, 1),
+            rates=(1, 2, 3, 4),
+            freeze_bn=False,
+            bn_momentum=0.1,
+            head_lr=1.0,
+        ),
+        fit=Fit(epochs=18, batch_size=16, optimiser="adamw", lr=0.002, weight_decay=0.01, schedule_every=10),
+        augment=Augment(
+            order=("hsv", "flip", "scale", "normalize", "crop"),
+            scale_set=(0.75, 1.0, 1.25),
+            scale_filter="linear",
+            scale_mask="pil",
+            crop=112,
+            crop_place="top_left",
+        ),
+        infer=SegInference(
+            scales=(1.0,),
+            align_corners=False,
+            crf=CRFSettings(
+                iterations=5,
+                gauss_sxy=1,
+                gauss_weight=3,
+                bilateral_sxy=32,
+                bilateral_srgb=13,
+                bilateral_weight=4,
             ),
         ),
-    }
-
-    def __init__(self, num_classes: int, options: DeepLabV2Options | None = None) -> None:
-        super().__init__()
-        self.options = options = options or DeepLabV2Options()
-        self.normalisation = {"caffe": "caffe_bgr", "torchvision": "imagenet"}[options.form]
-        self.base = DeepLabBase(options, num_classes + 1)
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = options.bn_momentum
-        self._freeze()
-
-    def _freeze(self) -> None:
-        """Freeze batch normalisation if the options say so."""
-        if self.options.freeze_bn:
-            for module in self.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
-                    module.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> DeepLabV2:
-        """Set training or evaluation mode, except for frozen layers; returns self."""
-        super().train(mode)
-        self._freeze()
-        return self
-
-    def logits_by_size(self, images: Tensor) -> list[Tensor]:
-        """Logits of every size of the input, 1 first: (B, 3, H, W) -> (B, C + 1, *logits_size(size)) each."""
-        smaller = (shrink_images(images, factor) for factor in self.options.scales)
-        return [self.base(scaled) for scaled in (images, *smaller)]
-
-    @staticmethod
-    def merge_sizes(logits: list[Tensor]) -> Tensor:
-        """Maximum over the sizes, at the size of the first: (B, C + 1, h, w)."""
-        size = logits[0].shape[-2:]
-        resized = [F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in logits[1:]]
-        return torch.stack([logits[0], *resized]).amax(0)
-
-    def logits(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, C + 1, *logits_size(H, W)): about an eighth of the sides."""
-        return self.merge_sizes(self.logits_by_size(images))
-
-    def resize_labels(self, mask: Tensor) -> dict[str, Tensor]:
-        """The mask at the size of each output, PIL nearest: {"1": (B, h, w), "0.5": ...}."""
-        height, width = mask.shape[-2:]
-        labels = {}
-        for scale in (1, *self.options.scales):
-            labels[f"{scale}"] = resize_masks(mask, logits_size(*shrunk_size((height, width), scale)))
-        return labels
-
-    def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Number of cells with a label, per output."""
-        labels = self.resize_labels(batch["mask"])
-        return {f"pixels_{scale}": (label != IGNORE).sum() for scale, label in labels.items()}
-
-    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """``batch``: image (B, 3, H, W), mask (B, H, W) int64 with 255 = ignore -> {"ce_1", "ce_0.5", ..., "ce_max"}:
-        cross entropy of each size and of their maximum, at the outputs' own sizes (deeplab.md C.3)."""
-        logits = self.logits_by_size(batch["image"])
-        labels = self.resize_labels(batch["mask"])
-        pairs = list(zip(labels, logits, strict=True))
-        terms = {}
-        for term, (scale, x) in zip((*labels, "max"), [*pairs, ("1", self.merge_sizes(logits))], strict=True):
-            total = F.cross_entropy(x.float(), labels[scale], ignore_index=IGNORE, reduction="sum")
-            terms[f"ce_{term}"] = total / batch[f"counts/pixels_{scale}"].clamp(min=1e-5)
-        return terms
-
-    def param_groups(self) -> list[Group]:
-        """Convolutions of layers 1 to 5, weights of the classifier, its biases (deeplab.md C.3), and the affine
-        parameters of batch normalisation if they are trained."""
-        return [group for group in conv_groups(self, ("base.aspp",), self.options.head_lr) if group.params]
-
-    def pretrained_names(self) -> tuple[str, ...]:
-        """timm's ImageNet classifier of the backbone."""
-        return (self.options.pretrained,)
-
-    def load_weights(self, weights: str) -> str:
-        """Start from the official files (``init.caffemodel``, ``train2_iter_20000.caffemodel`` and the ``.pth`` made of
-        them), torchvision's ResNet, or a CAM network of this project on a ResNet.
-
-        The classifier may be missing. Raises ValueError if the file has the other ``form`` (a whole ``deeplabv2``,
-        whose form cannot be seen from its names, is accepted).
-        """
-        state = read_tensors(weights)
-        stem = next((name for name in state if name.endswith("layer1.0.conv1.weight")), None)
-        form: Form = "caffe" if stem is None else "torchvision"
-        if form != self.options.form and not any(name.startswith("base.") for name in state):
-            raise ValueError(
-                f"{weights}: its weights have the form {form}, the network is built for {self.options.form}. Give "
-                f"--seg.network.form {form}, and --seg.init with what they were trained on."
-            )
-        # a CAM network has its backbone under a prefix, and a classifier
-        prefix = "" if stem is None else stem.removesuffix("layer1.0.conv1.weight")
-
-        def rename(name: str) -> str | None:
-            if stem is not None:
-                inner = from_torchvision(name.removeprefix(prefix)) if name.startswith(prefix) else None
-            else:
-                inner = from_caffe(name.removeprefix("base."))
-            return None if inner is None or inner.startswith("fc.") else f"base.{inner}"
-
-        return str(load_tensors(self, state, rename=rename, allow_missing=("base.aspp",), label=weights))
+    ),
+}

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,43 +18,72 @@ from misc.crf.dense import CRFSettings
 from misc.image.labels import IGNORE
 from net.backbone.resnest import ResNeSt, ResNeStOptions
 from net.backbone.resnet import SAMPLE_RESNET, ResNet, ResNetOptions, load_resnet
-from net.contract import Network, Options, Preset, Segmenter, SegmentRecipe
+from net.contract import Network, Options, Segmenter, SegmentRecipe
 from net.groups import Group, name_groups
 from net.registry import segmenter
 from net.start_weights import PRETRAINED
 
 
-@dataclass(frozen=True)
-class DeepLabV3PlusOptions(Options):
-    """Network of ``deeplabv3plus``; the defaults are the published ones."""
-    # deeplab.md D.1
+@segmenter("deeplabv3plus")
+class DeepLabV3Plus(Segmenter):
+    """A backbone ``model``, a pyramid ``aspp`` and a ``decoder``.
 
-    backbone: Literal["resnest", "resnet"] = "resnest"
-    """Backbone; only the section with this name is used. The published scores are for resnest."""
-    resnest: Annotated[ResNeStOptions, When("backbone", "resnest")] = field(
-        default_factory=lambda: ResNeStOptions(norm="fixed")
-    )
-    """Options of the ResNeSt, if it is the backbone."""
-    resnet: Annotated[ResNetOptions, When("backbone", "resnet")] = field(default_factory=ResNetOptions)
-    """Options of the ResNet, if it is the backbone."""
-    rates: Annotated[tuple[int, ...], Range(least=1, filled=True)] = (6, 12, 18)
-    """Dilations of the parallel 3x3 convolutions, in cells of 16 pixels; parallel to them are a 1x1 convolution and the
-    mean of the whole map."""
-    channels: Annotated[int, Range(least=_GROUPS, multiple=_GROUPS)] = 256
-    """Channels of the pyramid and of the decoder."""
-    low_channels: Annotated[int, Range(least=_GROUPS, multiple=_GROUPS)] = 48
-    """Channels to which the map of the first stage is reduced."""
-    norm: Literal["group", "batch"] = "group"
-    """Normalisation of pyramid and decoder. group: over 4 groups of channels, as published. batch: batch normalisation,
-    trained or fixed like the backbone's."""
-    dropout: Annotated[tuple[float, float, float], Range(least=0, below=1)] = (0.5, 0.5, 0.1)
-    """Dropout probabilities: after the pyramid, and after each of the decoder's 3x3 convolutions."""
-    head_lr: Positive = 10.0
-    """Learning rate of pyramid and decoder relative to the backbone's; biases learn twice as fast as weights."""
+    State-dict names are those of the official checkpoints, which hold the backbone twice (``model.*``, ``stage1.*`` to
+    ``stage5.*``); here it is once. deeplab.md D.1.
 
-    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> DeepLabV3Plus:
-        """The network for ``num_classes`` foreground classes."""
-        return DeepLabV3Plus(num_classes, self)
+    Args:
+        num_classes: foreground classes.
+        options: size and training behaviour.
+    """
+
+    normalisation = ResNet.normalisation
+
+    def __init__(self, num_classes: int, options: DeepLabV3PlusOptions | None = None) -> None:
+        super().__init__()
+        self.options = options = options or DeepLabV3PlusOptions()
+        self.model = ResNet(options.resnet) if options.backbone == "resnet" else ResNeSt(options.resnest)
+        channels = self.model.channels
+        self.aspp = AtrousPyramid(options, channels["layer4"])
+        self.decoder = Decoder(options, channels["layer1"], num_classes + 1)
+        for part in (self.aspp, self.decoder):
+            for module in part.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight)
+        self._freeze()
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, C + 1, H, W): upsampled inside the network, with aligned corners."""
+        taps = self.model.forward_stages(images)
+        scores = self.decoder(self.aspp(taps["layer4"]), taps["layer1"])  # (B, C + 1, h, w), h = ceil(H / 4)
+        return F.interpolate(scores, size=images.shape[-2:], mode="bilinear", align_corners=True)
+
+    def _freeze(self) -> None:
+        """Batch normalisation of the head, if any, is trained or fixed like the backbone's."""
+        if self.model.options.norm != "trained":
+            for part in (self.aspp, self.decoder):
+                for module in part.modules():
+                    if isinstance(module, nn.BatchNorm2d):
+                        module.eval()
+                        module.requires_grad_(self.model.options.norm == "fixed")
+
+    def train(self, mode: bool = True) -> DeepLabV3Plus:
+        """Set training or evaluation mode, except for fixed layers; returns self."""
+        super().train(mode)
+        self._freeze()
+        return self
+
+    def param_groups(self) -> list[Group]:
+        """Weights and other parameters of the backbone, then those of pyramid and decoder (deeplab.md D.2)."""
+        return name_groups(self, ("model",), self.options.head_lr)
+
+    def pretrained_names(self) -> tuple[str, ...]:
+        """timm's ImageNet classifier of the backbone."""
+        return (self.model.options.pretrained,)
+
+    def load_weights(self, weights: str) -> str:
+        """Start from an ImageNet file of torchvision, timm or ResNeSt, a Puzzle-CAM on the same backbone, or a whole
+        ``deeplabv3plus``; 'pretrained': timm's file."""
+        return load_resnet(self, weights, heads=("aspp", "decoder"), owner="model")
 
 
 # ---------------------------------------------------------------------------------------------- layers (deeplab.md D.1)
@@ -138,117 +167,92 @@ class Decoder(nn.Module):
         return self.classifier(torch.cat([x, low], dim=1))
 
 
+# ------------------------------------------------------------------------------------- options
+
+
+@dataclass(frozen=True)
+class DeepLabV3PlusOptions(Options):
+    """Network of ``deeplabv3plus``; the defaults are the published ones."""
+    # deeplab.md D.1
+
+    backbone: Literal["resnest", "resnet"] = "resnest"
+    """Backbone; only the section with this name is used. The published scores are for resnest."""
+    resnest: Annotated[ResNeStOptions, When("backbone", "resnest")] = field(
+        default_factory=lambda: ResNeStOptions(norm="fixed")
+    )
+    """Options of the ResNeSt, if it is the backbone."""
+    resnet: Annotated[ResNetOptions, When("backbone", "resnet")] = field(default_factory=ResNetOptions)
+    """Options of the ResNet, if it is the backbone."""
+    rates: Annotated[tuple[int, ...], Range(least=1, filled=True)] = (6, 12, 18)
+    """Dilations of the parallel 3x3 convolutions, in cells of 16 pixels; parallel to them are a 1x1 convolution and the
+    mean of the whole map."""
+    channels: Annotated[int, Range(least=_GROUPS, multiple=_GROUPS)] = 256
+    """Channels of the pyramid and of the decoder."""
+    low_channels: Annotated[int, Range(least=_GROUPS, multiple=_GROUPS)] = 48
+    """Channels to which the map of the first stage is reduced."""
+    norm: Literal["group", "batch"] = "group"
+    """Normalisation of pyramid and decoder. group: over 4 groups of channels, as published. batch: batch normalisation,
+    trained or fixed like the backbone's."""
+    dropout: Annotated[tuple[float, float, float], Range(least=0, below=1)] = (0.5, 0.5, 0.1)
+    """Dropout probabilities: after the pyramid, and after each of the decoder's 3x3 convolutions."""
+    head_lr: Positive = 10.0
+    """Learning rate of pyramid and decoder relative to the backbone's; biases learn twice as fast as weights."""
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> DeepLabV3Plus:
+        """The network for ``num_classes`` foreground classes."""
+        return DeepLabV3Plus(num_classes, self)
+
+
 # ---------------------------------------------------------------------------------------------- the network
 
 _CRF = CRFSettings(iterations=10, gauss_sxy=3, gauss_weight=3, bilateral_sxy=80, bilateral_srgb=13, bilateral_weight=10)
 
-
-@segmenter("deeplabv3plus")
-class DeepLabV3Plus(Segmenter):
-    """A backbone ``model``, a pyramid ``aspp`` and a ``decoder``.
-
-    State-dict names are those of the official checkpoints, which hold the backbone twice (``model.*``, ``stage1.*`` to
-    ``stage5.*``); here it is once. deeplab.md D.1.
-
-    Args:
-        num_classes: foreground classes.
-        options: size and training behaviour.
-    """
-
-    recipes: ClassVar[Mapping[Preset, SegmentRecipe]] = {
-        # Published: after each epoch the published code keeps the network with the best score on val's true masks; here
-        # it is the last one. Momentum: the published optimiser uses the weight decay as momentum (deeplab.md D.2,
-        # semformer.md section 7).
-        "published": SegmentRecipe(
-            network=DeepLabV3PlusOptions(),
-            fit=Fit(epochs=50, batch_size=32, lr=0.007, momentum=4e-5, nesterov=True, weight_decay=4e-5, power=0.9),
-            augment=Augment(
-                order=("long_side", "flip", "normalize", "crop"),
-                long_side=(256, 1024),
-                flip=0.5,
-                crop=512,
-                crop_place="random",
-                mask_fill=IGNORE,
-            ),
-            weights=PRETRAINED,
-            init="imagenet",
-            infer=SegInference(
-                scales=(0.5, 1.0, 1.5, 2.0),
-                flip=True,
-                resize="bicubic",
-                merge="sum_logits",
-                align_corners=False,
-                crf=_CRF,
-            ),
+DeepLabV3Plus.recipes = {
+    # Published: after each epoch the published code keeps the network with the best score on val's true masks; here
+    # it is the last one. Momentum: the published optimiser uses the weight decay as momentum (deeplab.md D.2,
+    # semformer.md section 7).
+    "published": SegmentRecipe(
+        network=DeepLabV3PlusOptions(),
+        fit=Fit(epochs=50, batch_size=32, lr=0.007, momentum=4e-5, nesterov=True, weight_decay=4e-5, power=0.9),
+        augment=Augment(
+            order=("long_side", "flip", "normalize", "crop"),
+            long_side=(256, 1024),
+            flip=0.5,
+            crop=512,
+            crop_place="random",
+            mask_fill=IGNORE,
         ),
-        "sample": SegmentRecipe(
-            amp="fast",
-            network=DeepLabV3PlusOptions(
-                backbone="resnet",
-                resnet=SAMPLE_RESNET,
-                rates=(1, 2, 3),
-                channels=64,
-                low_channels=16,
-                dropout=(0.1, 0.1, 0.1),
-                head_lr=1.0,
-            ),
-            fit=Fit(epochs=18, batch_size=16, optimiser="adamw", lr=0.002, weight_decay=0.01),
-            augment=Augment(
-                order=("hsv", "flip", "scale", "normalize", "crop"), scale=(0.75, 1.25), scale_filter="cubic", crop=112
-            ),
-            infer=SegInference(
-                scales=(0.75, 1.0, 1.25),
-                flip=True,
-                align_corners=False,
-                crf=CRFSettings(iterations=1, bilateral_sxy=32),
-            ),
+        weights=PRETRAINED,
+        init="imagenet",
+        infer=SegInference(
+            scales=(0.5, 1.0, 1.5, 2.0),
+            flip=True,
+            resize="bicubic",
+            merge="sum_logits",
+            align_corners=False,
+            crf=_CRF,
         ),
-    }
-    normalisation = ResNet.normalisation
-
-    def __init__(self, num_classes: int, options: DeepLabV3PlusOptions | None = None) -> None:
-        super().__init__()
-        self.options = options = options or DeepLabV3PlusOptions()
-        self.model = ResNet(options.resnet) if options.backbone == "resnet" else ResNeSt(options.resnest)
-        channels = self.model.channels
-        self.aspp = AtrousPyramid(options, channels["layer4"])
-        self.decoder = Decoder(options, channels["layer1"], num_classes + 1)
-        for part in (self.aspp, self.decoder):
-            for module in part.modules():
-                if isinstance(module, nn.Conv2d):
-                    nn.init.kaiming_normal_(module.weight)
-        self._freeze()
-
-    def _freeze(self) -> None:
-        """Batch normalisation of the head, if any, is trained or fixed like the backbone's."""
-        if self.model.options.norm != "trained":
-            for part in (self.aspp, self.decoder):
-                for module in part.modules():
-                    if isinstance(module, nn.BatchNorm2d):
-                        module.eval()
-                        module.requires_grad_(self.model.options.norm == "fixed")
-
-    def train(self, mode: bool = True) -> DeepLabV3Plus:
-        """Set training or evaluation mode, except for fixed layers; returns self."""
-        super().train(mode)
-        self._freeze()
-        return self
-
-    def logits(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, C + 1, H, W): upsampled inside the network, with aligned corners."""
-        taps = self.model.forward_stages(images)
-        scores = self.decoder(self.aspp(taps["layer4"]), taps["layer1"])  # (B, C + 1, h, w), h = ceil(H / 4)
-        return F.interpolate(scores, size=images.shape[-2:], mode="bilinear", align_corners=True)
-
-    def param_groups(self) -> list[Group]:
-        """Weights and other parameters of the backbone, then those of pyramid and decoder (deeplab.md D.2)."""
-        return name_groups(self, ("model",), self.options.head_lr)
-
-    def pretrained_names(self) -> tuple[str, ...]:
-        """timm's ImageNet classifier of the backbone."""
-        return (self.model.options.pretrained,)
-
-    def load_weights(self, weights: str) -> str:
-        """Start from an ImageNet file of torchvision, timm or ResNeSt, a Puzzle-CAM on the same backbone, or a whole
-        ``deeplabv3plus``; 'pretrained': timm's file."""
-        return load_resnet(self, weights, heads=("aspp", "decoder"), owner="model")
+    ),
+    "sample": SegmentRecipe(
+        amp="fast",
+        network=DeepLabV3PlusOptions(
+            backbone="resnet",
+            resnet=SAMPLE_RESNET,
+            rates=(1, 2, 3),
+            channels=64,
+            low_channels=16,
+            dropout=(0.1, 0.1, 0.1),
+            head_lr=1.0,
+        ),
+        fit=Fit(epochs=18, batch_size=16, optimiser="adamw", lr=0.002, weight_decay=0.01),
+        augment=Augment(
+            order=("hsv", "flip", "scale", "normalize", "crop"), scale=(0.75, 1.25), scale_filter="cubic", crop=112
+        ),
+        infer=SegInference(
+            scales=(0.75, 1.0, 1.25),
+            flip=True,
+            align_corners=False,
+            crf=CRFSettings(iterations=1, bilateral_sxy=32),
+        ),
+    ),
+}

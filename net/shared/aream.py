@@ -29,53 +29,104 @@ from net.backbone.vit import ViTOptions
 from net.contract import Batch, Options, SeedNetwork
 from net.losses import multilabel_soft_margin
 
-# ------------------------------------------------------------------------------------- options
 
+class Aream(SeedNetwork):
+    """Training and maps of AReAM on a backbone with two classifiers and accessible attention."""
 
-@dataclass(frozen=True)
-class AreamOptions(Options):
-    """Loss and map of both networks; the defaults are the published ones of MCTformer."""
+    options: AreamOptions
+    tokens: int
+    """Number of class tokens, which come first."""
+    names: tuple[str, str]
+    """Names of the losses of the two classifiers."""
+    gated: bool
+    """Whether maps are multiplied by the class tokens' attention, averaged over all layers, in training too."""
+    entropy_epsilon = 0.0
+    """See ``map_entropy``."""
 
-    split: Annotated[int, Range(least=1)] = 7
-    """Layers before this one (from 0) make the maps that labels come from; the others are trained on these."""
-    scales: Annotated[tuple[float, ...], Range(above=0, filled=True)] = (1.0,)
-    """Scales of the training image, each mirrored too, of the maps that labels come from."""
-    low: float = 0.35
-    """Low background score; pixels where it wins are labelled background."""
-    high: float = 0.55
-    """High background score; pixels where a class wins over it get this class. The others have no label."""
-    pair_weight: Weight = 0.1
-    """Weight of the pair loss. 0: classification only."""
-    warmup: Annotated[Probability, When("pair_weight")] = 1 / 6
-    """Fraction of the training before the pair loss starts (10 of 60 epochs, 2 of 12)."""
-    entropy: tuple[float, ...] = ()
-    """Entropy of the map after each layer, as scripts.layer_entropy measures it on a trained network: layers of
-    high entropy count less in the maps and more in the loss. Empty: equal weights, as in the released models."""
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image (B, 3, S, S), tags (B, C), box (B, 4) -> a multi-label soft margin loss for each classifier
+        and, from ``warmup`` on, {"pair": the weighted mean of the deep layers' ``patch_pair_losses``}."""
+        pairs = self.options.pair_weight > 0 and progress >= self.options.warmup
+        label = self.make_labels(batch) if pairs else None
+        deep: list[Tensor] = []
 
-    backbone: ViTOptions | ConformerOptions = field(default_factory=ViTOptions)
-    """Options of the backbone."""
+        def visit(layer: int, attention: QueryKey) -> None:
+            if layer >= self.options.split:
+                deep.append(patch_logits(attention, self.tokens))
 
-    def cross_check(self) -> None:
-        """Raises ValueError for layers that do not exist or have no weight, and for scores in the wrong order."""
-        super().cross_check()
-        depth = self.backbone.depth
-        check(self.split < depth, "split", self.split, f"in 1 .. {depth - 1} (below the depth)")
-        check(self.low <= self.high, "low", self.low, f"at most high = {self.high}")
-        if self.entropy and (len(self.entropy) != depth or len(set(self.entropy)) == 1):
-            raise ValueError(f"entropy must be {depth} numbers, one per layer, and not all the same: {self.entropy}.")
-        if not any(self.shallow_weights()):
-            raise ValueError(f"entropy leaves no layer before {self.split} any weight: {self.entropy}.")
+        logits, maps = self.forward_maps(batch["image"], visit if pairs else None)
+        terms = {n: multilabel_soft_margin(z, batch["tags"]) for n, z in zip(self.names, logits, strict=True)}
+        if label is not None:
+            losses = patch_pair_losses(deep, patch_pair_labels(label, maps.shape[-2:]))  # (L - split,)
+            weights = losses.new_tensor(self.options.deep_weights())
+            terms["pair"] = self.options.pair_weight * (losses * weights).mean()
+        return terms
 
-    def shallow_weights(self) -> list[float]:
-        """Weight of each layer in the maps for labels: 0 from ``split`` on; divided by the number of layers, not
-        by the sum (aream.md section 4)."""
-        weights = 1 - torch.tensor(scale_entropy(self.entropy)) if self.entropy else torch.ones(self.backbone.depth)
-        return [w / self.split if layer < self.split else 0.0 for layer, w in enumerate(weights.tolist())]
+    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
+        """The map of one scale, spread by all layers alike: (B, 3, H, W) -> (B, C, h, w) float32 (aream.md section 9).
 
-    def deep_weights(self) -> list[float]:
-        """Weights in the loss of the layers from ``split`` on; the loss is a mean over the layers (aream.md section
-        7)."""
-        return (scale_entropy(self.entropy) if self.entropy else [1.0] * self.backbone.depth)[self.split :]
+        A Conformer's map is signed and is rectified after the merging; before it the result would differ.
+        """
+        depth = self.options.backbone.depth
+        return self._spread_map(images, [1 / depth] * depth)
+
+    @abstractmethod
+    def forward_maps(self, images: Tensor, visit: Visit | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Normalised images (B, 3, H, W) -> logits of both classifiers, (B, C) each, and the map (B, C, h, w) without
+        gradient; all float32. ``visit`` gets every layer's queries and keys."""
+
+    def _spread_map(self, images: Tensor, weights: Sequence[float]) -> Tensor:
+        """The map after the weighted sum of the layers' patch-to-patch attention: (B, 3, H, W) -> (B, C, h, w)."""
+        depth = len(weights)
+        sums = AttentionSums(self.tokens, [self.gated / depth] * depth, weights)
+        _, maps = self.forward_maps(images, sums)
+        if self.gated:
+            maps = maps * sums.to_patches.unflatten(2, maps.shape[-2:])
+        return spread_maps(sums.affinity, maps)
+
+    def classify(self, images: Tensor, num_classes: int) -> Tensor:
+        """The mean of both classifiers' logits: (B, 3, H, W) -> (B, C)."""
+        return torch.stack(self.forward_maps(images)[0]).mean(0)
+
+    @torch.no_grad()
+    def training_cam(self, images: Tensor) -> Tensor:
+        """Maps of the shallow layers for labels: (B, 3, H, W) -> (B, C, H, W) in [0, 1), all classes (aream.md 4).
+
+        Published oddity, kept: the network is left in training mode. Drop path is active, and a Conformer's batch
+        norms use the statistics of these images and move their running averages, once a scale.
+        """
+        size, weights = images.shape[-2:], self.options.shallow_weights()
+        total = 0
+        for scale in self.options.scales:
+            scaled = truncated_size(size, scale)
+            x = images if scaled == size else _resize(images, scaled)
+            plain, mirrored = _resize(self._spread_map(torch.cat([x, x.flip(-1)]), weights), size).chunk(2)
+            total = total + plain + mirrored.flip(-1)
+        return scale_rectified(total)
+
+    @torch.no_grad()
+    def make_labels(self, batch: Batch) -> Tensor:
+        """Labels that the network makes for a training batch: (B, H, W) uint8, 255 unknown (aream.md section 6)."""
+        images, tags = batch["image"], batch["tags"]
+        kind = images.device.type
+        # autocast would cache the weights cast here, without gradients, for the training pass
+        with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
+            cams = self.training_cam(images)
+        norm = NORMALISATIONS[self.normalisation]
+        mean, std = (images.new_tensor(x).view(3, 1, 1) for x in (norm.mean, norm.std))
+        backgrounds = (self.options.low, self.options.high)
+        low, high = pseudo_labels(images * std + mean, cams, tags, backgrounds, batch.get("box")).unbind(1)
+        return merge_score_labels(low, high)
+
+    @torch.no_grad()
+    def layer_entropy(self, images: Tensor, tags: Tensor) -> Tensor:
+        """``map_entropy`` of every layer, of the map without the class tokens' attention: (B, 3, H, W), tags (B, C)
+        -> (B, L). Small images and batches: all layers' head means exist at a time."""
+        layers: list[Tensor] = []
+        patches = self.tokens
+        _, maps = self.forward_maps(images, lambda _, seen: layers.append(seen.mean_weights()[:, patches:, patches:]))
+        maps = maps * tags[:, :, None, None]
+        return torch.stack([map_entropy(affinity, maps, self.entropy_epsilon) for affinity in layers], 1)
 
 
 # ------------------------------------------------------------------------------------- entropy (aream.md section 3)
@@ -188,106 +239,53 @@ def patch_pair_losses(logits: Sequence[Tensor], target: Tensor) -> Tensor:
     return torch.stack([(count / (count + 1) + (z.float().sigmoid() * weights).sum()) / 2 for z in logits])
 
 
-# ------------------------------------------------------------------------------------- what both networks do
+# ------------------------------------------------------------------------------------- options
 
 
-class Aream(SeedNetwork):
-    """Training and maps of AReAM on a backbone with two classifiers and accessible attention."""
+@dataclass(frozen=True)
+class AreamOptions(Options):
+    """Loss and map of both networks; the defaults are the published ones of MCTformer."""
 
-    options: AreamOptions
-    tokens: int
-    """Number of class tokens, which come first."""
-    names: tuple[str, str]
-    """Names of the losses of the two classifiers."""
-    gated: bool
-    """Whether maps are multiplied by the class tokens' attention, averaged over all layers, in training too."""
-    entropy_epsilon = 0.0
-    """See ``map_entropy``."""
+    split: Annotated[int, Range(least=1)] = 7
+    """Layers before this one (from 0) make the maps that labels come from; the others are trained on these."""
+    scales: Annotated[tuple[float, ...], Range(above=0, filled=True)] = (1.0,)
+    """Scales of the training image, each mirrored too, of the maps that labels come from."""
+    low: float = 0.35
+    """Low background score; pixels where it wins are labelled background."""
+    high: float = 0.55
+    """High background score; pixels where a class wins over it get this class. The others have no label."""
+    pair_weight: Weight = 0.1
+    """Weight of the pair loss. 0: classification only."""
+    warmup: Annotated[Probability, When("pair_weight")] = 1 / 6
+    """Fraction of the training before the pair loss starts (10 of 60 epochs, 2 of 12)."""
+    entropy: tuple[float, ...] = ()
+    """Entropy of the map after each layer, as scripts.layer_entropy measures it on a trained network: layers of
+    high entropy count less in the maps and more in the loss. Empty: equal weights, as in the released models."""
 
-    @abstractmethod
-    def forward_maps(self, images: Tensor, visit: Visit | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Normalised images (B, 3, H, W) -> logits of both classifiers, (B, C) each, and the map (B, C, h, w) without
-        gradient; all float32. ``visit`` gets every layer's queries and keys."""
+    backbone: ViTOptions | ConformerOptions = field(default_factory=ViTOptions)
+    """Options of the backbone."""
 
-    def _spread_map(self, images: Tensor, weights: Sequence[float]) -> Tensor:
-        """The map after the weighted sum of the layers' patch-to-patch attention: (B, 3, H, W) -> (B, C, h, w)."""
-        depth = len(weights)
-        sums = AttentionSums(self.tokens, [self.gated / depth] * depth, weights)
-        _, maps = self.forward_maps(images, sums)
-        if self.gated:
-            maps = maps * sums.to_patches.unflatten(2, maps.shape[-2:])
-        return spread_maps(sums.affinity, maps)
+    def cross_check(self) -> None:
+        """Raises ValueError for layers that do not exist or have no weight, and for scores in the wrong order."""
+        super().cross_check()
+        depth = self.backbone.depth
+        check(self.split < depth, "split", self.split, f"in 1 .. {depth - 1} (below the depth)")
+        check(self.low <= self.high, "low", self.low, f"at most high = {self.high}")
+        if self.entropy and (len(self.entropy) != depth or len(set(self.entropy)) == 1):
+            raise ValueError(f"entropy must be {depth} numbers, one per layer, and not all the same: {self.entropy}.")
+        if not any(self.shallow_weights()):
+            raise ValueError(f"entropy leaves no layer before {self.split} any weight: {self.entropy}.")
 
-    def classify(self, images: Tensor, num_classes: int) -> Tensor:
-        """The mean of both classifiers' logits: (B, 3, H, W) -> (B, C)."""
-        return torch.stack(self.forward_maps(images)[0]).mean(0)
+    def shallow_weights(self) -> list[float]:
+        """Weight of each layer in the maps for labels: 0 from ``split`` on; divided by the number of layers, not
+        by the sum (aream.md section 4)."""
+        weights = 1 - torch.tensor(scale_entropy(self.entropy)) if self.entropy else torch.ones(self.backbone.depth)
+        return [w / self.split if layer < self.split else 0.0 for layer, w in enumerate(weights.tolist())]
 
-    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
-        """The map of one scale, spread by all layers alike: (B, 3, H, W) -> (B, C, h, w) float32 (aream.md section 9).
-
-        A Conformer's map is signed and is rectified after the merging; before it the result would differ.
-        """
-        depth = self.options.backbone.depth
-        return self._spread_map(images, [1 / depth] * depth)
-
-    @torch.no_grad()
-    def training_cam(self, images: Tensor) -> Tensor:
-        """Maps of the shallow layers for labels: (B, 3, H, W) -> (B, C, H, W) in [0, 1), all classes (aream.md 4).
-
-        Published oddity, kept: the network is left in training mode. Drop path is active, and a Conformer's batch
-        norms use the statistics of these images and move their running averages, once a scale.
-        """
-        size, weights = images.shape[-2:], self.options.shallow_weights()
-        total = 0
-        for scale in self.options.scales:
-            scaled = truncated_size(size, scale)
-            x = images if scaled == size else _resize(images, scaled)
-            plain, mirrored = _resize(self._spread_map(torch.cat([x, x.flip(-1)]), weights), size).chunk(2)
-            total = total + plain + mirrored.flip(-1)
-        return scale_rectified(total)
-
-    @torch.no_grad()
-    def make_labels(self, batch: Batch) -> Tensor:
-        """Labels that the network makes for a training batch: (B, H, W) uint8, 255 unknown (aream.md section 6)."""
-        images, tags = batch["image"], batch["tags"]
-        kind = images.device.type
-        # autocast would cache the weights cast here, without gradients, for the training pass
-        with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
-            cams = self.training_cam(images)
-        norm = NORMALISATIONS[self.normalisation]
-        mean, std = (images.new_tensor(x).view(3, 1, 1) for x in (norm.mean, norm.std))
-        backgrounds = (self.options.low, self.options.high)
-        low, high = pseudo_labels(images * std + mean, cams, tags, backgrounds, batch.get("box")).unbind(1)
-        return merge_score_labels(low, high)
-
-    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """``batch``: image (B, 3, S, S), tags (B, C), box (B, 4) -> a multi-label soft margin loss for each classifier
-        and, from ``warmup`` on, {"pair": the weighted mean of the deep layers' ``patch_pair_losses``}."""
-        pairs = self.options.pair_weight > 0 and progress >= self.options.warmup
-        label = self.make_labels(batch) if pairs else None
-        deep: list[Tensor] = []
-
-        def visit(layer: int, attention: QueryKey) -> None:
-            if layer >= self.options.split:
-                deep.append(patch_logits(attention, self.tokens))
-
-        logits, maps = self.forward_maps(batch["image"], visit if pairs else None)
-        terms = {n: multilabel_soft_margin(z, batch["tags"]) for n, z in zip(self.names, logits, strict=True)}
-        if label is not None:
-            losses = patch_pair_losses(deep, patch_pair_labels(label, maps.shape[-2:]))  # (L - split,)
-            weights = losses.new_tensor(self.options.deep_weights())
-            terms["pair"] = self.options.pair_weight * (losses * weights).mean()
-        return terms
-
-    @torch.no_grad()
-    def layer_entropy(self, images: Tensor, tags: Tensor) -> Tensor:
-        """``map_entropy`` of every layer, of the map without the class tokens' attention: (B, 3, H, W), tags (B, C)
-        -> (B, L). Small images and batches: all layers' head means exist at a time."""
-        layers: list[Tensor] = []
-        patches = self.tokens
-        _, maps = self.forward_maps(images, lambda _, seen: layers.append(seen.mean_weights()[:, patches:, patches:]))
-        maps = maps * tags[:, :, None, None]
-        return torch.stack([map_entropy(affinity, maps, self.entropy_epsilon) for affinity in layers], 1)
+    def deep_weights(self) -> list[float]:
+        """Weights in the loss of the layers from ``split`` on; the loss is a mean over the layers (aream.md section
+        7)."""
+        return (scale_entropy(self.entropy) if self.entropy else [1.0] * self.backbone.depth)[self.split :]
 
 
 # ------------------------------------------------------------------------------------- recipes

@@ -43,64 +43,143 @@ _WIDTH, _GROUPS = 32, 4
 
 StageMaps = Mapping[Stage, Tensor]
 
-# ------------------------------------------------------------------------------------------------ settings
 
+class EdgeNetwork(AffinityNetwork):
+    """Backbone with a boundary head on its five stages: labels, losses and the walk.
 
-@dataclass(frozen=True)
-class EdgeOptions(Options):
-    """Options of the edge network; a refiner's options subclass these and build it."""
-    # irnet.md section 8
+    State-dict names are the official ones: ``resnet50`` (whatever the backbone), ``fc_edge1`` to ``fc_edge6``.
+    """
 
-    resnet: ResNetOptions = field(default_factory=lambda: ResNetOptions(frozen="layer4"))
-    """Backbone. Published: completely frozen; only the layers on its stages are trained."""
-    radius: Annotated[int, Range(least=2)] = 10
-    """Pairs nearer than this are trained on. Cells of 4 pixels."""
-    align_corners: bool = False
-    """align_corners of the bilinear upsampling inside the network: off in IRNet and Puzzle-CAM, on in SemFormer."""
+    normalisation = ResNet.normalisation
+    plane_fill: ClassVar[float] = float(IGNORE)
+    heads: ClassVar[tuple[str, ...]] = ("fc_edge*",)
+    """Name patterns of the layers outside the backbone."""
 
-    def cross_check(self) -> None:
-        """Raises ValueError for a ResNet whose stem has another stride."""
-        super().cross_check()
-        if self.resnet.strides[0] != 2:
-            raise ValueError(f"resnet.strides = {self.resnet.strides} is not possible: the stem's must be 2.")
+    def __init__(self, options: EdgeOptions) -> None:
+        super().__init__()
+        self.radius = options.radius
+        self.resnet50 = options.make_backbone()
+        channels, strides = self.resnet50.channels, self.resnet50.strides
+        for number, stage in enumerate(STAGES, 1):
+            head = make_projection(channels[stage], _WIDTH, _GROUPS, strides[stage] // CELL, options.align_corners)
+            self.add_module(f"fc_edge{number}", head)
+        self.fc_edge6 = nn.Conv2d(_WIDTH * len(STAGES), 1, 1)
 
-    def make_backbone(self) -> Stages:
-        """The backbone, with random weights."""
-        return ResNet(self.resnet)
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image (B, 3, S, S), target (B, S/4, S/4) -> the terms of
+        ``misc.propagate.walk.affinity_losses``."""
+        logits = self.edge_logits(self.resnet50.forward_stages(batch["image"]))
+        return self.edge_losses(logits, self.label_pairs(batch["target"]), batch)
 
+    @torch.no_grad()
+    def refine(self, picture: Picture, cam: Cam, options: EdgeWalk) -> np.ndarray:
+        """Random walk, and the CRF if there is one (irnet.md section 10.2). An image without a tag is all
+        background. Raises ValueError if image and CAM differ in size."""
+        size = check_sizes(picture, cam)
+        if len(cam.keys) == 0:
+            return np.ones((1, *size), np.float32)
+        boundary = self.pair_boundary(self.forward_pair(picture.values, options.canvas), size)
+        return self.walk_scores(picture, cam, boundary, options)
 
-@dataclass(frozen=True)
-class EdgeLabel(Checked):
-    """Labels from two thresholds."""
-    # irnet.md section 7
+    # --- labels
+    @classmethod
+    def make_label(cls, image: np.ndarray, cam: Cam, options: EdgeLabel) -> tuple[np.ndarray, np.ndarray]:
+        """Reliable classes and reliable background, 255 elsewhere (irnet.md section 7).
 
-    threshold_fg: Probability = 0.30
-    """Background score against which a class must win to be reliable foreground."""
-    threshold_bg: Probability = 0.05
-    """Background score that must win to be reliable background."""
-    crf: CRFSettings = field(default_factory=lambda: CRFSettings(bilateral_sxy=50.0, bilateral_srgb=5.0))
-    """Dense CRF on both arg-maxes, with confidence 0.7, over the image's own labels."""
+        Foreground wins where both apply. Training reads the picture itself: planes (1, H, W) uint8. An image without a
+        tag is background.
+        """
+        picture = np.zeros(image.shape[:2], np.uint8)
+        if len(cam.keys):
+            certain, possible = two_threshold_label(image, cam, options)
+            values = np.array([0, *(cam.keys + 1)], np.uint8)
+            picture = np.where((certain == 0) & (possible != 0), np.uint8(IGNORE), values[certain])
+        return picture, picture[None]
 
+    @classmethod
+    def make_target(cls, planes: np.ndarray) -> np.ndarray:
+        """Label of every cell: (1, S, S) -> (S/4, S/4) uint8, the pixel right below its centre (PIL's nearest, irnet.md
+        section 9.2). Raises ValueError if a side is not a multiple of 4."""
+        height, width = planes.shape[-2:]
+        if height % CELL or width % CELL:
+            raise ValueError(f"A crop of {height} x {width} has no whole cells: set augment.crop to a multiple of 4.")
+        return planes[0, CELL // 2 :: CELL, CELL // 2 :: CELL]
 
-@dataclass(frozen=True)
-class EdgeWalk(Checked):
-    """Random walk across a boundary map."""
-    # irnet.md section 10
+    # --- training
+    def pair_geometry(self, size: tuple[int, int]) -> tuple[list[Displacement], int]:
+        """Displacements of the pairs on a grid (h, w), and the radius that fits it (irnet.md section 9.1; published
+        has one grid only)."""
+        radius = fitting_radius(self.radius, *size)
+        return by_path_length(half_circle(radius)), radius
 
-    beta: Positive = 10.0
-    """Exponent of the affinities."""
-    logt: Annotated[int, Range(least=0, most=16)] = 8
-    """The walk has 2^logt steps."""
-    radius: Annotated[int, Range(least=2)] = 5
-    """Pairs nearer than this are joined. Cells of 4 pixels."""
-    threshold: Probability = 0.25
-    """Background score; the walked scores are divided by the largest of them first."""
-    canvas: Annotated[int, Range(least=0)] = 512
-    """The image is padded with the mean colour to a square of at least this side, which affects the group
-    normalisation. Published: the side of the training crops. Longer sides are not changed. Pixels."""
-    crf: CRFSettings = field(default_factory=lambda: CRFSettings(0, bilateral_sxy=50.0, bilateral_srgb=5.0))
-    """Dense CRF after the walk, on the arg-max with confidence 0.7; iterations 0 switches it off (IRNet: 0,
-    SemFormer and Puzzle-CAM: 1)."""
+    def label_pairs(self, target: Tensor) -> dict[str, Tensor]:
+        """``misc.propagate.walk.pair_labels`` of targets (B, h, w)."""
+        displacements, radius = self.pair_geometry(target.shape[-2:])
+        return pair_labels(target, radius, displacements)
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Number of background, foreground and negative pairs."""
+        return {name: pairs.sum() for name, pairs in self.label_pairs(batch["target"]).items()}
+
+    def edge_losses(self, logits: Tensor, labels: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """The affinity terms of boundary logits (B, 1, h, w) (irnet.md section 9.3): {"bg", "fg", "neg"}."""
+        boundary = logits[:, 0].float().sigmoid()  # (B, h, w)
+        affinity = path_affinity(boundary, *self.pair_geometry(boundary.shape[-2:]))  # (B, D, P)
+        return affinity_losses(affinity, labels, {name: batch[f"counts/{name}"] for name in labels})
+
+    def edge_logits(self, taps: StageMaps) -> Tensor:
+        """Boundary logits from the stages' maps: (B, 1, ceil(H/4), ceil(W/4))."""
+        maps = [getattr(self, f"fc_edge{number}")(taps[stage]) for number, stage in enumerate(STAGES, 1)]
+        return self.fc_edge6(torch.cat([crop_like(m, maps[1]) for m in maps], dim=1))
+
+    def param_groups(self) -> list[Group]:
+        """One group of all trained parameters, with weight decay (irnet.md section 9.4, semformer.md section 9.2)."""
+        return [Group([p for p in self.parameters() if p.requires_grad])]
+
+    # --- inference
+    def forward_pair(self, image: Tensor, canvas: int) -> dict[Stage, Tensor]:
+        """Stages of an image (3, H, W) and of its mirror image, (2, ...) each, on the canvas.
+
+        They are padded at the bottom and right after mirroring. The published code crops images that are larger than
+        the canvas (irnet.md section 12); here the canvas grows.
+        """
+        height, width = image.shape[-2:]
+        pair = torch.stack([image, image.flip(-1)])
+        return self.resnet50.forward_stages(F.pad(pair, (0, max(0, canvas - width), 0, max(0, canvas - height))))
+
+    def pair_boundary(self, taps: StageMaps, size: tuple[int, int]) -> Tensor:
+        """Boundary of an image of (H, W) from its ``forward_pair``: (ceil(H/4), ceil(W/4)) float32 in [0, 1], the
+        sigmoid of the mean logit of both, cut before the second is mirrored back (irnet.md section 8)."""
+        height, width = (-(-side // CELL) for side in size)
+        logits = self.edge_logits(taps)[:, 0, :height, :width].float()  # (2, h, w)
+        return ((logits[0] + logits[1].flip(-1)) / 2).sigmoid()
+
+    def walk_scores(self, picture: Picture, cam: Cam, boundary: Tensor, options: EdgeWalk) -> np.ndarray:
+        """``refine`` from a boundary map (h, w) on: (K + 1, H, W) float32."""
+        maps = torch.from_numpy(cam.on_grid(tuple(boundary.shape))).to(boundary.device)  # (K, h, w)
+        scores = propagate_scores(maps, boundary, options.radius, options.beta, 2**options.logt)
+        scores = enlarge_cells(scores, picture.size)
+        # the largest over all classes; the published code divides 0 by 0 if a CAM is empty
+        scores = (scores / scores.max().clamp(min=torch.finfo(torch.float32).tiny)).cpu().numpy()
+        return self.sharpen_scores(picture, scores, options)
+
+    def sharpen_scores(self, picture: Picture, scores: np.ndarray, options: EdgeWalk) -> np.ndarray:
+        """Walked scores (K, H, W) of an image with their background, and the CRF where there is one (irnet.md section
+        10.2, semformer.md section 9.4): (K + 1, H, W) float32."""
+        scores = np.concatenate([np.full_like(scores[:1], options.threshold), scores])
+        if options.crf.iterations == 0:
+            return scores
+        return DenseCRF(picture.rgb, options.crf, picture.values.device).from_labels(scores.argmax(axis=0), len(scores))
+
+    def pretrained_names(self) -> tuple[str, ...]:
+        """timm's ImageNet classifier of the backbone."""
+        return (self.resnet50.options.pretrained,)
+
+    def load_weights(self, weights: str) -> str:
+        """A released network of this kind, a network with the same backbone, or an ImageNet classifier ('pretrained':
+        the option of the backbone); layers that it lacks have random weights. Buffers of the released files that are a
+        function of the settings (path indices) are ignored."""
+        return load_resnet(self, weights, heads=self.heads)
 
 
 # ------------------------------------------------------------------------------------------------ pieces
@@ -166,153 +245,69 @@ def crop_like(maps: Tensor, like: Tensor) -> Tensor:
     return maps[..., : like.shape[-2], : like.shape[-1]]
 
 
-# ------------------------------------------------------------------------------------------------ network
-
-
-class EdgeNetwork(AffinityNetwork):
-    """Backbone with a boundary head on its five stages: labels, losses and the walk.
-
-    State-dict names are the official ones: ``resnet50`` (whatever the backbone), ``fc_edge1`` to ``fc_edge6``.
-    """
-
-    normalisation = ResNet.normalisation
-    plane_fill: ClassVar[float] = float(IGNORE)
-    heads: ClassVar[tuple[str, ...]] = ("fc_edge*",)
-    """Name patterns of the layers outside the backbone."""
-
-    def __init__(self, options: EdgeOptions) -> None:
-        super().__init__()
-        self.radius = options.radius
-        self.resnet50 = options.make_backbone()
-        channels, strides = self.resnet50.channels, self.resnet50.strides
-        for number, stage in enumerate(STAGES, 1):
-            head = make_projection(channels[stage], _WIDTH, _GROUPS, strides[stage] // CELL, options.align_corners)
-            self.add_module(f"fc_edge{number}", head)
-        self.fc_edge6 = nn.Conv2d(_WIDTH * len(STAGES), 1, 1)
-
-    # --- labels
-
-    @classmethod
-    def make_label(cls, image: np.ndarray, cam: Cam, options: EdgeLabel) -> tuple[np.ndarray, np.ndarray]:
-        """Reliable classes and reliable background, 255 elsewhere (irnet.md section 7).
-
-        Foreground wins where both apply. Training reads the picture itself: planes (1, H, W) uint8. An image without a
-        tag is background.
-        """
-        picture = np.zeros(image.shape[:2], np.uint8)
-        if len(cam.keys):
-            certain, possible = two_threshold_label(image, cam, options)
-            values = np.array([0, *(cam.keys + 1)], np.uint8)
-            picture = np.where((certain == 0) & (possible != 0), np.uint8(IGNORE), values[certain])
-        return picture, picture[None]
-
-    @classmethod
-    def make_target(cls, planes: np.ndarray) -> np.ndarray:
-        """Label of every cell: (1, S, S) -> (S/4, S/4) uint8, the pixel right below its centre (PIL's nearest, irnet.md
-        section 9.2). Raises ValueError if a side is not a multiple of 4."""
-        height, width = planes.shape[-2:]
-        if height % CELL or width % CELL:
-            raise ValueError(f"A crop of {height} x {width} has no whole cells: set augment.crop to a multiple of 4.")
-        return planes[0, CELL // 2 :: CELL, CELL // 2 :: CELL]
-
-    # --- training
-
-    def pair_geometry(self, size: tuple[int, int]) -> tuple[list[Displacement], int]:
-        """Displacements of the pairs on a grid (h, w), and the radius that fits it (irnet.md section 9.1; published
-        has one grid only)."""
-        radius = fitting_radius(self.radius, *size)
-        return by_path_length(half_circle(radius)), radius
-
-    def label_pairs(self, target: Tensor) -> dict[str, Tensor]:
-        """``misc.propagate.walk.pair_labels`` of targets (B, h, w)."""
-        displacements, radius = self.pair_geometry(target.shape[-2:])
-        return pair_labels(target, radius, displacements)
-
-    def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Number of background, foreground and negative pairs."""
-        return {name: pairs.sum() for name, pairs in self.label_pairs(batch["target"]).items()}
-
-    def edge_losses(self, logits: Tensor, labels: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """The affinity terms of boundary logits (B, 1, h, w) (irnet.md section 9.3): {"bg", "fg", "neg"}."""
-        boundary = logits[:, 0].float().sigmoid()  # (B, h, w)
-        affinity = path_affinity(boundary, *self.pair_geometry(boundary.shape[-2:]))  # (B, D, P)
-        return affinity_losses(affinity, labels, {name: batch[f"counts/{name}"] for name in labels})
-
-    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """``batch``: image (B, 3, S, S), target (B, S/4, S/4) -> the terms of
-        ``misc.propagate.walk.affinity_losses``."""
-        logits = self.edge_logits(self.resnet50.forward_stages(batch["image"]))
-        return self.edge_losses(logits, self.label_pairs(batch["target"]), batch)
-
-    def edge_logits(self, taps: StageMaps) -> Tensor:
-        """Boundary logits from the stages' maps: (B, 1, ceil(H/4), ceil(W/4))."""
-        maps = [getattr(self, f"fc_edge{number}")(taps[stage]) for number, stage in enumerate(STAGES, 1)]
-        return self.fc_edge6(torch.cat([crop_like(m, maps[1]) for m in maps], dim=1))
-
-    def param_groups(self) -> list[Group]:
-        """One group of all trained parameters, with weight decay (irnet.md section 9.4, semformer.md section 9.2)."""
-        return [Group([p for p in self.parameters() if p.requires_grad])]
-
-    # --- inference
-
-    def forward_pair(self, image: Tensor, canvas: int) -> dict[Stage, Tensor]:
-        """Stages of an image (3, H, W) and of its mirror image, (2, ...) each, on the canvas.
-
-        They are padded at the bottom and right after mirroring. The published code crops images that are larger than
-        the canvas (irnet.md section 12); here the canvas grows.
-        """
-        height, width = image.shape[-2:]
-        pair = torch.stack([image, image.flip(-1)])
-        return self.resnet50.forward_stages(F.pad(pair, (0, max(0, canvas - width), 0, max(0, canvas - height))))
-
-    def pair_boundary(self, taps: StageMaps, size: tuple[int, int]) -> Tensor:
-        """Boundary of an image of (H, W) from its ``forward_pair``: (ceil(H/4), ceil(W/4)) float32 in [0, 1], the
-        sigmoid of the mean logit of both, cut before the second is mirrored back (irnet.md section 8)."""
-        height, width = (-(-side // CELL) for side in size)
-        logits = self.edge_logits(taps)[:, 0, :height, :width].float()  # (2, h, w)
-        return ((logits[0] + logits[1].flip(-1)) / 2).sigmoid()
-
-    @torch.no_grad()
-    def refine(self, picture: Picture, cam: Cam, options: EdgeWalk) -> np.ndarray:
-        """Random walk, and the CRF if there is one (irnet.md section 10.2). An image without a tag is all
-        background. Raises ValueError if image and CAM differ in size."""
-        size = check_sizes(picture, cam)
-        if len(cam.keys) == 0:
-            return np.ones((1, *size), np.float32)
-        boundary = self.pair_boundary(self.forward_pair(picture.values, options.canvas), size)
-        return self.walk_scores(picture, cam, boundary, options)
-
-    def walk_scores(self, picture: Picture, cam: Cam, boundary: Tensor, options: EdgeWalk) -> np.ndarray:
-        """``refine`` from a boundary map (h, w) on: (K + 1, H, W) float32."""
-        maps = torch.from_numpy(cam.on_grid(tuple(boundary.shape))).to(boundary.device)  # (K, h, w)
-        scores = propagate_scores(maps, boundary, options.radius, options.beta, 2**options.logt)
-        scores = enlarge_cells(scores, picture.size)
-        # the largest over all classes; the published code divides 0 by 0 if a CAM is empty
-        scores = (scores / scores.max().clamp(min=torch.finfo(torch.float32).tiny)).cpu().numpy()
-        return self.sharpen_scores(picture, scores, options)
-
-    def sharpen_scores(self, picture: Picture, scores: np.ndarray, options: EdgeWalk) -> np.ndarray:
-        """Walked scores (K, H, W) of an image with their background, and the CRF where there is one (irnet.md section
-        10.2, semformer.md section 9.4): (K + 1, H, W) float32."""
-        scores = np.concatenate([np.full_like(scores[:1], options.threshold), scores])
-        if options.crf.iterations == 0:
-            return scores
-        return DenseCRF(picture.rgb, options.crf, picture.values.device).from_labels(scores.argmax(axis=0), len(scores))
-
-    def pretrained_names(self) -> tuple[str, ...]:
-        """timm's ImageNet classifier of the backbone."""
-        return (self.resnet50.options.pretrained,)
-
-    def load_weights(self, weights: str) -> str:
-        """A released network of this kind, a network with the same backbone, or an ImageNet classifier ('pretrained':
-        the option of the backbone); layers that it lacks have random weights. Buffers of the released files that are a
-        function of the settings (path indices) are ignored."""
-        return load_resnet(self, weights, heads=self.heads)
-
-
 def check_sizes(picture: Picture, cam: Cam) -> tuple[int, int]:
     """(H, W) of an image. Raises ValueError if its CAM has another size."""
     size = picture.size
     if len(cam.keys) and cam.maps.shape[1:] != size:
         raise ValueError(f"The CAM is {cam.maps.shape[1:]}, the image {size}: make the CAM again.")
     return size
+
+
+# ------------------------------------------------------------------------------------- options
+
+
+@dataclass(frozen=True)
+class EdgeOptions(Options):
+    """Options of the edge network; a refiner's options subclass these and build it."""
+    # irnet.md section 8
+
+    resnet: ResNetOptions = field(default_factory=lambda: ResNetOptions(frozen="layer4"))
+    """Backbone. Published: completely frozen; only the layers on its stages are trained."""
+    radius: Annotated[int, Range(least=2)] = 10
+    """Pairs nearer than this are trained on. Cells of 4 pixels."""
+    align_corners: bool = False
+    """align_corners of the bilinear upsampling inside the network: off in IRNet and Puzzle-CAM, on in SemFormer."""
+
+    def cross_check(self) -> None:
+        """Raises ValueError for a ResNet whose stem has another stride."""
+        super().cross_check()
+        if self.resnet.strides[0] != 2:
+            raise ValueError(f"resnet.strides = {self.resnet.strides} is not possible: the stem's must be 2.")
+
+    def make_backbone(self) -> Stages:
+        """The backbone, with random weights."""
+        return ResNet(self.resnet)
+
+
+@dataclass(frozen=True)
+class EdgeLabel(Checked):
+    """Labels from two thresholds."""
+    # irnet.md section 7
+
+    threshold_fg: Probability = 0.30
+    """Background score against which a class must win to be reliable foreground."""
+    threshold_bg: Probability = 0.05
+    """Background score that must win to be reliable background."""
+    crf: CRFSettings = field(default_factory=lambda: CRFSettings(bilateral_sxy=50.0, bilateral_srgb=5.0))
+    """Dense CRF on both arg-maxes, with confidence 0.7, over the image's own labels."""
+
+
+@dataclass(frozen=True)
+class EdgeWalk(Checked):
+    """Random walk across a boundary map."""
+    # irnet.md section 10
+
+    beta: Positive = 10.0
+    """Exponent of the affinities."""
+    logt: Annotated[int, Range(least=0, most=16)] = 8
+    """The walk has 2^logt steps."""
+    radius: Annotated[int, Range(least=2)] = 5
+    """Pairs nearer than this are joined. Cells of 4 pixels."""
+    threshold: Probability = 0.25
+    """Background score; the walked scores are divided by the largest of them first."""
+    canvas: Annotated[int, Range(least=0)] = 512
+    """The image is padded with the mean colour to a square of at least this side, which affects the group
+    normalisation. Published: the side of the training crops. Longer sides are not changed. Pixels."""
+    crf: CRFSettings = field(default_factory=lambda: CRFSettings(0, bilateral_sxy=50.0, bilateral_srgb=5.0))
+    """Dense CRF after the walk, on the arg-max with confidence 0.7; iterations 0 switches it off (IRNet: 0,
+    SemFormer and Puzzle-CAM: 1)."""

@@ -36,100 +36,6 @@ VIT_B = ViTOptions(
 """The published backbone: the ViT of 2020, not today's default weights of that name in timm (toco.md section 2.1)."""
 
 
-@dataclass(frozen=True)
-class Term(Checked):
-    """Weight of a loss term and when it starts."""
-
-    weight: Weight
-    """Weight. 0: the term is not used."""
-    start: Annotated[float, Range(least=0, below=1)] = 0.0
-    """Fraction of the training after which it counts; before, it is multiplied by 0, so that its parameters decay but
-    do not learn. 0: from the first update on."""
-
-    def at(self, progress: float) -> float:
-        """Weight at this fraction of the training."""
-        return self.weight if not self.start or progress > self.start else 0.0
-
-
-@dataclass(frozen=True)
-class SelfTrainedOptions(Options):
-    """Network, maps and labels; the defaults are published for VOC."""
-
-    backbone: ViTOptions = field(default_factory=lambda: VIT_B)
-    """Transformer; image_size is the one that its position embedding is made for."""
-    aux_layer: int = -3
-    """Block of the auxiliary maps, from the end: -3 is the block two before the last."""
-    fov_channels: Count = 512
-    """Channels of the decoder."""
-    fov_dilation: Count = 5
-    """Dilation of the decoder's convolutions."""
-    scales: Annotated[tuple[float, ...], Range(above=0, filled=True)] = (1.0, 0.5, 1.5)
-    """Scales of the maps that labels are made from while it trains."""
-    high: Probability = 0.7
-    """Map value above which a pixel has its class. COCO: 0.65."""
-    low: Probability = 0.25
-    """Map value up to which a pixel is background; what lies between is unknown."""
-    iterations: Annotated[int, Range(least=0)] = 10
-    """Iterations of PAR on the labels of the decoder."""
-    dense: DenseOptions = field(default_factory=DenseOptions)
-    """Kernel of the dense energy loss."""
-    head_lr: Positive = 10.0
-    """Learning rate of everything behind the encoder, relative to the encoder's."""
-
-    def cross_check(self) -> None:
-        """Raises ValueError for a block that does not exist, and for thresholds in the wrong order."""
-        super().cross_check()
-        depth = self.backbone.depth
-        check(-depth <= self.aux_layer < depth, "aux_layer", self.aux_layer, f"one of {depth} blocks (the depth)")
-        check(self.low <= self.high, "low", self.low, f"at most high = {self.high}")
-
-
-# ------------------------------------------------------------------------------------ losses (toco.md section 5)
-
-
-def token_pairs(label: Tensor) -> tuple[Tensor, Tensor]:
-    """Which pairs of an image's tokens have the same label and which different ones: (B, N) integers ->
-    same, different (B, N, N) bool. A token with itself or with an unknown one (255) is neither."""
-    known = label != IGNORE
-    both = known[:, :, None] & known[:, None]
-    equal = label[:, :, None] == label[:, None]
-    itself = torch.eye(label.shape[1], dtype=torch.bool, device=label.device)
-    return both & equal & ~itself, both & ~equal
-
-
-def count_token_pairs(label: Tensor) -> dict[str, Tensor]:
-    """How many pairs ``token_pairs`` finds in labels (B, h, w), each unordered pair counted twice."""
-    same, different = token_pairs(label.flatten(1))
-    return {"same_pairs": same.sum(), "different_pairs": different.sum()}
-
-
-def patch_contrast(patches: Tensor, label: Tensor, same_pairs: Tensor, different_pairs: Tensor) -> Tensor:
-    """Patch token contrast: tokens of one label should be alike, others not.
-
-    1/2 (1 - mean over same pairs of s) + 1/2 mean over different pairs of s, with s the absolute cosine. Published, 1
-    is added to the pair counts of a GPU's two images: here 1/2 for each image of the batch.
-
-    Args:
-        patches: (B, D, h, w).
-        label: (B, h, w) integers, 255 unknown.
-        same_pairs, different_pairs: counts over the batch (``Network.counts``).
-
-    Returns:
-        Scalar in [0, 1]; 1/2 where there is no pair.
-    """
-    with torch.autocast(patches.device.type, enabled=False):
-        unit = F.normalize(patches.float().flatten(2), dim=1, eps=1e-8)  # (B, D, N)
-        similarity = (unit.transpose(1, 2) @ unit).abs()  # (B, N, N)
-    same, different = token_pairs(label.flatten(1))
-    added = len(patches) / 2
-    alike = (similarity * same).sum() / (same_pairs + added)
-    unlike = (similarity * different).sum() / (different_pairs + added)
-    return (1 - alike + unlike) / 2
-
-
-# ------------------------------------------------------------------------------------ network
-
-
 class SelfTrainedViT(SingleStage):
     """Encoder, two classifiers and decoder, their maps and the labels made of them."""
 
@@ -146,22 +52,22 @@ class SelfTrainedViT(SingleStage):
         self.classifier = MaxClassifier(width, num_classes)
         self.aux_classifier = MaxClassifier(width, num_classes)
 
+    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
+        """The class maps, signed."""
+        return self.raw_maps(images)[0]
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Segmentation logits: (B, 3, H, W) -> (B, C + 1, h, w)."""
+        return self.decoder(self.encoder(images)[1])
+
     def raw_maps(self, images: Tensor) -> Sequence[Tensor]:
         """Class maps and auxiliary class maps, signed: (B, 3, H, W) -> (B, C, h, w) float32 each."""
         _, patches, auxiliary = self.encoder(images)
         return self.classifier.class_maps(patches), self.aux_classifier.class_maps(auxiliary)
 
-    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
-        """The class maps, signed."""
-        return self.raw_maps(images)[0]
-
     def classify(self, images: Tensor, num_classes: int) -> Tensor:
         """The classifier's logits: (B, 3, H, W) -> (B, C)."""
         return self.classifier.class_logits(self.encoder(images)[1])
-
-    def logits(self, images: Tensor) -> Tensor:
-        """Segmentation logits: (B, 3, H, W) -> (B, C + 1, h, w)."""
-        return self.decoder(self.encoder(images)[1])
 
     # ----------------------------------------------------------------------------------- training
 
@@ -242,3 +148,97 @@ class SelfTrainedViT(SingleStage):
         if any(name.startswith("encoder.") for name in read_tensors(weights)):
             return str(load_tensors(self, weights))
         return self.encoder.load_weights(weights)
+
+
+@dataclass(frozen=True)
+class Term(Checked):
+    """Weight of a loss term and when it starts."""
+
+    weight: Weight
+    """Weight. 0: the term is not used."""
+    start: Annotated[float, Range(least=0, below=1)] = 0.0
+    """Fraction of the training after which it counts; before, it is multiplied by 0, so that its parameters decay but
+    do not learn. 0: from the first update on."""
+
+    def at(self, progress: float) -> float:
+        """Weight at this fraction of the training."""
+        return self.weight if not self.start or progress > self.start else 0.0
+
+
+# ------------------------------------------------------------------------------------ losses (toco.md section 5)
+
+
+def token_pairs(label: Tensor) -> tuple[Tensor, Tensor]:
+    """Which pairs of an image's tokens have the same label and which different ones: (B, N) integers ->
+    same, different (B, N, N) bool. A token with itself or with an unknown one (255) is neither."""
+    known = label != IGNORE
+    both = known[:, :, None] & known[:, None]
+    equal = label[:, :, None] == label[:, None]
+    itself = torch.eye(label.shape[1], dtype=torch.bool, device=label.device)
+    return both & equal & ~itself, both & ~equal
+
+
+def count_token_pairs(label: Tensor) -> dict[str, Tensor]:
+    """How many pairs ``token_pairs`` finds in labels (B, h, w), each unordered pair counted twice."""
+    same, different = token_pairs(label.flatten(1))
+    return {"same_pairs": same.sum(), "different_pairs": different.sum()}
+
+
+def patch_contrast(patches: Tensor, label: Tensor, same_pairs: Tensor, different_pairs: Tensor) -> Tensor:
+    """Patch token contrast: tokens of one label should be alike, others not.
+
+    1/2 (1 - mean over same pairs of s) + 1/2 mean over different pairs of s, with s the absolute cosine. Published, 1
+    is added to the pair counts of a GPU's two images: here 1/2 for each image of the batch.
+
+    Args:
+        patches: (B, D, h, w).
+        label: (B, h, w) integers, 255 unknown.
+        same_pairs, different_pairs: counts over the batch (``Network.counts``).
+
+    Returns:
+        Scalar in [0, 1]; 1/2 where there is no pair.
+    """
+    with torch.autocast(patches.device.type, enabled=False):
+        unit = F.normalize(patches.float().flatten(2), dim=1, eps=1e-8)  # (B, D, N)
+        similarity = (unit.transpose(1, 2) @ unit).abs()  # (B, N, N)
+    same, different = token_pairs(label.flatten(1))
+    added = len(patches) / 2
+    alike = (similarity * same).sum() / (same_pairs + added)
+    unlike = (similarity * different).sum() / (different_pairs + added)
+    return (1 - alike + unlike) / 2
+
+
+# ------------------------------------------------------------------------------------- options
+
+
+@dataclass(frozen=True)
+class SelfTrainedOptions(Options):
+    """Network, maps and labels; the defaults are published for VOC."""
+
+    backbone: ViTOptions = field(default_factory=lambda: VIT_B)
+    """Transformer; image_size is the one that its position embedding is made for."""
+    aux_layer: int = -3
+    """Block of the auxiliary maps, from the end: -3 is the block two before the last."""
+    fov_channels: Count = 512
+    """Channels of the decoder."""
+    fov_dilation: Count = 5
+    """Dilation of the decoder's convolutions."""
+    scales: Annotated[tuple[float, ...], Range(above=0, filled=True)] = (1.0, 0.5, 1.5)
+    """Scales of the maps that labels are made from while it trains."""
+    high: Probability = 0.7
+    """Map value above which a pixel has its class. COCO: 0.65."""
+    low: Probability = 0.25
+    """Map value up to which a pixel is background; what lies between is unknown."""
+    iterations: Annotated[int, Range(least=0)] = 10
+    """Iterations of PAR on the labels of the decoder."""
+    dense: DenseOptions = field(default_factory=DenseOptions)
+    """Kernel of the dense energy loss."""
+    head_lr: Positive = 10.0
+    """Learning rate of everything behind the encoder, relative to the encoder's."""
+
+    def cross_check(self) -> None:
+        """Raises ValueError for a block that does not exist, and for thresholds in the wrong order."""
+        super().cross_check()
+        depth = self.backbone.depth
+        check(-depth <= self.aux_layer < depth, "aux_layer", self.aux_layer, f"one of {depth} blocks (the depth)")
+        check(self.low <= self.high, "low", self.low, f"at most high = {self.high}")

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from misc import commandline
@@ -66,22 +66,27 @@ def _registered(folder: str, decorator: str) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for path in sorted((ROOM / folder).rglob("*.py")):
         try:
-            classes = [n for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, ast.ClassDef)]
+            tree = ast.parse(path.read_text(encoding="utf-8"))
         except SyntaxError:
             continue  # importing the file reports the error, with the line
-        for node in classes:
-            for call in node.decorator_list:
+        presets = _recipe_names(tree)
+        for node in tree.body:
+            for call in getattr(node, "decorator_list", ()):
                 if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == decorator:
                     names = [word.value for word in call.args if isinstance(word, ast.Constant)]
-                    found |= dict.fromkeys(names, tuple(_recipe_names(node)))
+                    found |= dict.fromkeys(names, presets.get(node.name, ()))
     return dict(sorted(found.items()))
 
 
-def _recipe_names(node: ast.ClassDef) -> Iterator[str]:
-    for line in node.body:
-        targets = line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
-        if any(isinstance(t, ast.Name) and t.id == "recipes" for t in targets) and isinstance(line.value, ast.Dict):
-            yield from (key.value for key in line.value.keys if isinstance(key, ast.Constant))
+def _recipe_names(tree: ast.Module) -> dict[str, tuple[str, ...]]:
+    """Class -> the keys of the dict in its line ``CLASS.recipes = {...}``."""
+    return {
+        line.targets[0].value.id: tuple(key.value for key in line.value.keys if isinstance(key, ast.Constant))
+        for line in tree.body
+        if isinstance(line, ast.Assign) and isinstance(line.value, ast.Dict)
+        and isinstance(line.targets[0], ast.Attribute) and line.targets[0].attr == "recipes"
+        and isinstance(line.targets[0].value, ast.Name)
+    }  # fmt: skip
 
 
 def methods() -> dict[str, tuple[str, ...]]:

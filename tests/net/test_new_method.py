@@ -14,13 +14,16 @@ PRODUCT = ("misc", "net", "step", "voc12", "scripts", "run_sample.py", "evaluati
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the product with the new method, and a second file that is broken."""
+    """A copy of the product with the new method, a file that does not import and one without recipes."""
     root = tmp_path_factory.mktemp("copy")
     for name in PRODUCT:
         source = ROOM / name
         shutil.copytree(source, root / name) if source.is_dir() else shutil.copy(source, root / name)
     shutil.copy(ROOM / "tests" / "a_method.py", root / "net" / "seed" / "three_layers.py")
     (root / "net" / "seed" / "broken.py").write_text('"""A method under way."""\n\nfrom net.contract import Nothing\n')
+    method = (ROOM / "tests" / "a_method.py").read_text()
+    without_recipes = method[: method.index("ThreeLayers.recipes")].replace("three_layers", "unfinished")
+    (root / "net" / "seed" / "unfinished.py").write_text(without_recipes)
     make_set(root / "set", images=6, val=2)
     return root
 
@@ -43,6 +46,7 @@ def test_a_new_file_runs_through_all_steps_and_a_broken_one_is_named(copy: Path)
     status, said = run(copy, "three_layers", "--root", str(copy / "set"), "--out", str(copy / "run"), *FLAGS)
     assert status == 0, said
     assert "net/seed/broken.py is left out because it does not import: ImportError: cannot import name" in said
+    assert "ThreeLayers.recipes has no published and no sample" in said
     assert len(list((copy / "run" / "seg").glob("*.png"))) >= 2 and (copy / "run" / "report.html").exists()
     status, said = run(copy, "broken", "--root", str(copy / "set"), "--out", str(copy / "broken"))
     assert status == 1 and "net/seed/broken.py does not import: ImportError" in said and "Traceback" not in said

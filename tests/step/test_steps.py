@@ -382,11 +382,6 @@ def test_a_batch_without_any_label_gives_a_finite_loss(name: str) -> None:
     assert sum(network({**batch, **counts}, 0.0).values()).item() == 0
 
 
-def test_a_name_is_registered_once() -> None:
-    with pytest.raises(ValueError, match="Two classes are registered as 'seam'"):
-        registry.seed("seam")(type("Second", (), {}))
-
-
 # ------------------------------------------------------------------------------------------------ background scores
 
 

@@ -42,40 +42,127 @@ from net.start_weights import PRETRAINED
 _EPS = 1e-5
 
 
-@dataclass(frozen=True)
-class SemFormerOptions(Options):
-    """SemFormer: network, loss and map; the defaults are the published ones."""
+@seed("semformer")
+class SemFormer(SeedNetwork):
+    """SemFormer under its frozen CAAE. Names are those of the official checkpoints; the CAAE is no part of it: it has
+    a file of its own. semformer.md sections 4 to 6.
 
-    backbone: ViTOptions = field(default_factory=lambda: ViTOptions(image_size=448, drop_path=0.0))
-    """Options of the transformer."""
-    dropout: DropProbability = 0.5
-    """Probability, in training, that a patch is dropped before the mask head."""
-    similarity_weight: Weight = 1.0
-    """Weight of the loss on the class tokens' similarities."""
-    foreground_weight: Weight = 1.0
-    """Weight of the loss on image parts inside the masks."""
-    background_weight: Weight = 1.0
-    """Weight of the loss on image parts outside the masks."""
-    suppression_weight: Weight = 0.075
-    """Weight of the loss on the masks' size."""
-    complement_weight: Weight = 1.0
-    """Weight of the loss that makes the masks sum to one."""
-    attention: bool = True
-    """Multiply the maps by the class tokens' attention to the patches ("class-relation attention")."""
-    map_layers: Annotated[Count, When("attention")] = 4
-    """Number of last layers whose attention is used."""
+    Args:
+        guide: the trained CAAE, frozen, on the device of the training.
+    """
 
-    def cross_check(self) -> None:
-        """Raises ValueError for more layers than exist."""
-        super().cross_check()
-        depth = self.backbone.depth
-        check(self.map_layers <= depth, "map_layers", self.map_layers, f"in 1 .. {depth} (the depth)")
+    normalisation = "imagenet"
+    selection_thresholds = tuple(i / 100 for i in range(1, 100))
 
-    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> SemFormer:
-        """SemFormer for ``num_classes`` foreground classes, with the trained network of the phase caae as the judge."""
-        guide = earlier["caae"]
-        assert isinstance(guide, CAAE)
-        return SemFormer(self, num_classes, guide)
+    def __init__(self, options: SemFormerOptions, num_classes: int, guide: CAAE) -> None:
+        super().__init__()
+        self.options = options
+        self.segmentor = Segmentor(options, num_classes + 1, guide.options.class_dim)
+        self._guide = (guide,)  # in a tuple, so that it is no submodule
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """``batch``: image (B, 3, S, S), tags (B, C), box (B, 4) -> the five weighted terms (semformer.md 5.2)."""
+        images, labels, options = batch["image"], tags_with_background(batch["tags"]), self.options
+        embeddings, logits = self.segmentor(images)
+        valid = valid_mask(batch["box"], images.shape[-2:], self.judged_size)
+        masks = self.make_masks(logits, valid)
+        pairs = ImageClassPairs.of(labels)
+        small = F.interpolate(images.float(), size=self.judged_size, mode="bilinear", align_corners=True)
+        foreground, background = self.judge_masks(small, masks, pairs)
+
+        def mean(values: Tensor, count: str) -> Tensor:
+            return values.sum() / batch[f"counts/{count}"].clamp(min=_EPS)  # over nothing it is 0, as published
+
+        seen = 1 - mean(foreground[pairs.own], "pairs") + 1 + mean(foreground[pairs.others], "others")
+        left = 1 - mean(background[pairs.others], "others") + 1 + mean(background[pairs.own], "pairs")
+        return {
+            "similarity": options.similarity_weight
+            * similarity_loss(similarity(embeddings, self.guide.class_semantics()), labels),
+            "foreground": options.foreground_weight * seen / 2,
+            "background": options.background_weight * left / 2,
+            # published: the canvas counts as a part of the masks that is 0
+            "suppression": options.suppression_weight * (masks[:, 1:].mean() + 1 - masks[:, 0].mean()),
+            "complement": options.complement_weight
+            * complement_error(masks, labels, valid) / batch["counts/pixels"].clamp(min=_EPS),
+        }
+
+    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
+        """Rectified mask logits times attention (semformer.md section 6): (B, 3, H, W) -> (B, C, ceil(H / patch),
+        ceil(W / patch)) float32, 0 or above. Of the attention one layer's head mean exists at a time."""
+        depth, classes = self.options.backbone.depth, self.segmentor.classes
+        sums = None
+        if self.options.attention:
+            taken = [float(layer >= depth - self.options.map_layers) for layer in range(depth)]
+            sums = AttentionSums(classes, taken, [0.0] * depth)
+        _, logits = self.segmentor(images, sums)
+        maps = F.relu(logits)  # (B, K, h, w)
+        if sums is not None:
+            low, high = sums.to_patches.aminmax(dim=2, keepdim=True)  # of each class (B, K, 1)
+            maps = maps * ((sums.to_patches - low) / (high - low + _EPS)).view_as(maps)
+        return maps[:, 1:]
+
+    @property
+    def guide(self) -> CAAE:
+        """The frozen CAAE."""
+        return self._guide[0]
+
+    @property
+    def judged_size(self) -> tuple[int, int]:
+        """Size of the images that the CAAE sees."""
+        return (self.guide.options.encoder.image_size,) * 2
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Number of pairs, of other classes of pairs, and of valid pixels of the pairs that have other classes."""
+        labels = tags_with_background(batch["tags"])
+        pairs = ImageClassPairs.of(labels)
+        valid = valid_mask(batch["box"], batch["image"].shape[-2:], self.judged_size).sum((1, 2, 3))  # (B,)
+        pixels = valid[pairs.image] * pairs.others.any(1)
+        return {"pairs": pairs.own.sum(), "others": pairs.others.sum(), "pixels": pixels.sum()}
+
+    def make_masks(self, logits: Tensor, valid: Tensor) -> Tensor:
+        """Mask logits (B, K, gh, gw), valid (B, 1, h, w) -> masks (B, K, h, w) in [0, 1], 0 outside the photograph."""
+        resized = F.interpolate(logits, size=valid.shape[-2:], mode="bilinear", align_corners=True)
+        return resized.sigmoid() * valid
+
+    def judge_masks(self, images: Tensor, masks: Tensor, pairs: ImageClassPairs) -> tuple[Tensor, Tensor]:
+        """Similarities (n, K) of what each pair's mask shows of its image, and of what it hides, with all classes.
+
+        images (B, 3, h, w) and masks (B, K, h, w) are at the CAAE's size.
+        """
+        image, mask = images[pairs.image], masks[pairs.image, pairs.number][:, None]  # (n, 3, h, w), (n, 1, h, w)
+        shown = torch.cat([image * mask, image * (1 - mask)])  # (2 n, 3, h, w)
+        similarities = similarity(self.guide.embed_classes(shown), self.guide.class_semantics())  # (2 n, K)
+        foreground, background = similarities.chunk(2)
+        return foreground, background
+
+    def selection_maps(self, images: Tensor, tags: Tensor) -> Tensor:
+        """Rectified mask logits without attention (semformer.md section 5.3); otherwise as ``cam``."""
+        return F.relu(self.segmentor(images)[1])[:, 1:]
+
+    def classify(self, images: Tensor, num_classes: int) -> Tensor:
+        """Similarities of the class embeddings with what they are trained towards; see the contract."""
+        return similarity(self.segmentor(images)[0], self.guide.class_semantics())[:, 1:]
+
+    def param_groups(self) -> list[Group]:
+        """The backbone at the base rate, the rest at 10 times it; what is no weight at twice that, without decay."""
+        return name_groups(self, PRETRAINED_PARTS)
+
+    def pretrained_names(self) -> tuple[str, ...]:
+        """timm's ImageNet classifier of the backbone."""
+        return (self.options.backbone.pretrained,)
+
+    def load_weights(self, weights: str) -> str:
+        """A SemFormer checkpoint, or an ImageNet classifier (published: DeiT-S), whose class token all class tokens
+        start as; 'pretrained': timm's."""
+        state = read_tensors(weights)
+        if "segmentor.cls_head.weight" in state:
+            return str(load_tensors(self, state, label=weights))
+        body = self.segmentor.backbone.from_classifier(state)
+        moved = {f"segmentor.backbone.{name}": value for name, value in body.items()}
+        repeats = (1, self.segmentor.classes, 1)
+        moved["segmentor.cls_token"] = state["cls_token"].repeat(repeats)
+        moved["segmentor.cls_posembed"] = state["pos_embed"][:, :1].repeat(repeats)
+        return str(load_tensors(self, moved, label=weights, allow_missing=("segmentor.cls_head", "segmentor.seg_head")))
 
 
 class ClassLinear(nn.Module):
@@ -164,6 +251,45 @@ class ImageClassPairs:
         return cls(image, number, own, (labels[image] > 0) & ~own)
 
 
+# ------------------------------------------------------------------------------------- options
+
+
+@dataclass(frozen=True)
+class SemFormerOptions(Options):
+    """SemFormer: network, loss and map; the defaults are the published ones."""
+
+    backbone: ViTOptions = field(default_factory=lambda: ViTOptions(image_size=448, drop_path=0.0))
+    """Options of the transformer."""
+    dropout: DropProbability = 0.5
+    """Probability, in training, that a patch is dropped before the mask head."""
+    similarity_weight: Weight = 1.0
+    """Weight of the loss on the class tokens' similarities."""
+    foreground_weight: Weight = 1.0
+    """Weight of the loss on image parts inside the masks."""
+    background_weight: Weight = 1.0
+    """Weight of the loss on image parts outside the masks."""
+    suppression_weight: Weight = 0.075
+    """Weight of the loss on the masks' size."""
+    complement_weight: Weight = 1.0
+    """Weight of the loss that makes the masks sum to one."""
+    attention: bool = True
+    """Multiply the maps by the class tokens' attention to the patches ("class-relation attention")."""
+    map_layers: Annotated[Count, When("attention")] = 4
+    """Number of last layers whose attention is used."""
+
+    def cross_check(self) -> None:
+        """Raises ValueError for more layers than exist."""
+        super().cross_check()
+        depth = self.backbone.depth
+        check(self.map_layers <= depth, "map_layers", self.map_layers, f"in 1 .. {depth} (the depth)")
+
+    def build(self, num_classes: int, earlier: Mapping[str, Network]) -> SemFormer:
+        """SemFormer for ``num_classes`` foreground classes, with the trained network of the phase caae as the judge."""
+        guide = earlier["caae"]
+        assert isinstance(guide, CAAE)
+        return SemFormer(self, num_classes, guide)
+
+
 # ------------------------------------------------------------------------ recipes (sections 3.4, 5.3, 6 to 9)
 
 
@@ -245,126 +371,4 @@ _SAMPLE = Recipe(
     segmenter="deeplabv1",
 )
 
-
-@seed("semformer")
-class SemFormer(SeedNetwork):
-    """SemFormer under its frozen CAAE. Names are those of the official checkpoints; the CAAE is no part of it: it has
-    a file of its own. semformer.md sections 4 to 6.
-
-    Args:
-        guide: the trained CAAE, frozen, on the device of the training.
-    """
-
-    normalisation = "imagenet"
-    recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
-    selection_thresholds = tuple(i / 100 for i in range(1, 100))
-
-    def __init__(self, options: SemFormerOptions, num_classes: int, guide: CAAE) -> None:
-        super().__init__()
-        self.options = options
-        self.segmentor = Segmentor(options, num_classes + 1, guide.options.class_dim)
-        self._guide = (guide,)  # in a tuple, so that it is no submodule
-
-    @property
-    def guide(self) -> CAAE:
-        """The frozen CAAE."""
-        return self._guide[0]
-
-    @property
-    def judged_size(self) -> tuple[int, int]:
-        """Size of the images that the CAAE sees."""
-        return (self.guide.options.encoder.image_size,) * 2
-
-    def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Number of pairs, of other classes of pairs, and of valid pixels of the pairs that have other classes."""
-        labels = tags_with_background(batch["tags"])
-        pairs = ImageClassPairs.of(labels)
-        valid = valid_mask(batch["box"], batch["image"].shape[-2:], self.judged_size).sum((1, 2, 3))  # (B,)
-        pixels = valid[pairs.image] * pairs.others.any(1)
-        return {"pairs": pairs.own.sum(), "others": pairs.others.sum(), "pixels": pixels.sum()}
-
-    def make_masks(self, logits: Tensor, valid: Tensor) -> Tensor:
-        """Mask logits (B, K, gh, gw), valid (B, 1, h, w) -> masks (B, K, h, w) in [0, 1], 0 outside the photograph."""
-        resized = F.interpolate(logits, size=valid.shape[-2:], mode="bilinear", align_corners=True)
-        return resized.sigmoid() * valid
-
-    def judge_masks(self, images: Tensor, masks: Tensor, pairs: ImageClassPairs) -> tuple[Tensor, Tensor]:
-        """Similarities (n, K) of what each pair's mask shows of its image, and of what it hides, with all classes.
-
-        images (B, 3, h, w) and masks (B, K, h, w) are at the CAAE's size.
-        """
-        image, mask = images[pairs.image], masks[pairs.image, pairs.number][:, None]  # (n, 3, h, w), (n, 1, h, w)
-        shown = torch.cat([image * mask, image * (1 - mask)])  # (2 n, 3, h, w)
-        similarities = similarity(self.guide.embed_classes(shown), self.guide.class_semantics())  # (2 n, K)
-        foreground, background = similarities.chunk(2)
-        return foreground, background
-
-    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """``batch``: image (B, 3, S, S), tags (B, C), box (B, 4) -> the five weighted terms (semformer.md 5.2)."""
-        images, labels, options = batch["image"], tags_with_background(batch["tags"]), self.options
-        embeddings, logits = self.segmentor(images)
-        valid = valid_mask(batch["box"], images.shape[-2:], self.judged_size)
-        masks = self.make_masks(logits, valid)
-        pairs = ImageClassPairs.of(labels)
-        small = F.interpolate(images.float(), size=self.judged_size, mode="bilinear", align_corners=True)
-        foreground, background = self.judge_masks(small, masks, pairs)
-
-        def mean(values: Tensor, count: str) -> Tensor:
-            return values.sum() / batch[f"counts/{count}"].clamp(min=_EPS)  # over nothing it is 0, as published
-
-        seen = 1 - mean(foreground[pairs.own], "pairs") + 1 + mean(foreground[pairs.others], "others")
-        left = 1 - mean(background[pairs.others], "others") + 1 + mean(background[pairs.own], "pairs")
-        return {
-            "similarity": options.similarity_weight
-            * similarity_loss(similarity(embeddings, self.guide.class_semantics()), labels),
-            "foreground": options.foreground_weight * seen / 2,
-            "background": options.background_weight * left / 2,
-            # published: the canvas counts as a part of the masks that is 0
-            "suppression": options.suppression_weight * (masks[:, 1:].mean() + 1 - masks[:, 0].mean()),
-            "complement": options.complement_weight
-            * complement_error(masks, labels, valid) / batch["counts/pixels"].clamp(min=_EPS),
-        }
-
-    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
-        """Rectified mask logits times attention (semformer.md section 6): (B, 3, H, W) -> (B, C, ceil(H / patch),
-        ceil(W / patch)) float32, 0 or above. Of the attention one layer's head mean exists at a time."""
-        depth, classes = self.options.backbone.depth, self.segmentor.classes
-        sums = None
-        if self.options.attention:
-            taken = [float(layer >= depth - self.options.map_layers) for layer in range(depth)]
-            sums = AttentionSums(classes, taken, [0.0] * depth)
-        _, logits = self.segmentor(images, sums)
-        maps = F.relu(logits)  # (B, K, h, w)
-        if sums is not None:
-            low, high = sums.to_patches.aminmax(dim=2, keepdim=True)  # of each class (B, K, 1)
-            maps = maps * ((sums.to_patches - low) / (high - low + _EPS)).view_as(maps)
-        return maps[:, 1:]
-
-    def selection_maps(self, images: Tensor, tags: Tensor) -> Tensor:
-        """Rectified mask logits without attention (semformer.md section 5.3); otherwise as ``cam``."""
-        return F.relu(self.segmentor(images)[1])[:, 1:]
-
-    def classify(self, images: Tensor, num_classes: int) -> Tensor:
-        """Similarities of the class embeddings with what they are trained towards; see the contract."""
-        return similarity(self.segmentor(images)[0], self.guide.class_semantics())[:, 1:]
-
-    def param_groups(self) -> list[Group]:
-        """The backbone at the base rate, the rest at 10 times it; what is no weight at twice that, without decay."""
-        return name_groups(self, PRETRAINED_PARTS)
-
-    def pretrained_names(self) -> tuple[str, ...]:
-        """timm's ImageNet classifier of the backbone."""
-        return (self.options.backbone.pretrained,)
-
-    def load_weights(self, weights: str) -> str:
-        """A SemFormer checkpoint, or an ImageNet classifier (published: DeiT-S), whose class token all class tokens
-        start as; 'pretrained': timm's."""
-        state = read_tensors(weights)
-        if "segmentor.cls_head.weight" in state:
-            return str(load_tensors(self, state, label=weights))
-        body = self.segmentor.backbone.from_classifier(state)
-        moved = {f"segmentor.backbone.{name}": value for name, value in body.items()}
-        repeats = (1, self.segmentor.classes, 1)
-        moved["segmentor.cls_token"] = state["cls_token"].repeat(repeats)
-        moved["segmentor.cls_posembed"] = state["pos_embed"][:, :1].repeat(repeats)
-        return str(load_tensors(self, moved, label=weights, allow_missing=("segmentor.cls_head", "segmentor.seg_head")))
+SemFormer.recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
