@@ -6,7 +6,7 @@ Takes the flags of run_sample.py with which the run was made, and does not chang
     aff.label.NAME            affinity labels, by any numeric label setting of the refiner (needs make_cam)
     aff.walk.NAME             pseudo masks, by any numeric walk setting of the refiner (needs train_aff)
 
-Writes a picture with one row per image: the image, its CAM, then one column per value (unknown pixels white). Prints
+Writes a picture with one row per image: the image, its CAM, then one column per value (unknown pixels hatched). Prints
 for every value what needs no true masks: how many of the tags have pixels in the mask, and the fractions of foreground
 and unknown pixels; also the mIoU if the data set has masks (docs/your_data.md).
 """
@@ -120,13 +120,6 @@ def titled(picture: np.ndarray, text: str, height: int) -> np.ndarray:
     return np.concatenate([band, picture])
 
 
-def unknown_shown(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Overlay of a mask whose unknown pixels are white: (H, W, 3) uint8."""
-    picture = draw.overlay(image, mask)
-    picture[mask == IGNORE] = 255
-    return picture
-
-
 def arguments(
     method: tyro.conf.Positional[str] = "seam",
     field: str = "background",
@@ -175,7 +168,7 @@ def main(argv: Sequence[str]) -> int:
                 mask = make(image, cam, value)
                 if image_id in counted:
                     tallies[value].add(mask, cam.keys, truth)
-                row.append(titled(unknown_shown(image, mask), f"{value:g}", height))
+                row.append(titled(draw.overlay(image, mask), f"{value:g}", height))
             if image_id in shown:
                 pictures[image_id] = row
         drawn = draw.tile([pictures[i] for i in shown], height + 20)

@@ -1,4 +1,6 @@
-"""Visualisation: the VOC palette, overlays, heat maps, boxes, contact sheets."""
+"""Visualisation: the VOC palette of mask files, overlays and their legend, heat maps, mistakes, boxes, contact sheets.
+
+A *layer* is a picture of one thing to be laid over the greyed image: (H, W, 4) uint8 RGBA."""
 
 from __future__ import annotations
 
@@ -27,19 +29,114 @@ def palette(n: int = 256) -> np.ndarray:
     return colours.astype(np.uint8)
 
 
-def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.55) -> np.ndarray:
-    """The mask's colours blended over the image: (H, W, 3) uint8. Background is left unchanged, ignored pixels are
-    whitened, and each class has a white outline."""
-    colours = palette()
-    colours[IGNORE] = 255
-    mixed, inside = image.copy(), mask != 0
-    mixed[inside] = image[inside] * (1 - opacity) + colours[mask[inside]] * opacity
-    mask = np.where(mask == IGNORE, 0, mask)
-    edge = np.zeros(mask.shape, bool)
-    edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
-    edge[1:] |= mask[1:] != mask[:-1]
-    mixed[edge] = 255
-    return mixed
+CLASS_COLOURS = (
+    "33BBEE", "EE8866", "F0E442", "AA3377", "0077BB", "BD1F01", "AAAA00", "FFAABB", "332288", "661100",
+)  # fmt: skip
+"""Ten colours that people with any kind of colour blindness tell apart, chosen among Paul Tol's and Petroff's: any two
+differ by 22 or more in CIELAB, also as seen with protanopia, deuteranopia or tritanopia (tests/misc/test_draw.py)."""
+MISTAKES = {"missed": (51, 187, 238), "false": (238, 136, 102), "confused": (170, 51, 119)}
+"""Colour of pixels of an object taken for background, of background taken for an object, of one class for another."""
+_VEIL = (255, 255, 255)
+
+
+def class_colours(count: int) -> np.ndarray:
+    """Colours of overlays: (count, 3) uint8 RGB of the mask values 1 ..: ``CLASS_COLOURS``, then the same lighter, then
+    darker, then again. With more than ten classes, read the legend."""
+    ten = np.array([[int(code[i : i + 2], 16) for i in (0, 2, 4)] for code in CLASS_COLOURS], float)
+    shades = np.concatenate([ten, 0.55 * ten + 0.45 * 255, 0.55 * ten])
+    return shades[np.arange(count) % len(shades)].round().astype(np.uint8)
+
+
+def greyed(image: np.ndarray) -> np.ndarray:
+    """The image in pale grey, on which the colours of overlays stand out: (H, W, 3) uint8."""
+    pale = (40 + 0.75 * np.arange(256)).round().astype(np.uint8)
+    return np.repeat(pale[cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)][..., None], 3, 2)
+
+
+def mask_layer(mask: np.ndarray, opacity: float = 0.5) -> np.ndarray:
+    """A mask as a layer to lay over its image: (H, W, 4) uint8 RGBA. Background is transparent, each class has its tint
+    at this opacity and an opaque outline, ignored pixels are hatched in white."""
+    height, width = mask.shape
+    classes, ignored = np.where(mask == IGNORE, 0, mask).astype(np.uint8), mask == IGNORE
+    table = np.zeros((256, 3), np.uint8)
+    table[1:IGNORE] = class_colours(IGNORE - 1)
+    layer = np.zeros((height, width, 4), np.uint8)
+    layer[..., :3] = table[classes]
+    layer[classes > 0, 3] = round(255 * opacity)
+    layer[_outline(classes) & (classes > 0), 3] = 255
+    step = max(3, round(max(height, width) / 60))
+    rows, columns = np.indices(mask.shape, sparse=True)
+    hatched = ignored & ((rows + columns) % (2 * step) < step)
+    layer[hatched] = (*_VEIL, 170)
+    return layer
+
+
+def _outline(labels: np.ndarray) -> np.ndarray:
+    """Pixels of uint8 labels (H, W) near another label, about 0.6 % of the longer side wide: (H, W) bool."""
+    side = 2 * max(1, round(max(labels.shape) / 160)) + 1
+    square = np.ones((side, side), np.uint8)
+    return cv2.erode(labels, square) != cv2.dilate(labels, square)
+
+
+def heat_layer(score: np.ndarray) -> np.ndarray:
+    """A class map as a layer: (H, W) in [0, 1] -> (H, W, 4) uint8 RGBA, more opaque and brighter where it is higher."""
+    levels = (np.clip(score, 0, 1) * 15).round().astype(np.uint8) * 17  # few levels make small files
+    coloured = cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO)[..., ::-1]
+    alpha = np.clip(levels * 1.2, 0, 225)
+    return np.dstack([coloured, alpha]).astype(np.uint8)
+
+
+def mistake_layer(mask: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Where a mask is wrong, as a layer: (H, W, 4) uint8 RGBA in the colours of ``MISTAKES``. What is right is
+    transparent, as is what the truth ignores; a mask's ignored pixels count as background."""
+    given, scored = np.where(mask == IGNORE, 0, mask), truth != IGNORE
+    kinds = ((given == 0) & (truth > 0), (given > 0) & (truth == 0), (given > 0) & (truth > 0) & (given != truth))
+    layer = np.zeros((*mask.shape, 4), np.uint8)
+    for kind, colour in zip(kinds, MISTAKES.values(), strict=True):
+        layer[kind & scored] = (*colour, 215)
+    return layer
+
+
+def lay_over(image: np.ndarray, layer: np.ndarray) -> np.ndarray:
+    """A layer (H, W, 4) uint8 RGBA over the greyed image: (H, W, 3) uint8."""
+    alpha = layer[..., 3:].astype(np.uint16)
+    return ((greyed(image) * (255 - alpha) + layer[..., :3] * alpha + 127) // 255).astype(np.uint8)
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, classes: Sequence[str] = ()) -> np.ndarray:
+    """The one way a mask is shown on its image: ``mask_layer`` over the greyed image, (H, W, 3) uint8; with the names
+    of the ``classes`` (C,), a legend of those in the mask below it, which makes it higher."""
+    picture = lay_over(image, mask_layer(mask))
+    return append_legend(picture, legend_entries(mask, classes)) if classes else picture
+
+
+def legend_entries(mask: np.ndarray, classes: Sequence[str]) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and colour of every class in a mask, and of ignored pixels if it has any."""
+    colours = class_colours(len(classes))
+    values = np.unique(mask).tolist()
+    found = [(classes[v - 1], tuple(colours[v - 1].tolist())) for v in values if 0 < v <= len(classes)]
+    return found + [("not labelled", _VEIL)] * (IGNORE in values)
+
+
+def append_legend(picture: np.ndarray, entries: Sequence[tuple[str, tuple[int, ...]]]) -> np.ndarray:
+    """The picture (H, W, 3) uint8 with lines of coloured squares and names below it; as it is without entries."""
+    if not entries:
+        return picture
+    size = max(11, round(max(picture.shape[:2]) / 32))
+    font, gap, right = ImageFont.load_default(size), size // 2, picture.shape[1]
+    places, x, y = [], gap, gap
+    for name, colour in entries:
+        wide = size + gap + int(font.getlength(name)) + 2 * gap
+        if x > gap and x + wide > right:
+            x, y = gap, y + size + gap
+        places.append((x, y, name, colour))
+        x += wide
+    strip = Image.new("RGB", (right, y + size + gap), "white")
+    pen = ImageDraw.Draw(strip)
+    for x, y, name, colour in places:
+        pen.rectangle((x, y, x + size, y + size), fill=colour, outline="black")
+        pen.text((x + size + gap, y + size / 2), name, "black", font, anchor="lm")
+    return np.concatenate([picture, np.asarray(strip)])
 
 
 def resized_argmax(scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -62,9 +159,8 @@ def resized_argmax(scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def heat(image: np.ndarray, score: np.ndarray) -> np.ndarray:
-    """A class map as a heat map on the image: score (H, W) in [0, 1] -> (H, W, 3) uint8 RGB."""
-    hot = cv2.applyColorMap((np.clip(score, 0, 1) * 255).astype(np.uint8), cv2.COLORMAP_JET)[..., ::-1]
-    return (0.5 * image + 0.5 * hot).astype(np.uint8)
+    """A class map on the greyed image: score (H, W) in [0, 1] -> (H, W, 3) uint8 RGB."""
+    return lay_over(image, heat_layer(score))
 
 
 def draw_box(image: np.ndarray, box: Sequence[float], colour: tuple[int, int, int]) -> np.ndarray:

@@ -212,7 +212,7 @@ def _each_image(
             shrunken.append(image_id)
         found, values = scores(image_id, small, image.shape[:2])
         mask = values[draw.resized_argmax(found, image.shape[:2])]
-        picture = jpeg_bytes(draw.overlay(image, mask))
+        picture = jpeg_bytes(draw.overlay(image, mask, model.classes))
         store.write_bytes(folder.file("overlays", image_id, "jpg"), picture)
         write_mask(folder.file("masks", image_id, "png"), mask)  # written last: its presence means that all are written
 

@@ -22,7 +22,7 @@ class _Draw:
 
     def __call__(self, image_id: str) -> None:
         image = read_image(self.job.catalog.image_path(image_id))
-        picture = overlay(image, read_mask(self.mask(image_id)))
+        picture = overlay(image, read_mask(self.mask(image_id)), self.job.catalog.classes)
         write_bytes(self.job.run.overlay(self.mask(image_id)), jpeg_bytes(picture))
 
 
