@@ -224,8 +224,9 @@ class Recipe:
     refine: Mapping[str, Any] = field(default_factory=dict)
     segmenter: str = "deeplabv1"
     segment: Mapping[str, Any] = field(default_factory=dict)
-    base: Literal["published", "sample"] = "published"
-    """Recipe of the refiner and the segmenter to use if they have none of this recipe's name."""
+    base: Preset = "published"
+    """Recipe of the refiner and the segmenter to use if they have none of this recipe's name; if they lack this one
+    too, it is their first."""
     data: str | None = None
     """Data set of the recipe, a name of ``--data``. None: voc12, or for the preset sample the generated sample set."""
     own: SegmentTest | None = None
@@ -244,8 +245,9 @@ class SeedNetwork(Network):
     """A CAM network: trained from tags, gives class maps."""
 
     recipes: ClassVar[Mapping[Preset, Recipe]]
-    """Recipes by their names on ``--preset``: 'published', 'sample' and variants, such as 'published_cub'. Assigned at
-    the end of the method's file, after its options: ``Seam.recipes = {...}``."""
+    """Recipes by their names on ``--preset``: 'published' and its variants, such as 'published_cub', 'sample', and
+    'photos' for people's own pictures; at least one. Assigned at the end of the method's file, after its options, with
+    literal names: ``Seam.recipes = {"published": ...}``."""
     map_needs_gradient: ClassVar[bool] = False
     """Whether ``cam`` runs a backward pass (then it is called with gradients enabled)."""
 
@@ -291,7 +293,7 @@ class Refiner(ABC):
     """Makes pseudo masks of CAMs: an ``AffinityNetwork``, or what needs no training (``PlainRefiner``)."""
 
     recipes: ClassVar[Mapping[Preset, RefineSettings]]
-    """Recipes by their names: 'published', 'sample' and variants, see ``Recipe``."""
+    """Recipes by their names, see ``Recipe``; at least one."""
     is_trained: ClassVar[bool]
     """Whether it is a network that is trained on labels made from the CAMs (steps 3 and 4)."""
     normalisation: str = "imagenet"
@@ -332,7 +334,7 @@ class AffinityNetwork(Network, Refiner):
     """A refiner that makes training labels from CAMs, learns affinities, refines the CAMs by a random walk."""
 
     recipes: ClassVar[Mapping[Preset, RefineRecipe]]
-    """Recipes by their names: 'published', 'sample' and variants, see ``Recipe``."""
+    """Recipes by their names, see ``Recipe``; at least one."""
     is_trained = True
     plane_fill: ClassVar[float] = 0.0
     """Value of the label planes where a training crop lies outside the image."""
@@ -364,7 +366,7 @@ class Segmenter(Network):
     """A segmentation network trained on (pseudo) masks. Cross entropy over the non-ignored pixels of the batch."""
 
     recipes: ClassVar[Mapping[Preset, SegmentRecipe]]
-    """Recipes by their names: 'published', 'sample' and variants, see ``Recipe``."""
+    """Recipes by their names, see ``Recipe``; at least one."""
     loss_align_corners: ClassVar[bool] = True
     """align_corners of the bilinear resize of logits to the mask for the loss."""
 

@@ -36,7 +36,7 @@ class Exported(nn.Module):
 
     def __init__(self, network: Segmenter | SingleStage, align_corners: bool) -> None:
         super().__init__()
-        norm = pixels.NORMALISATIONS[network.normalisation]
+        norm = pixels.find_normalisation(network.normalisation)
         self.network, self.align_corners, self.bgr = network, align_corners, norm.bgr
         self.register_buffer("mean", torch.tensor(norm.mean).view(1, 3, 1, 1) * norm.scale)
         self.register_buffer("std", torch.tensor(norm.std).view(1, 3, 1, 1) * norm.scale)
@@ -78,7 +78,7 @@ def export_onnx(
         draft = Path(folder) / "draft.onnx"
         _export(module, draft)
         model = onnx.load(draft)
-        norm = {"name": network.normalisation, **asdict(pixels.NORMALISATIONS[network.normalisation])}
+        norm = {"name": network.normalisation, **asdict(pixels.find_normalisation(network.normalisation))}
         description = {"classes": json.dumps(["background", *classes]), "normalisation (inside)": json.dumps(norm)}
         onnx.helper.set_model_props(model, description)
         content = model.SerializeToString()

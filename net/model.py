@@ -63,7 +63,7 @@ def describe_network(
 
 def _normalisation(network: Network) -> dict[str, Any]:
     """Name and values of a network's normalisation, for JSON."""
-    numbers = asdict(pixels.NORMALISATIONS[network.normalisation])
+    numbers = asdict(pixels.find_normalisation(network.normalisation))
     return {"name": network.normalisation, **{k: list(v) if isinstance(v, tuple) else v for k, v in numbers.items()}}
 
 

@@ -24,8 +24,6 @@ BROKEN: dict[str, str] = {}
 
 OWN = "own"
 """Name on the command line for the CAM network itself as the segmenter."""
-BASES = ("published", "sample")
-"""Presets that every method has."""
 ROOMS: dict[str, dict[str, Any]] = {"seed": SEEDS, "refine": REFINERS, "segment": SEGMENTERS}
 """Folder of net -> its registry."""
 
@@ -70,7 +68,7 @@ def segmenter(name: str) -> Callable[[T], T]:
 def load_methods() -> None:
     """Import every file and package of net/seed, net/refine and net/segment, which fills the registries.
 
-    A file that does not import, registers nothing or lacks a recipe of ``BASES`` is reported in a warning and in
+    A file that does not import, registers nothing or has no recipe is reported in a warning and in
     ``BROKEN``; the others are registered.
     """
     for room, table in ROOMS.items():
@@ -82,9 +80,8 @@ def load_methods() -> None:
                 importlib.import_module(f"net.{room}.{module.name}")
                 if module.name not in table:
                     raise ValueError(f"no class in it is registered as {module.name!r}")
-                recipes = getattr(table[module.name], "recipes", {})
-                if missing := [preset for preset in BASES if preset not in recipes]:
-                    raise ValueError(f"{table[module.name].__name__}.recipes has no {' and no '.join(missing)}")
+                if not getattr(table[module.name], "recipes", {}):
+                    raise ValueError(f"{table[module.name].__name__}.recipes has no recipe")
             except Exception as error:
                 table.pop(module.name, None)
                 last = traceback.extract_tb(error.__traceback__)[-1]
@@ -106,12 +103,13 @@ def find_method(table: Mapping[str, T], name: str, what: str) -> T:
 
 
 def find_recipe(cls: type, preset: Preset, base: Preset | None = None) -> Any:
-    """The recipe of a registered class by the name of the preset, or if it has none of that name, by ``base``.
+    """The recipe of a registered class by the name of the preset; if it has none of that name and a ``base`` is given,
+    the one of that name, or else its first.
 
-    Raises ValueError with the known names if it has neither.
+    Raises ValueError with the known names where there is no base either.
     """
     recipes: Mapping[Preset, Any] = cls.recipes  # type: ignore[attr-defined]
-    for name in (preset, base):
+    for name in (preset, base, *(recipes if base else ())):
         if name in recipes:
             return recipes[name]
     raise ValueError(f"{cls.name} has no preset {preset!r}. There are: {', '.join(recipes)}.")  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from misc.image.cam import Cam
 from misc.image.labels import IGNORE
 from misc.image.picture import Picture, truncate_values_to_image
-from misc.image.pixels import NORMALISATIONS
+from misc.image.pixels import find_normalisation
 from misc.loop.trainable import Batch
 from net.contract import (
     AffinityNetwork,
@@ -137,9 +137,10 @@ def _built(phase: Phase, num_classes: int, earlier: Mapping[str, Network]) -> An
         raise ValueError(f"{_file(phase.network)}: building the network fails with {_words(error)}.") from error
     if not isinstance(network, Network):
         raise ValueError(f"{_file(phase.network)}: build gives a {type(network).__name__}, which is not a Network.")
-    if network.normalisation not in NORMALISATIONS:
-        names = ", ".join(NORMALISATIONS)
-        raise ValueError(f"{_file(network)}: normalisation {network.normalisation!r} is not one of {names}.")
+    try:
+        find_normalisation(network.normalisation)
+    except ValueError as error:
+        raise ValueError(f"{_file(network)}: {error}") from None
     network.set_class_texts([f"class {number}" for number in range(num_classes)], {})
     network.train()
     for module in network.modules():

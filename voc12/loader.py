@@ -114,7 +114,7 @@ class TrainSet(Dataset[dict[str, Tensor]]):
         catalog: the data set.
         ids: its list.
         recipe: augmentation; must contain ``crop`` or ``resized_crop``, which give all samples one size S.
-        normalisation: name in misc.image.pixels.NORMALISATIONS.
+        normalisation: a name for misc.image.pixels.find_normalisation.
         seed: of the augmentation.
         with_mask: reads the (pseudo or true) mask of an id, (H, W) uint8; None: samples have no mask.
         planes: reads the label planes of an id, (P, H, W); None: samples have no target.

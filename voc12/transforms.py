@@ -310,7 +310,7 @@ def augment_sample(
     Args:
         sample: with a uint8 image.
         recipe: which operations, and how strong.
-        normalisation: name in misc.image.pixels.NORMALISATIONS.
+        normalisation: a name for misc.image.pixels.find_normalisation.
         rng: random stream of this sample.
         batch_rng: random stream that all samples of the batch have in common (``scale_per_batch``).
         plane_fill: value of the planes on the canvas.

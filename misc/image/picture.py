@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from misc.image.pixels import NORMALISATIONS, normalise_image, to_tensor
+from misc.image.pixels import find_normalisation, normalise_image, to_tensor
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Picture:
 
     @classmethod
     def of_rgb(cls, rgb: np.ndarray, normalisation: str) -> Picture:
-        """Make it from an image (H, W, 3) uint8, for networks with this normalisation (``pixels.NORMALISATIONS``)."""
+        """Make it from an image (H, W, 3) uint8, for networks with this normalisation (a name of pixels)."""
         return cls(rgb, to_tensor(normalise_image(rgb, normalisation)))
 
     @property
@@ -43,7 +43,7 @@ class Picture:
 
 def restore_values(values: Tensor, normalisation: str) -> Tensor:
     """Network values (..., 3, H, W), on any device -> RGB of about 0 to 255 as float32, not truncated."""
-    norm = NORMALISATIONS[normalisation]
+    norm = find_normalisation(normalisation)
     mean, std = (values.new_tensor(x, dtype=torch.float32).view(3, 1, 1) for x in (norm.mean, norm.std))
     grey = (values.float() * std + mean) * norm.scale
     return grey.flip(-3) if norm.bgr else grey
@@ -68,7 +68,7 @@ def truncate_image(image: np.ndarray, normalisation: str, *, single: bool = Fals
     """
     if not single:
         return truncate_values_to_image(to_tensor(normalise_image(image, normalisation)), normalisation)
-    norm = NORMALISATIONS[normalisation]
+    norm = find_normalisation(normalisation)
     grey = np.arange(256, dtype=np.float32)[:, None, None] / np.float32(norm.scale)
     values = to_tensor((grey - np.float32(norm.mean)) / np.float32(norm.std))  # (3, 256, 1), of all grey levels
     return cv2.LUT(np.ascontiguousarray(image), truncate_values_to_image(values, normalisation))

@@ -31,13 +31,37 @@ NORMALISATIONS: dict[str, Normalisation] = {
     "imagenet": Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": Normalisation((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "caffe_bgr": Normalisation((104.008, 116.669, 122.675), (1.0, 1.0, 1.0), scale=1.0, bgr=True),
+    "half": Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
-"""Normalisations by name; each network names its own. caffe_bgr: psa.md 2.2, deeplab.md C.3."""
+"""Normalisations by name; each network names its own, or any other one as ``name_normalisation`` does. caffe_bgr:
+psa.md 2.2, deeplab.md C.3. half: TensorFlow's networks."""
+
+
+def find_normalisation(name: str) -> Normalisation:
+    """The normalisation of a name, one of ``NORMALISATIONS`` or a text of ``name_normalisation``. Raises ValueError for
+    any other."""
+    if name in NORMALISATIONS:
+        return NORMALISATIONS[name]
+    try:
+        mean, std = (tuple(map(float, part.split())) for part in name.removeprefix("mean ").split(" std "))
+    except ValueError:
+        mean, std = (), ()
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        names = ", ".join(NORMALISATIONS)
+        raise ValueError(f"normalisation {name!r} is not one of {names}, nor 'mean R G B std R G B'.")
+    return Normalisation(mean, std)
+
+
+def name_normalisation(mean: Sequence[float], std: Sequence[float]) -> str:
+    """The name by which ``find_normalisation`` finds mean and standard deviation of RGB values in [0, 1]."""
+    wanted = Normalisation(tuple(mean), tuple(std))  # type: ignore[arg-type]
+    known = next((name for name, one in NORMALISATIONS.items() if one == wanted), None)
+    return known or f"mean {' '.join(f'{x:g}' for x in mean)} std {' '.join(f'{x:g}' for x in std)}"
 
 
 def normalise_image(image: np.ndarray, name: str) -> np.ndarray:
     """(H, W, 3) uint8 RGB -> (H, W, 3) float32 network values; zero is the mean colour."""
-    norm = NORMALISATIONS[name]
+    norm = find_normalisation(name)
     # in double precision, then rounded to single, as published: the truncation in picture.py depends on the last bit
     table = (np.arange(256)[:, None] / norm.scale - np.array(norm.mean)) / np.array(norm.std)  # (256, 3)
     values = np.ascontiguousarray(image[..., ::-1] if norm.bgr else image)
@@ -46,7 +70,7 @@ def normalise_image(image: np.ndarray, name: str) -> np.ndarray:
 
 def mean_colour(name: str) -> tuple[int, int, int]:
     """The RGB colour, 0 .. 255, whose network values are nearest to zero; used for padding."""
-    norm = NORMALISATIONS[name]
+    norm = find_normalisation(name)
     red, green, blue = (round(value * norm.scale) for value in (norm.mean[::-1] if norm.bgr else norm.mean))
     return red, green, blue
 

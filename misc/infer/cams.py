@@ -46,7 +46,7 @@ def scaled_inputs(image: np.ndarray, infer: CamInference, normalisation: str) ->
     Args:
         image: (H, W, 3) uint8 RGB.
         infer: scales and flip.
-        normalisation: a name of misc.image.pixels.NORMALISATIONS.
+        normalisation: a name for misc.image.pixels.find_normalisation.
 
     Yields:
         (2, 3, h, w) float32, the image and its mirror image, both padded to ``infer.multiple``; (1, 3, h, w) without
@@ -241,7 +241,7 @@ def infer_cam(
         image: (H, W, 3) uint8 RGB.
         tags: (C,) in {0, 1}.
         infer: scales, flip, rule for scaling maps.
-        normalisation: of the network's input images, a name of misc.image.pixels.NORMALISATIONS.
+        normalisation: of the network's input images, a name for misc.image.pixels.find_normalisation.
         device: where the network is.
 
     Returns:

@@ -71,7 +71,7 @@ def segment(
         logits: the network, on ``device`` and in evaluation mode; called with 1 image, or 2 with ``infer.flip``.
         image: (H, W, 3) uint8 RGB, any H and W.
         infer: scales, mirror, filters and merging.
-        normalisation: name in misc.image.pixels.NORMALISATIONS.
+        normalisation: a name for misc.image.pixels.find_normalisation.
         device: where the network runs and results are merged.
 
     Returns:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from misc.checked import Probability, Range, Weight, When, check
 from misc.image.labels import IGNORE
-from misc.image.pixels import NORMALISATIONS, box_mask, truncated_size
+from misc.image.pixels import box_mask, find_normalisation, truncated_size
 from misc.infer.cams import scale_rectified
 from misc.propagate.par import PixelAdaptive
 from net.backbone.conformer import ConformerOptions
@@ -112,7 +112,7 @@ class Aream(SeedNetwork):
         # autocast would cache the weights cast here, without gradients, for the training pass
         with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
             cams = self.training_cam(images)
-        norm = NORMALISATIONS[self.normalisation]
+        norm = find_normalisation(self.normalisation)
         mean, std = (images.new_tensor(x).view(3, 1, 1) for x in (norm.mean, norm.std))
         backgrounds = (self.options.low, self.options.high)
         low, high = pseudo_labels(images * std + mean, cams, tags, backgrounds, batch.get("box")).unbind(1)

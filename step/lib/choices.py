@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from misc import commandline
@@ -23,11 +23,17 @@ INDEX = ROOM / ".cache" / "flags.json"
 OWN = "own"
 """The segmenter's name for the CAM network itself (net.registry.OWN)."""
 
+PHOTOS_DATA = "folder"
+"""The data set whose default preset is photos."""
+PHOTOS_METHOD = "irn_cam"
+"""METHOD where none is named and the data are that set."""
+
 OPTIONS = (
     ("--data NAME", "data set; default: the generated sample, or with --preset published VOC 2012"),
     ("--root DIR", "folder of the data set (docs/your_data.md for your own)"),
     ("--out DIR", "run folder, where all files go; default: runs/METHOD-DATA"),
-    ("--preset NAME", "recipe: sample trains tiny networks in minutes, published is the paper's"),
+    ("--preset NAME", "recipe: sample trains tiny networks in minutes, published is the paper's, photos (default of "
+     "--data folder) is for people's own pictures"),
     ("--refiner NAME", "how pseudo masks are made from CAMs, steps 3 to 5"),
     ("--segmenter NAME", "segmentation network, steps 6 and 7; own: the method's own masks"),
     ("--steps 2-4 report", "steps to run, by number, name or range; default: all unfinished ones"),
@@ -119,8 +125,18 @@ def value(argv: Sequence[str], name: str) -> str | None:
 
 
 def method_of(argv: Sequence[str]) -> str:
-    """The METHOD of a command line, its first word."""
-    return argv[0] if argv and not argv[0].startswith("-") else "seam"
+    """The METHOD of a command line, its first word, or what is meant without one."""
+    if argv and not argv[0].startswith("-"):
+        return argv[0]
+    return PHOTOS_METHOD if value(argv, "--data") == PHOTOS_DATA else "seam"
+
+
+def preset_of(argv: Sequence[str], presets: Collection[str]) -> str:
+    """The preset of a command line for a method that has these ones: the given one, or photos for people's own
+    pictures where there is one, or sample, or the method's first."""
+    wanted = ("photos", "sample") if value(argv, "--data") == PHOTOS_DATA else ("sample",)
+    found = next((name for name in (*wanted, *presets) if name in presets), "sample")
+    return value(argv, "--preset") or found
 
 
 def check_words(argv: Sequence[str]) -> None:

@@ -21,8 +21,10 @@ def parse(argv: Sequence[str]) -> Config:
     with status 2."""
     choices.check_words(argv)
     method = choices.method_of(argv)
-    given = {name: choices.value(argv, f"--{name}") for name in ("preset", "refiner", "segmenter")}
-    base = default_config(method, given["preset"] or "sample", given["refiner"], given["segmenter"])
+    registry.load_methods()
+    presets = registry.find_method(registry.SEEDS, method, "method").recipes
+    refiner, segmenter = (choices.value(argv, name) for name in ("--refiner", "--segmenter"))
+    base = default_config(method, choices.preset_of(argv, presets), refiner, segmenter)
     if choices.value(argv, "--voc12-root") and not choices.value(argv, "--data"):
         base = dataclasses.replace(base, data="voc12")
     cfg = tyro.cli(Config, default=base, args=list(argv), prog="run_sample.py", add_help=False)
