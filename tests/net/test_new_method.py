@@ -46,7 +46,7 @@ def test_a_new_file_runs_through_all_steps_and_a_broken_one_is_named(copy: Path)
     status, said = run(copy, "three_layers", "--root", str(copy / "set"), "--out", str(copy / "run"), *FLAGS)
     assert status == 0, said
     assert "net/seed/broken.py is left out because it does not import: ImportError: cannot import name" in said
-    assert "ThreeLayers.recipes has no published and no sample" in said
+    assert "ThreeLayers.recipes has no recipe" in said
     assert len(list((copy / "run" / "seg").glob("*.png"))) >= 2 and (copy / "run" / "report.html").exists()
     status, said = run(copy, "broken", "--root", str(copy / "set"), "--out", str(copy / "broken"))
     assert status == 1 and "net/seed/broken.py does not import: ImportError" in said and "Traceback" not in said
