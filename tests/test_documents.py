@@ -154,6 +154,7 @@ def test_every_method_has_a_row_of_released_files() -> None:
     assert {row[0] for row in released_rows()} >= set(registry.SEEDS) - {"more", "toco", "clipes", "weclip"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", released_rows(), ids=lambda row: "-".join(row[:2]))
 def test_flags_of_released_files_are_understood(row: list[str]) -> None:
     method, *presets, flags = row

@@ -137,6 +137,7 @@ def test_fixed_threshold(data: Data, capsys: pytest.CaptureFixture[str]) -> None
     assert "counting (5 of 9 classes occur nowhere)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_processes_give_the_same(data: Data) -> None:
     one = data.run(*data.arguments("npz", "--curve", "--no-boundary"))
     assert data.run(*data.arguments("npz", "--curve", "--no-boundary", "--workers", "2")) == one
@@ -243,6 +244,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert caught.value.code == 0
 
 
+@pytest.mark.slow
 def test_failure_has_a_non_zero_exit_status() -> None:
     script = Path(__file__).parents[1] / "evaluation.py"
     bad = [sys.executable, script, "--list", "no.txt", "--predict-dir", ".", "--gt-dir", ".", "--num-classes", "3"]

@@ -59,6 +59,7 @@ def told(capsys: pytest.CaptureFixture[str], out: Path, *words: str | Path) -> s
 # ------------------------------------------------------------------------------------------- segmentation network
 
 
+@pytest.mark.slow
 def test_a_file_alone_predicts_what_the_run_predicted(trained: Path, data: Path, seg: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert call(out, data / "JPEGImages" / "2026_*.jpg", "--weights", seg) == 0
@@ -198,6 +199,7 @@ def test_results_of_another_model_or_settings_are_not_mixed(
     assert (out / "masks" / "2026_000001.png").stat().st_mtime_ns > before
 
 
+@pytest.mark.slow
 def test_a_cam_network_that_predicts_masks_is_its_own_segmenter(data: Path, tmp_path: Path) -> None:
     """With the test settings of its run, from the run and from the file alone; and as ONNX."""
     out, images = tmp_path / "run", data / "JPEGImages" / "2026_*.jpg"

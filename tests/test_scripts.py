@@ -55,6 +55,7 @@ def call(room: Path, system: str, *arguments: str) -> subprocess.CompletedProces
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_a_script_runs_its_published_recipe(system: str, room: Path) -> None:
     text = (room / "scripts" / f"{system}.sh").read_text()
@@ -80,6 +81,7 @@ def test_a_script_runs_its_published_recipe(system: str, room: Path) -> None:
     assert places <= {str(cfg.root), str(cfg.saliency), *weights} and REQUIRED not in weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_a_script_names_the_commands_of_the_released_weights(system: str, room: Path) -> None:
     text = (room / "scripts" / f"{system}.sh").read_text()
@@ -98,6 +100,7 @@ def test_getam_takes_the_authors_names_of_its_backbones(name: str, room: Path) -
     assert cfg.cam.network.dpt.backbone == name.replace("deit", "deitb")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_further_commands_in_a_header_are_understood(system: str, room: Path) -> None:
     text = (room / "scripts" / f"{system}.sh").read_text()
@@ -159,6 +162,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_set(tmp_path_factory.mktemp("set"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*one_step.METHODS, *one_step.SEGMENTERS])
 def test_a_step_of_every_published_recipe_is_asked_for_at_full_size(name: str, data: Path, tmp_path: Path) -> None:
     cfg = parsing.parse(one_step.step_flags(name, data, tmp_path, batch=2))

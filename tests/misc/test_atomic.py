@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+import pytest
 from running import start
 
 from misc.files import atomic
@@ -61,6 +62,7 @@ sys.exit(any(j.wait() for j in jobs))
 """
 
 
+@pytest.mark.slow
 def test_jobs_at_the_same_time_lose_no_record(tmp_path: Path) -> None:
     ended = start(["-c", JOBS, str(tmp_path / "run")])
     assert ended.returncode == 0, ended.stderr

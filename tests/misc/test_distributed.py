@@ -76,6 +76,7 @@ def test_a_run_of_two_processes_gives_the_losses_weights_and_files_of_one(tmp_pa
         assert torch.allclose(*maps, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_views_draws_and_momentum_copies_are_the_same_in_two_processes(tmp_path: Path) -> None:
     """ToCo, with every term from the start and without what each process has of its own (batch norms, drop path)."""
     data = make_set(tmp_path / "data")

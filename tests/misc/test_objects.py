@@ -229,6 +229,7 @@ def test_a_catalog_knows_its_objects(data: Path) -> None:
     assert catalog.object_path("nothing") is None
 
 
+@pytest.mark.slow
 def test_a_run_writes_and_scores_its_objects(finished: Path, data: Path) -> None:
     ids = open_catalog("voc12", data).ids("train")
     for image_id in ids:

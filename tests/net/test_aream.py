@@ -388,6 +388,7 @@ def test_conformer_needs_a_map_on_the_tokens_grid() -> None:
 # ------------------------------------------------------------------------------------------------ the extra step
 
 
+@pytest.mark.slow
 def test_measuring_the_entropy_of_a_trained_network(tmp_path: Path) -> None:
     """Train, measure, and train with what is printed."""
     data, out = make_set(tmp_path / "data", images=4, val=1), tmp_path / "run"

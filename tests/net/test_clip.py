@@ -145,6 +145,7 @@ def test_what_is_missing_is_reported_with_the_command(monkeypatch: pytest.Monkey
         read_clip("open_clip:ViT-B-16-quickgelu")
 
 
+@pytest.mark.slow
 def test_nothing_of_clip_is_imported_on_the_path_of_other_methods() -> None:
     code = (
         "import sys, predict, run_sample, evaluation; from net import registry; registry.load_methods(); "

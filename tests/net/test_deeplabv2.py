@@ -242,6 +242,7 @@ def test_options_refuse_impossible_values(wrong: dict[str, object]) -> None:
         DeepLabV2Options(**wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_sample_recipe_learns_from_random_weights() -> None:
     assert DeepLabV2.recipes["sample"].weights == "none"
     net = network("sample").train()

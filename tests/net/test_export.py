@@ -41,6 +41,7 @@ def test_what_has_no_onnx_form_is_refused(name: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*registry.SEGMENTERS, *OWN} - RESIZED_BY_FACTOR))
 def test_the_file_computes_what_the_network_computes(name: str, tmp_path: Path) -> None:
     path, net, corners = tmp_path / "deep" / "seg.onnx", network(name), name != "deeplabv1"

@@ -293,6 +293,7 @@ def losses(net: Getam, batch: Batch, progress: float, **labels: Tensor) -> dict[
 KINDS_OF_BATCH = ["plain", "one class", "no class", "no background", "nothing salient", "no foreground"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS_OF_BATCH)
 @pytest.mark.parametrize("saliency", [True, False])
 def test_losses_are_finite_whatever_the_batch_holds(kind: str, saliency: bool) -> None:
@@ -423,6 +424,7 @@ def single(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_single_stage_run_needs_no_pseudo_masks(single: Path, data: Path) -> None:
     assert {p.name for p in (single / "weights").iterdir()} == {"cam.pt"}
     assert not (single / "aff_label").exists() and not (single / "label").exists()
@@ -439,6 +441,7 @@ def test_a_single_stage_run_needs_no_pseudo_masks(single: Path, data: Path) -> N
     assert terms["cam/lr"][3] == pytest.approx(0.01 * (1 - 3 / 4) ** 0.9)  # the sample recipe keeps the rate
 
 
+@pytest.mark.slow
 def test_its_maps_go_through_any_refiner_and_segmenter(
     single: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -498,6 +501,7 @@ def test_missing_and_wrong_saliency_is_reported_before_or_with_its_file(
     assert re.search(r"saliency map is 7 x 9 pixels \(height x width\), the image", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_two_processes_train_both_phases_as_one_does(single: Path, data: Path, tmp_path: Path) -> None:
     ended = start([*TORCHRUN, str(ROOM / "run_sample.py"), *command(data, tmp_path / "two", "--steps", "1")])
     assert ended.returncode == 0, ended.stderr

@@ -41,6 +41,7 @@ def save(folder: Path, part: str, name: str, changed: Phase) -> dict[str, torch.
     return network.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part, name", METHODS)
 def test_a_network_comes_back_from_its_file(part: Any, name: str, tmp_path: Path) -> None:
     torch.manual_seed(1)

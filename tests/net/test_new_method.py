@@ -42,6 +42,7 @@ def run(copy: Path, *words: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_new_file_runs_through_all_steps_and_a_broken_one_is_named(copy: Path) -> None:
     status, said = run(copy, "three_layers", "--root", str(copy / "set"), "--out", str(copy / "run"), *FLAGS)
     assert status == 0, said
@@ -52,6 +53,7 @@ def test_a_new_file_runs_through_all_steps_and_a_broken_one_is_named(copy: Path)
     assert status == 1 and "net/seed/broken.py does not import: ImportError" in said and "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_mistake_is_reported_before_any_work_starts(copy: Path) -> None:
     file = copy / "net" / "seed" / "three_layers.py"
     whole = file.read_text()

@@ -350,6 +350,7 @@ def stop_in(name: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "set_lr", deadly)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selection", ["last", "train_miou"])
 def test_both_phases_are_trained_and_taken_up_again(
     selection: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

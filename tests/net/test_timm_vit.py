@@ -36,6 +36,7 @@ def randomised(name: str, side: int) -> Any:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "patch", "scaled"),
     [("vit_tiny_patch16_224", 16, False), ("deit3_small_patch16_224.fb_in1k", 16, True),
@@ -57,6 +58,7 @@ def test_a_vit_of_timm_gives_timm_s_numbers(name: str, patch: int, scaled: bool,
     assert grid == (4, 4)
 
 
+@pytest.mark.slow
 def test_positions_of_another_grid_are_resized_when_they_are_loaded(tmp_path: Path) -> None:
     name = "vit_small_patch14_dinov2.lvd142m"
     theirs = randomised(name, 6 * 14)
@@ -105,6 +107,7 @@ def transformers() -> list[str]:
     return sorted(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", transformers())
 def test_every_method_of_a_vit_takes_one_of_timm(method: str) -> None:
     network = registry.SEEDS[method].recipes["sample"].cam.network

@@ -59,6 +59,7 @@ WRONG = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv, told", WRONG.values(), ids=WRONG)
 def test_wrong_words_are_one_line_errors(
     argv: list[str], told: str, data: Path, capsys: pytest.CaptureFixture[str]
@@ -78,6 +79,7 @@ def test_an_impossible_value_is_named(argv: list[str], capsys: pytest.CaptureFix
     assert end.value.code == 2 and argv[0].split(".")[-1].strip("-") in error and "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_errors_of_a_process_are_short_and_give_its_status(tmp_path: Path) -> None:
     ended = start(["run_sample.py", "seam", "--root", str(tmp_path / "nowhere")])
     assert ended.returncode == 1 and "Traceback" not in ended.stderr

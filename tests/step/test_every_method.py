@@ -49,6 +49,7 @@ def short(method: str) -> list[str]:
     return [word for name, value in flags.items() for word in (f"--{name}", value)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["folder", "coco14"])
 @pytest.mark.parametrize("method", sorted(registry.SEEDS))
 def test_every_step_of_every_method(method: str, data: str, roots: dict[str, Path], tmp_path: Path) -> None:

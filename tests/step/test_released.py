@@ -47,6 +47,7 @@ def release(part: str, name: str, folder: Path) -> tuple[Path, dict[str, torch.T
     return path, state, [method, *flags, "--machine.device", "cpu", "--machine.workers", "0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "name"),
     [("cam", n) for n in SEEDS] + [("aff", n) for n in REFINERS] + [("seg", n) for n in SEGMENTERS],

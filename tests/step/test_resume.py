@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import pytest
 from running import arguments, digests, make_set, start
 
 MADE = ("weights/*.pt", "cam/*.npz", "aff_label/*", "label/*.png")
@@ -28,6 +29,7 @@ sys.exit(run_sample.main(sys.argv[3:]))
 """A run that kills itself when it is about to put the n-th file of some name in its place."""
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_training_and_in_make_cam_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
     data = make_set(tmp_path / "data")
     script = tmp_path / "killer.py"

@@ -151,11 +151,13 @@ def test_a_finished_run_is_left_as_it_is(out: Path, data: Path, capsys: pytest.C
     assert "next: " not in told and "pseudo masks after the walk" in told
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_bytes(finished: Path, data: Path, tmp_path: Path) -> None:
     assert run(data, tmp_path / "again", "--machine.workers", "2") == 0
     assert digests(tmp_path / "again", *MADE) == digests(finished, *MADE)
 
 
+@pytest.mark.slow
 def test_a_missing_file_is_made_again_and_nothing_else(
     out: Path, finished: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,6 +169,7 @@ def test_a_missing_file_is_made_again_and_nothing_else(
     assert digests(out, *MADE) == digests(finished, *MADE)
 
 
+@pytest.mark.slow
 def test_steps_can_be_done_one_after_the_other(
     finished: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,6 +190,7 @@ def test_a_step_without_what_it_needs_names_it(data: Path, tmp_path: Path, capsy
     assert "cam.pt does not exist. Run train_cam first" in refused(capsys, data, tmp_path / "truth", *flags)
 
 
+@pytest.mark.slow
 def test_parts_together_are_the_whole(
     finished: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,6 +206,7 @@ def test_parts_together_are_the_whole(
     assert (out / "scores.json").read_text() == (finished / "scores.json").read_text()
 
 
+@pytest.mark.slow
 def test_redo_does_the_named_step_again_and_what_rests_on_it(
     out: Path, finished: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -345,6 +350,7 @@ def test_a_bad_list(text: str, told: str, own: Path, tmp_path: Path, capsys: pyt
     assert told in message and "train.txt" in message and not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["size", "value"])
 def test_a_wrong_true_mask_spares_what_is_finished(
     kind: str, own: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -373,6 +379,7 @@ def test_a_truncated_image_stops_training_by_name(
         assert re.search(rf"{IDS[2]}\.jpg cannot be read .*replace it, or take it off the list", told)
 
 
+@pytest.mark.slow
 def test_failing_images_cost_no_other_and_the_same_command_goes_on(
     own: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -405,6 +412,7 @@ def test_a_cam_file_cut_short_is_named_and_made_again_once_deleted(
     assert digests(out, *MADE) == digests(finished, *MADE)
 
 
+@pytest.mark.slow
 def test_unusual_images_work_and_one_without_tags_is_background(
     own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -261,6 +261,7 @@ def test_seed_networks_give_a_map_for_every_class_at_any_size(name: str, size: t
     assert torch.isfinite(maps).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(n for n in registry.SEEDS if not keeps_start_weights(n)))
 def test_seed_networks_classify_without_tags_as_they_were_trained(name: str) -> None:
     """After some updates on two plain images of one class each, the scores tell these apart."""

@@ -171,6 +171,7 @@ def test_views_that_cannot_be_are_refused(data: Catalog) -> None:
         View(order=("flip", "normalize"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["epochs", "stream"])
 def test_same_samples_however_the_work_is_divided(data: Catalog, order: str) -> None:
     plain = global_batches(data, order=order)

@@ -48,6 +48,7 @@ def own(generated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_images_and_tags_alone_give_masks_and_overlays(
     own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,6 +83,7 @@ def test_images_and_tags_alone_give_masks_and_overlays(
     assert not (out / "seg_overlay").exists() and (out / "label_overlay").exists()
 
 
+@pytest.mark.slow
 def test_odd_images(own: Path, tmp_path: Path) -> None:
     root, out = shutil.copytree(own, tmp_path / "odd"), tmp_path / "out"
     pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 4), np.uint8)
@@ -104,6 +106,7 @@ def test_odd_images(own: Path, tmp_path: Path) -> None:
     assert not read_mask(out / "label" / "clear.png").any()
 
 
+@pytest.mark.slow
 def test_the_sheet_shows_a_field_at_several_values(
     own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,6 +129,7 @@ def test_the_sheet_shows_a_field_at_several_values(
         assert told in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_voc_coco_and_folder_give_the_same_run(
     generated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,6 +45,7 @@ def is_empty(root: Path, name: str) -> bool:
     return not np.array(Image.open(root / "SegmentationClass" / f"{name}.png")).any()
 
 
+@pytest.mark.slow
 def test_same_parameters_give_the_same_bytes_in_another_process(sample: Path, tmp_path: Path) -> None:
     options = "--images 12 --val 6 --classes 3 --seed 5".split()
     command = [sys.executable, "-m", "voc12.generated", str(tmp_path / "again"), *options]
@@ -175,6 +176,7 @@ def test_mark_is_seen_in_the_picture() -> None:
             assert np.linalg.norm(mark.std(axis=0)) > 1.5 * np.linalg.norm(plain.std(axis=0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [1, 12, len(MARKS)])
 def test_classes_are_balanced_in_both_splits(classes: int) -> None:
     for split in ("train", "val"):
