@@ -75,7 +75,9 @@ def _foreign_cam(path: Path, stored: Any) -> Cam:
             keys = keys[1:] - 1  # SemFormer's keys start with the background and count from 1 (semformer.md 6)
     else:
         coarse = None
-        keys = np.asarray(sorted(stored), dtype=np.int64)
+        if not all(isinstance(key, int | np.integer) for key in stored):
+            raise ValueError(f"{path}: its classes {list(stored)!r:.60} must be whole numbers.")
+        keys = np.asarray(sorted(stored))
         maps = np.stack([np.asarray(stored[k], np.float32) for k in keys]) if len(keys) else np.zeros((0, 1, 1))
     if maps.ndim != 3 or len(keys) != len(maps):
         raise ValueError(f"{path}: {len(keys)} classes but maps of shape {maps.shape}.")
