@@ -21,7 +21,7 @@ REFUSED = Ending(status=1, seconds=0.1, peak=100)
 
 @pytest.mark.slow
 def test_a_dozen_kills_and_fifty_hostile_files(tmp_path: Path) -> None:
-    flags = "--quick --kills 8 --fuzz 50 --cli 1 --seed 3 --jobs 1 --work".split()
+    flags = "--quick --kills 10 --fuzz 50 --cli 1 --seed 3 --jobs 1 --work".split()
     done = start(["scripts/torture.py", *flags, str(tmp_path)])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     told = done.stdout.splitlines()[-1]

@@ -42,10 +42,10 @@ def read_cam(path: Path) -> Cam:
     keys, maps, size = stored["keys"], stored["maps"].astype(np.float32), tuple(int(v) for v in stored["size"])
     if maps.ndim != 3 or len(keys) != len(maps) or len(size) != 2:
         raise ValueError(f"{path} is no CAM file: {len(keys)} keys, maps of shape {maps.shape}, size {size}.")
-    _check(path, keys, maps)
+    coarse = stored["coarse"].astype(np.float32) if "coarse" in stored else None
+    _check(path, keys, maps, coarse)
     if min(size) < 1 or size[0] * size[1] > LARGEST_MEGAPIXELS * 1e6 or max(size) > _COARSEST * max(maps.shape[1:]):
         raise ValueError(f"{path} is no CAM file: maps of shape {maps.shape} for an image of {size[0]} x {size[1]}.")
-    coarse = stored["coarse"].astype(np.float32) if "coarse" in stored else None
     return Cam(keys.astype(np.int64), maps, size, coarse)  # type: ignore[arg-type]
 
 
@@ -53,13 +53,13 @@ _COARSEST = 64
 """Pixels of an image to a value of its maps, at most."""
 
 
-def _check(path: Path, keys: np.ndarray, maps: np.ndarray) -> None:
+def _check(path: Path, keys: np.ndarray, maps: np.ndarray, coarse: np.ndarray | None) -> None:
     """ValueError for classes that are no numbers of classes, or come twice, and for maps that are not finite."""
     if keys.dtype.kind not in "iu" or keys.ndim != 1 or len(set(keys.tolist())) < len(keys):
         raise ValueError(f"{path} is no CAM file: its classes {keys.tolist()!r:.60} must be whole numbers, each once.")
     if len(keys) and not 0 <= keys.min() <= keys.max() <= 253:
         raise ValueError(f"{path} is no CAM file: its classes {keys.tolist()!r:.60} must be numbers from 0 to 253.")
-    if not np.isfinite(maps).all():
+    if not all(np.isfinite(values).all() for values in (maps, coarse) if values is not None):
         raise ValueError(f"{path} is damaged: its maps hold values that are not finite. Make it again.")
 
 
@@ -77,9 +77,9 @@ def _foreign_cam(path: Path, stored: Any) -> Cam:
         coarse = None
         if not all(isinstance(key, int | np.integer) for key in stored):
             raise ValueError(f"{path}: its classes {list(stored)!r:.60} must be whole numbers.")
-        keys = np.asarray(sorted(stored))
+        keys = np.asarray(sorted(stored), dtype=None if stored else np.int64)
         maps = np.stack([np.asarray(stored[k], np.float32) for k in keys]) if len(keys) else np.zeros((0, 1, 1))
     if maps.ndim != 3 or len(keys) != len(maps):
         raise ValueError(f"{path}: {len(keys)} classes but maps of shape {maps.shape}.")
-    _check(path, keys, maps)
+    _check(path, keys, maps, coarse)
     return Cam(keys.astype(np.int64), maps.astype(np.float32), (maps.shape[1], maps.shape[2]), coarse)

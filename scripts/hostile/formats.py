@@ -68,9 +68,9 @@ def mutate(data: bytes, rng: random.Random) -> tuple[str, bytes]:
         head = rng.choice(_FOREIGN)
         out[: len(head)] = head
     elif kind == "append":
-        out += rng.randbytes(rng.choice([1, 100, 5000]))
+        out = out + rng.randbytes(rng.choice([1, 100, 5000]))
     elif kind == "repeat":
-        out += out
+        out = out + out
     return kind, bytes(out)
 
 

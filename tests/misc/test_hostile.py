@@ -30,6 +30,7 @@ WRONG_CAMS = {
     "class twice": {"keys": np.array([2, 2])},
     "negative class": {"keys": np.array([-1, 2])},
     "class of no 8-bit mask": {"keys": np.array([0, 254])},
+    "infinite coarse maps": {"coarse": np.full((2, 4, 6), np.inf, np.float16)},
     "infinite maps": {"maps": np.full((2, 4, 6), np.inf, np.float16)},
     "huge size": {"size": np.array([30000, 30000])},
     "size of nothing": {"size": np.array([0, 24])},
@@ -44,6 +45,13 @@ def test_cam_files(change: dict[str, np.ndarray], tmp_path: Path) -> None:
     np.savez(path, **{**CAM, **change})
     with pytest.raises(ValueError, match=r"a\.npz"):
         read_cam(path)
+
+
+@pytest.mark.parametrize("key", [0.5, "a", (1, 2), True, 2**70])
+def test_pickled_maps_of_classes_that_are_no_numbers(key: object, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array({1: np.zeros((2, 2)), key: np.zeros((2, 2))}, object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"a\.npy.*whole numbers"):
+        read_cam(tmp_path / "a.npy")
 
 
 def test_arrays_that_claim_more_than_there_is(tmp_path: Path) -> None:
