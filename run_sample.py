@@ -49,7 +49,7 @@ def run(plan: Plan, device: torch.device, command: Sequence[str] = ("python", "r
             plan.say(f"\n{title}: needs all {plan.parts} parts. When they are finished, run it without --shard.")
             return
         plan.say(f"\n{title}: {step.does}")
-        with plan.recording(step):
+        with plan.recording(step, device):
             step.run()(plan.job, device)
         plan.say(f"    files: {', '.join(plan.files(step))}")
     if following := plan.following():

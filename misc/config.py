@@ -7,7 +7,6 @@ A method's recipe is a set of instances of these classes, in the method's own fi
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -16,7 +15,9 @@ import torch
 
 from misc.checked import Checked, Range, When, check
 from misc.crf.dense import CRFSettings
+from misc.distributed import usable_cores
 from misc.image.labels import IGNORE
+from misc.precision import has_fast_bf16
 
 _T = TypeVar("_T")
 
@@ -27,7 +28,8 @@ COSINE = When("schedule", "cosine", "timm_cosine")
 
 Precision = Literal["off", "bf16", "fp16", "fast"]
 """off: float32 everywhere, without TF32. bf16, fp16: mixed precision; matrix products and convolutions of the forward
-pass in this type (fp16 with loss scaling). fast: bf16 on GPUs that support it, else float32; also TF32."""
+pass in this type (fp16 with loss scaling). fast: bf16 where the hardware is fast at it (GPUs with bf16, processors with
+AMX), else float32; also TF32 and the channels-last memory format."""
 
 
 @dataclass(frozen=True)
@@ -344,19 +346,20 @@ class Machine(Checked):
     """Settings of the machine, which do not belong to the recipe; they may change between two calls on one run
     folder."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where networks run. auto: the GPU if there is one, else the CPU."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where networks run. auto: the (NVIDIA or AMD) GPU if there is one, else the CPU. mps: Apple's GPU, untested."""
     amp: Literal["recipe", "off", "bf16", "fp16", "fast"] = "recipe"
     """Precision of all networks. recipe: as in each network's recipe (--cam.amp, --aff.amp, --seg.amp), which is that
     of the published training. The other values are explained there; use fast where speed matters more than the last
     digit."""
-    workers: Annotated[int, Range(least=0)] = dataclasses.field(default_factory=lambda: min(8, os.cpu_count() or 1))
+    workers: Annotated[int, Range(least=0)] = dataclasses.field(default_factory=lambda: min(8, usable_cores()))
     """Worker processes for reading training images and for per-image work on the CPU. 0: none."""
     compile: bool = False
-    """Compile networks with torch.compile for training."""
-    channels_last: bool = False
-    """Use the channels-last memory format on GPUs, where it is often faster. Not used on the CPU, where the backward
-    pass of some PyTorch builds crashes with it."""
+    """Compile networks with torch.compile for training. Dropout then draws other random numbers, so that a training
+    gives other weights than without; mixing both in one training is harmless."""
+    channels_last: bool | None = None
+    """Keep the weights of convolutions, and with them all maps, in the channels-last memory format, which is often
+    faster. None: where the precision is fast and the hardware has bf16."""
     checkpoint_every: Annotated[int | None, Range(least=1)] = None
     """Updates between two resume points. None: twenty resume points per training."""
 
@@ -372,8 +375,14 @@ class Machine(Checked):
     def amp_dtype(self, device: torch.device) -> torch.dtype | None:
         """The reduced precision to use on a device; None for float32, or before ``with_recipe``."""
         if self.amp == "fast":
-            return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+            return torch.bfloat16 if has_fast_bf16(device.type) else None
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.amp)
+
+    def uses_channels_last(self, device: torch.device) -> bool:
+        """Whether networks are in the channels-last memory format on a device."""
+        if self.channels_last is not None:
+            return self.channels_last
+        return self.amp == "fast" and self.amp_dtype(device) is not None
 
     def precision(self, device: torch.device) -> str:
         """The precision to use on a device, in words."""

@@ -24,25 +24,50 @@ def start(device: str) -> torch.device:
     """Join the process group if torchrun started us, and choose this process's device.
 
     Args:
-        device: 'auto' (a GPU if there is one), 'cpu' or 'cuda'.
+        device: 'auto' (a GPU if there is one), 'cpu', 'cuda' or 'mps' (Apple's GPUs, untested).
 
-    Raises ValueError if 'cuda' is requested and there is no GPU, or fewer GPUs than processes.
+    Raises ValueError if a GPU is requested and there is none, or fewer GPUs than processes.
     """
+    chosen = _choose_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        # gloo too: processes that wait for each other by NCCL keep their GPU and a core busy
+        on_gpu = {"backend": "cpu:gloo,cuda:nccl", "device_id": chosen}
+        settings = on_gpu if chosen.type == "cuda" else {"backend": "gloo"}
+        dist.init_process_group(timeout=_LONGEST_WAIT, **settings)  # type: ignore[arg-type]
+    return chosen
+
+
+def _choose_device(device: str) -> torch.device:
+    """This process's device; arguments and errors as for ``start``."""
+    if device == "mps":
+        if not torch.backends.mps.is_available():
+            raise ValueError("--machine.device mps: PyTorch sees no GPU of Apple's here. Leave the flag out.")
+        return torch.device("mps")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--machine.device cuda: PyTorch sees no GPU here. Leave the flag out to run on the CPU.")
-    on_gpu = device != "cpu" and torch.cuda.is_available()
-    chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
-    if on_gpu and chosen.index >= torch.cuda.device_count():
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if chosen.index >= torch.cuda.device_count():
         raise ValueError(
             f"There are {torch.cuda.device_count()} GPUs but more processes: lower --nproc-per-node, or give "
             "--machine.device cpu."
         )
-    if on_gpu:
-        torch.cuda.set_device(chosen)
-        torch.set_float32_matmul_precision("high")  # TF32
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_LONGEST_WAIT)
     return chosen
+
+
+def device_name(device: torch.device) -> str:
+    """A device as run.json records it: the GPU's name, else its type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def usable_cores() -> int:
+    """Processor cores for this process: those that it may use, divided over the processes that torchrun started on
+    this machine; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def stop() -> None:
@@ -69,7 +94,7 @@ def is_main() -> bool:
 def barrier() -> None:
     """Wait for all processes."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.all_reduce(torch.zeros(1))  # on the CPU, where waiting costs nothing
 
 
 def total(value: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from misc.image.cam import Cam
 from misc.image.labels import IGNORE
 from misc.image.picture import Picture
 from misc.loop.trainable import Batch, Trainable
+from misc.precision import at_least_float32
 from misc.score.objects import Instances
 from net.start_weights import StartWeights
 
@@ -380,10 +380,9 @@ class Segmenter(Network):
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """``batch``: image (B, 3, H, W), mask (B, H, W) int64 with 255 = ignore -> {"ce": cross entropy}."""
-        logits = self.logits(batch["image"])
+        logits = at_least_float32(self.logits(batch["image"]))
         size = batch["mask"].shape[-2:]
         if logits.shape[-2:] != size:
             logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=self.loss_align_corners)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # half precision is not enough here
         total = F.cross_entropy(logits, batch["mask"], ignore_index=IGNORE, reduction="sum")
         return {"ce": total / batch["counts/pixels"].clamp(min=1e-5)}

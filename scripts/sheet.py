@@ -32,7 +32,7 @@ from misc.image import draw, pixels
 from misc.image.cam import Cam
 from misc.image.labels import IGNORE
 from misc.image.picture import Picture
-from misc.loop.fit import autocast
+from misc.precision import autocast
 from misc.score.metrics import Confusion, mask_at
 from misc.tables import ResultTable
 from net.contract import AffinityNetwork

@@ -14,7 +14,7 @@ from misc.files.images import read_image
 from misc.files.store import write_arrays
 from misc.infer.cams import infer_logits, infer_raw_maps
 from misc.loop.each import each
-from misc.loop.fit import autocast
+from misc.precision import autocast
 from misc.score import wsol
 from step.lib.boxes import on_grid
 from step.lib.config import Job

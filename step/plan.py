@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from misc import distributed
 from misc.config import flatten
 from misc.files.runfolder import OtherConfiguration, RunFolder
 from misc.loop.each import EachFailed, WorkerDied
-from misc.loop.fit import NonFiniteLoss, divide, resume_point
+from misc.loop.fit import NonFiniteLoss, OutOfMemory, divide, resume_point
 from net import registry, verify
 from net.contract import Phase
 from step import STEPS, Step, report, select
@@ -21,7 +23,9 @@ from step.lib.config import Config, Job, open_job
 from voc12 import loader
 from voc12.generated import sets
 
-PROBLEMS = (ValueError, OSError, EachFailed, WorkerDied, loader.WorkerDied, NonFiniteLoss, OtherConfiguration)
+PROBLEMS = (
+    ValueError, OSError, EachFailed, WorkerDied, loader.WorkerDied, NonFiniteLoss, OutOfMemory, OtherConfiguration
+)
 """Errors that tell the user what to do, printed without a traceback. Any other exception is a bug."""
 
 
@@ -55,10 +59,16 @@ class Plan:
         """Whether a step must wait for the parts of the images in other jobs."""
         return self.parts > 1 and not step.per_image and any(made.per_image for made in self.made)
 
-    def recording(self, step: Step) -> AbstractContextManager[None]:
-        """Record in run.json that a step is done, with its time and memory."""
+    def recording(self, step: Step, device: torch.device) -> AbstractContextManager[None]:
+        """Record in run.json that a step is done, with its time and memory, the device and the precision there."""
         self.made.append(step)
-        return self.job.run.step(step.name, done=self.parts == 1 or not step.per_image, makes=step.makes)
+        cfg = self.job.cfg
+        recipe = {"aff": cfg.aff, "walk": cfg.aff, "seg": cfg.seg}.get(step.name.rpartition("_")[2], cfg.cam)
+        machine = self.job.machine(recipe, device)
+        layout = ", channels last" if machine.uses_channels_last(device) else ""
+        made_on = {"device": distributed.device_name(device), "precision": machine.precision(device) + layout}
+        done = self.parts == 1 or not step.per_image
+        return self.job.run.step(step.name, done=done, makes=step.makes, made_on=made_on)
 
     def files(self, step: Step) -> list[str]:
         """The existing files and folders that a step has made."""

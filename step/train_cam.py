@@ -14,7 +14,7 @@ from PIL import Image
 from misc.files.images import read_image, read_mask
 from misc.image.labels import IGNORE
 from misc.image.pixels import normalise_image, resize_image, resize_mask, to_tensor
-from misc.loop.fit import autocast
+from misc.precision import autocast
 from misc.score.metrics import ThresholdCurve
 from net.contract import Network, Phase, SeedNetwork, TaggedPhase, TagScorer
 from step.lib.boxes import known_boxes

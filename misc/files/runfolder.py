@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -205,8 +205,11 @@ class RunFolder:
                 store.write_json(self.root / "scores.json", kept)
 
     @contextlib.contextmanager
-    def step(self, step: str, done: bool = True, makes: Sequence[str] = ()) -> Iterator[None]:
-        """Time a step and record it when the block ends without an error: as done, or (one shard of it) not yet.
+    def step(
+        self, step: str, done: bool = True, makes: Sequence[str] = (), made_on: Mapping[str, str] | None = None
+    ) -> Iterator[None]:
+        """Time a step and record it when the block ends without an error: as done, or (one shard of it) not yet, and
+        ``made_on``, which device and precision it had.
 
         Half-written files of killed processes in what the step ``makes`` (folders and files of the run folder) are
         removed first. Parallel parts of a step may end in any order: their times add up, the highest peak counts.
@@ -227,6 +230,7 @@ class RunFolder:
                     "done": done or before.get("done", False),
                     "seconds": round(before.get("seconds", 0.0) + seconds, 2),
                     **peaks,
+                    **(made_on or {}),
                 }
                 store.write_json(self.root / "run.json", record)
         distributed.barrier()
@@ -260,7 +264,7 @@ def _git_commit() -> str:
 
 
 def _reset_peak() -> None:
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # asking further would open a context on a GPU that this run may not use
         torch.cuda.reset_peak_memory_stats()
     try:  # Linux: start the high-water mark of this process anew
         Path(f"/proc/{os.getpid()}/clear_refs").write_text("5")
@@ -276,7 +280,7 @@ def _peak() -> dict[str, float]:
         peak["peak_memory_mb"] = round(kib / 1024, 1)
     except (OSError, StopIteration):
         pass
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         peak["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
     return peak
 

@@ -105,14 +105,29 @@ def each(
 
 
 def _guarded(image_id: str, action: Callable[[], Any], failures: list[Failure]) -> None:
-    try:
-        action()
-    except atomic.DiskFull:
-        raise
-    except torch.OutOfMemoryError as error:
-        failures.append(Failure(image_id, f"out of GPU memory ({error})"))
-    except Exception as error:  # one bad image must not cost the others
-        failures.append(Failure(image_id, f"{type(error).__name__}: {error}"))
+    """Call ``action``; an error is a failure of this image. Out of GPU memory, it is called once more: the images
+    before may have left the memory in pieces."""
+    for attempt in (1, 2):
+        try:
+            action()
+            return
+        except atomic.DiskFull:
+            raise
+        except torch.OutOfMemoryError as error:
+            cause = f"out of GPU memory ({error})"
+        except Exception as error:  # one bad image must not cost the others
+            if _is_cuda_error(error):
+                raise
+            failures.append(Failure(image_id, f"{type(error).__name__}: {error}"))
+            return
+        if attempt == 1:
+            torch.cuda.empty_cache()  # here, where the error no longer holds the tensors of its frames
+    failures.append(Failure(image_id, cause))
+
+
+def _is_cuda_error(error: Exception) -> bool:
+    """Whether the GPU itself failed: then nothing more can be computed on it in this process."""
+    return isinstance(error, RuntimeError) and str(error).startswith("CUDA error")
 
 
 def _look_ahead(

@@ -27,6 +27,11 @@ from misc.files import store
 from misc.loop.each import WorkerDied
 from misc.loop.progress import Progress
 from misc.loop.trainable import Batch, Trainable
+from misc.precision import autocast, full_precision, place
+
+
+class OutOfMemory(RuntimeError):
+    """The GPU's memory is too small for the images of a micro-batch. The last resume point is kept."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -109,10 +114,10 @@ def make_optimiser(groups: list[Any], fit: Fit, device: torch.device) -> torch.o
         for group in groups
         if group.params
     ]
-    fused = device.type == "cuda"
     if fit.optimiser == "adamw":
-        return torch.optim.AdamW(listed, lr=fit.lr, fused=fused)
-    return torch.optim.SGD(listed, lr=fit.lr, momentum=fit.momentum, nesterov=fit.nesterov, fused=fused)
+        return torch.optim.AdamW(listed, lr=fit.lr, fused=device.type == "cuda")
+    # not fused: with momentum that fails where some parameters get their first gradient later than others
+    return torch.optim.SGD(listed, lr=fit.lr, momentum=fit.momentum, nesterov=fit.nesterov)
 
 
 Rules = list[tuple[torch.optim.Optimizer, Fit]]
@@ -131,16 +136,6 @@ def set_lr(optimiser: torch.optim.Optimizer, fit: Fit, step: int, total: int, sc
     """Set every group's rate for update ``step``, before the update; ``scale`` is the network's factor of all rates."""
     for group in optimiser.param_groups:
         group["lr"] = fit.lr * group["lr_scale"] * lr_factor(fit, step, total) * scale
-
-
-def autocast(machine: Machine, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The autocast context of a run; no effect if amp is off. Also sets, for the whole process, whether float32 may be
-    computed in TF32 (PyTorch's default allows it for convolutions)."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = machine.amp == "fast"
-    kind = machine.amp_dtype(device)
-    if kind is None:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=kind)
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -205,9 +200,7 @@ def fit(
     """
     division = divide(recipe, distributed.world())
     main = distributed.is_main()
-    network.to(device)
-    if machine.channels_last and device.type == "cuda":
-        network.to(memory_format=torch.channels_last)
+    place(network, machine, device)
     network.train()
     rules = make_rules(network.param_groups(), recipe, device)
     scaler = torch.amp.GradScaler(device.type, enabled=machine.amp_dtype(device) == torch.float16)
@@ -235,8 +228,12 @@ def fit(
                 set_lr(optimiser, rule, step, total, network.lr_scale(step / total))
             seed_step(seed, step)
             move_copies(network)
-            micro = [_to(batch, device, machine) for batch in _take(stream, division.micro)]
-            terms = _update(model, network, rules, scaler, micro, step / total, recipe, machine, device)
+            micro = [
+                {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+                for batch in _take(stream, division.micro)
+            ]
+            with _explained(name, division):
+                terms = _update(model, network, rules, scaler, micro, step / total, recipe, machine, device)
             if not all(math.isfinite(v) for v in terms.values()):
                 _stop(micro, terms, step, log, name)
             if writer is not None:
@@ -280,17 +277,18 @@ def keep(
             network.eval()
             with torch.no_grad(), autocast(machine, device):
                 finish()
-        store.write_model(weights, {k: v.cpu() for k, v in network.state_dict().items()}, description)
+        state = {k: v.cpu().contiguous() for k, v in network.state_dict().items()}  # in no layout of this machine's
+        store.write_model(weights, state, description)
     distributed.barrier()
 
 
 def _wrap(network: Trainable, machine: Machine, device: torch.device) -> nn.Module:
     model: nn.Module = network
-    if machine.compile:
-        model = torch.compile(model)  # type: ignore[assignment]
     if distributed.world() > 1:
         ids = [device.index] if device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=ids, find_unused_parameters=bool(network.finds_unused))
+    if machine.compile:  # last, so that the compiler divides the backward pass where gradients are exchanged
+        model = torch.compile(model)  # type: ignore[assignment]
     return model
 
 
@@ -306,11 +304,19 @@ def _take(stream: Iterator[Batch], count: int) -> list[Batch]:
         ) from None
 
 
-def _to(batch: Batch, device: torch.device, machine: Machine) -> Batch:
-    moved = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-    if machine.channels_last and device.type == "cuda":
-        moved["image"] = moved["image"].contiguous(memory_format=torch.channels_last)
-    return moved
+@contextlib.contextmanager
+def _explained(name: str, division: Division) -> Iterator[None]:
+    """Says what helps if the GPU's memory is too small for an update."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        size, flag = division.micro_size, f"--{name}" if name in ("cam", "aff", "seg") else f"--cam.{name}"
+        smaller = f"{flag}.fit.micro-batch {size // 2}" if size > 1 else f"a smaller {flag}.augment.crop"
+        raise OutOfMemory(
+            f"{name}: the GPU's memory is too small for {size} image(s) at a time. Train in another run folder with "
+            f"{smaller}" + ("; the recipe's batch stays the same." if size > 1 else ".") +
+            f" PyTorch says: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _update(
@@ -318,15 +324,16 @@ def _update(
     micro: list[Batch], progress: float, recipe: Fit, machine: Machine, device: torch.device,
 ) -> dict[str, float]:
     """One update from its micro-batches; returns the loss terms averaged over micro-batches and processes."""
-    for batch in micro:
-        batch.update(network.prepare(batch, progress))
+    with full_precision(device.type):
+        for batch in micro:
+            batch.update(network.prepare(batch, progress))
     _share_counts(network, micro)
     for optimiser, _ in rules:
         optimiser.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
     for number, batch in enumerate(micro):
         # processes exchange gradients once per update, with the last micro-batch
-        quiet = isinstance(model, DistributedDataParallel) and number + 1 < len(micro)
+        quiet = distributed.world() > 1 and number + 1 < len(micro)
         with model.no_sync() if quiet else contextlib.nullcontext():  # type: ignore[operator]
             with autocast(machine, device):
                 terms = model(batch, progress)
@@ -425,7 +432,7 @@ def _resume(
 
 def _check_weights(network: Trainable, step: int, name: str) -> None:
     """Refuse to write weights that are not finite: a finite loss can have non-finite gradients."""
-    if not all(bool(torch.isfinite(p).all()) for p in network.parameters()):
+    if not all(bool(torch.isfinite(value).all()) for value in network.state_dict().values()):
         raise NonFiniteLoss(
             f"{name}: weights are not finite after update {step} and are not written. An earlier resume point is kept. "
             f"Start the same command again with --machine.amp off, or train anew with a smaller --{name}.fit.lr."

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from misc.image.labels import IGNORE
+from misc.precision import full_precision
 
 Displacement = tuple[int, int]
 """(dy, dx) from a pair's source to its target, in cells; dy >= 0."""
@@ -269,7 +270,7 @@ def walk(transition: Tensor, scores: Tensor, steps: int) -> Tensor:
     leaving = weight.new_zeros(len(cells), 1).index_add_(0, rows, weight[:, None])  # (N, 1)
     others = _csr(starts, columns, weight)
     values = scores.t().contiguous()  # (N, K)
-    with torch.autocast(values.device.type, enabled=False):
+    with full_precision(values.device.type):
         for _ in range(steps):
             values = (others @ values).addcmul_(leaving, values, value=-1).add_(values)
     return values.t().contiguous()

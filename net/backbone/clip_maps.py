@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from misc.precision import full_precision
 from misc.propagate.caa import scale_to_unit
 from net.backbone.clip import ClipOptions, TextTower, VisionTower
 from net.backbone.clip_text import Texts, text_features
@@ -116,7 +117,7 @@ class FrozenClip(nn.Module):
         block, present = self.visual.transformer.resblocks[-1], tags > 0
         classes = present.shape[1]
         texts = torch.cat([self.class_features, self.background_features])  # (C + M, E)
-        with torch.enable_grad(), torch.autocast(tokens.device.type, enabled=False):
+        with torch.enable_grad(), full_precision(tokens.device.type):
             tokens = tokens.detach().float()
             normalised = block.ln_1(tokens).detach().requires_grad_()
             output = block.after_norm(tokens, normalised, see)
@@ -140,7 +141,7 @@ class FrozenClip(nn.Module):
 
     def text_logits(self, images: Tensor) -> Tensor:
         """Scaled cosines of images with all texts, without gradient: (B, 3, H, W) normalised -> (B, C + M) float32."""
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        with torch.no_grad(), full_precision(images.device.type):
             tokens, _ = self.visual.forward_features(images.float())
             texts = torch.cat([self.class_features, self.background_features])
             return self.logit_scale.exp() * self._feature(self.visual.transformer.resblocks[-1](tokens)) @ texts.T

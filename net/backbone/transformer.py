@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from misc.precision import full_precision
+
 _EPSILON = 1e-6
 
 
@@ -105,7 +107,7 @@ def spread_maps(affinity: Tensor, maps: Tensor) -> Tensor:
 
     affinity (B, N, N), maps (B, C, h, w) with h w = N -> (B, C, h, w) float32, also under mixed precision.
     """
-    with torch.autocast(maps.device.type, enabled=False):
+    with full_precision(maps.device.type):
         return (maps.float().flatten(2) @ affinity.float().transpose(1, 2)).view_as(maps)
 
 

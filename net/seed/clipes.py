@@ -23,6 +23,7 @@ from torch import Tensor
 from misc.checked import Count, Fraction, check
 from misc.config import CamInference, Fit
 from misc.loop.trainable import Batch
+from misc.precision import full_precision
 from misc.propagate.caa import refine_by_attention, scale_to_unit
 from net.backbone.clip import ClipOptions
 from net.backbone.clip_maps import FrozenClip
@@ -56,7 +57,7 @@ class Clipes(SeedNetwork):
         0 for absent classes."""
         layers, blocks = self.encoder.layers, self.options.blocks
         attention = AttentionSums(1, [0] * layers, [0] * (layers - blocks) + [1 / blocks] * blocks)
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        with torch.no_grad(), full_precision(images.device.type):
             tokens, grid = self.encoder.visual.forward_features(images.float(), attention)
         found = self.encoder.class_gradients(tokens, tags, lambda seen: attention(layers - 1, seen))
         maps = found.maps(grid)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from misc.checked import Count, Positive, Probability, Weight, When
 from misc.config import Augment, BoxInference, CamInference, Fit
+from misc.precision import at_least_float32
 from net.backbone.resnet import SAMPLE_RESNET, ResNet, ResNetOptions, load_resnet
 from net.backbone.transformer import Visit
 from net.backbone.vit import SAMPLE_VIT, SemanticViT, ViTOptions
@@ -161,7 +162,8 @@ def agreement_loss(cnn: Tensor, transformer: Tensor, size: tuple[int, int] | Non
     """
     if size is not None:
         cnn, transformer = (
-            F.interpolate(m, size=size, mode="bilinear", align_corners=True) for m in (cnn, transformer)
+            F.interpolate(at_least_float32(maps), size=size, mode="bilinear", align_corners=True)
+            for maps in (cnn, transformer)
         )
     return (cnn - transformer).abs().mean()
 

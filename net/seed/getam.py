@@ -23,6 +23,7 @@ from misc.crf.energy import DenseOptions, dense_energy
 from misc.image.labels import IGNORE
 from misc.image.picture import truncate_values
 from misc.image.pixels import box_mask
+from misc.precision import at_least_float32, full_precision
 from misc.propagate.par import PAMR, PixelAdaptive
 from net.backbone.dpt import ChannelGate, DPTDecoder, DPTEncoder, DPTOptions
 from net.backbone.transformer import QueryKey
@@ -66,7 +67,7 @@ class Getam(SingleStage):
             return {"cls": multilabel_soft_margin(self.class_logits(images), batch["tags"])}
         classes, logits = self.forward_both(images)
         terms = {"cls": multilabel_soft_margin(classes, batch["tags"])}
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images.device.type):
             return {**terms, **self.segmentation_losses(logits.float(), batch)}
 
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:
@@ -112,7 +113,7 @@ class Getam(SingleStage):
         """Class logits (B, C), and segmentation logits (B, C + 1, H, W), background first, of images (B, 3, H, W)."""
         whole = self._whole(images)
         maps = self.pretrained(whole)
-        x = self.scratch.output_conv(self.cam_module(self.scratch(maps)))
+        x = at_least_float32(self.scratch.output_conv(self.cam_module(self.scratch(maps))))
         x = F.interpolate(x, size=whole.shape[-2:], mode="bilinear", align_corners=True)
         return self._classes(maps[-1]), x[..., : images.shape[2], : images.shape[3]]
 
@@ -141,7 +142,7 @@ class Getam(SingleStage):
 
         first, body = self.options.start_layer, self.pretrained.model
         last = self.pretrained.act_postprocess4
-        with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
+        with torch.enable_grad(), full_precision(images.device.type):
             with torch.no_grad():
                 x, grid, _ = body.embed_with_stem(self._whole(images.float()))
                 for block in body.blocks[:first]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from misc.checked import Range, When, check
 from misc.config import Augment, CamInference, Fit, override
+from misc.precision import full_precision
 from net.backbone.transformer import AttentionSums, spread_maps
 from net.backbone.vit import (
     SAMPLE_VIT,
@@ -183,7 +184,7 @@ def ranking_pool(maps: Tensor, decay: float) -> Tensor:
     """
     ranked = maps.float().flatten(2).sort(dim=2, descending=True).values  # (B, C, N)
     weights = decay ** torch.arange(ranked.shape[2], device=maps.device, dtype=torch.float32)
-    with torch.autocast(maps.device.type, enabled=False):  # thousands of small weights: not in half precision
+    with full_precision(maps.device.type):  # thousands of small weights: not in half precision
         return ranked @ (weights / weights.sum())
 
 
@@ -193,7 +194,7 @@ def contrast_loss(tokens: Sequence[Tensor], tags: Tensor) -> Tensor:
     Only tokens of present classes are pushed away, but from those of absent classes too.
     """
     stacked = torch.stack(list(tokens)).float()  # (L, B, C, D)
-    with torch.autocast(stacked.device.type, enabled=False):
+    with full_precision(stacked.device.type):
         unit = F.normalize(stacked, dim=3)
         similarity = unit @ unit.transpose(2, 3)  # (L, B, C, C)
     errors = -similarity.log_softmax(3).diagonal(dim1=2, dim2=3).mean(0)  # (B, C)

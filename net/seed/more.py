@@ -26,6 +26,7 @@ from misc.crf.energy import DenseOptions
 from misc.image.labels import IGNORE
 from misc.infer.online import resize_maps, threshold_label
 from misc.loop.trainable import Batch, sample_streams
+from misc.precision import full_precision
 from net.backbone.auxiliary_vit import AuxiliaryViT
 from net.backbone.vit import SAMPLE_VIT, ViTOptions
 from net.contract import Network, Recipe, SeedRecipe, SegmentTest
@@ -63,7 +64,7 @@ class More(SelfTrainedViT):
         ptc = patch_contrast(
             patches, batch["token_label"], batch["counts/same_pairs"], batch["counts/different_pairs"]
         )
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images.device.type):
             mct = token_contrast(rebuilt)
             if options.mct_with_mean:
                 mct = (mct + mean_margin(rebuilt, tags)) / 2

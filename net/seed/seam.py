@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from misc.checked import DropProbability, Positive, Probability, Range
 from misc.config import Augment, CamInference, Fit
+from misc.precision import full_precision
 from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
 from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
 from net.foreign.loading import load_tensors
@@ -162,7 +163,7 @@ def correlate(values: Tensor, features: Tensor) -> Tensor:
     Returns:
         (B, K, h, w) float32, a convex combination of ``values`` at every pixel. seam.md section 3, step 4.
     """
-    with torch.autocast(values.device.type, enabled=False):
+    with full_precision(values.device.type):
         vectors = features.float().flatten(2)  # (B, D, N)
         vectors = vectors / (vectors.norm(dim=1, keepdim=True) + _EPSILON)
         rows = vectors.transpose(1, 2)  # (B, N, D)

@@ -27,6 +27,7 @@ from misc.image.labels import IGNORE
 from misc.image.pixels import box_mask
 from misc.infer.online import region_of_interest, resize_maps, threshold_label
 from misc.loop.trainable import Batch, MomentumCopy, sample_streams
+from misc.precision import full_precision
 from net.backbone.auxiliary_vit import AuxiliaryViT, ProjectionHead
 from net.backbone.vit import SAMPLE_VIT
 from net.contract import Network, Recipe, SeedRecipe, SegmentTest
@@ -205,7 +206,7 @@ def class_contrast(teacher: Tensor, student: Tensor, flags: Tensor, temperature:
         Scalar, mean over the images; in float32 and by logarithms of sums, which don't overflow (toco.md section 9,
         trap 6).
     """
-    with torch.autocast(teacher.device.type, enabled=False):
+    with full_precision(teacher.device.type):
         batch = len(flags)
         first = teacher.float().unflatten(0, (-1, batch)).transpose(0, 1)  # (B, 2, P)
         second = student.float().unflatten(0, (-1, batch)).transpose(0, 1)  # (B, V, P)

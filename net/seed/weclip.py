@@ -26,6 +26,7 @@ from misc.config import Augment, CamInference, Fit, SegInference
 from misc.crf.dense import CRFSettings
 from misc.image.labels import IGNORE
 from misc.loop.trainable import Batch
+from misc.precision import full_precision
 from misc.propagate.caa import refine_by_attention, scale_to_unit
 from misc.propagate.par import PAR, PixelAdaptive
 from net.backbone.clip import ClipOptions, ClipTransformer
@@ -71,7 +72,7 @@ class Weclip(SingleStage):
         fused = self.decoder_fts_fuse(batch["tokens"], grid)
         logits, affinity = self.decoder(fused), cell_affinity(fused)
         counts = [batch[f"counts/{name}"] for name in ("background", "foreground", "same", "different")]
-        with torch.autocast(fused.device.type, enabled=False):
+        with full_precision(fused.device.type):
             size = batch["label"].shape[1:]
             logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
             return {
@@ -125,7 +126,7 @@ class Weclip(SingleStage):
         """Patch tokens (B, L, N, D) after the L blocks before the last, all tokens (B, T, D) of the last of these, and
         the grid; without gradient, in full precision."""
         outputs: list[Tensor] = []
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        with torch.no_grad(), full_precision(images.device.type):
             last, grid = self.encoder.visual.forward_features(
                 images.float(), visit, lambda _, x: outputs.append(x[:, 1:])
             )
@@ -231,7 +232,7 @@ class MaskDecoder(nn.Module):
 
 def cell_affinity(fused: Tensor) -> Tensor:
     """P: sigmoid of the inner products of the cells' vectors, (B, E, h, w) -> (B, N, N) float32."""
-    with torch.autocast(fused.device.type, enabled=False):
+    with full_precision(fused.device.type):
         vectors = fused.float().flatten(2)  # (B, E, N)
         return (vectors.transpose(1, 2) @ vectors).sigmoid()
 

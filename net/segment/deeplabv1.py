@@ -15,6 +15,7 @@ from misc.checked import Count, DropProbability, Positive
 from misc.config import Augment, Fit, SegInference
 from misc.crf.dense import CRFSettings
 from misc.image.labels import IGNORE
+from misc.precision import at_least_float32
 from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
 from net.contract import Network, Options, Segmenter, SegmentRecipe
 from net.foreign.loading import load_tensors
@@ -64,7 +65,7 @@ class DeepLabV1(Segmenter):
         x = self.backbone(images)["conv6"]  # (B, 4096, h, w), h = ceil(H / 8)
         x = F.relu(self.bn_fov(self.conv_fov(x)))
         x = F.relu(self.bn_fov2(self.conv_fov2(x)))
-        x = self.cls_conv(self.drop(x))  # (B, C + 1, h, w)
+        x = at_least_float32(self.cls_conv(self.drop(x)))  # (B, C + 1, h, w)
         return F.interpolate(x, size=images.shape[-2:], mode="bilinear", align_corners=True)
 
     def param_groups(self) -> list[Group]:

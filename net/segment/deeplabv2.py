@@ -19,6 +19,7 @@ from misc.config import Augment, Fit, SegInference
 from misc.crf.dense import CRFSettings
 from misc.image.labels import IGNORE
 from misc.image.pixels import resize_masks
+from misc.precision import at_least_float32
 from net.backbone import scaled_channels
 from net.contract import Batch, Network, Options, Segmenter, SegmentRecipe
 from net.foreign.loading import load_tensors
@@ -121,7 +122,7 @@ class DeepLabV2(Segmenter):
     def logits_by_size(self, images: Tensor) -> list[Tensor]:
         """Logits of every size of the input, 1 first: (B, 3, H, W) -> (B, C + 1, *logits_size(size)) each."""
         smaller = (shrink_images(images, factor) for factor in self.options.scales)
-        return [self.base(scaled) for scaled in (images, *smaller)]
+        return [at_least_float32(self.base(scaled)) for scaled in (images, *smaller)]
 
     @staticmethod
     def merge_sizes(logits: list[Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from misc.checked import Positive, Range, When
 from misc.config import Augment, Fit, SegInference
 from misc.crf.dense import CRFSettings
 from misc.image.labels import IGNORE
+from misc.precision import at_least_float32
 from net.backbone.resnest import ResNeSt, ResNeStOptions
 from net.backbone.resnet import SAMPLE_RESNET, ResNet, ResNetOptions, load_resnet
 from net.contract import Network, Options, Segmenter, SegmentRecipe
@@ -55,6 +56,7 @@ class DeepLabV3Plus(Segmenter):
         """(B, 3, H, W) -> (B, C + 1, H, W): upsampled inside the network, with aligned corners."""
         taps = self.model.forward_stages(images)
         scores = self.decoder(self.aspp(taps["layer4"]), taps["layer1"])  # (B, C + 1, h, w), h = ceil(H / 4)
+        scores = at_least_float32(scores)
         return F.interpolate(scores, size=images.shape[-2:], mode="bilinear", align_corners=True)
 
     def _freeze(self) -> None:

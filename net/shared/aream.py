@@ -22,6 +22,7 @@ from misc.checked import Probability, Range, Weight, When, check
 from misc.image.labels import IGNORE
 from misc.image.pixels import box_mask, find_normalisation, truncated_size
 from misc.infer.cams import scale_rectified
+from misc.precision import full_precision
 from misc.propagate.par import PixelAdaptive
 from net.backbone.conformer import ConformerOptions
 from net.backbone.transformer import AttentionSums, QueryKey, Visit, spread_maps
@@ -215,7 +216,7 @@ def patch_logits(attention: QueryKey, tokens: int) -> Tensor:
     """Mean over heads of the patches' logits: -> (B, N, N) float32, with gradient; ``tokens`` class tokens are left
     out. One product, in which no head has a matrix of its own."""
     query, key = (x[:, :, tokens:].float() for x in (attention.query, attention.key))
-    with torch.autocast(query.device.type, enabled=False):
+    with full_precision(query.device.type):
         return QueryKey(query, key).mean_logits()
 
 

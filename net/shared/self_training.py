@@ -22,6 +22,7 @@ from misc.image.labels import IGNORE
 from misc.image.picture import restore_values, truncate_values
 from misc.infer.online import merge_batch_maps, present_classes, refined_label
 from misc.loop.trainable import Batch
+from misc.precision import full_precision
 from net.backbone.auxiliary_vit import AuxiliaryViT, LargeFovHead, MaxClassifier
 from net.backbone.vit import ViTOptions
 from net.contract import Options, SingleStage
@@ -115,7 +116,7 @@ class SelfTrainedViT(SingleStage):
             nothing = logits.float().sum() * 0.0
             return {"seg": nothing, "reg": nothing.detach()}
         label, images = batch["label"], batch["image"]
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images.device.type):
             logits = F.interpolate(logits.float(), size=label.shape[-2:], mode="bilinear", align_corners=False)
             seg = balanced_cross_entropy(logits, label, batch["counts/background"], batch["counts/foreground"])
             colours = restore_values(images, self.normalisation)
@@ -198,7 +199,7 @@ def patch_contrast(patches: Tensor, label: Tensor, same_pairs: Tensor, different
     Returns:
         Scalar in [0, 1]; 1/2 where there is no pair.
     """
-    with torch.autocast(patches.device.type, enabled=False):
+    with full_precision(patches.device.type):
         unit = F.normalize(patches.float().flatten(2), dim=1, eps=1e-8)  # (B, D, N)
         similarity = (unit.transpose(1, 2) @ unit).abs()  # (B, N, N)
     same, different = token_pairs(label.flatten(1))

@@ -9,7 +9,7 @@ import torch
 
 from misc.files.images import read_image
 from misc.infer.cams import infer_raw_maps, merge_maps, normalise_maps
-from misc.loop.fit import autocast
+from misc.precision import autocast
 from misc.score import wsol
 from net.contract import SeedNetwork
 from step.lib.config import Job

@@ -17,7 +17,7 @@ from misc.image.labels import IGNORE
 from misc.image.picture import Picture
 from misc.infer import cams
 from misc.infer.masks import segment, with_crf
-from misc.loop.fit import autocast
+from misc.precision import autocast
 from misc.score.objects import Instances
 from net.contract import Refiner, SeedNetwork, Segmenter, SingleStage
 from step.lib.config import Job

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from misc.precision import place
 from net.contract import AffinityNetwork, Network, Phase, Refiner, SeedNetwork, Segmenter, SingleStage
 from net.model import load_state
 from step.lib.config import Job
@@ -22,13 +23,15 @@ def build_network(job: Job, phase: Phase, earlier: Mapping[str, Network] | None 
 def load_network(
     job: Job, name: str, phase: Phase, device: torch.device, earlier: Mapping[str, Network] | None = None
 ) -> Network:
-    """The network of a phase with its trained weights, in evaluation mode on ``device``.
+    """The network of a phase with its trained weights, in evaluation mode on ``device``, ready to infer at the
+    machine's precision.
 
     Raises FileNotFoundError if its step has not run, and ValueError if the file belongs to another network.
     """
     network = build_network(job, phase, earlier)
     load_state(network, job.run.weights(name))
-    return network.to(device).eval()
+    place(network, job.machine(phase, device), device)
+    return network.eval()
 
 
 def load_cam_network(job: Job, device: torch.device) -> SeedNetwork:

@@ -28,6 +28,7 @@ from misc.files.images import jpeg_bytes, read_image, write_mask
 from misc.image import draw, pixels
 from misc.image.picture import Picture
 from misc.loop.each import EachFailed, each
+from misc.precision import place
 from net.contract import AffinityNetwork, Phase, SeedNetwork, Segmenter, SingleStage
 from net.model import Model
 from step.lib.inference import infer_class_scores, predict_cam, walk_cam
@@ -77,15 +78,15 @@ def segment_images(
         ValueError: the folder holds results of another model or other settings.
         EachFailed: some images failed, the others are finished.
     """
-    network = model.network.to(device)
+    network, machine = model.network, folder.machine.with_recipe(model.recipe.amp, device)
     assert isinstance(network, Segmenter | SingleStage)
+    place(network, machine, device)
     infer: SegInference = model.recipe.infer
     if fast:
         usual = model.recipe.augment.crop if infer.square else 1
         nearest = min(infer.scales, key=lambda scale: abs(math.log(scale / usual)))
         infer = override(infer, {"scales": (nearest,), "flip": False, "crf.iterations": 0})
     values = np.arange(len(model.classes) + 1, dtype=np.uint8)
-    machine = folder.machine.with_recipe(model.recipe.amp, device)
 
     def scores(image_id: str, image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         _, found = infer_class_scores(network, image, infer, machine, device)
@@ -132,15 +133,18 @@ def map_images(
         refine = "walk" if refiner else "crf"
     if refine == "walk" and (refiner is None or refiner.classes != cam.classes):
         raise ValueError("--refine walk: the run has no trained refiner for these classes. Run train_aff, or leave it.")
-    network, walker = cam.network.to(device), refiner.network.to(device) if refiner else None
+    network, machine = cam.network, folder.machine.with_recipe(cam.recipe.amp, device)
     assert isinstance(network, SeedNetwork)
+    place(network, machine, device)
+    if refiner is not None:
+        walk_machine = folder.machine.with_recipe(refiner.recipe.amp, device)
+        place(refiner.network, walk_machine, device)
     infer: CamInference = cam.recipe.infer
     if fast:
         infer = override(infer, {"scales": infer.scales[:1], "flip": False})
     keys = np.array(sorted({cam.classes.index(tag) for tag in tags}))
     present = np.zeros(len(cam.classes), np.float32)
     present[keys] = 1
-    machine = folder.machine.with_recipe(cam.recipe.amp, device)
 
     def scores(image_id: str, image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         path = folder.file("maps", image_id, "npz")
@@ -152,11 +156,10 @@ def map_images(
             store.write_bytes(path, jpeg_bytes(draw.heat(image, score)))
         values = np.array([0, *(keys + 1)], np.uint8)
         if refine == "walk":
-            assert refiner is not None and isinstance(walker, AffinityNetwork)
+            assert refiner is not None and isinstance(walker := refiner.network, AffinityNetwork)
             picture = Picture.of_rgb(image, walker.normalisation)
             seen = replace(stored, size=image.shape[:2])  # the walk works at the size of the network's input
-            at = folder.machine.with_recipe(refiner.recipe.amp, device)
-            return walk_cam(walker, picture, seen, refiner.recipe.walk, at, device)[0], values
+            return walk_cam(walker, picture, seen, refiner.recipe.walk, walk_machine, device)[0], values
         found = np.concatenate([np.full_like(maps[:1], threshold), maps])  # (K + 1, h, w)
         return (DenseCRF(image, CRFSettings(), device)(found) if refine == "crf" else found), values
 

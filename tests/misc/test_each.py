@@ -200,3 +200,28 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     parent.kill()
     parent.join()
     wait_for(lambda: all(gone(int(p.name)) for p in tmp_path.iterdir()))
+
+
+def test_an_image_out_of_memory_is_tried_once_more(capsys: pytest.CaptureFixture[str]) -> None:
+    tries: list[str] = []
+
+    def work(image_id: str) -> None:
+        tries.append(image_id)
+        if image_id == "a" and tries.count("a") == 1 or image_id == "b":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(EachFailed) as failed:
+        each("step", ["a", "b", "c"], work, done=lambda _: False)
+    assert tries == ["a", "a", "b", "b", "c"] and [f.image_id for f in failed.value.failures] == ["b"]
+
+
+def test_a_broken_gpu_ends_the_step_at_once() -> None:
+    tries: list[str] = []
+
+    def work(image_id: str) -> None:
+        tries.append(image_id)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        each("step", ["a", "b"], work, done=lambda _: False)
+    assert tries == ["a"]

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from misc.config import Fit, Machine
 from misc.files.store import read_model
-from misc.loop.fit import NonFiniteLoss, divide, fit, lr_factor, make_optimiser, make_rules, resume_point, set_lr
+from misc.loop.fit import (
+    NonFiniteLoss,
+    divide,
+    fit,
+    lr_factor,
+    make_optimiser,
+    make_rules,
+    resume_point,
+    set_lr,
+)
 from misc.loop.trainable import Batch, MomentumCopy
 from net.groups import Group
 

@@ -1,12 +1,14 @@
-"""misc.config.Machine and misc.loop.fit.autocast: which precision is used."""
+"""misc.config.Machine and misc.precision: which precision and memory layout networks have."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
+from misc import precision
 from misc.config import Machine
-from misc.loop.fit import autocast
+from misc.precision import autocast, full_precision, place
 from net import registry
 from net.contract import Phase, SeedRecipe
 
@@ -23,12 +25,73 @@ def test_the_recipe_says_the_precision_unless_the_machine_names_one() -> None:
     assert Machine(amp="off").with_recipe("fp16", GPU).precision(GPU) == "float32"
 
 
-def test_fast_is_bf16_where_the_gpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    assert Machine(amp="fast").precision(GPU) == "bfloat16 autocast with TF32"
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
-    assert Machine(amp="fast").precision(GPU) == "float32 with TF32"
-    assert Machine(amp="fast").precision(CPU) == "float32"
+@pytest.fixture(params=[True, False], ids=["fast_bf16", "no_fast_bf16"])
+def has_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether this machine's processor and GPU are fast at bf16, for the time of a test."""
+    monkeypatch.setattr("misc.config.has_fast_bf16", lambda kind: request.param)
+    return request.param
+
+
+def test_fast_is_bf16_where_the_hardware_is_fast_at_it(has_bf16: bool) -> None:
+    fast, words = Machine(amp="fast"), "bfloat16 autocast" if has_bf16 else "float32"
+    assert fast.precision(GPU) == f"{words} with TF32" and fast.precision(CPU) == words
+    for device in (CPU, GPU):
+        assert fast.uses_channels_last(device) == has_bf16
+        assert not Machine(amp="bf16").uses_channels_last(device)
+        assert Machine(amp="bf16", channels_last=True).uses_channels_last(device)
+        assert not Machine(amp="fast", channels_last=False).uses_channels_last(device)
+
+
+def test_emulated_bf16_of_a_gpu_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    precision.has_fast_bf16.cache_clear()
+    assert not precision.has_fast_bf16("cuda")
+    precision.has_fast_bf16.cache_clear()
+
+
+class _Mixed(nn.Module):
+    """A convolution, a grouped one, a wide linear layer and a narrow block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.grouped = nn.Conv2d(3, 256, 3, padding=1), nn.Conv2d(256, 256, 3, padding=1, groups=256)
+        self.wide, self.block = nn.Linear(256, 512), nn.Sequential(nn.LayerNorm(512), nn.Linear(512, 8))
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        dense = self.dense(images)
+        grouped = self.grouped(dense)
+        wide = self.wide(grouped.mean((2, 3)))
+        return {"dense": dense, "grouped": grouped, "wide": wide, "block": self.block(wide)}
+
+
+def test_each_kind_of_layer_has_its_precision_on_the_cpu(has_bf16: bool) -> None:
+    torch.manual_seed(0)
+    network, machine, images = _Mixed(), Machine(amp="fast"), torch.randn(2, 3, 8, 8)
+    wanted = network(images)
+    for _ in range(2):  # a second time changes nothing
+        place(network, machine, CPU)
+    with autocast(machine, CPU):
+        found = network(images)
+    low = {"dense", "wide"} if has_bf16 else set()
+    for name, value in found.items():
+        assert value.dtype == (torch.bfloat16 if name in low else torch.float32), name
+        torch.testing.assert_close(value.float(), wanted[name], atol=0.03, rtol=0.03)
+    assert found["dense"].is_contiguous(memory_format=torch.channels_last) == has_bf16
+    assert found["dense"].is_contiguous() != has_bf16
+    sum(value.float().sum() for value in found.values()).backward()
+    after = network(images)  # without autocast everything is float32
+    assert {value.dtype for value in after.values()} == {torch.float32}
+
+
+def test_full_precision_is_float32_without_tf32_and_ends() -> None:
+    a = torch.randn(4, 4)
+    with autocast(Machine(amp="fast"), CPU), torch.autocast("cpu", torch.bfloat16):
+        with full_precision("cpu"):
+            assert (a @ a).dtype == torch.float32
+            assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+        assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+        assert (a @ a).dtype == torch.bfloat16
+    precision.allow_tf32(False)
 
 
 @pytest.mark.parametrize(("amp", "tf32"), [("off", False), ("fast", True), ("bf16", False)])

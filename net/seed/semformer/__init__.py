@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from misc.checked import Count, DropProbability, Weight, When, check
 from misc.config import Augment, CamInference, Fit
 from misc.image.pixels import box_mask
+from misc.precision import at_least_float32
 from net.backbone.transformer import AttentionSums, Visit
 from net.backbone.vit import SAMPLE_VIT, GridViT, ViTOptions
 from net.contract import Batch, Network, Options, Phase, Recipe, SeedNetwork, SeedRecipe, TaggedPhase
@@ -104,7 +105,7 @@ class SemFormer(SeedNetwork):
     @property
     def guide(self) -> CAAE:
         """The frozen CAAE."""
-        return self._guide[0]
+        return self._guide[0].to(next(self.parameters()).device)
 
     @property
     def judged_size(self) -> tuple[int, int]:
@@ -121,7 +122,7 @@ class SemFormer(SeedNetwork):
 
     def make_masks(self, logits: Tensor, valid: Tensor) -> Tensor:
         """Mask logits (B, K, gh, gw), valid (B, 1, h, w) -> masks (B, K, h, w) in [0, 1], 0 outside the photograph."""
-        resized = F.interpolate(logits, size=valid.shape[-2:], mode="bilinear", align_corners=True)
+        resized = F.interpolate(at_least_float32(logits), size=valid.shape[-2:], mode="bilinear", align_corners=True)
         return resized.sigmoid() * valid
 
     def judge_masks(self, images: Tensor, masks: Tensor, pairs: ImageClassPairs) -> tuple[Tensor, Tensor]:

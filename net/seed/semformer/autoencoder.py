@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.checked import Count, Weight, check
+from misc.precision import full_precision
 from net.backbone.transformer import TransformerBlock
 from net.backbone.vit import GridViT, ViTOptions
 from net.contract import Batch, Network, Options, TagScorer
@@ -45,14 +46,14 @@ def similarity(embeddings: Tensor, semantics: Tensor) -> Tensor:
 
     The clamp stops the gradient of a sufficient similarity.
     """
-    with torch.autocast(embeddings.device.type, enabled=False):
+    with full_precision(embeddings.device.type):
         cosine = F.cosine_similarity(embeddings.float(), semantics.float(), dim=-1, eps=1e-8)
     return cosine.clamp(-1 + 1e-4, 1 - 1e-4)
 
 
 def similarity_loss(similarities: Tensor, labels: Tensor) -> Tensor:
     """Binary cross entropy of similarities (B, K), taken as probabilities, and labels (B, K) -> scalar."""
-    with torch.autocast(similarities.device.type, enabled=False):
+    with full_precision(similarities.device.type):
         return F.binary_cross_entropy(similarities, labels)
 
 
