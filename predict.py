@@ -4,9 +4,14 @@ A segmentation network needs only its weights file:
 
   python predict.py photos/ --weights runs/seam-sample/weights/seg.pt --out masks
 
-A CAM network needs the classes in the images:
+A CAM network needs the classes in the images, the same ones in all or a line for each:
 
   python predict.py a.jpg b.jpg --run runs/seam-sample --tags "dog,person" --out maps
+  python predict.py photos/ --run runs/seam-sample --tags-from photos/labels.csv --out maps
+
+CLIP-ES needs no run, as nothing is trained; it knows classes by their names:
+
+  python predict.py photos/ --method clipes --tags "dog,person" --out masks
 
 Export of the segmentation network:
 
@@ -33,23 +38,24 @@ from misc import commandline
 if __name__ == "__main__" and (answered := commandline.answer_early(Path(__file__), sys.argv[1:])) is not None:
     sys.exit(answered)  # before PyTorch is imported, which takes seconds
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 
 from misc import distributed
-from misc.config import Machine
+from misc.config import Machine, override
+from misc.files import store
 from misc.files.imagefiles import find_images
 from misc.files.runfolder import RunFolder
 from misc.loop.each import EachFailed, WorkerDied
 from net.contract import Segmenter, SingleStage
 from net.export import export_onnx
 from net.model import Model, load_model, predicts_masks
-from step.lib.inference import settle_walk
-from step.lib.new_images import Refinement, ResultFolder, map_images, segment_images
+from step.lib.new_images import ResultFolder, map_images, segment_images
+from step.lib.tagged_images import Refinement, read_image_tags, run_rule, split_tags, untrained_model
 
 
 @dataclass(frozen=True)
@@ -61,21 +67,36 @@ class Options:
     png, bmp, webp, tif, tiff or gif."""
     weights: Path | None = None
     """Weights file of a trained segmentation network (weights/seg.pt of a run, or weights/cam.pt of a method that
-    predicts masks itself)."""
+    predicts masks itself). With --method, CLIP's weights, as --cam.weights of run_sample.py."""
     run: Annotated[Path | None, tyro.conf.arg(aliases=["--run-folder"])] = None
     """Run folder: use its segmentation network, or with --tags its CAM network and refiner. Under torchrun write
     --run-folder, because torchrun has its own option --run."""
     out: Path = Path("predictions")
     """Folder for the results."""
     tags: str | None = None
-    """Classes in the images, separated by commas: use the run's CAM network and make maps of these classes."""
+    """Classes in the images, separated by commas, or by semicolons where names hold commas: make maps of these classes
+    with a CAM network."""
+    tags_from: Path | None = None
+    """Table of the classes in each image, such as labels.csv of a data folder, in place of --tags. Images are found by
+    their paths below the table's folder, or by names that come once."""
+    method: str | None = None
+    """Make maps with a method that is not trained, without a run: clipes. Its classes are those of --tags, or of the
+    table and the classes.txt beside it."""
+    preset: str = "published"
+    """With --method: its recipe."""
+    texts: Path | None = None
+    """With --method: CSV file of lines 'class,words', what to call a class instead of its name. Default: texts.csv
+    beside the table of --tags-from, where there is one."""
     refine: Refinement = "auto"
-    """With --tags, how the mask is made. walk: random walk by the run's refiner. crf: dense CRF over the maps and the
-    background score. threshold: background score only. auto: the walk if the run has a trained refiner, else the
-    CRF."""
+    """With tags and --run, how the mask is made. walk: as the run makes its pseudo masks, by its trained refiner. crf:
+    dense CRF over the maps and the background score. threshold: background score only. auto: by the run's refiner, or
+    by the CRF if that is not trained yet."""
     threshold: float | None = None
-    """With --tags and without a walk: the background score in [0, 1]. Default: the best one on the run's scored list,
+    """With --refine crf or threshold: the background score in [0, 1]. Default: the best one on the run's scored list,
     else 0.3."""
+    ignore_below: float | None = None
+    """With tags: pixels whose largest score is below this become 255 in the mask. Default: as in the run; 0 (none) with
+    --method."""
     probabilities: bool = False
     """Also write probabilities/ID.npz: probabilities (classes + 1, h, w) float16 at the size of the network's input,
     and the image size."""
@@ -94,14 +115,24 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raises ValueError for impossible combinations of options."""
-        if (self.weights is None) == (self.run is None):
+        if self.method is not None:
+            if self.run is not None or self.export or not self.tagged:
+                raise ValueError("--method needs --tags or --tags-from, and neither --run nor --export. Give it those.")
+        elif (self.weights is None) == (self.run is None):
             raise ValueError("Give either --weights FILE or --run RUNFOLDER.")
-        if self.tags is not None and (self.run is None or self.export):
-            raise ValueError("--tags needs a CAM network: give --run RUNFOLDER, and no --export.")
+        elif self.tagged and (self.run is None or self.export):
+            raise ValueError("--tags needs a CAM network: give --run RUNFOLDER or --method clipes, and no --export.")
+        if self.tags is not None and self.tags_from is not None:
+            raise ValueError("Give either --tags or --tags-from.")
         if bool(self.images) == bool(self.export):
             raise ValueError("Give images, or --export onnx without images.")
-        if not (0 <= (self.max_megapixels or 0) and 0 <= (self.threshold or 0) <= 1):
-            raise ValueError("--max-megapixels must be 0 or more, --threshold in [0, 1].")
+        if not (0 <= (self.max_megapixels or 0) and 0 <= (self.threshold or 0) <= 1 and 0 <= (self.ignore_below or 0)):
+            raise ValueError("--max-megapixels and --ignore-below must be 0 or more, --threshold in [0, 1].")
+
+    @property
+    def tagged(self) -> bool:
+        """Whether the classes in the images are given."""
+        return self.tags is not None or self.tags_from is not None
 
     def network_file(self) -> Path:
         """Weights file of the segmentation network, or of a CAM network that predicts masks itself if the run has no
@@ -135,27 +166,46 @@ def predict(options: Options, device: torch.device) -> None:
     """Make the masks."""
     images = find_images(options.images, leave_out=options.out)
     folder = ResultFolder(options.out, options.max_megapixels, options.redo, options.machine)
-    if options.tags is None:
+    if not options.tagged:
         model = load_model(options.network_file(), "seg")
         distributed.say(f"{model.method}, trained for {', '.join(model.classes)}; {len(images)} images on {device}")
         segment_images(model, images, folder, device, probabilities=options.probabilities, fast=options.fast)
         return
-    assert options.run is not None
-    run = RunFolder(options.run)
-    cam = load_model(run.weights("cam"), "cam")
-    refiner: Model | None = None
-    if run.weights("aff").exists() and options.refine in ("auto", "walk"):
-        refiner = load_model(run.weights("aff"), "aff")
-        refiner = replace(refiner, recipe=replace(refiner.recipe, walk=settle_walk(refiner.recipe.walk, run)))
-    threshold = options.threshold
-    if threshold is None:
-        threshold = run.scores().get("CAM", {}).get("threshold", 0.3)
-    tags = [tag.strip() for tag in options.tags.split(",") if tag.strip()]
+    run = None if options.run is None else RunFolder(options.run)
+    cam = None if run is None else load_model(run.weights("cam"), "cam")
+    classes, tags, source = image_tags(options, images, cam)
+    if cam is None or run is None:
+        assert options.method is not None
+        texts, weights = options.texts, None if options.weights is None else str(options.weights)
+        if texts is None and options.tags_from is not None and options.tags_from.with_name("texts.csv").is_file():
+            texts = options.tags_from.with_name("texts.csv")
+        cam, rule = untrained_model(options.method, options.preset, weights, classes, texts)
+    else:
+        rule = run_rule(run, options.refine, options.threshold)
+    if options.ignore_below is not None:
+        rule = replace(rule, settings=override(rule.settings, {"ignore_below": options.ignore_below}))
     distributed.say(f"{cam.method} (CAM network); {len(images)} images on {device}")
-    how = map_images(
-        cam, refiner, tags, images, folder, device, refine=options.refine, threshold=threshold, fast=options.fast
-    )
-    distributed.say(f"masks made by {how}")
+    map_images(cam, rule, tags, source, images, folder, device, fast=options.fast)
+    ignored = rule.settings.ignore_below
+    unsure = f"; 255 where its largest score is below {ignored:g}" if ignored else ""
+    distributed.say(f"masks made by {rule.told}{unsure}")
+
+
+def image_tags(
+    options: Options, images: Mapping[str, Path], cam: Model | None
+) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]], Any]:
+    """The classes that are asked for, those of every image by its id, and what is recorded of them.
+
+    ``cam``: the network that must know them. Raises ValueError for tags without a name, and as ``read_image_tags``.
+    """
+    if options.tags_from is not None:
+        classes, tags = read_image_tags(options.tags_from, images, None if cam is None else cam.classes)
+        return classes, tags, f"{options.tags_from.name}, {store.fingerprint(options.tags_from)}"
+    assert options.tags is not None
+    names = split_tags(options.tags, () if cam is None else cam.classes)
+    if not names:
+        raise ValueError("--tags: there is no class (none named). Name at least one: --tags 'dog,person'.")
+    return names, dict.fromkeys(images, names), sorted(names)
 
 
 def main(argv: Sequence[str]) -> int:

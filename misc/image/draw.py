@@ -139,23 +139,29 @@ def append_legend(picture: np.ndarray, entries: Sequence[tuple[str, tuple[int, .
     return np.concatenate([picture, np.asarray(strip)])
 
 
-def resized_argmax(scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Arg-max of (n, h, w) scores resized to ``size`` (H, W), bilinear with align_corners False: (H, W) uint8 indices.
+def resized_argmax(scores: np.ndarray, size: tuple[int, int], below: float = 0.0) -> np.ndarray:
+    """Arg-max of (n, h, w) scores resized to ``size`` (H, W), bilinear with align_corners False: (H, W) uint8 indices,
+    255 (IGNORE) where the largest score is below ``below``.
 
     One class at a time, so that memory doesn't grow with their number.
     """
     if scores.shape[1:] == tuple(size):
-        return scores.argmax(0).astype(np.uint8)
+        index = scores.argmax(0).astype(np.uint8)
+        if below:
+            index[scores.max(0) < below] = IGNORE
+        return index
     best: Tensor | None = None
-    index = torch.zeros(size, dtype=torch.uint8)
+    chosen = torch.zeros(size, dtype=torch.uint8)
     for number, score in enumerate(torch.from_numpy(np.ascontiguousarray(scores, np.float32))):
         large = F.interpolate(score[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
         if best is None:
             best = large
             continue
-        index[large > best] = number
+        chosen[large > best] = number
         torch.maximum(best, large, out=best)
-    return index.numpy()
+    if below and best is not None:
+        chosen[best < below] = IGNORE
+    return chosen.numpy()
 
 
 def heat(image: np.ndarray, score: np.ndarray) -> np.ndarray:

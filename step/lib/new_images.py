@@ -12,28 +12,28 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from misc import distributed
 from misc.config import CamInference, Machine, SegInference, override
-from misc.crf.dense import CRFSettings, DenseCRF
 from misc.files import atomic, store
 from misc.files.camfiles import read_cam, write_cam
 from misc.files.ids import checked_id
 from misc.files.imagefiles import safe_name
 from misc.files.images import jpeg_bytes, read_image, write_mask
 from misc.image import draw, pixels
+from misc.image.labels import IGNORE
 from misc.image.picture import Picture
 from misc.loop.each import EachFailed, each
 from misc.precision import place
 from net.contract import AffinityNetwork, Phase, SeedNetwork, Segmenter, SingleStage
 from net.model import Model
 from step.lib.inference import infer_class_scores, predict_cam, walk_cam
-
-Refinement = Literal["auto", "walk", "crf", "threshold"]
+from step.lib.tagged_images import MaskRule
+from voc12.tags import encode_tags
 
 ScoreImage = Callable[[str, np.ndarray, tuple[int, int]], tuple[np.ndarray, np.ndarray]]
 """id, image (h, w, 3) uint8 at the network's size, size (H, W) of the original image -> scores (n, h, w) float32, and
@@ -102,77 +102,59 @@ def segment_images(
 
 
 def map_images(
-    cam: Model, refiner: Model | None, tags: Sequence[str], images: Mapping[str, Path], folder: ResultFolder,
-    device: torch.device, *, refine: Refinement = "auto", threshold: float = 0.3, fast: bool = False,
-) -> str:
+    cam: Model, rule: MaskRule, tags: Mapping[str, Sequence[str]], source: Any, images: Mapping[str, Path],
+    folder: ResultFolder, device: torch.device, *, fast: bool = False,
+) -> None:
     """Maps and refined masks of images with known tags, from a CAM network.
 
-    Also writes maps/ID.npz (as in a run's cam/) and maps/ID_CLASS.jpg. The mask comes from the refiner's random walk,
-    from a dense CRF over the maps and a constant background score, or from that score alone.
+    Also writes maps/ID.npz (as in a run's cam/) and maps/ID_CLASS.jpg. An image without a tag is all background.
 
     Args:
         cam: model of part cam.
-        refiner: model of part aff, if one was trained.
-        tags: names of the classes in all the images.
+        rule: how a mask is made of the maps.
+        tags: {id: names of the classes in the image}.
+        source: what says which tags these are, as JSON has it: recorded with the results.
         images, folder, device: as for ``segment_images``.
-        refine: how the mask is made; auto: the walk if there is a refiner, else the CRF.
-        threshold: background score for crf and threshold.
         fast: one scale, no mirror image.
 
-    Returns:
-        What made the masks, in words.
-
     Raises:
-        ValueError: no tags or unknown ones; a walk without a refiner; as ``segment_images``. EachFailed.
+        ValueError: tags that the network does not know; a refiner of other classes; as ``segment_images``. EachFailed.
     """
-    unknown = [tag for tag in tags if tag not in cam.classes]
-    if unknown or not tags:
-        raise ValueError(f"--tags: there is no class {', '.join(unknown) or '(none named)'} in this network. It knows: "
+    unknown = sorted({tag for names in tags.values() for tag in names} - set(cam.classes))
+    if unknown:
+        raise ValueError(f"--tags: there is no class {', '.join(unknown)} in this network. It knows: "
                          f"{', '.join(cam.classes)}.")  # fmt: skip
-    if refine == "auto":
-        refine = "walk" if refiner else "crf"
-    if refine == "walk" and (refiner is None or refiner.classes != cam.classes):
+    if rule.classes not in (None, cam.classes):
         raise ValueError("--refine walk: the run has no trained refiner for these classes. Run train_aff, or leave it.")
-    network, machine = cam.network, folder.machine.with_recipe(cam.recipe.amp, device)
+    network, refiner = cam.network, rule.refiner
     assert isinstance(network, SeedNetwork)
+    machine = folder.machine.with_recipe(cam.recipe.amp, device)
+    refining = folder.machine.with_recipe(rule.precision, device)
     place(network, machine, device)
-    if refiner is not None:
-        walk_machine = folder.machine.with_recipe(refiner.recipe.amp, device)
-        place(refiner.network, walk_machine, device)
+    if isinstance(refiner, AffinityNetwork):
+        place(refiner, refining, device)
     infer: CamInference = cam.recipe.infer
     if fast:
         infer = override(infer, {"scales": infer.scales[:1], "flip": False})
-    keys = np.array(sorted({cam.classes.index(tag) for tag in tags}))
-    present = np.zeros(len(cam.classes), np.float32)
-    present[keys] = 1
 
     def scores(image_id: str, image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        present = encode_tags(tags[image_id], cam.classes)
         path = folder.file("maps", image_id, "npz")
         write_cam(path, replace(predict_cam(network, image, present, infer, machine, device), size=size))
         stored = read_cam(path)  # in the precision of a run's files, so that a training image gets the same mask again
-        maps = stored.maps
-        for key, score in zip(keys, maps, strict=True):
-            path = folder.file("maps", f"{image_id}_{safe_name(cam.classes[key])}", "jpg")
-            store.write_bytes(path, jpeg_bytes(draw.heat(image, score)))
-        values = np.array([0, *(keys + 1)], np.uint8)
-        if refine == "walk":
-            assert refiner is not None and isinstance(walker := refiner.network, AffinityNetwork)
-            picture = Picture.of_rgb(image, walker.normalisation)
-            seen = replace(stored, size=image.shape[:2])  # the walk works at the size of the network's input
-            return walk_cam(walker, picture, seen, refiner.recipe.walk, walk_machine, device)[0], values
-        found = np.concatenate([np.full_like(maps[:1], threshold), maps])  # (K + 1, h, w)
-        return (DenseCRF(image, CRFSettings(), device)(found) if refine == "crf" else found), values
+        for key, score in zip(stored.keys, stored.maps, strict=True):
+            name = safe_name(cam.classes[key]).replace("/", "_")
+            store.write_bytes(folder.file("maps", f"{image_id}_{name}", "jpg"), jpeg_bytes(draw.heat(image, score)))
+        values = np.array([0, *(stored.keys + 1)], np.uint8)
+        if not len(stored.keys):
+            return np.ones((1, *image.shape[:2]), np.float32), values
+        seen = replace(stored, size=image.shape[:2])  # the refiner works at the size of the network's input
+        picture = Picture.of_rgb(image, refiner.normalisation)
+        return walk_cam(refiner, picture, seen, rule.settings.walk, refining, device)[0], values
 
-    how = {
-        "walk": f"the random walk of the run's refiner {refiner.method if refiner else ''}",
-        "crf": f"a dense CRF from the background score {threshold:g} (no refiner was used)",
-        "threshold": f"the background score {threshold:g} alone",
-    }[refine]
-    settings = {"tags": sorted(tags), "fast": fast, "refined by": how}
-    if refine == "walk" and refiner is not None:
-        settings["refiner"] = refiner.fingerprint
-    _each_image(scores, images, folder, cam, settings, ["maps/*.npz", "maps/*.jpg"])
-    return how
+    settings = {"tags": source, "fast": fast, **rule.record()}
+    made = ["maps/*.npz", "maps/*.jpg"]
+    _each_image(scores, images, folder, cam, settings, made, ignore_below=rule.settings.ignore_below)
 
 
 def usual_megapixels(recipe: Phase) -> float:
@@ -193,9 +175,10 @@ def shrunk(image: np.ndarray, megapixels: float) -> np.ndarray:
 
 def _each_image(
     scores: ScoreImage, images: Mapping[str, Path], folder: ResultFolder, model: Model, settings: dict[str, Any],
-    made: Sequence[str],
+    made: Sequence[str], ignore_below: float = 0.0,
 ) -> None:
-    """Write mask and overlay of every image that has none yet."""
+    """Write mask and overlay of every image that has none yet; pixels whose largest score is below ``ignore_below``
+    become 255."""
     megapixels = usual_megapixels(model.recipe) if folder.max_megapixels is None else folder.max_megapixels
     _begin(folder, model.classes, {"model": model.fingerprint, **settings, "max_megapixels": megapixels})
     shrunken: list[str] = []
@@ -214,7 +197,9 @@ def _each_image(
         if small.shape != image.shape:
             shrunken.append(image_id)
         found, values = scores(image_id, small, image.shape[:2])
-        mask = values[draw.resized_argmax(found, image.shape[:2])]
+        every = np.full(256, IGNORE, np.uint8)
+        every[: len(values)] = values
+        mask = every[draw.resized_argmax(found, image.shape[:2], ignore_below)]
         picture = jpeg_bytes(draw.overlay(image, mask, model.classes))
         store.write_bytes(folder.file("overlays", image_id, "jpg"), picture)
         write_mask(folder.file("masks", image_id, "png"), mask)  # written last: its presence means that all are written
