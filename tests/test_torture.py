@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from running import start
 
-from scripts.hostile.cases import Case
+from scripts.hostile.cases import HostileFile
 from scripts.hostile.children import Ending
 from scripts.hostile.formats import MARKER, mutate, other_pixels, png
 from scripts.hostile.fuzz import judge
@@ -30,8 +30,8 @@ def test_a_dozen_kills_and_fifty_hostile_files(tmp_path: Path) -> None:
     assert len((tmp_path / "fuzz.jsonl").read_text().splitlines()) == 50
 
 
-def _case(must: str = "refuse", victim: str = "a.npz") -> Case:
-    return Case("maps npz", "x", "evaluation.py", [], lambda cwd: None, must, victim)
+def _case(must: str = "refuse", victim: str = "a.npz") -> HostileFile:
+    return HostileFile("maps npz", "x", "evaluation.py", [], lambda cwd: None, must, victim)
 
 
 @pytest.mark.parametrize(

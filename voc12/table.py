@@ -174,7 +174,7 @@ def _named(row: Sequence[str], allowed: Set[str] | None, classes: Sequence[str])
     if len(row) != 2:
         raise DataError(f" has {len(row)} columns: write file,class1;class2.")
     present: list[str] = []
-    for cell in _items(composed(row[1])):
+    for cell in names_in_cell(composed(row[1])):
         if allowed is None or cell in allowed:
             present.append(cell)
             continue
@@ -185,8 +185,8 @@ def _named(row: Sequence[str], allowed: Set[str] | None, classes: Sequence[str])
     return present
 
 
-def _items(cell: str) -> list[str]:
-    """What a cell lists: separated by ``;`` or ``|``, or a Python or JSON list."""
+def names_in_cell(cell: str) -> list[str]:
+    """Names that a cell lists: separated by ``;`` or ``|``, or a Python or JSON list."""
     cell = cell.strip()
     if _LIST.fullmatch(cell) and cell[1:-1].count("[") == 0 and ":" not in cell:
         quoted = re.findall(r"'([^']*)'|\"([^\"]*)\"", cell[1:-1])

@@ -10,6 +10,7 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from misc.files.store import LARGEST_TEXT, check_file
 from misc.image.labels import IGNORE
 
 _LARGEST_XML = 16 << 20
+_T = TypeVar("_T")
 
 
 class DataError(ValueError):
@@ -34,29 +36,42 @@ def names_from_xml(text: str, difficult: bool = True) -> list[str]:
     """Names of all objects in a VOC annotation, in its order, repetitions kept.
 
     Objects flagged difficult count unless ``difficult`` is False; names of body parts do not (seam.md section 6).
+    Raises DataError for text that ``parse_xml`` refuses.
+    """
+    return [
+        composed((thing.findtext("name") or "").strip())
+        for thing in parse_xml(text).iter("object")
+        if difficult or (thing.findtext("difficult") or "0").strip() in ("", "0")
+    ]
+
+
+def parse_xml(text: str) -> ET.Element:
+    """The root element of XML.
+
     Raises DataError for text that is no XML, and for a document type or entities: annotations need none, and a few
     lines of them can fill the memory.
     """
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise DataError("holds a document type or entities, which annotations never need: remove them.")
     try:
-        root = ET.fromstring(text)
+        return ET.fromstring(text)
     except (ET.ParseError, ValueError, RecursionError) as error:
         raise DataError(f"is no well-formed XML ({error}): replace it.") from None
-    return [
-        composed((thing.findtext("name") or "").strip())
-        for thing in root.iter("object")
-        if difficult or (thing.findtext("difficult") or "0").strip() in ("", "0")
-    ]
 
 
 def read_xml(path: Path, difficult: bool = True) -> list[str]:
     """``names_from_xml`` of a file, in the encoding that it declares; DataError names the file."""
+    return read_xml_file(path, lambda text: names_from_xml(text, difficult))
+
+
+def read_xml_file(path: Path, use: Callable[[str], _T], largest: int = _LARGEST_XML) -> _T:
+    """``use`` of the text of an XML file of at most ``largest`` bytes, in the encoding that it declares, without its
+    declaration; DataError names the file."""
     try:
-        check_file(path, _LARGEST_XML)
+        check_file(path, largest)
         data = path.read_bytes()
         text = data.decode(_xml_encoding(data))
-        return names_from_xml(re.sub(r"^\s*<\?xml.*?\?>", "", text, count=1, flags=re.DOTALL), difficult)
+        return use(re.sub(r"^\s*<\?xml.*?\?>", "", text, count=1, flags=re.DOTALL))
     except FileNotFoundError:
         raise DataError(f"{path} does not exist.") from None
     except (UnicodeDecodeError, LookupError) as error:

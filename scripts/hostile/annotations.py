@@ -12,17 +12,17 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
-from scripts.hostile.cases import THIRD, Bench, Case, Data, Must
+from scripts.hostile.cases import THIRD, Bench, Data, HostileFile, Must
 from scripts.hostile.formats import HOSTILE_VALUES, json_paths, json_with, later, pickled_code
 
 FILE = "instances_train2014.json"
 
 
-def _coco(bench: Bench, name: str, data: Data, must: Must = "refuse", victim: str = FILE) -> Case:
-    return Case("COCO", name, "prepare", bench.prepare_coco, bench.in_coco(data), must, victim)
+def _coco(bench: Bench, name: str, data: Data, must: Must = "refuse", victim: str = FILE) -> HostileFile:
+    return HostileFile("COCO", name, "prepare", bench.prepare_coco, bench.in_coco(data), must, victim)
 
 
-def coco_cases(bench: Bench) -> Iterator[Case]:
+def coco_cases(bench: Bench) -> Iterator[HostileFile]:
     """COCO's JSON: wrong types anywhere, hostile segmentations and images."""
     coco, rng = json.loads(bench.coco_file), bench.rng
     paths = list(json_paths(coco))
@@ -116,7 +116,7 @@ def sbd(segmentation: Any, compress: bool = False) -> bytes:
     return mat(compress, GTcls={"Segmentation": segmentation})
 
 
-def sbd_cases(bench: Bench) -> Iterator[Case]:
+def sbd_cases(bench: Bench) -> Iterator[HostileFile]:
     """Masks of SBD, in MATLAB's format."""
     third = sbd_map(bench)
     good, shape = sbd(third), struct.pack("<ii", *third.shape)
@@ -147,4 +147,4 @@ def sbd_cases(bench: Bench) -> Iterator[Case]:
     ]
     for name, data, must in rows:
         build = bench.in_voc(f"sbd/cls/{THIRD}.mat", data)
-        yield Case("SBD", name, "prepare", bench.prepare_voc, build, must, THIRD, heavy="bomb" in name)
+        yield HostileFile("SBD", name, "prepare", bench.prepare_voc, build, must, THIRD, heavy="bomb" in name)

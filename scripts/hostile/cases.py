@@ -19,10 +19,10 @@ from scripts.hostile.material import (
     PLAIN_RUN,
     SAMPLE,
     SAMPLE_FLAGS,
-    class_names,
     make_coco,
     make_devkit,
     make_folder,
+    names_of_classes,
 )  # fmt: skip
 
 ONE, THIRD = "2025_000001", "2025_000003"
@@ -39,7 +39,7 @@ Must = Literal["any", "refuse", "accept"] | Callable[[Path], str]
 
 
 @dataclass(frozen=True)
-class Case:
+class HostileFile:
     """One hostile input."""
 
     kind: str
@@ -110,7 +110,7 @@ class Bench:
     def __init__(self, base: Path, rng: random.Random):
         self.base, self.rng = base, rng
         self.sample = base / SAMPLE
-        self.names = class_names(self.sample)
+        self.names = names_of_classes(self.sample)
         self.tag = self.names[0]
         self.photo = (self.sample / "JPEGImages" / f"{ONE}.jpg").read_bytes()
         self.mask_file = (self.sample / "SegmentationClass" / f"{ONE}.png").read_bytes()

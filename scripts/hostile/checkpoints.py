@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from scripts.hostile.cases import Bench, Case
+from scripts.hostile.cases import Bench, HostileFile
 from scripts.hostile.formats import pickled_code
 
 VGG_FLAGS = ["--cam.network.backbone", "vgg16", "--cam.network.vgg16.width", "0.0625"]
@@ -135,7 +135,7 @@ def safetensors_files() -> dict[str, bytes]:
     }
 
 
-def checkpoint_cases(bench: Bench) -> Iterator[Case]:
+def checkpoint_cases(bench: Bench) -> Iterator[HostileFile]:
     """Start weights in the files of other frameworks."""
     kinds: dict[str, tuple[dict[str, bytes], list[str]]] = {
         "params": (mxnet_files(), []),
@@ -147,4 +147,4 @@ def checkpoint_cases(bench: Bench) -> Iterator[Case]:
         name = f"w.{suffix}"
         for label, data in files.items():
             argv = [*bench.start, *flags, "--cam.weights", name]
-            yield Case(f".{suffix}", label, "run_sample.py", argv, bench.in_start(name, data), "refuse", name)
+            yield HostileFile(f".{suffix}", label, "run_sample.py", argv, bench.in_start(name, data), "refuse", name)

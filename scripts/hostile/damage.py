@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from scripts.hostile import annotations, checkpoints, images, maps, texts
-from scripts.hostile.cases import ONE, THIRD, Bench, Build, Case, Must
+from scripts.hostile.cases import ONE, THIRD, Bench, Build, HostileFile, Must
 from scripts.hostile.formats import mutate, npy, other_pixels
 
 UNNOTICED = ("append", "repeat", "flip1", "zero", "ff", "garbage", "delete", "swap")
 """Damage that formats with checksums may not notice: what is added after the end, or falls into unused bytes."""
 
 
-def _kinds(bench: Bench) -> Iterator[tuple[Case, bytes, Callable[[bytes], Build]]]:
+def _kinds(bench: Bench) -> Iterator[tuple[HostileFile, bytes, Callable[[bytes], Build]]]:
     """A case (with must "refuse" where checksums tell damage), an original file, and what lays a damaged one."""
 
     def same(place: str, original: bytes) -> Must:
@@ -22,8 +22,8 @@ def _kinds(bench: Bench) -> Iterator[tuple[Case, bytes, Callable[[bytes], Build]
     def kind(
         name: str, data: bytes, script: str, argv: list[str], lay: Callable[[bytes], Build], must: Must = "any",
         victim: str = ONE,
-    ) -> tuple[Case, bytes, Callable[[bytes], Build]]:  # fmt: skip
-        return Case(name, "", script, argv, lay(data), must, victim), data, lay
+    ) -> tuple[HostileFile, bytes, Callable[[bytes], Build]]:  # fmt: skip
+        return HostileFile(name, "", script, argv, lay(data), must, victim), data, lay
 
     folder, prepare = bench.in_folder, bench.prepare_folder
     for suffix, data in images.original_images(bench).items():
@@ -77,7 +77,7 @@ def _kinds(bench: Bench) -> Iterator[tuple[Case, bytes, Callable[[bytes], Build]
                    lambda x, s=suffix: bench.in_start(f"w.{s}", x), victim=f"w.{suffix}")  # type: ignore[misc]  # fmt: skip
 
 
-def damaged_cases(bench: Bench, count: int) -> Iterator[Case]:
+def damaged_cases(bench: Bench, count: int) -> Iterator[HostileFile]:
     """``count`` damaged files, of all kinds in turn."""
     kinds = list(_kinds(bench))
     made = 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.hostile import annotations, checkpoints, images, maps, networks, records, texts
-from scripts.hostile.cases import Bench, Case
+from scripts.hostile.cases import Bench, HostileFile
 from scripts.hostile.children import MEMORY_LIMIT, Ending, Kill, Rig, fresh, log_of
 from scripts.hostile.damage import damaged_cases
 from scripts.hostile.formats import MARKER
@@ -39,7 +39,7 @@ def make_resume_point(rig: Rig, base: Path) -> None:
         shutil.rmtree(half / "run", ignore_errors=True)
 
 
-def structured_cases(bench: Bench) -> list[Case]:
+def structured_cases(bench: Bench) -> list[HostileFile]:
     """All cases that are made on purpose."""
     makers = [
         images.image_cases, images.name_cases, images.mask_cases, texts.all_text_cases, annotations.coco_cases,
@@ -49,7 +49,7 @@ def structured_cases(bench: Bench) -> list[Case]:
     return [case for make in makers for case in make(bench)]
 
 
-def choose_cases(bench: Bench, count: int, quick: bool) -> list[Case]:
+def choose_cases(bench: Bench, count: int, quick: bool) -> list[HostileFile]:
     """``count`` cases, a fifth or more of them damaged bytes; quick: none that are heavy."""
     structured = [case for case in structured_cases(bench) if not (quick and case.heavy)]
     damaged = list(damaged_cases(bench, max(count // 5, count - len(structured))))
@@ -57,7 +57,7 @@ def choose_cases(bench: Bench, count: int, quick: bool) -> list[Case]:
     return structured[: max(0, count - len(damaged))] + damaged
 
 
-def judge(case: Case, ending: Ending, text: str, cwd: Path, outside: bool) -> tuple[str, str]:
+def judge(case: HostileFile, ending: Ending, text: str, cwd: Path, outside: bool) -> tuple[str, str]:
     """The verdict on a case, and why.
 
     Args:
@@ -94,7 +94,7 @@ def judge(case: Case, ending: Ending, text: str, cwd: Path, outside: bool) -> tu
     return "clean", ""
 
 
-def try_case(rig: Rig, case: Case, top: Path, real: bool) -> dict[str, Any]:
+def try_case(rig: Rig, case: HostileFile, top: Path, real: bool) -> dict[str, Any]:
     """Run the command of a case in a folder below ``top`` and judge it."""
     room = fresh(top / "x" / "y")
     cwd = room / "cwd"
@@ -144,7 +144,7 @@ def fuzz(
     chosen = set(rng.sample(range(len(cases)), min(real, len(cases))))
     gc.freeze()
 
-    def one(index: int, case: Case) -> dict[str, Any]:
+    def one(index: int, case: HostileFile) -> dict[str, Any]:
         return try_case(rig, case, rig.work / "cases" / f"{index:04}", index in chosen)
 
     results = rig.each("fuzz", cases, one)

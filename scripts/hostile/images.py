@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from scripts.hostile.cases import ONE, USUAL_LIMIT, Bench, Build, Case, Data, Must
+from scripts.hostile.cases import ONE, USUAL_LIMIT, Bench, Build, Data, HostileFile, Must
 from scripts.hostile.formats import (
     MARKER,
     directory,
@@ -80,7 +80,7 @@ def _tiff_with(data: bytes, changes: dict[int, int]) -> bytes:
     return bytes(out)
 
 
-def image_cases(bench: Bench) -> Iterator[Case]:
+def image_cases(bench: Bench) -> Iterator[HostileFile]:
     """Photos, each read by prepare and by predict.py."""
     originals = original_images(bench)
     photo, gif, tif, photo_png = (originals[s] for s in ("jpg", "gif", "tif", "png"))
@@ -133,9 +133,9 @@ def image_cases(bench: Bench) -> Iterator[Case]:
     for suffix, name, data, must in table:
         large = "000 x " in name or "MB" in name
         limit = 60 if large else USUAL_LIMIT
-        yield Case(f"image {suffix}", f"{name} (prepare)", "prepare", bench.prepare_folder,
+        yield HostileFile(f"image {suffix}", f"{name} (prepare)", "prepare", bench.prepare_folder,
                    image_in_folder(bench, suffix, data), must, ONE, limit, large)  # fmt: skip
-        yield Case(f"image {suffix}", f"{name} (predict)", "predict.py", bench.predict,
+        yield HostileFile(f"image {suffix}", f"{name} (predict)", "predict.py", bench.predict,
                    bench.in_predict(f"{ONE}.{suffix}", data), must, ONE, limit, large)  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def _all_listed(cwd: Path) -> str:
     return "" if fine else f"splits hold {len(lines)} lines for {count} images"
 
 
-def name_cases(bench: Bench) -> Iterator[Case]:
+def name_cases(bench: Bench) -> Iterator[HostileFile]:
     """Photos of odd names."""
     for label, file in _NAMES.items():
 
@@ -164,11 +164,12 @@ def name_cases(bench: Bench) -> Iterator[Case]:
         build = bench.in_folder("images/.keep", named, masks=False, edit=listed)
         must: Must = "any" if isinstance(file, bytes) else _all_listed
         argv = [*bench.prepare_folder, "--val-share", "0.3"]
-        yield Case("file name", f"{label} (prepare, lists)", "prepare", argv, build, must)
-        yield Case("file name", f"{label} (predict)", "predict.py", bench.predict, bench.in_predict("k.jpg", named))
+        yield HostileFile("file name", f"{label} (prepare, lists)", "prepare", argv, build, must)
+        build = bench.in_predict("k.jpg", named)
+        yield HostileFile("file name", f"{label} (predict)", "predict.py", bench.predict, build)
 
 
-def mask_cases(bench: Bench) -> Iterator[Case]:
+def mask_cases(bench: Bench) -> Iterator[HostileFile]:
     """Masks as ground truth of a folder, as truth of evaluation.py and as pseudo masks of a run."""
     data, mask = bench.mask_file, bench.mask
     idat, end = data.index(b"IDAT"), data.index(b"IEND")
@@ -209,7 +210,7 @@ def mask_cases(bench: Bench) -> Iterator[Case]:
             }[script]()
             if script == "run_sample.py" and wanted == "same":
                 must = "any"
-            yield Case("mask", f"{label} ({place})", script, argv, build, must, ONE, heavy="13300" in label)
+            yield HostileFile("mask", f"{label} ({place})", script, argv, build, must, ONE, heavy="13300" in label)
 
 
 def _same_pixels(cwd: Path, file: str, original: bytes) -> str:

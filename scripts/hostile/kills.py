@@ -21,10 +21,10 @@ from scripts.hostile.material import (
     SAMPLE,
     SAMPLE_FLAGS,
     TINY_RUN,
-    class_names,
     make_coco,
     make_devkit,
     make_folder,
+    names_of_classes,
 )  # fmt: skip
 
 LIMIT = 300
@@ -121,7 +121,7 @@ def make_scenarios(base: Path) -> dict[str, Scenario]:
     run = ["seam", *SAMPLE_FLAGS, *TINY_RUN, "--out", "run", "--machine.workers"]
     lists = "--list d/ImageSets/Segmentation/train.txt --gt-dir d/SegmentationClass --num-classes 3 --json out/x.json"
     cpu = "--machine.workers 1 --machine.device cpu"
-    tag = class_names(sample)[0]
+    tag = names_of_classes(sample)[0]
     table: list[tuple[str, str, str | list[str], Callable[[Path], None], str]] = [
         ("run", "run_sample.py", [*run, "0"], link("data"), "run"),
         ("run-workers", "run_sample.py", [*run, "2"], link("data"), "run"),

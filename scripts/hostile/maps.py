@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from scripts.hostile.cases import ONE, Bench, Case, Data, Must
+from scripts.hostile.cases import ONE, Bench, Data, HostileFile, Must
 from scripts.hostile.formats import (
     CODE_IN_HEADER,
     HUGE_NPY,
@@ -31,7 +31,7 @@ from scripts.hostile.formats import (
 )  # fmt: skip
 
 
-def npz_cases(bench: Bench) -> Iterator[Case]:
+def npz_cases(bench: Bench) -> Iterator[HostileFile]:
     """CAM files, read by evaluation.py and by the step that makes affinity labels."""
     stored = np.load(bench.base / "run" / "cam" / f"{ONE}.npz")
     keys, maps, size = stored["keys"], stored["maps"], stored["size"]
@@ -83,10 +83,11 @@ def npz_cases(bench: Bench) -> Iterator[Case]:
     ]
     for name, data, must in rows:
         heavy = "bomb" in name
-        yield Case("maps npz", f"{name} (evaluation)", "evaluation.py", bench.evaluate_maps,
+        yield HostileFile("maps npz", f"{name} (evaluation)", "evaluation.py", bench.evaluate_maps,
                    bench.in_evaluation(f"cam/{ONE}.npz", data), must, ONE, heavy=heavy)  # fmt: skip
         if must == "refuse":
-            yield Case("maps npz", f"{name} (run, make_aff_label)", "run_sample.py", [*bench.run, "--steps", "3"],
+            argv = [*bench.run, "--steps", "3"]
+            yield HostileFile("maps npz", f"{name} (run, make_aff_label)", "run_sample.py", argv,
                        bench.in_run(f"cam/{ONE}.npz", data, "make_aff_label"), must, ONE, heavy=heavy)  # fmt: skip
 
 
@@ -115,7 +116,7 @@ def _storage_code() -> bytes:
     return npy_of_pickle(pickled_code(torch.storage._load_from_bytes, inner))
 
 
-def npy_cases(bench: Bench) -> Iterator[Case]:
+def npy_cases(bench: Bench) -> Iterator[HostileFile]:
     """Pickled class maps, as other repositories write them."""
     full = full_maps(bench)
     good = npy({0: full})
@@ -168,10 +169,10 @@ def npy_cases(bench: Bench) -> Iterator[Case]:
     ]
     argv = ["npy" if word == "npz" else word for word in bench.evaluate_maps]
     for name, data, must in rows:
-        yield Case("maps npy", name, "evaluation.py", argv, npy_in_evaluation(bench, data), must, ONE)
+        yield HostileFile("maps npy", name, "evaluation.py", argv, npy_in_evaluation(bench, data), must, ONE)
 
 
-def label_cases(bench: Bench) -> Iterator[Case]:
+def label_cases(bench: Bench) -> Iterator[HostileFile]:
     """Affinity labels."""
     file = bench.made(f"aff_label/{ONE}.npz")
     planes = np.load(io.BytesIO(file))["planes"]
@@ -187,10 +188,10 @@ def label_cases(bench: Bench) -> Iterator[Case]:
     ]
     for name, data, must in rows:
         build = bench.in_run(f"aff_label/{ONE}.npz", data, "train_aff")
-        yield Case("aff_label", name, "run_sample.py", [*bench.run, "--steps", "4"], build, must, ONE)
+        yield HostileFile("aff_label", name, "run_sample.py", [*bench.run, "--steps", "4"], build, must, ONE)
 
 
-def all_map_cases(bench: Bench) -> Iterator[Case]:
+def all_map_cases(bench: Bench) -> Iterator[HostileFile]:
     """Class maps and affinity labels."""
     for make in (npz_cases, npy_cases, label_cases):
         yield from make(bench)

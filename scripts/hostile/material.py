@@ -31,7 +31,7 @@ PLAIN_RUN = ["seam", *SAMPLE_FLAGS, *TINY_RUN, "--out", "run", "--machine.worker
 """Arguments of run_sample.py: a whole tiny run."""
 
 
-def class_names(sample: Path) -> list[str]:
+def names_of_classes(sample: Path) -> list[str]:
     """Names of a sample set's classes."""
     return (sample / "classes.txt").read_text().split()
 
@@ -44,7 +44,7 @@ def list_of(sample: Path, split: str) -> list[str]:
 def make_folder(root: Path, sample: Path, masks: bool) -> None:
     """The sample set as a folder of one's own images."""
     (root / "images").mkdir(parents=True)
-    names = class_names(sample)
+    names = names_of_classes(sample)
     lines = ["file,classes"]
     for path in sorted((sample / "JPEGImages").glob("*.jpg")):
         shutil.copy(path, root / "images")
@@ -74,7 +74,7 @@ def make_devkit(cwd: Path, sample: Path) -> None:
 def make_coco(root: Path, sample: Path) -> None:
     """The sample set as COCO 2014: polygons, compressed and plain run lengths in turn."""
     (root / "annotations").mkdir(parents=True)
-    categories = [{"id": 3 * i + 1, "name": n} for i, n in enumerate(class_names(sample))]
+    categories = [{"id": 3 * i + 1, "name": n} for i, n in enumerate(names_of_classes(sample))]
     for split, year in (("train", "train2014"), ("val", "val2014")):
         (root / year).mkdir()
         images: list[dict[str, Any]] = []

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from scripts.hostile.cases import ONE, Bench, Case, Data, Must
+from scripts.hostile.cases import ONE, Bench, Data, HostileFile, Must
 from scripts.hostile.formats import Evil, directory, later, pickled_code, pipe, saved
 
-State = dict[str, torch.Tensor]
+Tensors = dict[str, torch.Tensor]
 
 
 def _read(bench: Bench, name: str) -> dict[str, Any]:
     return torch.load(io.BytesIO(bench.made(f"weights/{name}.pt")), weights_only=True)
 
 
-def spoiled(state: State, value: float, one: bool = False) -> State:
+def spoiled(state: Tensors, value: float, one: bool = False) -> Tensors:
     """A state dict with a value in all of its numbers, or in one."""
     if not one:
         return {k: torch.full_like(v, value) if v.is_floating_point() else v for k, v in state.items()}
@@ -37,13 +37,13 @@ def _deflated_bomb(file: bytes) -> bytes:
     return out.getvalue()
 
 
-def _predict(bench: Bench, name: str, data: Data, must: Must = "refuse") -> Case:
+def _predict(bench: Bench, name: str, data: Data, must: Must = "refuse") -> HostileFile:
     argv = [word for word in bench.predict if word != "--fast"] if "scale" in name else bench.predict
     build = bench.in_predict(f"{ONE}.jpg", bench.photo, data)
-    return Case("weights", f"{name} (predict)", "predict.py", argv, build, must, "seg.pt", heavy="GB" in name)
+    return HostileFile("weights", f"{name} (predict)", "predict.py", argv, build, must, "seg.pt", heavy="GB" in name)
 
 
-def weight_cases(bench: Bench) -> Iterator[Case]:
+def weight_cases(bench: Bench) -> Iterator[HostileFile]:
     """Weights of the segmentation network, read by predict.py: their tensors and the file."""
     seg = _read(bench, "seg")
     state, text, file = seg["model"], seg["description"], bench.made("weights/seg.pt")
@@ -90,7 +90,7 @@ def weight_cases(bench: Bench) -> Iterator[Case]:
         yield _predict(bench, name, data, must)
 
 
-def description_cases(bench: Bench) -> Iterator[Case]:
+def description_cases(bench: Bench) -> Iterator[HostileFile]:
     """Descriptions in weights files: classes, method and recipe."""
     seg = _read(bench, "seg")
     about = json.loads(seg["description"])
@@ -130,7 +130,7 @@ def description_cases(bench: Bench) -> Iterator[Case]:
         yield _predict(bench, f"recipe: {key} = {str(value)[:20]}", described(json.dumps(changed)), must)
 
 
-def cam_cases(bench: Bench) -> Iterator[Case]:
+def cam_cases(bench: Bench) -> Iterator[HostileFile]:
     """Weights of the CAM network: of predict.py --tags, of make_cam, and as start weights."""
     cam = _read(bench, "cam")
     file, about = bench.made("weights/cam.pt"), json.loads(cam["description"])
@@ -145,7 +145,7 @@ def cam_cases(bench: Bench) -> Iterator[Case]:
         ("of 300 letters", letters, classes(letters, "b")),
     ):
         argv = [*bench.predict_tags, "--tags", tag]
-        yield Case("weights", f"class name {name} (predict --tags)", "predict.py", argv, bench.in_tagged(data))
+        yield HostileFile("weights", f"class name {name} (predict --tags)", "predict.py", argv, bench.in_tagged(data))
     for text, must in {
         '{"CAM": {"threshold": "x"}}': "refuse", '{"CAM": {"threshold": NaN}}': "refuse", "[]": "refuse",
         '{"CAM": {"threshold": null}}': "any", '{"CAM": 3}': "refuse", '{"CAM": {"thr': "refuse",
@@ -153,7 +153,7 @@ def cam_cases(bench: Bench) -> Iterator[Case]:
     }.items():  # fmt: skip
         build = bench.in_tagged(file, lambda cwd, text=text: (cwd / "run/scores.json").write_text(text))  # type: ignore[misc]
         argv = [*bench.predict_tags, "--tags", bench.tag]
-        yield Case("scores.json", f"{text} (predict --tags)", "predict.py", argv, build, must, "scores.json")  # type: ignore[arg-type]
+        yield HostileFile("scores.json", f"{text} (predict --tags)", "predict.py", argv, build, must, "scores.json")  # type: ignore[arg-type]
 
     rows: list[tuple[str, bytes, Must, Must]] = [
         ("cut", file[:5000], "refuse", "any"),
@@ -165,13 +165,13 @@ def cam_cases(bench: Bench) -> Iterator[Case]:
         ("values are numbers", saved({**cam, "model": dict.fromkeys(cam["model"], 1)}), "refuse", "refuse"),
     ]
     for name, data, in_run, at_start in rows:
-        yield Case("weights", f"cam.pt: {name} (run, make_cam)", "run_sample.py", [*bench.run, "--steps", "2"],
+        yield HostileFile("weights", f"cam.pt: {name} (run, make_cam)", "run_sample.py", [*bench.run, "--steps", "2"],
                    bench.in_run("weights/cam.pt", data, "make_cam"), in_run, "cam.pt")  # fmt: skip
-        yield Case("weights", f"start weights: {name}", "run_sample.py", [*bench.start, "--cam.weights", "w.pt"],
+        yield HostileFile("weights", f"start weights: {name}", "run_sample.py", [*bench.start, "--cam.weights", "w.pt"],
                    bench.in_start("w.pt", data), at_start, "w.pt")  # fmt: skip
 
 
-def resume_cases(bench: Bench) -> Iterator[Case]:
+def resume_cases(bench: Bench) -> Iterator[HostileFile]:
     """Resume points, as a killed training leaves them (none where BASE/resume.pt is absent)."""
     path = bench.base / "resume.pt"
     if not path.exists():
@@ -193,10 +193,10 @@ def resume_cases(bench: Bench) -> Iterator[Case]:
         must: Must = "any" if name.startswith("scaler") else "refuse"
         build = bench.in_run("weights/cam.resume.pt", data, "train_cam")
         argv = [*bench.run, "--steps", "1"]
-        yield Case("resume point", name, "run_sample.py", argv, build, must, "cam.resume.pt")
+        yield HostileFile("resume point", name, "run_sample.py", argv, build, must, "cam.resume.pt")
 
 
-def all_network_cases(bench: Bench) -> Iterator[Case]:
+def all_network_cases(bench: Bench) -> Iterator[HostileFile]:
     """Weights files, their descriptions, CAM networks and resume points."""
     for make in (weight_cases, description_cases, cam_cases, resume_cases):
         yield from make(bench)

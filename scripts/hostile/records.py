@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from scripts.hostile.cases import ONE, Bench, Case, Must
+from scripts.hostile.cases import ONE, Bench, HostileFile, Must
 from scripts.hostile.formats import HOSTILE_VALUES, json_paths, json_with
 
 _SCRIPT = "<script>alert(1)</script>"
@@ -17,7 +17,7 @@ def _no_script(cwd: Path) -> str:
     return "a script of scores.json is in report.html as it is" if found else ""
 
 
-def record_cases(bench: Bench) -> Iterator[Case]:
+def record_cases(bench: Bench) -> Iterator[HostileFile]:
     """run.json and scores.json of a run whose report is to be made."""
     rng = bench.rng
     for file in ("run.json", "scores.json"):
@@ -37,10 +37,10 @@ def record_cases(bench: Bench) -> Iterator[Case]:
         for name, changed in rows:
             must: Must = _no_script if (file, name) == ("scores.json", "html in a name") else "any"
             build = bench.in_run(file, changed, "report")
-            yield Case(file, name, "run_sample.py", bench.run, build, must, file)
+            yield HostileFile(file, name, "run_sample.py", bench.run, build, must, file)
 
 
-def predict_record_cases(bench: Bench) -> Iterator[Case]:
+def predict_record_cases(bench: Bench) -> Iterator[HostileFile]:
     """predict.json of a folder of results."""
     for name, data in {
         "empty": b"", "[]": b"[]", "settings a number": b'{"settings": 7}', "values a list": b'{"mask values": [1]}',
@@ -52,4 +52,4 @@ def predict_record_cases(bench: Bench) -> Iterator[Case]:
             (cwd / "out").mkdir()
             (cwd / "out/predict.json").write_bytes(data)
 
-        yield Case("predict.json", name, "predict.py", bench.predict, build, "refuse", "out")
+        yield HostileFile("predict.json", name, "predict.py", bench.predict, build, "refuse", "out")

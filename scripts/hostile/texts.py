@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from scripts.hostile.cases import ONE, Bench, Case, Data, Must
+from scripts.hostile.cases import ONE, Bench, Data, HostileFile, Must
 from scripts.hostile.formats import directory, linked, pipe
 from scripts.hostile.material import TINY_RUN
 
@@ -18,7 +18,7 @@ def good_table(bench: Bench) -> str:
     return "file,classes\n" + "".join(f"2025_{n:06}.jpg,{bench.tag}\n" for n in range(1, 5))
 
 
-def table_cases(bench: Bench) -> Iterator[Case]:
+def table_cases(bench: Bench) -> Iterator[HostileFile]:
     """labels.csv."""
     tag, table = bench.tag, good_table(bench)
     rows: dict[str, str | Data] = {
@@ -54,10 +54,10 @@ def table_cases(bench: Bench) -> Iterator[Case]:
     for name, text in rows.items():
         must: Must = "any" if name.endswith("(any)") else "refuse"
         build = bench.in_folder("labels.csv", _bytes(text))
-        yield Case("labels.csv", name, "prepare", bench.prepare_folder, build, must, "labels.csv")
+        yield HostileFile("labels.csv", name, "prepare", bench.prepare_folder, build, must, "labels.csv")
 
 
-def class_list_cases(bench: Bench) -> Iterator[Case]:
+def class_list_cases(bench: Bench) -> Iterator[HostileFile]:
     """classes.txt."""
     tag, other = bench.tag, bench.names[1]
     rows: list[tuple[str, str | bytes, Must]] = [
@@ -76,12 +76,13 @@ def class_list_cases(bench: Bench) -> Iterator[Case]:
     ]
     for name, text, must in rows:
         build = bench.in_folder("classes.txt", _bytes(text))
-        yield Case("classes.txt", name, "prepare", bench.prepare_folder, build, must, "classes.txt")
-    yield Case("classes.txt", "binary (evaluation)", "evaluation.py", [*bench.evaluate_masks, "--classes", "c.txt"],
+        yield HostileFile("classes.txt", name, "prepare", bench.prepare_folder, build, must, "classes.txt")
+    argv = [*bench.evaluate_masks, "--classes", "c.txt"]
+    yield HostileFile("classes.txt", "binary (evaluation)", "evaluation.py", argv,
                bench.in_evaluation("c.txt", bytes(range(256))), "refuse", "c.txt")  # fmt: skip
 
 
-def list_cases(bench: Bench) -> Iterator[Case]:
+def list_cases(bench: Bench) -> Iterator[HostileFile]:
     """Lists of images, read by evaluation.py and by prepare voc12."""
     rows: list[tuple[str, str | Data, Must]] = [
         ("climbing", f"{ONE}\n../../../etc/passwd\n", "refuse"),
@@ -98,9 +99,9 @@ def list_cases(bench: Bench) -> Iterator[Case]:
     ]
     for name, text, must in rows:
         data = _bytes(text)
-        yield Case("list", f"{name} (evaluation)", "evaluation.py", bench.evaluate_masks,
+        yield HostileFile("list", f"{name} (evaluation)", "evaluation.py", bench.evaluate_masks,
                    bench.in_evaluation("d/ImageSets/Segmentation/train.txt", data), must)  # fmt: skip
-        yield Case("list", f"{name} (prepare voc12)", "prepare", bench.prepare_voc,
+        yield HostileFile("list", f"{name} (prepare voc12)", "prepare", bench.prepare_voc,
                    bench.in_voc("voc/ImageSets/Segmentation/val.txt", data), must)  # fmt: skip
 
 
@@ -109,7 +110,7 @@ def good_xml(bench: Bench) -> str:
     return (bench.sample / "Annotations" / f"{ONE}.xml").read_text()
 
 
-def xml_cases(bench: Bench) -> Iterator[Case]:
+def xml_cases(bench: Bench) -> Iterator[HostileFile]:
     """Annotations of VOC."""
     xml = good_xml(bench)
     entities = "".join(f'<!ENTITY a{i} "{f"&a{i - 1};" * 10}">' for i in range(1, 10))
@@ -139,14 +140,14 @@ def xml_cases(bench: Bench) -> Iterator[Case]:
     ]
     place = f"voc/Annotations/{ONE}.xml"
     for name, text, must in rows:
-        yield Case("XML", name, "prepare", bench.prepare_voc, bench.in_voc(place, _bytes(text)), must, ONE)
+        yield HostileFile("XML", name, "prepare", bench.prepare_voc, bench.in_voc(place, _bytes(text)), must, ONE)
     data = ["--data", "voc12", "--root", "voc"]
     argv = ["seam", *data, *TINY_RUN, "--machine.workers", "0", "--steps", "1", "--out", "n"]
     build = bench.in_voc(place, laughs.encode())
-    yield Case("XML", "billion laughs (run)", "run_sample.py", argv, build, "refuse", ONE)
+    yield HostileFile("XML", "billion laughs (run)", "run_sample.py", argv, build, "refuse", ONE)
 
 
-def all_text_cases(bench: Bench) -> Iterator[Case]:
+def all_text_cases(bench: Bench) -> Iterator[HostileFile]:
     """Tables, class lists, lists and XML."""
     for make in (table_cases, class_list_cases, list_cases, xml_cases):
         yield from make(bench)

@@ -9,6 +9,7 @@ from misc.files import atomic
 from misc.files.ids import id_of_file
 from misc.files.images import write_mask
 from voc12.data_sets.coco14 import YEAR_FOLDERS, Coco14Catalog
+from voc12.lists import shorten
 from voc12.prepare.coco_annotations import CocoAnnotations, Crowds, read_coco_annotations
 from voc12.prepare.findings import (
     WORKERS,
@@ -70,6 +71,9 @@ def prepare_coco14(
             continue
         print(f"reading {path}")
         instances = read_coco_annotations(path)
+        if instances.left_out:
+            names = shorten(instances.left_out)
+            findings.note(f"{path} has categories without an object that are no classes: {names}.")
         if classes and instances.classes != classes:
             raise DataError(f"{path} has other categories than the other file: take both from one download.")
         classes = instances.classes

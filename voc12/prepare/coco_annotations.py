@@ -33,6 +33,8 @@ class CocoAnnotations:
         files: {image number: file name without folders}, in ascending order of the numbers.
         sizes: {image number: (H, W)}.
         objects: {image number: its annotations in the order of the file}; images without any are not in it.
+        left_out: categories that no annotation has and that are no classes: the background, and one that is the
+            supercategory of all others, as Roboflow writes it.
     """
 
     classes: tuple[str, ...]
@@ -40,6 +42,7 @@ class CocoAnnotations:
     files: dict[int, str]
     sizes: dict[int, tuple[int, int]]
     objects: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     def names(self, number: int, crowds: bool = True) -> list[str]:
         """Classes of an image, each once, in the order of the classes."""
@@ -152,8 +155,17 @@ _INSTANCES = {
 }
 
 
+def _is_no_class(category: dict[str, Any], categories: list[dict[str, Any]]) -> bool:
+    """Whether a category is the background or stands over all others."""
+    over = [c.get("supercategory") for c in categories if c is not category]
+    return category["name"].strip("_ ").lower() == "background" or (bool(over) and set(over) == {category["name"]})
+
+
 def _collect(path: Path, content: dict[str, Any]) -> CocoAnnotations:
     categories = sorted(content["categories"], key=lambda c: c["id"])
+    used = {thing["category_id"] for thing in content["annotations"]}
+    idle = [c for c in categories if c["id"] not in used and _is_no_class(c, categories)]
+    categories = [c for c in categories if c not in idle]
     classes = checked_classes([c["name"] for c in categories], lambda n: f"{path}, category {n}")
     values = {c["id"]: rank for rank, c in enumerate(categories, 1)}
     files: dict[int, str] = {}
@@ -163,7 +175,7 @@ def _collect(path: Path, content: dict[str, Any]) -> CocoAnnotations:
             raise DataError(f"{path}: image {image['id']} comes twice.")
         files[image["id"]] = PurePosixPath(image["file_name"]).name
         sizes[image["id"]] = (int(image["height"]), int(image["width"]))
-    found = CocoAnnotations(classes, values, files, sizes)
+    found = CocoAnnotations(classes, values, files, sizes, left_out=tuple(c["name"] for c in idle))
     for thing in content["annotations"]:
         where = f"{path}: annotation {thing.get('id')}"
         if thing["image_id"] not in files:
