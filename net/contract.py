@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -341,13 +342,16 @@ class AffinityNetwork(Network, Refiner):
 
     @classmethod
     @abstractmethod
-    def make_label(cls, image: np.ndarray, cam: Cam, options: Any) -> tuple[np.ndarray, np.ndarray]:
+    def make_label(
+        cls, image: np.ndarray, cam: Cam, options: Any, device: torch.device | str = "cpu"
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Affinity label of one image.
 
         Args:
             image: (H, W, 3) uint8 RGB.
             cam: its CAMs.
             options: the recipe's ``label``.
+            device: where to compute.
 
         Returns:
             picture: (H, W) uint8, 0 background, class + 1, 255 ignored: the label for people to look at.

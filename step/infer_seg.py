@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from misc.files.images import read_image, write_mask
-from misc.loop.each import each
+from misc.infer.masks import segment_inputs
+from misc.loop.each import Rest, each
 from step.lib import overlays
 from step.lib.config import Job
-from step.lib.inference import infer_class_scores
+from step.lib.inference import ahead, infer_class_scores
 from step.lib.networks import load_segmentation_network
 from step.lib.scoring import precisions, score_masks, start_weights
 
@@ -21,14 +23,20 @@ def run(job: Job, device: torch.device) -> None:
     infer = job.cfg.seg.infer
     machine = job.machine(job.cfg.cam if job.single_stage else job.cfg.seg, device)
 
-    def prepare(image_id: str) -> np.ndarray:
-        return read_image(job.catalog.image_path(image_id))
+    def prepare(image_id: str) -> tuple[np.ndarray, list[Tensor]]:
+        image = read_image(job.catalog.image_path(image_id))
+        return image, ahead(segment_inputs(image, infer, network.normalisation), device)
 
-    def work(image_id: str, image: np.ndarray) -> None:
-        before, scores = infer_class_scores(network, image, infer, machine, device)
-        if infer.crf.iterations:
-            write_mask(job.run.seg_before_crf(image_id), before.argmax(0).astype(np.uint8))
-        write_mask(job.run.seg(image_id), scores.argmax(0).astype(np.uint8))  # written last
+    def work(image_id: str, prepared: tuple[np.ndarray, list[Tensor]]) -> Rest:
+        image, inputs = prepared
+        before, scores = infer_class_scores(network, image, infer, machine, device, inputs)
+
+        def write() -> None:
+            if infer.crf.iterations:
+                write_mask(job.run.seg_before_crf(image_id), before.argmax(0).astype(np.uint8))
+            write_mask(job.run.seg(image_id), scores.argmax(0).astype(np.uint8))  # written last
+
+        return write
 
     each(
         "infer_seg", job.predicted_ids(), work, prepare=prepare, done=lambda i: job.run.seg(i).exists(),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from misc.files.camfiles import write_cam
 from misc.files.images import read_image
-from misc.loop.each import each
+from misc.infer.cams import scaled_inputs
+from misc.loop.each import Rest, each
 from step.lib.config import Job
-from step.lib.inference import predict_cam
+from step.lib.inference import ahead, predict_cam
 from step.lib.networks import load_cam_network
 from step.lib.scoring import score_cams
 
@@ -22,12 +26,15 @@ def run(job: Job, device: torch.device) -> None:
     network = load_cam_network(job, device)
     infer, machine = job.cfg.cam.infer, job.machine(job.cfg.cam, device)
 
-    def prepare(image_id: str) -> tuple[np.ndarray, np.ndarray]:
-        return read_image(job.catalog.image_path(image_id)), job.catalog.tags(image_id)
+    def prepare(image_id: str) -> tuple[np.ndarray, np.ndarray, list[Tensor]]:
+        image, tags = read_image(job.catalog.image_path(image_id)), job.catalog.tags(image_id)
+        inputs = scaled_inputs(image, infer, network.normalisation) if tags.any() else iter(())
+        return image, tags, ahead(inputs, device)
 
-    def work(image_id: str, prepared: tuple[np.ndarray, np.ndarray]) -> None:
-        image, tags = prepared
-        write_cam(job.run.cam(image_id), predict_cam(network, image, tags, infer, machine, device))
+    def work(image_id: str, prepared: tuple[np.ndarray, np.ndarray, list[Tensor]]) -> Rest:
+        image, tags, inputs = prepared
+        cam = predict_cam(network, image, tags, infer, machine, device, inputs)
+        return partial(write_cam, job.run.cam(image_id), cam)
 
     each(
         "make_cam", job.cam_ids(), work, prepare=prepare, done=lambda i: job.run.cam(i).exists(),

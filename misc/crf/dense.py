@@ -79,20 +79,22 @@ class DenseCRF:
         """Sharpen class scores by mean-field inference.
 
         Args:
-            scores: (n, H, W), n >= 1 labels; clipped to [1e-5, 1].
+            scores: (n, H, W), n >= 1 labels; clipped to [1e-5, 1]. Or (S, n, H, W), S independent stacks of scores,
+                which takes less time than one after the other.
 
         Returns:
-            (n, H, W) float32 posteriors, summing to one over the labels.
+            float32 posteriors of the same shape, summing to one over the labels.
 
         Raises:
             ValueError: another height or width than the image's, or NaN.
         """
-        if scores.ndim != 3 or scores.shape[0] == 0 or scores.shape[1:] != self.size:
+        if scores.ndim not in (3, 4) or 0 in scores.shape or scores.shape[-2:] != self.size:
             raise ValueError(f"scores {scores.shape} don't fit the image's (height, width) {self.size}")
         if np.isnan(scores).any():
             raise ValueError("scores contain NaN: check the weights of the network, or the file, they come from")
-        rows = torch.from_numpy(np.ascontiguousarray(scores.reshape(len(scores), -1).T, np.float32))  # (H*W, n)
-        return self._infer(rows.to(self._device).clamp(_LOWEST_SCORE, 1).log_())
+        rows = np.moveaxis(scores.reshape(*scores.shape[:-2], -1), -1, 0)  # (H*W, [S,] n)
+        evidence = torch.from_numpy(np.ascontiguousarray(rows, np.float32)).to(self._device)
+        return self._infer(evidence.clamp(_LOWEST_SCORE, 1).log_())
 
     def from_labels(self, labels: np.ndarray, n: int, confidence: float = 0.7) -> np.ndarray:
         """Posteriors from hard labels, all with the same confidence; there is no "unsure" label.
@@ -101,39 +103,41 @@ class DenseCRF:
         Source: psa.md section 3, irnet.md section 7.
 
         Args:
-            labels: (H, W) integers 0..n-1.
+            labels: (H, W) integers 0..n-1; or (S, H, W), S independent label maps.
             n: number of labels.
             confidence: in (0, 1).
 
         Returns:
-            (n, H, W) float32 posteriors.
+            (n, H, W) or (S, n, H, W) float32 posteriors.
 
         Raises:
             ValueError: another height or width than the image's, a label outside 0..n-1, a confidence outside (0, 1).
         """
-        if labels.shape != self.size:
+        if labels.ndim not in (2, 3) or labels.shape[-2:] != self.size:
             raise ValueError(f"labels {labels.shape} don't fit the image's (height, width) {self.size}")
         if labels.min() < 0 or labels.max() >= n:
             raise ValueError(f"labels {labels.min()}..{labels.max()} must lie in 0..{n - 1}: map ignored pixels first")
         if not 0 < confidence < 1:
             raise ValueError(f"confidence {confidence} must lie between 0 and 1, both excluded")
-        own = torch.from_numpy(labels.reshape(-1, 1).astype(np.int64)).to(self._device)  # (H*W, 1)
-        evidence = torch.full((len(own), n), math.log((1 - confidence) / max(n - 1, 1)), device=self._device)
-        return self._infer(evidence.scatter_(1, own, math.log(confidence)))
+        rows = np.moveaxis(labels.reshape(*labels.shape[:-2], -1), -1, 0)[..., None]  # (H*W, [S,] 1)
+        own = torch.from_numpy(np.ascontiguousarray(rows, np.int64)).to(self._device)
+        others = math.log((1 - confidence) / max(n - 1, 1))
+        evidence = torch.full((*own.shape[:-1], n), others, device=self._device)
+        return self._infer(evidence.scatter_(-1, own, math.log(confidence)))
 
     @torch.no_grad()
     def _infer(self, evidence: Tensor) -> np.ndarray:
-        """Mean field from the negative unary energies, (H*W, n) -> (n, H, W)."""
+        """Mean field from the negative unary energies, (H*W, [S,] n) -> ([S,] n, H, W)."""
         posterior = _softmax_(evidence.clone())
         for _ in range(self._iterations):
             logits = evidence.clone()
             for weight, lattice in self._kernels:
-                logits.add_(lattice.filter(posterior), alpha=weight)
+                logits.add_(lattice.filter(posterior.flatten(1)).view_as(logits), alpha=weight)
             posterior = _softmax_(logits)
-        return posterior.t().reshape(-1, *self.size).cpu().numpy()
+        return posterior.movedim(0, -1).unflatten(-1, self.size).cpu().numpy()
 
 
 def _softmax_(logits: Tensor) -> Tensor:
-    """Softmax of the rows of (N, n), in place; several times as fast as torch.softmax on short rows."""
-    logits.sub_(logits.amax(dim=1, keepdim=True)).exp_()
-    return logits.div_(logits.sum(dim=1, keepdim=True))
+    """Softmax over the last axis, in place; several times as fast as torch.softmax on short rows."""
+    logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
+    return logits.div_(logits.sum(dim=-1, keepdim=True))

@@ -188,14 +188,16 @@ def infer_raw_maps(
     infer: CamInference,
     normalisation: str,
     device: torch.device | str = "cpu",
+    inputs: Iterable[Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Raw maps of the present classes, one batch per scale, as ``merge_maps`` takes them: (1, K, h, w), or (2, K, h, w)
     with those of the mirrored image. Arguments as for ``infer_cam``; at least one tag must be set."""
     size = image.shape[:2]
     keys = torch.from_numpy(np.flatnonzero(tags)).to(device)  # (K,)
     row = torch.tensor(tags, dtype=torch.float32, device=device)  # (C,)
-    for inner, images in zip(input_sizes(size, infer), scaled_inputs(image, infer, normalisation), strict=True):
-        maps = cam(images.to(device), row.expand(len(images), -1))  # (1 or 2, C, h', w')
+    inputs = scaled_inputs(image, infer, normalisation) if inputs is None else inputs
+    for inner, images in zip(input_sizes(size, infer), inputs, strict=True):
+        maps = cam(images.to(device, non_blocking=True), row.expand(len(images), -1))  # (1 or 2, C, h', w')
         maps = maps.detach()[:, keys]
         yield unpad_maps(maps, inner, infer) if infer.multiple > 1 else maps
 
@@ -230,6 +232,7 @@ def infer_cam(
     infer: CamInference,
     normalisation: str,
     device: torch.device | str = "cpu",
+    inputs: Iterable[Tensor] | None = None,
 ) -> Cam:
     """The CAMs of one image: merged, normalised maps at its size, and on the recipe's coarse grid.
 
@@ -243,6 +246,7 @@ def infer_cam(
         infer: scales, flip, rule for scaling maps.
         normalisation: of the network's input images, a name for misc.image.pixels.find_normalisation.
         device: where the network is.
+        inputs: what ``scaled_inputs`` gives for this image, if it is there already.
 
     Returns:
         ``maps`` (K, H, W), present classes in ascending order; the rule ``shifted`` gives values below 0 too.
@@ -254,7 +258,7 @@ def infer_cam(
     if not tags.any():
         nothing = np.zeros((0, *size), np.float32)
         return Cam(keys, nothing, size, None if grid is None else np.zeros((0, *grid), np.float32))
-    maps = infer_raw_maps(cam, image, tags, infer, normalisation, device)
+    maps = infer_raw_maps(cam, image, tags, infer, normalisation, device, inputs)
     if grid is None:
         full = normalise_maps(merge_maps(maps, size, infer.round_up, rule=infer.merge), infer.normalise)
         return Cam(keys, full.cpu().numpy(), size)

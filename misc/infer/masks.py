@@ -60,6 +60,7 @@ def segment(
     infer: SegInference,
     normalisation: str,
     device: torch.device | str = "cpu",
+    inputs: Iterable[Tensor] | None = None,
 ) -> np.ndarray:
     """Merged scores of one image, before the CRF.
 
@@ -73,6 +74,7 @@ def segment(
         infer: scales, mirror, filters and merging.
         normalisation: a name for misc.image.pixels.find_normalisation.
         device: where the network runs and results are merged.
+        inputs: what ``segment_inputs`` gives for this image, if it is there already.
 
     Returns:
         (n, H, W) float32 in [0, 1].
@@ -80,13 +82,17 @@ def segment(
     Raises:
         ValueError: ``image`` is not (H, W, 3) uint8.
     """
+    inputs = segment_inputs(image, infer, normalisation) if inputs is None else inputs
+    return merge_passes(logits, inputs, image.shape[:2], infer, device)
+
+
+def segment_inputs(image: np.ndarray, infer: SegInference, normalisation: str) -> Iterator[Tensor]:
+    """Network inputs of one image, (1, 3, h, w) one a scale; arguments and errors as for ``segment``."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"Testing needs a (H, W, 3) uint8 RGB image, got {image.shape} {image.dtype}: convert it.")
     if infer.resize == "bicubic":
-        inputs: Iterator[Tensor] = (_resized_first(image, factor, infer, normalisation) for factor in infer.scales)
-    else:
-        inputs = scale_values(normalise_image(image, normalisation), infer)
-    return merge_passes(logits, inputs, image.shape[:2], infer, device)
+        return (_resized_first(image, factor, infer, normalisation) for factor in infer.scales)
+    return scale_values(normalise_image(image, normalisation), infer)
 
 
 def merge_passes(

@@ -33,6 +33,10 @@ class Failure:
     cause: str
 
 
+Rest = Callable[[], None]
+"""What is left of an image's work: writing its files."""
+
+
 class EachFailed(RuntimeError):
     """Some images of a step failed, listed in ``failures``; the others are finished."""
 
@@ -60,7 +64,7 @@ def shard(ids: Sequence[str], part: tuple[int, int] = (0, 1)) -> list[str]:
 def each(
     name: str,
     ids: Sequence[str],
-    work: Callable[..., None],
+    work: Callable[..., Rest | None],
     *,
     done: Callable[[str], bool],
     prepare: Callable[[str], Any] | None = None,
@@ -73,7 +77,8 @@ def each(
         name: label of the progress bar.
         ids: all image ids of the step.
         work: called as work(id), or work(id, prepared) in this process if ``prepare`` is given. It writes its own
-            files, atomically.
+            files, atomically; with ``prepare`` it may return a function that does so, which a thread then calls while
+            the next image is computed.
         done: whether the files of an id exist already.
         prepare: reads and computes the input of ``work`` in ``workers`` threads, ahead of it; must be thread-safe.
         workers: processes for ``work`` (which must then be picklable), or look-ahead threads for ``prepare``.
@@ -104,13 +109,12 @@ def each(
         raise EachFailed(name, failures, sum(count for _, count in reports))
 
 
-def _guarded(image_id: str, action: Callable[[], Any], failures: list[Failure]) -> None:
-    """Call ``action``; an error is a failure of this image. Out of GPU memory, it is called once more: the images
-    before may have left the memory in pieces."""
+def _guarded(image_id: str, action: Callable[[], Any], failures: list[Failure]) -> Any:
+    """Call ``action`` and return its result; an error is a failure of this image, then None. Out of GPU memory, it is
+    called once more: the images before may have left the memory in pieces."""
     for attempt in (1, 2):
         try:
-            action()
-            return
+            return action()
         except atomic.DiskFull:
             raise
         except torch.OutOfMemoryError as error:
@@ -119,10 +123,11 @@ def _guarded(image_id: str, action: Callable[[], Any], failures: list[Failure]) 
             if _is_cuda_error(error):
                 raise
             failures.append(Failure(image_id, f"{type(error).__name__}: {error}"))
-            return
+            return None
         if attempt == 1:
             torch.cuda.empty_cache()  # here, where the error no longer holds the tensors of its frames
     failures.append(Failure(image_id, cause))
+    return None
 
 
 def _is_cuda_error(error: Exception) -> bool:
@@ -131,21 +136,35 @@ def _is_cuda_error(error: Exception) -> bool:
 
 
 def _look_ahead(
-    ids: list[str], work: Callable[..., None], prepare: Callable[[str], Any], threads: int,
+    ids: list[str], work: Callable[..., Rest | None], prepare: Callable[[str], Any], threads: int,
     failures: list[Failure], bar: Progress,
-) -> None:
+) -> None:  # fmt: skip
     waiting: deque[tuple[str, Future[Any]]] = deque()
+    written: deque[tuple[str, Future[None]]] = deque()
     rest = iter(ids)
-    with ThreadPoolExecutor(threads) as pool:
+
+    def finish(most: int) -> None:
+        """Wait until at most this many images are still being written."""
+        while len(written) > most:
+            image_id, result = written.popleft()
+            _guarded(image_id, result.result, failures)
+            bar.update()
+
+    with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as writers:
         try:
             while True:
                 while len(waiting) < 2 * threads and (image_id := next(rest, None)) is not None:
-                    waiting.append((image_id, pool.submit(prepare, image_id)))
+                    waiting.append((image_id, readers.submit(prepare, image_id)))
                 if not waiting:
+                    finish(0)
                     return
                 image_id, ready = waiting.popleft()
-                _guarded(image_id, lambda i=image_id, r=ready: work(i, r.result()), failures)
-                bar.update()
+                left = _guarded(image_id, lambda i=image_id, r=ready: work(i, r.result()), failures)
+                if left is None:
+                    bar.update()
+                else:
+                    written.append((image_id, writers.submit(left)))
+                finish(2 * threads)
         finally:
             for _, ready in waiting:
                 ready.cancel()

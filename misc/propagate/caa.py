@@ -75,7 +75,7 @@ def refine_by_attention(maps: Tensor, attention: Tensor, cut: float) -> Tensor:
     """
     if not len(maps):
         return maps
-    masks = np.stack([rectangle_mask(scores, cut) for scores in maps.detach().cpu().numpy()])
+    masks = np.stack([rectangle_mask(scores, cut) for scores in maps.detach().float().cpu().numpy()])
     inside = (maps * torch.from_numpy(masks).to(maps.device)).flatten(1).T  # (N, K)
     matrix = doubly_stochastic(attention)
     # twice the matrix times few maps, instead of its square, which costs N / K times as much

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -190,6 +191,45 @@ class _PathMaximum(torch.autograd.Function):
         return total, None, None
 
 
+class _GatheredPathMaximum(torch.autograd.Function):
+    """The same as ``_PathMaximum`` in few large operations, for GPUs, which would wait for thousands of small ones: all
+    paths of one length are gathered at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, grid: Tensor, displacements: Sequence[Displacement], radius: int) -> Tensor:
+        flat = grid.flatten(1)  # (B, N)
+        source = source_cells(grid, radius)  # (P,)
+        largest, winners, offsets = [], [], []
+        for _, same in groupby(displacements, lambda displacement: len(path(displacement))):
+            places = torch.tensor([path(displacement) for displacement in same], device=grid.device)  # (d, n, 2)
+            steps = places[..., 0] * grid.shape[2] + places[..., 1]  # (d, n)
+            best, winner = flat[:, steps[..., None] + source].max(2)  # of (B, d, n, P)
+            largest.append(best.flatten(1))
+            winners.append(winner.to(torch.uint8))  # (B, d, P)
+            offsets.append(steps)
+        ctx.geometry, ctx.shape = (source, offsets, winners), grid.shape
+        return torch.cat(largest, dim=1) if largest else grid.new_zeros((len(grid), 0))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        source, offsets, winners = ctx.geometry
+        total = gradient.new_zeros(ctx.shape).flatten(1)  # (B, N)
+        parts = gradient.split([winner[0].numel() for winner in winners], 1)
+        for steps, winner, part in zip(offsets, winners, parts, strict=True):
+            cells = steps.expand(len(winner), -1, -1).gather(2, winner.long()) + source  # (B, d, P)
+            total.scatter_add_(1, cells.flatten(1), part)
+        return total.view(ctx.shape), None, None
+
+
+def source_cells(grid: Tensor, radius: int) -> Tensor:
+    """Numbers (row * width + column) of the cells of a grid (..., h, w) that are sources with a radius (see
+    ``cell_views``): (P,) int64 on the grid's device."""
+    height, width = grid.shape[-2:]
+    cells = torch.arange(height * width, device=grid.device).view(height, width)
+    return cell_views(cells, (0, 0), ((0, 0),), radius)[0].flatten()
+
+
 def path_affinity(boundary: Tensor, displacements: Sequence[Displacement], radius: int | None = None) -> Tensor:
     """Affinities across a boundary map: 1 - its largest value between the ends of a pair, in float32 (irnet.md section
     9.3).
@@ -202,7 +242,8 @@ def path_affinity(boundary: Tensor, displacements: Sequence[Displacement], radiu
     Returns:
         (B, E) in the order of ``pair_cells``; with a ``radius`` (B, D, P), P sources.
     """
-    affinity = 1 - _PathMaximum.apply(boundary.float(), displacements, radius)
+    gathered = boundary.device.type == "cuda" and radius is not None
+    affinity = 1 - (_GatheredPathMaximum if gathered else _PathMaximum).apply(boundary.float(), displacements, radius)
     if radius is None:
         return affinity
     pairs = affinity.shape[1] // max(1, len(displacements))

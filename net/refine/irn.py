@@ -22,7 +22,7 @@ from misc.config import Augment, Fit
 from misc.crf.dense import CRFSettings
 from misc.image.cam import Cam
 from misc.image.picture import Picture
-from misc.propagate.walk import Displacement, pair_views
+from misc.propagate.walk import Displacement, pair_views, source_cells
 from misc.score.objects import Instances
 from net.backbone.resnet import SAMPLE_RESNET, STAGES
 from net.contract import Batch, Network, RefineRecipe
@@ -151,6 +151,42 @@ class IRN(EdgeNetwork):
 # ------------------------------------------------------------------------------------------------ displacement loss
 
 
+def displacements_together(kind: str) -> int:
+    """Displacements whose distances are computed at a time on devices of a type: GPUs would wait for thousands of small
+    operations."""
+    return 16 if kind == "cuda" else 1
+
+
+def _add_one(
+    field: Tensor, gradient: Tensor, pairs: Tensor, displacements: Sequence[Displacement], goal: Tensor, radius: int
+) -> Tensor:
+    """Sum of |d_i - d_j - goal| over the pairs (B, 1, P) of one displacement; its gradient is added to ``gradient``."""
+    source, target = pair_views(field, displacements[0], radius)  # (B, 2, a, b)
+    error = (source - target - goal[0, :, None, None]) * pairs.reshape(len(field), 1, *source.shape[2:])
+    total = error.abs().sum()
+    to_source, to_target = pair_views(gradient, displacements[0], radius)
+    sign = error.sign_()
+    to_source.add_(sign)
+    to_target.sub_(sign)
+    return total
+
+
+def _add_many(
+    field: Tensor, gradient: Tensor, pairs: Tensor, displacements: Sequence[Displacement], goal: Tensor, radius: int
+) -> Tensor:
+    """The same of several displacements, pairs (B, d, P), in few large operations, for GPUs."""
+    source = source_cells(field, radius)  # (P,)
+    steps = torch.tensor([dy * field.shape[3] + dx for dy, dx in displacements], device=field.device)
+    cells = steps[:, None] + source  # (d, P)
+    flat, summed = field.flatten(2), gradient.view(*gradient.shape[:2], -1)  # (B, 2, N)
+    error = (flat[:, :, source][:, :, None] - flat[:, :, cells] - goal.t()[:, :, None]) * pairs[:, None]  # (B, 2, d, P)
+    total = error.abs().sum()
+    sign = error.sign_()
+    summed.index_add_(2, source, sign.sum(2))
+    summed.index_add_(2, cells.flatten(), sign.flatten(2), alpha=-1)
+    return total
+
+
 class _PairDistances(torch.autograd.Function):
     """Sums of |d_i - d_j - target| over the pairs of two kinds: (B, 2, h, w) -> (2,): foreground pairs, whose target is
     their displacement j - i, and background pairs, whose target is 0.
@@ -165,17 +201,13 @@ class _PairDistances(torch.autograd.Function):
     ) -> Tensor:
         sums = field.new_zeros(2)
         gradients = torch.zeros_like(field), torch.zeros_like(field)
-        for index, displacement in enumerate(displacements):
-            source, target = pair_views(field, displacement, radius)  # (B, 2, a, b)
-            wanted = field.new_tensor(displacement)[:, None, None]
-            for kind, (name, goal) in enumerate((("fg", wanted), ("bg", 0.0))):
-                pairs = labels[name][:, index].reshape(len(field), 1, *source.shape[2:])  # (B, 1, a, b)
-                error = (source - target - goal) * pairs
-                sums[kind] += error.abs().sum()
-                to_source, to_target = pair_views(gradients[kind], displacement, radius)
-                sign = error.sign_()
-                to_source.add_(sign)
-                to_target.sub_(sign)
+        goals = torch.tensor(displacements, dtype=field.dtype, device=field.device).reshape(-1, 2)  # (D, 2)
+        few = displacements_together(field.device.type)
+        for begin in range(0, len(displacements), few):
+            part = slice(begin, begin + few)
+            add = _add_many if few > 1 else _add_one
+            for kind, (name, goal) in enumerate((("fg", goals[part]), ("bg", torch.zeros_like(goals[part])))):
+                sums[kind] += add(field, gradients[kind], labels[name][:, part], displacements[part], goal, radius)
         ctx.save_for_backward(*gradients)
         return sums
 

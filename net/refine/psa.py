@@ -101,7 +101,9 @@ class PSA(AffinityNetwork):
         return F.elu(self.f9(torch.cat(parts, dim=1)))
 
     @classmethod
-    def make_label(cls, image: np.ndarray, cam: Cam, options: PSALabel) -> tuple[np.ndarray, np.ndarray]:
+    def make_label(
+        cls, image: np.ndarray, cam: Cam, options: PSALabel, device: torch.device | str = "cpu"
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Low/high-alpha label (psa.md section 4): CRF posteriors of the present classes under two backgrounds.
 
         The planes are the low and then the high posteriors, (2 (K + 1), H, W) float16; with ``crf_unary`` labels the
@@ -114,18 +116,15 @@ class PSA(AffinityNetwork):
             return picture, np.stack([picture, picture] if hard else [np.ones_like(picture, np.float16)] * 2)
         if options.crf_truncates_image:
             image = truncate_image(image, cls.normalisation, single=True)
-        crf = DenseCRF(image, options.crf)  # its lattices serve both backgrounds
-        posteriors = []
-        for alpha, threshold in (
-            (options.alpha_low, options.threshold_low),
-            (options.alpha_high, options.threshold_high),
-        ):
-            scores = stack_background(cam.maps, options.background, alpha, threshold)
-            if options.crf_unary == "scores":
-                posteriors.append(crf(scores))
-            else:
-                posteriors.append(crf.from_labels(scores.argmax(axis=0), max(options.crf_labels, len(scores))))
-        low, high = (posterior.argmax(axis=0) for posterior in posteriors)  # (H, W)
+        alphas, thresholds = (options.alpha_low, options.alpha_high), (options.threshold_low, options.threshold_high)
+        both = zip(alphas, thresholds, strict=True)
+        scores = np.stack([stack_background(cam.maps, options.background, *rule) for rule in both])  # (2, K + 1, H, W)
+        crf = DenseCRF(image, options.crf, device)
+        if options.crf_unary == "scores":
+            posteriors = crf(scores)
+        else:
+            posteriors = crf.from_labels(scores.argmax(axis=1), max(options.crf_labels, scores.shape[1]))
+        low, high = posteriors.argmax(axis=1)  # (H, W) each
         if options.crf_unary == "scores":
             planes = np.concatenate(posteriors).astype(np.float16)
         else:

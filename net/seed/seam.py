@@ -7,9 +7,9 @@ The map used afterwards is the PCM's. In all maps here channel 0 is the backgrou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,8 @@ from net.registry import seed
 from net.start_weights import REQUIRED
 
 _EPSILON = 1e-5
-# columns of the similarity matrix that inference holds at a time
-_COLUMNS = 1024
+_BLOCK = 512
+"""Side of the blocks of the similarity matrix on the CPU."""
 
 
 @seed("seam")
@@ -153,11 +153,12 @@ def attention_values(cam: Tensor) -> Tensor:
 def correlate(values: Tensor, features: Tensor) -> Tensor:
     """PCM: each pixel gets the mean of all pixels' values, weighted by the positive cosine of their features.
 
-    The similarity matrix has N x N entries, N = h x w: 0.55 GB for one image of 1000 x 750 (seam.md section 7.11).
-    Without gradients, it is computed some columns at a time. Always in float32.
+    The similarity matrix has N x N entries, N = h x w: 0.55 GB for one image of 1000 x 750 (seam.md section 7.11). It
+    is symmetric and never held: half of its blocks are computed, each used twice, in the backward pass again. Always in
+    float32.
 
     Args:
-        values: (B, K, h, w).
+        values: (B, K, h, w); they get no gradient.
         features: (B, D, h, w).
 
     Returns:
@@ -166,19 +167,56 @@ def correlate(values: Tensor, features: Tensor) -> Tensor:
     with full_precision(values.device.type):
         vectors = features.float().flatten(2)  # (B, D, N)
         vectors = vectors / (vectors.norm(dim=1, keepdim=True) + _EPSILON)
-        rows = vectors.transpose(1, 2)  # (B, N, D)
-        flat = values.float().flatten(2)  # (B, K, N)
-
-        def spread(columns: Tensor) -> Tensor:
-            similarity = F.relu(rows @ columns, inplace=True)  # (B, N, n)
-            # the column sums divide the small product instead of the matrix: same numbers, one copy of it less
-            return flat @ similarity / (similarity.sum(1, keepdim=True) + _EPSILON)  # (B, K, n)
-
-        if features.requires_grad:
-            revised = spread(vectors)
-        else:
-            revised = torch.cat([spread(columns) for columns in vectors.split(_COLUMNS, dim=2)], 2)
+        revised = _Correlation.apply(vectors, values.detach().float().flatten(2))
     return revised.unflatten(2, values.shape[-2:])  # (B, K, h, w)
+
+
+class _Correlation(torch.autograd.Function):
+    """V S divided by the column sums of S = relu(R^T R): vectors R (B, D, N), values V (B, K, N) -> (B, K, N).
+
+    The sums divide the small product instead of the matrix, which gives the same numbers.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor, values: Tensor) -> Tensor:
+        stacked = torch.cat([values, torch.ones_like(values[:, :1])], 1)  # the last row gives the column sums
+        total = torch.zeros_like(stacked)
+        for here, there in _block_pairs(vectors):
+            similarity = F.relu(vectors[:, :, here].transpose(1, 2) @ vectors[:, :, there], inplace=True)  # (B, m, n)
+            total[:, :, there] += stacked[:, :, here] @ similarity
+            if here != there:
+                total[:, :, here] += stacked[:, :, there] @ similarity.transpose(1, 2)
+        weight = total[:, -1:] + _EPSILON  # (B, 1, N)
+        revised = total[:, :-1] / weight
+        ctx.save_for_backward(vectors, values, revised, weight)
+        return revised
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        vectors, values, revised, weight = ctx.saved_tensors
+        gradient = gradient / weight
+        # of the similarity of i and j: values_i gradient_j - revised_j gradient_j, here as one product of two factors
+        left = torch.cat([values, torch.ones_like(weight)], 1)  # (B, K + 1, N)
+        right = torch.cat([gradient, -(gradient * revised).sum(1, keepdim=True)], 1)
+        total = torch.zeros_like(vectors)
+        for here, there in _block_pairs(vectors):
+            similarity = vectors[:, :, here].transpose(1, 2) @ vectors[:, :, there]  # (B, m, n)
+            change = left[:, :, here].transpose(1, 2) @ right[:, :, there]
+            change += right[:, :, here].transpose(1, 2) @ left[:, :, there]  # the same entry, mirrored
+            change.mul_(similarity > 0)
+            total[:, :, there] += vectors[:, :, here] @ change
+            if here != there:
+                total[:, :, here] += vectors[:, :, there] @ change.transpose(1, 2)
+        return total, None
+
+
+def _block_pairs(vectors: Tensor) -> Iterator[tuple[slice, slice]]:
+    """The blocks on and above the diagonal of the matrix of all pairs of the N vectors: rows and columns. On the CPU a
+    block stays in the cache."""
+    side = _BLOCK if vectors.device.type == "cpu" else 8 * _BLOCK
+    parts = [slice(begin, begin + side) for begin in range(0, vectors.shape[2], side)]
+    return ((here, there) for number, here in enumerate(parts) for there in parts[number:])
 
 
 # ------------------------------------------------------------------------------------- losses (seam.md section 4.1)

@@ -83,7 +83,9 @@ class EdgeNetwork(AffinityNetwork):
 
     # --- labels
     @classmethod
-    def make_label(cls, image: np.ndarray, cam: Cam, options: EdgeLabel) -> tuple[np.ndarray, np.ndarray]:
+    def make_label(
+        cls, image: np.ndarray, cam: Cam, options: EdgeLabel, device: torch.device | str = "cpu"
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Reliable classes and reliable background, 255 elsewhere (irnet.md section 7).
 
         Foreground wins where both apply. Training reads the picture itself: planes (1, H, W) uint8. An image without a
@@ -91,7 +93,7 @@ class EdgeNetwork(AffinityNetwork):
         """
         picture = np.zeros(image.shape[:2], np.uint8)
         if len(cam.keys):
-            certain, possible = two_threshold_label(image, cam, options)
+            certain, possible = two_threshold_label(image, cam, options, device)
             values = np.array([0, *(cam.keys + 1)], np.uint8)
             picture = np.where((certain == 0) & (possible != 0), np.uint8(IGNORE), values[certain])
         return picture, picture[None]
@@ -185,17 +187,17 @@ class EdgeNetwork(AffinityNetwork):
 # ------------------------------------------------------------------------------------------------ pieces
 
 
-def two_threshold_label(image: np.ndarray, cam: Cam, options: EdgeLabel) -> tuple[np.ndarray, np.ndarray]:
+def two_threshold_label(
+    image: np.ndarray, cam: Cam, options: EdgeLabel, device: torch.device | str = "cpu"
+) -> tuple[np.ndarray, np.ndarray]:
     """The image's own labels, 0 background and k + 1 the k-th present class, sharpened at both background scores.
 
     (H, W, 3) uint8 and its CAMs (K >= 1) -> two (H, W) integers: those at ``threshold_fg`` and at ``threshold_bg``. A
     tie goes to the lower label (irnet.md section 7).
     """
-    crf = DenseCRF(image, options.crf)  # its lattices serve both
-    labels = []
-    for threshold in (options.threshold_fg, options.threshold_bg):
-        labels.append(crf.from_labels(hard_label(cam.maps, threshold), len(cam.keys) + 1).argmax(axis=0))
-    return labels[0], labels[1]
+    labels = np.stack([hard_label(cam.maps, threshold) for threshold in (options.threshold_fg, options.threshold_bg)])
+    certain, possible = DenseCRF(image, options.crf, device).from_labels(labels, len(cam.keys) + 1).argmax(axis=1)
+    return certain, possible
 
 
 def hard_label(maps: np.ndarray, threshold: float) -> np.ndarray:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from misc.config import CamInference, Machine, SegInference
 from misc.files.camfiles import read_cam
@@ -23,23 +25,29 @@ from net.contract import Refiner, SeedNetwork, Segmenter, SingleStage
 from step.lib.config import Job
 
 
+def ahead(inputs: Iterator[Tensor], device: torch.device) -> list[Tensor]:
+    """Network inputs, made before they are needed; in memory from which a GPU copies them while it computes."""
+    return [values.pin_memory() if device.type == "cuda" else values for values in inputs]
+
+
 def predict_cam(
     network: SeedNetwork, image: np.ndarray, tags: np.ndarray, infer: CamInference, machine: Machine,
-    device: torch.device,
-) -> Cam:
+    device: torch.device, inputs: Iterable[Tensor] | None = None,
+) -> Cam:  # fmt: skip
     """``misc.infer.cams.infer_cam`` at the machine's precision, with gradients if the network's maps need them."""
     grad = contextlib.nullcontext() if network.map_needs_gradient else torch.inference_mode()
     with grad, autocast(machine, device):
-        return cams.infer_cam(network.cam, image, tags, infer, network.normalisation, device)
+        return cams.infer_cam(network.cam, image, tags, infer, network.normalisation, device, inputs)
 
 
 def infer_class_scores(
-    network: Segmenter | SingleStage, image: np.ndarray, infer: SegInference, machine: Machine, device: torch.device
+    network: Segmenter | SingleStage, image: np.ndarray, infer: SegInference, machine: Machine, device: torch.device,
+    inputs: Iterable[Tensor] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores (C + 1, H, W) float32 of one image (H, W, 3) uint8 over scales, background first: before and after the CRF
-    (equal if there is no CRF)."""
+    (equal if there is no CRF). ``inputs`` as for ``misc.infer.masks.segment``."""
     with autocast(machine, device):
-        scores = segment(network.logits, image, infer, network.normalisation, device)
+        scores = segment(network.logits, image, infer, network.normalisation, device, inputs)
     return scores, with_crf(scores, image, infer, network.normalisation, device)
 
 

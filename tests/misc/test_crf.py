@@ -207,3 +207,13 @@ def test_refuses_scores_and_labels_that_don_t_fit() -> None:
     for confidence in (0, 1):
         with pytest.raises(ValueError, match="confidence"):
             crf.from_labels(np.zeros((4, 5), int), 2, confidence)
+
+
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_stacks_together_are_stacks_one_by_one(iterations: int) -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (14, 17, 3), np.uint8)
+    crf = DenseCRF(image, CRFSettings(iterations=iterations))
+    scores, labels = rng.random((3, 4, 14, 17), np.float32), rng.integers(0, 4, (3, 14, 17))
+    np.testing.assert_allclose(crf(scores), np.stack([crf(one) for one in scores]), atol=1e-6)
+    np.testing.assert_allclose(crf.from_labels(labels, 4), [crf.from_labels(one, 4) for one in labels], atol=1e-6)

@@ -225,3 +225,32 @@ def test_a_broken_gpu_ends_the_step_at_once() -> None:
     with pytest.raises(RuntimeError, match="illegal memory"):
         each("step", ["a", "b"], work, done=lambda _: False)
     assert tries == ["a"]
+
+
+def test_files_are_written_by_threads_and_their_failures_told(tmp_path: Path) -> None:
+    main, writers = threading.get_ident(), set()
+
+    def work(image_id: str, prepared: str) -> each_module.Rest:
+        def write() -> None:
+            writers.add(threading.get_ident())
+            if image_id == "im3":
+                raise OSError("not written")
+            store.write_bytes(tmp_path / image_id, prepared.encode())
+
+        return write
+
+    with pytest.raises(EachFailed) as failed:
+        each("step", IDS, work, prepare=str.upper, done=lambda _: False, workers=2)
+    assert [f.image_id for f in failed.value.failures] == ["im3"] and main not in writers
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {i: i.upper() for i in IDS if i != "im3"}
+
+
+def test_a_full_disk_in_a_thread_ends_the_step() -> None:
+    def work(image_id: str, prepared: str) -> each_module.Rest:
+        def write() -> None:
+            raise atomic.DiskFull(28, "No disk space left")
+
+        return write
+
+    with pytest.raises(atomic.DiskFull):
+        each("step", IDS, work, prepare=str.upper, done=lambda _: False)

@@ -17,8 +17,10 @@ from misc.crf.dense import CRFSettings
 from misc.files import store
 from misc.files.camfiles import read_cam, write_cam
 from misc.image.cam import Cam
+from misc.propagate import walk
 from misc.propagate.walk import by_path_length, half_circle, pair_cells, pair_labels, path, path_affinity
 from net.backbone.resnet import ResNetOptions
+from net.refine import irn
 from net.refine.irn import IRN, IRNOptions, IRNWalk, displacement_losses, find_centroids, find_clusters, make_instances
 from net.seed.irn_cam import IRNCam, IRNCamOptions
 from net.shared import edge
@@ -55,8 +57,11 @@ def test_paths_are_thick_lines_from_target_to_source() -> None:
     assert lengths == sorted(lengths) and len(lengths) == 152
 
 
-@pytest.mark.parametrize("radius", [None, 4])
-def test_affinities_and_their_gradient_are_the_plain_ones(radius: int | None) -> None:
+@pytest.mark.parametrize(("radius", "form"), [(None, "_PathMaximum"), (4, "_PathMaximum"), (4, "_GatheredPathMaximum")])
+def test_affinities_and_their_gradient_are_the_plain_ones(
+    radius: int | None, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(walk, "_PathMaximum", getattr(walk, form))  # the gathered form is for GPUs
     boundary = torch.rand(2, 8, 9, generator=torch.Generator().manual_seed(0)).requires_grad_()
     displacements = by_path_length(half_circle(4))
     weights = torch.rand(10_000)
@@ -80,7 +85,11 @@ def test_a_boundary_between_two_cells_parts_them() -> None:
     torch.testing.assert_close(affinity[0], torch.tensor([1.0, 0.1, 0.1, 0.1, 1.0]))
 
 
-def test_displacement_losses_and_their_gradient_are_the_plain_ones() -> None:
+@pytest.mark.parametrize("together", [1, 5])
+def test_displacement_losses_and_their_gradient_are_the_plain_ones(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(irn, "displacements_together", lambda kind: together)  # GPUs take many at a time
     torch.manual_seed(0)
     field = torch.randn(2, 2, 9, 11, requires_grad=True)
     target = torch.randint(0, 3, (2, 9, 11))

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from misc.config import override
 from net.backbone.resnet38 import ResNet38Options
@@ -41,25 +42,39 @@ def plain_correlation(values: Tensor, features: Tensor) -> Tensor:
     return torch.matmul(values.flatten(2), matrix).view_as(values)
 
 
-def test_correlation_by_columns_equals_the_plain_form(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("block", [7, 512])
+def test_correlation_by_blocks_and_its_gradient_are_the_plain_ones(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seam, "_BLOCK", block)
     torch.manual_seed(0)
-    values, features = torch.rand(2, 4, 6, 9), torch.randn(2, 16, 6, 9)
-    expected = plain_correlation(values, features)
-    torch.testing.assert_close(seam.correlate(values, features), expected, rtol=0, atol=1e-6)
-    monkeypatch.setattr(seam, "_COLUMNS", 7)
-    torch.testing.assert_close(seam.correlate(values, features), expected, rtol=0, atol=1e-6)
-    trained = seam.correlate(values, features.clone().requires_grad_())
-    assert trained.requires_grad
-    torch.testing.assert_close(trained.detach(), expected, rtol=0, atol=1e-6)
+    values, features = torch.rand(2, 4, 6, 9), torch.randn(2, 16, 6, 9, requires_grad=True)
+    results = []
+    for form in (plain_correlation, seam.correlate):
+        spread = form(values, features)
+        (spread * torch.linspace(-1, 1, spread.numel()).view_as(spread)).sum().backward()
+        results.append((spread.detach(), features.grad))
+        features.grad = None
+    (expected, wanted), (spread, gradient) = results
+    torch.testing.assert_close(spread, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-7)
 
 
-def test_correlation_without_gradient_never_holds_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seam, "_COLUMNS", 10)
-    widest = []
-    relu = F.relu
-    monkeypatch.setattr(seam.F, "relu", lambda x, inplace=False: widest.append(x.shape[-1]) or relu(x, inplace))
-    seam.correlate(torch.rand(1, 2, 5, 7), torch.randn(1, 4, 5, 7))
-    assert widest == [10, 10, 10, 5]
+@pytest.mark.parametrize("trained", [False, True])
+def test_correlation_never_holds_the_whole_matrix(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seam, "_BLOCK", 10)
+    largest: list[int] = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            largest.append(result.numel() if isinstance(result, Tensor) else 0)
+            return result
+
+    features = torch.randn(1, 4, 5, 20).requires_grad_(trained)
+    with Watch():
+        spread = seam.correlate(torch.rand(1, 2, 5, 20), features)
+        if trained:
+            spread.sum().backward()
+    assert max(largest) == 4 * 100  # the features; the matrix has 10,000 entries
 
 
 def test_correlation_averages_and_stays_in_float32() -> None:
