@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from misc.config import CamInference
 from misc.files.images import read_image, read_mask
+from misc.image.draw import heat, tile
 from misc.image.labels import IGNORE
-from misc.image.pixels import normalise_image, resize_image, resize_mask, to_tensor
+from misc.image.pixels import normalise_image, resize_image, resize_mask, scaled_size, to_tensor
 from misc.precision import autocast
 from misc.score.metrics import ThresholdCurve
 from net.contract import Network, Phase, SeedNetwork, TaggedPhase, TagScorer
@@ -25,6 +27,8 @@ from step.lib.training import train
 
 _THRESHOLDS = tuple(i / 100 for i in range(1, 100))
 _EPS = 1e-5
+_WATCHED, _WATCHED_SIDE = 4, 320
+"""Images whose CAMs TensorBoard shows during the training, and their longest side in pixels."""
 
 
 def run(job: Job, device: torch.device) -> None:
@@ -59,8 +63,32 @@ def run(job: Job, device: torch.device) -> None:
         elif name == "cam" and job.cfg.cam.selection == "val_boxes":
             assert isinstance(network, SeedNetwork)
             score = partial(known_boxes, job, network, device)
-        train(job, name, phase, network, device, ids=job.train_ids(), score=score)
+        pictures = None
+        if name == "cam" and isinstance(network, SeedNetwork) and not network.calibrates:
+            pictures = partial(draw_cams, job, network, device)
+        train(job, name, phase, network, device, ids=job.train_ids(), score=score, pictures=pictures)
         earlier[name] = load_network(job, name, phase, device, earlier).requires_grad_(False)
+
+
+def draw_cams(job: Job, network: SeedNetwork, device: torch.device) -> dict[str, np.ndarray]:
+    """Pictures for TensorBoard, the same images each time: image and single-scale CAM of each of its tags, by id, of
+    ``_WATCHED`` images of the report, (H, W, 3) uint8."""
+    infer = one_scale(job.cfg.cam.infer)
+    drawn = {}
+    for image_id in [i for i in job.shown_ids() if job.catalog.tags(i).any()][:_WATCHED]:
+        image = read_image(job.catalog.image_path(image_id))
+        size = scaled_size(image.shape[:2], min(1.0, _WATCHED_SIDE / max(image.shape[:2])))
+        image = resize_image(image, size)
+        cam = predict_cam(network, image, job.catalog.tags(image_id), infer, job.machine(job.cfg.cam, device), device)
+        maps = [heat(image, score) for score in cam.full_maps().clip(0, 1)]
+        names = [job.catalog.classes[key] for key in cam.keys]
+        drawn[image_id] = tile([[image, *maps]], height=size[0], headings=("image", *names))
+    return drawn
+
+
+def one_scale(infer: CamInference) -> CamInference:
+    """The inference at one scale, without the mirror image."""
+    return replace(infer, scales=infer.scales[:1] if infer.square else (1.0,), flip=False, coarse=0)
 
 
 def scored_masks(job: Job) -> dict[str, Path]:
@@ -117,8 +145,7 @@ def train_miou(job: Job, network: SeedNetwork, masks: Mapping[str, Path], device
     published for the network, or else of its single-scale CAMs at all scores."""
     if network.selection_thresholds is not None:
         return corner_miou(job, network, masks, device)
-    infer = job.cfg.cam.infer
-    infer = replace(infer, scales=infer.scales[:1] if infer.square else (1.0,), flip=False, coarse=0)
+    infer = one_scale(job.cfg.cam.infer)
     curve = ThresholdCurve(job.catalog.num_classes + 1, _THRESHOLDS)
     for image_id, path in masks.items():
         image, tags = read_image(job.catalog.image_path(image_id)), job.catalog.tags(image_id)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -102,7 +103,10 @@ class RunFolder:
         path = self.root / "run.json"
         return store.read_json(path, _RECORD) if path.exists() else {}
 
-    def begin(self, config: dict[str, Any], machine: dict[str, Any], data: dict[str, Any], force: bool) -> None:
+    def begin(
+        self, config: dict[str, Any], machine: dict[str, Any], data: dict[str, Any], force: bool,
+        data_root: Path | None = None,
+    ) -> None:
         """Record what this run is; called once before any work, by every process.
 
         Args:
@@ -110,6 +114,7 @@ class RunFolder:
             machine: flat settings that may differ between calls.
             data: what the lists hold: name of list -> fingerprint and count; must equal the recorded one too.
             force: record the present configuration over a differing one.
+            data_root: folder of the data set, recorded for scripts that look at the run later.
 
         Raises:
             OtherConfiguration: the folder holds a run of another configuration (the differing fields are listed).
@@ -124,9 +129,12 @@ class RunFolder:
                 if not refused or force:
                     record.update(
                         config=config, data=data, machine=json.loads(json.dumps(machine)),
-                        world_size=distributed.world(), command=[*record.get("command", []), " ".join(sys.argv)],
+                        world_size=distributed.world(),
+                        command=[*record.get("command", []), shlex.join(sys.argv)],
                         versions=_versions(), git_commit=_git_commit(),
                     )
+                    if data_root is not None:
+                        record["data_root"] = str(data_root.resolve())
                     record.setdefault("steps", {})
                     store.write_json(self.root / "run.json", record)
         refused = distributed.joined(refused)
@@ -288,7 +296,7 @@ def _peak() -> dict[str, float]:
 _STEP = {"?done": bool, "?seconds": Number(0), "?peak_memory_mb": Number(0)}
 _RECORD = {
     "config": dict, "data": dict, "?machine": dict, "?steps": Each(_STEP), "?command": [str], "?versions": Each(str),
-    "?git_commit": str,
+    "?git_commit": str, "?data_root": str,
 }  # fmt: skip
 _PERCENT = Number(0, 100, none=True)
 _CLASS = {"name": str, "?iou": _PERCENT, "?precision": _PERCENT, "?recall": _PERCENT, "?boundary_iou": _PERCENT}

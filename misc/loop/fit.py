@@ -25,13 +25,16 @@ from misc import distributed
 from misc.config import Fit, Machine
 from misc.files import store
 from misc.loop.each import WorkerDied
-from misc.loop.progress import Progress
+from misc.loop.progress import Progress, Speed
 from misc.loop.trainable import Batch, Trainable
 from misc.precision import autocast, full_precision, place
 
 
 class OutOfMemory(RuntimeError):
     """The GPU's memory is too small for the images of a micro-batch. The last resume point is kept."""
+
+PICTURES = 10
+"""How many times a training draws pictures for TensorBoard."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -173,6 +176,7 @@ def fit(
     description: Mapping[str, Any],
     score: Callable[[], float] | None = None,
     finish: Callable[[], None] | None = None,
+    pictures: Callable[[], Mapping[str, np.ndarray]] | None = None,
 ) -> None:
     """Train a network and write its state dict with its description to ``weights`` (store.write_model).
 
@@ -193,6 +197,8 @@ def fit(
             updates). The weights of the best epoch are written, the first in a tie. None: those of the last.
         finish: called by the main process after the last update, with the network in evaluation mode and without
             gradients, before the weights are written (Network.calibrate).
+        pictures: pictures (H, W, 3) uint8 by title, of the network in evaluation mode, for TensorBoard; called by the
+            main process ``PICTURES`` times, evenly over the updates. They change nothing in the training.
 
     Raises:
         NonFiniteLoss: a loss term is NaN or infinite; the batch is saved for inspection.
@@ -217,7 +223,7 @@ def fit(
         + (f"; going on from update {start}" if start else "")
     )
     every = machine.checkpoint_every or max(1, total // 20)
-    stream = iter(batches(start))
+    stream, speed = iter(batches(start)), Speed()
     with (
         _fastest_kernels(machine),
         # one folder per training: purge_step removes the events of an interrupted one from the whole folder
@@ -241,11 +247,18 @@ def fit(
                 for term, value in terms.items():
                     writer.add_scalar(f"{name}/{term}", value, step)
                 writer.add_scalar(f"{name}/lr", rules[0][0].param_groups[0]["lr"], step)
-            bar.set_postfix({k: f"{v:.4f}" for k, v in terms.items()}, refresh=False)
+                writer.add_scalar(f"{name}/images_per_second", speed.count(recipe.batch_size), step)
+            bar.set_postfix(_told(terms, speed), refresh=False)
             bar.update()
-            if score is not None and (step + 1) * recipe.epochs // total > step * recipe.epochs // total:
+            if writer is not None and pictures is not None and _falls_due(step, total, PICTURES):
+                _add_pictures(writer, network, pictures, name, step)
+                speed.restart()
+            if score is not None and _falls_due(step, total, recipe.epochs):
                 _check_weights(network, step, name)
                 last = _keep_best(best, network, score, name)
+                if writer is not None:
+                    writer.add_scalar(f"{name}/score", last, step)
+                speed.restart()
             if (step + 1) % every == 0 and step + 1 < total:
                 _check_weights(network, step, name)
                 _save(resume, network, rules, scaler, identity, step + 1)
@@ -258,6 +271,28 @@ def fit(
     if main:
         remove_points(weights)
     distributed.barrier()
+
+
+def _falls_due(step: int, total: int, times: int) -> bool:
+    """Whether what is done ``times`` times in a training, evenly and at its end, is done after this update."""
+    return (step + 1) * times // total > step * times // total
+
+
+def _told(terms: Mapping[str, float], speed: Speed) -> dict[str, str]:
+    """What the progress bar says besides the time: the loss, its terms if there are several, images per second."""
+    told = {"loss": f"{sum(terms.values()):.4f}"}
+    if len(terms) > 1:
+        told |= {term: f"{value:.4f}" for term, value in terms.items()}
+    return told | ({"images/s": f"{speed.mean:.3g}"} if speed.mean else {})
+
+
+def _add_pictures(
+    writer: SummaryWriter, network: Trainable, pictures: Callable[[], Mapping[str, np.ndarray]], name: str, step: int
+) -> None:
+    network.eval()
+    for title, picture in pictures().items():
+        writer.add_image(f"{name}/{title}", picture, step, dataformats="HWC")
+    network.train()
 
 
 def remove_points(weights: Path) -> None:

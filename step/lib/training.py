@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,7 @@ def train(
     plane_fill: float = 0.0,
     target: Callable[[np.ndarray], Any] | None = None,
     score: Callable[[], float] | None = None,
+    pictures: Callable[[], Mapping[str, np.ndarray]] | None = None,
 ) -> None:
     """Train a network on the images ``ids`` by the recipe of its phase and write weights/NAME.pt, unless it exists. If
     the phase names a released checkpoint, that is written instead.
@@ -58,6 +59,7 @@ def train(
         planes: reads the label planes of an image, for affinity networks, filled with ``plane_fill`` outside it.
         target: turns augmented planes into the training target.
         score: scores the network after every epoch; the best weights are written instead of the last ones.
+        pictures: pictures of the network for TensorBoard, as for ``fit``.
     """
     recipe = phase.fit
     if all(distributed.joined([job.run.weights(name).exists()])):
@@ -106,7 +108,7 @@ def train(
         network, batches, recipe, total, machine=job.machine(phase, device), device=device, seed=job.cfg.seed,
         weights=job.run.weights(name), log=job.run.log, name=name,
         made_by={**identity(flatten(phase)), "images": job.catalog.fingerprint(job.train_list)},
-        description=description, finish=finish, score=score,
+        description=description, finish=finish, score=score, pictures=pictures,
     )
 
 
