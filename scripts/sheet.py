@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import tyro
@@ -28,7 +27,7 @@ from misc.config import override
 from misc.files import store
 from misc.files.camfiles import read_cam
 from misc.files.images import png_bytes, read_image, read_mask
-from misc.image import draw, pixels
+from misc.image import draw
 from misc.image.cam import Cam
 from misc.image.labels import IGNORE
 from misc.image.picture import Picture
@@ -112,14 +111,6 @@ def _current(options: object, dotted: str) -> object:
     return options
 
 
-def titled(picture: np.ndarray, text: str, height: int) -> np.ndarray:
-    """(H, W, 3) uint8 scaled to ``height``, with a line of text above it."""
-    picture = pixels.resize_image(picture, (height, max(1, round(picture.shape[1] * height / picture.shape[0]))))
-    band = np.full((20, picture.shape[1], 3), 255, np.uint8)
-    cv2.putText(band, text, (2, 15), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
-    return np.concatenate([band, picture])
-
-
 def arguments(
     method: tyro.conf.Positional[str] = "seam",
     field: str = "background",
@@ -163,15 +154,15 @@ def main(argv: Sequence[str]) -> int:
             image, cam = read_image(job.catalog.image_path(image_id)), read_cam(job.run.cam(image_id)).at_image_size()
             truth = read_mask(job.catalog.mask_path(image_id)) if scored and image_id in counted else None
             strongest = cam.maps.max(0) if len(cam.keys) else np.zeros(image.shape[:2], np.float32)
-            row = [titled(image, image_id, height), titled(draw.heat(image, strongest), "CAM", height)]
+            row = [draw.titled(image, image_id, height), draw.titled(draw.heat(image, strongest), "CAM", height)]
             for value in values:
                 mask = make(image, cam, value)
                 if image_id in counted:
                     tallies[value].add(mask, cam.keys, truth)
-                row.append(titled(draw.overlay(image, mask), f"{value:g}", height))
+                row.append(draw.titled(draw.overlay(image, mask), f"{value:g}", height))
             if image_id in shown:
                 pictures[image_id] = row
-        drawn = draw.tile([pictures[i] for i in shown], height + 20)
+        drawn = draw.framed([cell for i in shown for cell in pictures[i]], 2 + len(values))
         store.write_bytes(sheet, png_bytes(drawn))
     except plan.PROBLEMS as error:
         print(f"\nerror: {error}", file=sys.stderr)

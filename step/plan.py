@@ -118,7 +118,7 @@ def open_plan(cfg: Config) -> Plan:
     lists = {name: job.catalog.fingerprint(name) for name in sorted(names)}
     if source:
         source.check_cams(cfg.recorded(), lists)
-    job.run.begin(cfg.recorded(), flatten(cfg.machine), lists, cfg.force)
+    job.run.begin(cfg.recorded(), flatten(cfg.machine), lists, cfg.force, job.catalog.root)
     if cfg.redo:
         distributed.barrier()
         if distributed.is_main():

@@ -177,6 +177,21 @@ def png_bytes(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def layer_bytes(layer: np.ndarray) -> bytes:
+    """(H, W, 4) uint8 RGBA of at most 256 colours, as the layers of misc.image.draw -> bytes of a small palette PNG.
+    Raises ValueError for more colours."""
+    packed = np.ascontiguousarray(layer).view(np.uint32)[..., 0]
+    colours, index = np.unique(packed, return_inverse=True)
+    if len(colours) > 256:
+        raise ValueError(f"a layer of {len(colours)} colours, a palette PNG has at most 256")
+    table = colours.view(np.uint8).reshape(-1, 4)
+    image = Image.fromarray(index.reshape(layer.shape[:2]).astype(np.uint8))
+    image.putpalette(table[:, :3].tobytes())
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True, transparency=table[:, 3].tobytes())
+    return buffer.getvalue()
+
+
 def jpeg_bytes(image: np.ndarray, quality: int = 90) -> bytes:
     """(H, W, 3) uint8 -> JPEG file bytes; ``quality`` is Pillow's, the default is for pictures to look at."""
     buffer = io.BytesIO()

@@ -34,8 +34,11 @@ CLASS_COLOURS = (
 )  # fmt: skip
 """Ten colours that people with any kind of colour blindness tell apart, chosen among Paul Tol's and Petroff's: any two
 differ by 22 or more in CIELAB, also as seen with protanopia, deuteranopia or tritanopia (tests/misc/test_draw.py)."""
-MISTAKES = {"missed": (51, 187, 238), "false": (238, 136, 102), "confused": (170, 51, 119)}
-"""Colour of pixels of an object taken for background, of background taken for an object, of one class for another."""
+MISTAKES = {"missed": (51, 34, 136), "false": (189, 31, 1), "confused": (255, 170, 187)}
+"""Colour of pixels of an object taken for background, of background taken for an object, of one class for another: the
+ninth, sixth and eighth of ``CLASS_COLOURS``, which few pictures show as classes."""
+BOX_COLOURS = {"truth": (51, 187, 238), "found": (238, 136, 102)}
+"""Colours of true boxes and of those that a run found."""
 _VEIL = (255, 255, 255)
 
 
@@ -80,7 +83,7 @@ def _outline(labels: np.ndarray) -> np.ndarray:
 
 def heat_layer(score: np.ndarray) -> np.ndarray:
     """A class map as a layer: (H, W) in [0, 1] -> (H, W, 4) uint8 RGBA, more opaque and brighter where it is higher."""
-    levels = (np.clip(score, 0, 1) * 15).round().astype(np.uint8) * 17  # few levels make small files
+    levels = (np.clip(np.nan_to_num(score), 0, 1) * 15).round().astype(np.uint8) * 17  # few levels make small files
     coloured = cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO)[..., ::-1]
     alpha = np.clip(levels * 1.2, 0, 225)
     return np.dstack([coloured, alpha]).astype(np.uint8)
@@ -118,11 +121,14 @@ def legend_entries(mask: np.ndarray, classes: Sequence[str]) -> list[tuple[str, 
     return found + [("not labelled", _VEIL)] * (IGNORE in values)
 
 
-def append_legend(picture: np.ndarray, entries: Sequence[tuple[str, tuple[int, ...]]]) -> np.ndarray:
-    """The picture (H, W, 3) uint8 with lines of coloured squares and names below it; as it is without entries."""
+def append_legend(
+    picture: np.ndarray, entries: Sequence[tuple[str, tuple[int, ...]]], size: int | None = None
+) -> np.ndarray:
+    """The picture (H, W, 3) uint8 with lines of coloured squares and names below it, of ``size`` pixels (by default in
+    proportion to the picture); as it is without entries."""
     if not entries:
         return picture
-    size = max(11, round(max(picture.shape[:2]) / 32))
+    size = size or max(11, round(max(picture.shape[:2]) / 32))
     font, gap, right = ImageFont.load_default(size), size // 2, picture.shape[1]
     places, x, y = [], gap, gap
     for name, colour in entries:
@@ -184,6 +190,15 @@ def draw_box(image: np.ndarray, box: Sequence[float], colour: tuple[int, int, in
     return canvas
 
 
+def draw_boxes(image: np.ndarray, truth: np.ndarray, found: np.ndarray, side: int) -> np.ndarray:
+    """True boxes (n, 4) and a found one (4,) on a copy of the image (H, W, 3) uint8; their coordinates are those of a
+    square grid of ``side`` pixels that covers the image."""
+    scale = np.array([image.shape[1], image.shape[0]] * 2) / side
+    for box in truth:
+        image = draw_box(image, box * scale, BOX_COLOURS["truth"])
+    return draw_box(image, found * scale, BOX_COLOURS["found"])
+
+
 def tile(
     rows: Sequence[Sequence[np.ndarray]], height: int = 160, gap: int = 4, headings: Sequence[str] = ()
 ) -> np.ndarray:
@@ -211,6 +226,28 @@ def tile(
     for line in lines:
         sheet[y : y + line.shape[0], : line.shape[1]] = line
         y += line.shape[0]
+    return sheet
+
+
+def titled(picture: np.ndarray, text: str, height: int) -> np.ndarray:
+    """The picture (H, W, 3) uint8 scaled to ``height``, with lines of text above it; longer words are cut off."""
+    picture = resize_image(picture, (height, max(1, round(picture.shape[1] * height / picture.shape[0]))))
+    return np.concatenate([_heading_line([text], [picture.shape[1]], 0), picture])
+
+
+def framed(pictures: Sequence[np.ndarray], columns: int, gap: int = 6) -> np.ndarray:
+    """Pictures (H, W, 3) uint8 of any sizes on white, so many in a row, each at its size in a cell of its own."""
+    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    widths = [max(row[i].shape[1] for row in rows if i < len(row)) for i in range(len(rows[0]))]
+    heights = [max(picture.shape[0] for picture in row) for row in rows]
+    sheet = np.full((sum(heights) + gap * (len(rows) + 1), sum(widths) + gap * (len(widths) + 1), 3), 255, np.uint8)
+    y = gap
+    for row, height in zip(rows, heights, strict=True):
+        x = gap
+        for picture, width in zip(row, widths, strict=False):
+            sheet[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
+            x += width + gap
+        y += height + gap
     return sheet
 
 

@@ -213,6 +213,10 @@ class Job:
         """Name of the training list, also used for CAMs and pseudo masks."""
         return self.cfg.train_list or self.catalog.default_train_list()
 
+    def listed(self, split: str) -> list[str]:
+        """Ids of a list; none if the data set has no such list."""
+        return self.catalog.ids(split) if self.catalog.has_list(split) else []
+
     def train_ids(self) -> list[str]:
         """Ids of the training list."""
         return self.catalog.ids(self.train_list)
@@ -269,6 +273,27 @@ class Job:
     def refine_method(self) -> type[contract.Refiner]:
         """The refiner's class."""
         return registry.REFINERS[self.cfg.refiner]
+
+
+def recorded_config(run: RunFolder, root: Path | None = None) -> Config:
+    """The configuration of a finished or unfinished run as its run.json has it, to look at the run: start weights and
+    released checkpoints, of which it keeps a fingerprint only, are those of the preset.
+
+    ``root``: folder of the data set; None: the one recorded. Raises ValueError for a folder without a run, or one whose
+    settings this version does not know.
+    """
+    record = run.record()
+    if not record:
+        raise ValueError(f"{run.root} is no run folder: it has no run.json.")
+    flat = {k: v for k, v in record["config"].items() if k.rpartition(".")[2] not in ("weights", "released", "texts")}
+    if root is None and "data_root" not in record:
+        raise ValueError(f"{run.root} does not say where its data set is: give --root DIR.")
+    names = (flat.pop(name) for name in ("method", "preset", "refiner", "segmenter"))
+    usual = dataclasses.replace(default_config(*names), run=run.root, root=root or Path(record["data_root"]))
+    try:
+        return settings.restored(usual, flat)
+    except ValueError as error:
+        raise ValueError(f"{run.root} was made by another version of this code: {error}.") from None
 
 
 def open_job(cfg: Config) -> Job:

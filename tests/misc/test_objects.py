@@ -250,7 +250,7 @@ def test_a_run_writes_and_scores_its_objects(finished: Path, data: Path) -> None
 def test_the_report_shows_objects(finished: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_sample.main(arguments(data, finished, "--steps", "report")) == 0
     page = (finished / "report.html").read_text()
-    assert "pseudo objects after the walk" in page and "AP50" in page and "<figcaption>objects</figcaption>" in page
+    assert "pseudo objects after the walk" in page and "AP50" in page and 'aria-label="objects"' in page
     assert "AP50" in capsys.readouterr().out
 
 

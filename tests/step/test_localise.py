@@ -81,7 +81,8 @@ def test_every_figure_is_recorded_with_what_it_rests_on(finished: Path, capsys: 
     table = report.score_table(scores)
     assert f"boxes: GT-Known     {scores['boxes: GT-Known']['value']:.2f} %" in table
     page = (finished / "report.html").read_text()
-    assert "<h2>Boxes</h2>" in page and "MaxBoxAccV2" in page and "<h2>Classes</h2>" not in page
+    assert "<h2>Boxes of val</h2>" in page and "MaxBoxAccV2" in page and "Confusion" not in page
+    assert "Worst class: " in page and "overlap of the true class" in page
     assert "no true masks" not in page  # none are asked for
 
 

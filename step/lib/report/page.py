@@ -1,0 +1,79 @@
+"""One self-contained HTML page: templates of this folder, charts drawn by Vega-Lite, which is embedded once."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from misc.files import store
+from step.lib.report.charts import Spec
+
+
+def render(template: str, numbers: Mapping[str, Any], **values: Any) -> str:
+    """A page from a template of this folder, which escapes all text.
+
+    ``numbers``: scores.json of the run, or of several by name: the template's ``number(path)`` shows the value at a
+    path of keys with two decimals, and marks it with the path, so that a test can compare it with scores.json.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
+        lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.globals.update(number=functools.partial(number, numbers), library=lambda: Markup(load_library()))
+    return environment.get_template(template).render(**values)
+
+
+def number(scores: Any, path: tuple[str | int, ...], digits: int = 2) -> Markup:
+    """The number at a path of keys in scores.json, or a dash, marked with the path."""
+    value = scores
+    for key in path:
+        value = value[key] if isinstance(value, list) else value.get(key)
+        if value is None:
+            return Markup("–")
+    return Markup('<span data-score="{}">{:.{}f}</span>').format(json.dumps(path), value, digits)
+
+
+class Charts:
+    """Numbers the charts of a page and keeps their specifications."""
+
+    def __init__(self) -> None:
+        self.specs: dict[str, Spec] = {}
+
+    def add(self, spec: Spec) -> str:
+        """The id of the element in which the chart is drawn."""
+        name = f"chart{len(self.specs) + 1}"
+        self.specs[name] = spec
+        return name
+
+
+@functools.cache
+def load_library() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script without other files, which defines ``vegaEmbed``.
+
+    The package puts it together, which takes seconds, so it is kept in the user's cache folder. Raises ValueError
+    where the package is missing.
+    """
+    try:
+        import vl_convert
+    except ImportError:
+        raise ValueError(
+            "The report's charts need the package vl-convert-python: python -m pip install -r requirements.txt"
+        ) from None
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tag2mask"
+    kept = cache / f"vega-{vl_convert.get_vegalite_versions()[-1]}-{vl_convert.__version__}.js"
+    try:
+        return kept.read_text(encoding="utf-8")
+    except OSError:
+        script = vl_convert.javascript_bundle()
+    try:
+        store.write_bytes(kept, script.encode())
+    except OSError:
+        pass  # a folder that can't be written costs time, nothing else
+    return script
