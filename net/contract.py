@@ -249,6 +249,10 @@ class SeedNetwork(Network):
     """Recipes by their names on ``--preset``: 'published' and its variants, such as 'published_cub', 'sample', and
     'photos' for people's own pictures; at least one. Assigned at the end of the method's file, after its options, with
     literal names: ``Seam.recipes = {"published": ...}``."""
+    published_scores: ClassVar[str] = ""
+    """What the paper or its public repository reports on VOC 2012 in percent mIoU, CAM / pseudo mask (train) /
+    segmentation (val), as the README's table has it (another measure is named; † not confirmed by its source); shown
+    beside our own figures, never among them."""
     map_needs_gradient: ClassVar[bool] = False
     """Whether ``cam`` runs a backward pass (then it is called with gradients enabled)."""
 

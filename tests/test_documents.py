@@ -62,6 +62,9 @@ def check_command(line: str) -> None:
         listed = module.with_suffix(".py") if module.with_suffix(".py").is_file() else module / "__main__.py"
         for flag in re.findall(r"--([a-z-]+)", line.partition("[")[0]):
             assert re.search(rf"\b{flag.replace('-', '_')}\b", listed.read_text()), flag
+    elif program.startswith("scripts/"):
+        text = (ROOM / program).read_text()
+        assert all(re.search(rf"\b{flag.replace('-', '_')}\b", text) for flag in re.findall(r"--([a-z-]+)", line))
     else:
         raise AssertionError(f"no rule for {line!r}")
 
@@ -83,7 +86,8 @@ def test_commands_of_documents(name: str, line: str) -> None:
 @pytest.mark.parametrize("line", [
     "python run_sample.py seam --no-such-flag 1", "python run_sample.py nothing",
     "python predict.py a.jpg --wheights b", "python -m scripts.nothing",
-    "python -m pytest tests/test_nothing.py", "bash scripts/nothing.sh",
+    "python -m pytest tests/test_nothing.py", "bash scripts/nothing.sh", "python scripts/nothing.py",
+    "python scripts/look.py a.jpg --nothing b",
     "python -m voc12.prepare folder --rood my_photos", "python -m scripts.scale --nothing 1",
 ])  # fmt: skip
 def test_a_wrong_command_is_found(line: str) -> None:

@@ -39,6 +39,7 @@ from net.start_weights import PRETRAINED
 class Clipes(SeedNetwork):
     """A frozen image tower and the features of texts. Its file needs neither text tower nor tokeniser."""
 
+    published_scores = "70.8 / 75.0 / 71.1"
     normalisation = "clip"
     map_needs_gradient = True
 

@@ -37,6 +37,7 @@ Tiles = tuple[int, int]
 class Crt(SeedNetwork):
     """Both branches; maps and class scores are the transformer's."""
 
+    published_scores = "57.7 / 71.8 / 71.2"
     normalisation = SemanticViT.normalisation
 
     def __init__(self, options: CrtOptions, num_classes: int) -> None:

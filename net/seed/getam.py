@@ -42,6 +42,7 @@ class Getam(SingleStage):
     State-dict names are those of the official checkpoints.
     """
 
+    published_scores = "– / – / 71.7"
     map_needs_gradient = True
     finds_unused = True  # the decoder in the first phase
 

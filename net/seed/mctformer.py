@@ -44,6 +44,7 @@ class MCTformer(MultiClassViT, SeedNetwork):
     State-dict names are those of the official checkpoints, which load strictly. Start weights are a DeiT's.
     """
 
+    published_scores = "V2: 61.7 / 69.1 † / 71.9"
     mean_layers = False
     """Whether the map takes the mean over the layers or, published for V1 and V2, their sum."""
     published_layers: int | None = 3

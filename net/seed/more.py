@@ -46,6 +46,7 @@ _WINDOW, _MARGIN, _DRAWN, _LEAST_MEAN = 6, 3, 8, 1.2
 class More(SelfTrainedViT):
     """MoRe. State-dict names are those of the official checkpoints, which load strictly (more.md section 2.3)."""
 
+    published_scores = "– / – / 76.4"
     settings: MoreOptions
 
     def __init__(self, options: MoreOptions, num_classes: int) -> None:

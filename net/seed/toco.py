@@ -45,6 +45,7 @@ _NEGATIVE_MEAN = 0.2
 class Toco(SelfTrainedViT):
     """ToCo. State-dict names are those of the official checkpoints, which load strictly (toco.md section 2.3)."""
 
+    published_scores = "– / – / 71.1"
     settings: TocoOptions
 
     def __init__(self, options: TocoOptions, num_classes: int) -> None:

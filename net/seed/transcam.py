@@ -35,6 +35,7 @@ class TransCam(SeedNetwork, Conformer):
     State-dict names are those of the official checkpoints. transcam.md section 3.
     """
 
+    published_scores = "64.9 / 70.2 / 69.3"
     normalisation = Conformer.normalisation
     heads = ("conv_cls_head", "trans_cls_head")
 

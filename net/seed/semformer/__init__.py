@@ -52,6 +52,7 @@ class SemFormer(SeedNetwork):
         guide: the trained CAAE, frozen, on the device of the training.
     """
 
+    published_scores = "63.7 / 73.2 / 73.7"
     normalisation = "imagenet"
     selection_thresholds = tuple(i / 100 for i in range(1, 100))
 
