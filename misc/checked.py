@@ -60,10 +60,28 @@ class Range:
         return " and ".join(said) or "finite"
 
 
+@dataclass(frozen=True)
+class Names:
+    """The allowed values of a text: one of ``names``, or anything after ``prefix``."""
+
+    names: tuple[str, ...]
+    prefix: str
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value is allowed."""
+        given = isinstance(value, str) and value.startswith(self.prefix) and value != self.prefix
+        return given or value in self.names
+
+    def words(self) -> str:
+        """The values as shown in help texts and errors."""
+        return f"one of {', '.join((*self.names, f'{self.prefix}NAME'))}"
+
+
 class When:
     """The annotated field has an effect only if the field ``name`` of the same settings has one of ``values``.
 
-    A tuple matches if it contains one of them. Without values: only if ``name`` is neither zero nor empty.
+    A tuple matches if it contains one of them, a text also if it begins with one of them that ends in a slash. Without
+    values: only if ``name`` is neither zero nor empty.
     """
 
     def __init__(self, name: str, *values: Any):
@@ -74,6 +92,8 @@ class When:
         value = getattr(settings, self.name)
         if not self.values:
             return bool(value)
+        if isinstance(value, str) and value.startswith(tuple(v for v in self.values if str(v).endswith("/"))):
+            return True
         return any(one in self.values for one in (value if isinstance(value, tuple) else (value,)))
 
 
@@ -147,7 +167,7 @@ def _length(hint: Any) -> int | None:
 
 
 def _possible(value: Any, hint: Any) -> bool:
-    kind, ranges, among = bare(hint), marks(hint, Range), choices(hint)
+    kind, ranges, among = bare(hint), marks(hint, Range) + marks(hint, Names), choices(hint)
     if value is None and (_optional(kind) or not (ranges or among)):
         return True
     if get_origin(kind) is not tuple:
@@ -162,7 +182,7 @@ def _possible(value: Any, hint: Any) -> bool:
 
 def wanted(hint: Any) -> str:
     """What a value must be, in words; empty if the type has no annotation that restricts it."""
-    kind, ranges, among = bare(hint), marks(hint, Range), choices(hint)
+    kind, ranges, among = bare(hint), marks(hint, Range) + marks(hint, Names), choices(hint)
     said = [f"one of {', '.join(map(str, among))}"] if among else []
     said += [r.words() for r in ranges]
     words = " and ".join(said)

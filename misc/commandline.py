@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from misc.checked import Range, When, bare, choices, hints, marks, wanted
+from misc.checked import Names, Range, When, bare, choices, hints, marks, wanted
 
 WIDTH = 100
 """Width of the help texts in characters."""
@@ -175,7 +175,7 @@ def describe(settings: Any, hidden: Collection[str] = ()) -> str:
             shown = " ".join(map(str, value))
         else:
             shown = f"{value:g}" if isinstance(value, float) else str(value)
-        ranges = wanted(hint) if marks(hint, Range) else ""
+        ranges = wanted(hint) if marks(hint, Range) + marks(hint, Names) else ""
         lines.append(f"  {flag(path)} {shown}".rstrip())
         about = " ".join(part for part in (text, f"[{said}]" if said else "", f"[{ranges}]" if ranges else "") if part)
         lines += textwrap.wrap(about, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)

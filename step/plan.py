@@ -118,7 +118,13 @@ def open_plan(cfg: Config) -> Plan:
     lists = {name: job.catalog.fingerprint(name) for name in sorted(names)}
     if source:
         source.check_cams(cfg.recorded(), lists)
-    job.run.begin(cfg.recorded(), flatten(cfg.machine), lists, cfg.force, job.catalog.root)
+        _check_listed(job, source)
+    changed = job.run.begin(
+        cfg.recorded(), flatten(cfg.machine), lists, cfg.force, job.catalog.root, _free_settings(job),
+        shared=cfg.shard_part()[1] > 1,
+    )
+    if changed:
+        _remove_unfinished(job)
     if cfg.redo:
         distributed.barrier()
         if distributed.is_main():
@@ -129,6 +135,57 @@ def open_plan(cfg: Config) -> Plan:
             job.run.adopt_cams(source, [name for name, _ in cfg.cam.needed_phases()])
         distributed.barrier()
     return Plan(job, listed if cfg.steps else list(STEPS), steps)
+
+
+_LATER = {
+    "random_walk": ("make_aff_label", "train_aff", "random_walk"),
+    "infer_seg": ("train_seg", "infer_seg"),
+}
+"""Last step that a group of settings is for -> all of its steps."""
+
+
+def _free_settings(job: Job) -> list[str]:
+    """Beginnings of names of settings with which nothing was made yet in the run folder: those of the segmentation
+    network where its steps have left no file, then those of the refiner."""
+    free: list[str] = []
+    groups = (("infer_seg", ("seg.", "segmenter", "masks", "val_list")), ("random_walk", ("aff.", "refiner")))
+    for last, settings in groups:
+        if any(_has_left_files(job, step) for step in STEPS if step.name in _LATER[last]):
+            break
+        free += settings
+    return [] if job.single_stage else free
+
+
+def _has_left_files(job: Job, step: Step) -> bool:
+    """Whether a step is recorded, or has left anything, also half a training."""
+    made = [job.run.root / name for name in step.makes]
+    return step.name in job.run.record().get("steps", {}) or any(
+        path.exists() or resume_point(path).exists() for path in made
+    )
+
+
+def _remove_unfinished(job: Job) -> None:
+    """Remove images' files that unfinished steps have left in a run folder whose configuration is overwritten
+    (--force): they were made with the other one, and would be taken for this one's. (A resume point knows its settings:
+    a training that would go on with others is refused.)"""
+    distributed.barrier()
+    if distributed.is_main():
+        left = [s for s in STEPS if s.per_image and not job.run.finished(s.name) and _has_left_files(job, s)]
+        for step in left:
+            _remove_files(job, step)
+        if left:
+            distributed.say(f"Removed what {', '.join(s.name for s in left)} had begun with the other settings.")
+    distributed.barrier()
+
+
+def _check_listed(job: Job, source: RunFolder) -> None:
+    """Raises FileNotFoundError if a run has no CAMs of some images of this one's list."""
+    missing = [i for i in job.cam_ids() if not source.cam(i).exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"--cams {source.root}: it has no CAMs of {len(missing)} images of this run's list, such as {missing[0]}. "
+            "Give a run over a list that contains this one's."
+        )
 
 
 def _is_for_trained_refiners(step: Step) -> bool:
@@ -177,7 +234,8 @@ def check(job: Job, steps: Sequence[Step]) -> None:
             continue
         if phase.fit.steps != 0:
             divide(phase.fit, distributed.world())
-        phase.start.check(f"--{prefix}weights", None if "train_cam" in names else job.run.weights("cam"))
+        cam = (job.run if cfg.cams is None else RunFolder(cfg.cams)).weights("cam")
+        phase.start.check(f"--{prefix}weights", None if "train_cam" in names else cam)
     saliency = job.saliency_folder() if any(p.network.wants_saliency and not p.released for _, p in phases) else None
     lists: dict[str, dict[str, Any]] = {
         job.train_list: {"need_masks": cfg.masks == "truth" and "train_seg" in names, "saliency": saliency}
@@ -215,14 +273,18 @@ def remove(job: Job, steps: Sequence[Step]) -> None:
     first = min(STEPS.index(s) for s in steps)
     for step in STEPS[first:]:
         job.run.forget(step.name)
-        for path in (job.run.root / made for made in step.makes):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-                resume_point(path).unlink(missing_ok=True)
+        _remove_files(job, step)
     if first == 0:
         shutil.rmtree(job.run.root / "weights", ignore_errors=True)
+
+
+def _remove_files(job: Job, step: Step) -> None:
+    for path in (job.run.root / made for made in step.makes):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+            resume_point(path).unlink(missing_ok=True)
 
 
 def finished(job: Job, step: Step) -> bool:

@@ -22,7 +22,7 @@ TINY = """
 --aff.weights none --aff.network.resnet38.width 0.0625
 --aff.fit.steps 2 --aff.fit.batch-size 4 --aff.augment.crop 48 --aff.walk.beta 8 --aff.walk.logt 2
 --aff.label.crf.iterations 1
---seg.weights none --seg.network.backbone.width 0.0625 --seg.network.dropout 0
+--seg.weights none --seg.network.resnet38.width 0.0625 --seg.network.dropout 0
 --seg.fit.steps 3 --seg.fit.batch-size 4
 --seg.augment.crop 48 --seg.infer.scales 1.0 --seg.infer.crf.iterations 1
 """.split()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -12,15 +13,24 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from misc import distributed
 from misc.files import atomic, store
 from misc.files.ids import checked_id
 from misc.files.schema import Each, Number
+
+_OCCUPIED: dict[Path, IO[str]] = {}
+"""Open lock files of the run folders in which this process works."""
+_BUSY = "another process"
 
 
 class OtherConfiguration(ValueError):
@@ -105,28 +115,38 @@ class RunFolder:
 
     def begin(
         self, config: dict[str, Any], machine: dict[str, Any], data: dict[str, Any], force: bool,
-        data_root: Path | None = None,
-    ) -> None:
-        """Record what this run is; called once before any work, by every process.
+        data_root: Path | None = None, free: Sequence[str] = (), shared: bool = False,
+    ) -> bool:
+        """Record what this run is, and lock the folder for this process; called once before any work, by every process.
 
         Args:
-            config: flat resolved configuration; it must equal the recorded one.
+            config: flat resolved configuration, of the settings that have an effect; it must equal the recorded one.
             machine: flat settings that may differ between calls.
             data: what the lists hold: name of list -> fingerprint and count; must equal the recorded one too.
             force: record the present configuration over a differing one.
             data_root: folder of the data set, recorded for scripts that look at the run later.
+            free: beginnings of names of settings that may differ, because nothing was made with them yet.
+            shared: other processes that share the folder may run at the same time (parts of the images), all with the
+                recorded configuration.
+
+        Returns:
+            Whether a differing configuration was overwritten.
 
         Raises:
-            OtherConfiguration: the folder holds a run of another configuration (the differing fields are listed).
+            OtherConfiguration: the folder holds a run of another configuration (the differing fields are listed), or
+                another process is at work in it.
         """
         config = json.loads(json.dumps(config))
         self.record()  # a damaged one is an error in every process
         refused: list[str] = []
         if distributed.is_main():
+            busy = not self._occupy(shared)
             with self._locked():
                 record = self.record()
-                refused = self._differing(record, config, data)
-                if not refused or force:
+                refused = self._differing(record, config, data, free)
+                if refused and force and shared:  # not while others work with the recorded one
+                    busy = busy or not (self._occupy(False) and self._occupy(True))
+                if not busy and (not refused or force):
                     record.update(
                         config=config, data=data, machine=json.loads(json.dumps(machine)),
                         world_size=distributed.world(),
@@ -137,23 +157,48 @@ class RunFolder:
                         record["data_root"] = str(data_root.resolve())
                     record.setdefault("steps", {})
                     store.write_json(self.root / "run.json", record)
+            refused = [*refused, *([_BUSY] if busy else [])]
         refused = distributed.joined(refused)
+        if _BUSY in refused:
+            raise OtherConfiguration(
+                f"{self.root}: another process is at work in this run folder. Wait until it has ended, or use another "
+                "--out folder. (Parts of the images can be made at the same time: --shard.)"
+            )
         if refused and not force:
             lines = "\n".join(refused)
             raise OtherConfiguration(
                 f"{self.root} holds a run of another configuration:\n{lines}\n"
-                "Use another --out folder, give the recorded settings, or say --force to go on in it (finished files "
+                "Use another --out folder, give the recorded settings, or say --force to go on in it (finished steps "
                 "are kept as they are)."
             )
+        return bool(refused)
+
+    def _occupy(self, shared: bool) -> bool:
+        """Lock the folder until this process ends; whether that was possible. Several processes may share it."""
+        if fcntl is None:  # Windows
+            return True
+        self.root.mkdir(parents=True, exist_ok=True)
+        place = self.root.resolve()
+        if place not in _OCCUPIED:
+            _OCCUPIED[place] = (self.root / ".running").open("a+")
+        try:  # belongs to this process alone: worker processes that outlive it do not hold it
+            fcntl.lockf(_OCCUPIED[place], (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno not in (errno.EACCES, errno.EAGAIN)  # others: a file system without locks
+        return True
 
     @staticmethod
-    def _differing(record: dict[str, Any], config: dict[str, Any], data: dict[str, Any]) -> list[str]:
+    def _differing(
+        record: dict[str, Any], config: dict[str, Any], data: dict[str, Any], free: Sequence[str]
+    ) -> list[str]:
         """A line for each setting in which a record and the present configuration differ; none for a new folder."""
         if not record:
             return []
         wanted = {**config, **{f"data.{k}": v for k, v in data.items()}}
         there = {**record["config"], **{f"data.{k}": v for k, v in record["data"].items()}}
-        differing = [k for k in sorted({*wanted, *there}) if wanted.get(k) != there.get(k)]
+        # settings that are only there have no effect here; if they had one there, another setting differs too
+        names = sorted({*wanted, *(k for k in there if k.startswith("data."))})
+        differing = [k for k in names if wanted.get(k) != there.get(k) and not k.startswith(tuple(free))]
         return [f"  {k}: {there.get(k)!r} there, {wanted.get(k)!r} now" for k in differing]
 
     def _locked(self) -> contextlib.AbstractContextManager[None]:
@@ -166,6 +211,8 @@ class RunFolder:
         Args:
             config, data: of that run, as for ``begin``.
 
+        Its list may be longer than that run's: what is needed is checked by the caller.
+
         Raises:
             FileNotFoundError: there is no run here, or it has no CAMs yet.
             OtherConfiguration: it has other settings of the CAM network, or other data.
@@ -175,7 +222,7 @@ class RunFolder:
         record, wanted = self.record(), json.loads(json.dumps(config))
         there = {**record["config"], **{f"data.{k}": v for k, v in record["data"].items()}}
         wanted |= {f"data.{k}": v for k, v in data.items() if k in record["data"]}
-        decisive = [k for k in wanted if k in ("method", "seed", "train_list") or k.startswith(("cam.", "data."))]
+        decisive = [k for k in wanted if k in ("method", "seed") or k.startswith(("cam.", "data."))]
         differing = [k for k in decisive if there.get(k) != wanted[k]]
         if differing:
             lines = "\n".join(f"  {k}: {there.get(k)!r} there, {wanted[k]!r} now" for k in differing)

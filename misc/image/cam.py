@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -52,3 +53,32 @@ def _resize_maps(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return maps
     planes = torch.from_numpy(np.asarray(maps, np.float32))[None]  # (1, K, h, w)
     return F.interpolate(planes, size=size, mode="bilinear", align_corners=False)[0].numpy()
+
+
+def otsu_threshold(maps: Iterable[np.ndarray], bins: int = 200) -> float:
+    """Background score for CAMs, found without masks: the threshold in [0, 1] that splits the largest value of every
+    pixel into two groups with the largest variance between them (Otsu, 1979), over all images together; every image
+    counts the same.
+
+    Args:
+        maps: (K, h, w) of each image, in [0, 1]; images without a class (K = 0) are left out.
+        bins: of the histogram.
+
+    Raises ValueError where no image has a class.
+    """
+    total = np.zeros(bins)
+    for one in maps:
+        if len(one):
+            counts, _ = np.histogram(one.max(axis=0), bins, (0.0, 1.0))
+            total += counts / max(1, counts.sum())
+    if not total.any():
+        raise ValueError("no image has a class, so its CAMs give no background score")
+    places = (np.arange(bins) + 0.5) / bins
+    below = total.cumsum()[:-1] / total.sum()
+    mean = (total * places).cumsum()[:-1] / total.sum()
+    whole = (total * places).sum() / total.sum()
+    spread = np.divide(
+        (whole * below - mean) ** 2, below * (1 - below), out=np.zeros(bins - 1), where=(below > 0) & (below < 1)
+    )
+    best = np.flatnonzero(spread == spread.max())
+    return float((best[0] + best[-1]) / 2 + 1) / bins

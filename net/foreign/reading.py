@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import struct
 import tarfile
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from net.foreign.caffe import read_caffe
 from net.foreign.mxnet import MXNET_LIST, read_mxnet
 from net.foreign.pytorch import State, read_pytorch, read_safetensors
 
+_SECONDS = 5
 TIMM = "timm:"
 """Prefix before the name of one of timm's models, instead of a file."""
 
@@ -77,15 +81,47 @@ def read_timm(name: str) -> State:
 
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}. Give a name of timm.list_models(pretrained=True), or a file.")
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
+        raise ValueError(f"timm has no weights of {name!r}. Give a name of timm.list_pretrained(), or a file.")
+    file = f"model.safetensors of {_hub()}/{config.hf_hub_id}" if config.hf_hub_id else config.url
+    remedy = f"bring {file} and give its path as the weights (--cam.weights FILE) instead of 'pretrained'."
+    if config.hf_hub_id and not _is_cached(config.hf_hub_id) and (reason := _unreachable(_hub())):
+        told = f"timm's weights {name} are not on this machine, and {_hub()} can't be reached ({reason})"
+        raise ValueError(f"{told}: {remedy}")
     try:
         return dict(timm.create_model(name, pretrained=True).state_dict())
     except Exception as error:  # no connection, a proxy, a full disk: each raises its own type
-        config = timm.get_pretrained_cfg(name)
-        url = config.url if config is not None and config.url else f"the weights of {name}"
         raise ValueError(
             f"timm's weights {name} can't be fetched ({type(error).__name__}: {str(error)[:200]}). Is there a way to "
-            f"the internet? If not, bring the file ({url}) and give its path as the weights instead of 'pretrained'."
+            f"the internet? If not, {remedy}"
         ) from error
+
+
+def _hub() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def _is_cached(repository: str) -> bool:
+    """Whether a weights file of a repository of the hub is in the local cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    names = ("model.safetensors", "pytorch_model.bin")
+    return any(isinstance(try_to_load_from_cache(repository, name), str) for name in names)
+
+
+def _unreachable(address: str) -> str:
+    """Why a web address does not answer within a few seconds; empty if it does. The hub's own client tries again and
+    again for a minute before it says so."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return "HF_HUB_OFFLINE is set"
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=_SECONDS).close()
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except (OSError, ValueError) as error:
+        return str(getattr(error, "reason", error))
+    return ""
 
 
 def read_tensors(path: str | Path) -> State:

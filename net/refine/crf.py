@@ -7,6 +7,7 @@ CRF is not sure of: ``ignore_below`` is 0.95 there (clipes.md section 6).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -25,13 +26,16 @@ class CrfRefiner(PlainRefiner):
     def refine(self, picture: Picture, cam: Cam, options: CrfOptions) -> np.ndarray:
         """The scores sum to one."""
         scores = options.stack(cam.maps)
-        return DenseCRF(picture.rgb, options.crf, picture.values.device)(scores)
+        crf = DenseCRF(picture.rgb, options.crf, picture.values.device)
+        return crf(scores) if options.unary == "scores" else crf.from_labels(scores.argmax(axis=0), len(scores))
 
 
 @dataclass(frozen=True)
 class CrfOptions(BackgroundOptions):
     """Background score and CRF."""
 
+    unary: Literal["scores", "labels"] = "scores"
+    """Input of the CRF. labels: the arg-max, with confidence 0.7."""
     crf: CRFSettings = field(default_factory=lambda: _CRF)
     """The CRF over background and present classes."""
 
@@ -52,4 +56,7 @@ CrfRefiner.recipes = {
     "published": CrfRecipe(),
     # a background that pictures of small objects need, and colours that lie farther apart
     "sample": CrfRecipe(CrfOptions("constant", crf=CRFSettings(iterations=5, bilateral_sxy=32))),
+    "photos": CrfRecipe(
+        CrfOptions("otsu", unary="labels", crf=CRFSettings(iterations=5, bilateral_sxy=50, bilateral_srgb=5))
+    ),
 }

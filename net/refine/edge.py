@@ -11,17 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated
 
-from misc.checked import When
+from misc.checked import Names, When
 from misc.config import Augment, Fit
 from misc.crf.dense import CRFSettings
-from net.backbone.resnest import ResNeSt, ResNeStOptions
-from net.backbone.resnet import SAMPLE_RESNET, Stages
+from net.backbone.resnest import ResNeStOptions
+from net.backbone.resnet import SAMPLE_RESNET
+from net.backbone.timm_cnn import PHOTOS, PREFIX
 from net.contract import Network, RefineRecipe
 from net.registry import refiner
 from net.shared.edge import EdgeLabel, EdgeNetwork, EdgeOptions, EdgeWalk
-from net.start_weights import PRETRAINED
+from net.start_weights import CAM, PRETRAINED
 
 
 @refiner("edge")
@@ -36,16 +37,13 @@ class EdgeOnlyOptions(EdgeOptions):
     align_corners: bool = True
     """align_corners of the bilinear upsampling inside the network. Puzzle-CAM: off."""
 
-    backbone: Literal["resnet", "resnest"] = "resnet"
-    """Backbone under the boundary head; only the section with this name is used. Puzzle-CAM: resnest."""
+    backbone: Annotated[str, Names(("resnet", "resnest"), PREFIX)] = "resnet"
+    """Backbone under the boundary head; only the section with this name is used. Puzzle-CAM: resnest. timm/NAME: a CNN
+    of timm."""
     resnest: Annotated[ResNeStOptions, When("backbone", "resnest")] = field(
         default_factory=lambda: ResNeStOptions(norm="fixed", frozen="layer4")
     )
     """ResNeSt. Published: completely frozen; only the layers on its stages are trained."""
-
-    def make_backbone(self) -> Stages:
-        """The backbone, with random weights."""
-        return ResNeSt(self.resnest) if self.backbone == "resnest" else super().make_backbone()
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> EdgeOnly:
         """The affinity network; it depends neither on the classes nor on earlier networks."""
@@ -93,5 +91,18 @@ EdgeOnly.recipes = {
             threshold_fg=0.03, threshold_bg=0.006, crf=CRFSettings(bilateral_sxy=30.0, bilateral_srgb=8.0)
         ),
         walk=EdgeWalk(logt=6, canvas=112, threshold=0.03, crf=_CRF),
+    ),
+    "photos": EdgeRecipe(
+        amp="fast",
+        network=EdgeOnlyOptions(backbone=PHOTOS, align_corners=False),
+        fit=Fit(epochs=4, batch_size=16, optimiser="adamw", lr=1e-3, weight_decay=1e-4),
+        augment=Augment(order=("long_side", "flip", "jitter", "normalize", "crop"), long_side=(320, 512), crop=352),
+        weights=CAM,
+        label=EdgeLabel(
+            threshold_fg=0.55,
+            threshold_bg=0.30,
+            crf=CRFSettings(iterations=5, bilateral_sxy=50.0, bilateral_srgb=5.0),
+        ),
+        walk=EdgeWalk(background="otsu", logt=6, crf=_CRF),
     ),
 }

@@ -25,6 +25,7 @@ from misc.image.picture import Picture
 from misc.propagate.walk import Displacement, pair_views, source_cells
 from misc.score.objects import Instances
 from net.backbone.resnet import SAMPLE_RESNET, STAGES
+from net.backbone.timm_cnn import PHOTOS
 from net.contract import Batch, Network, RefineRecipe
 from net.groups import Group
 from net.registry import refiner
@@ -41,7 +42,7 @@ from net.shared.edge import (
     make_projection,
     propagate_scores,
 )
-from net.start_weights import PRETRAINED
+from net.start_weights import CAM, PRETRAINED
 
 _EPS = 1e-5
 _SHIFTS = 300
@@ -67,9 +68,9 @@ class IRN(EdgeNetwork):
         for number, (stage, cout, groups, stride) in enumerate(
             zip(STAGES, (64, 128, 256, 256, 256), (8, 16, 16, 16, 16), (CELL, CELL, *[middle] * 3), strict=True), 1
         ):
-            self.add_module(f"fc_dp{number}", make_projection(channels[stage], cout, groups, strides[stage] // stride))
-        self.fc_dp6 = make_projection(768, 256, 16, middle // CELL)
-        self.fc_dp7 = nn.Sequential(*make_projection(448, 256, 16, 1), nn.Conv2d(256, 2, 1, bias=False))
+            self.add_module(f"fc_dp{number}", make_projection(channels[stage], cout, groups, strides[stage], stride))
+        self.fc_dp6 = make_projection(768, 256, 16, middle, CELL)
+        self.fc_dp7 = nn.Sequential(*make_projection(448, 256, 16), nn.Conv2d(256, 2, 1, bias=False))
         self.mean_shift = MeanShift()
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
@@ -394,5 +395,18 @@ IRN.recipes = {
             threshold_fg=0.12, threshold_bg=0.03, crf=CRFSettings(bilateral_sxy=30.0, bilateral_srgb=8.0)
         ),
         walk=IRNWalk(logt=6, canvas=112, threshold=0.1, crf=CRFSettings(1)),
+    ),
+    "photos": IRNRecipe(
+        amp="fast",
+        network=IRNOptions(backbone=PHOTOS),
+        fit=Fit(epochs=4, batch_size=16, optimiser="adamw", lr=1e-3, weight_decay=1e-4),
+        augment=Augment(order=("long_side", "flip", "jitter", "normalize", "crop"), long_side=(320, 512), crop=352),
+        weights=CAM,
+        label=EdgeLabel(
+            threshold_fg=0.55,
+            threshold_bg=0.30,
+            crf=CRFSettings(iterations=5, bilateral_sxy=50.0, bilateral_srgb=5.0),
+        ),
+        walk=IRNWalk(background="otsu", logt=6, instances=False),
     ),
 }

@@ -30,4 +30,8 @@ class NoneRecipe(RefineSettings):
     """The background's score."""
 
 
-NoRefiner.recipes = {"published": NoneRecipe(), "sample": NoneRecipe()}
+NoRefiner.recipes = {
+    "published": NoneRecipe(),
+    "sample": NoneRecipe(),
+    "photos": NoneRecipe(BackgroundOptions("otsu")),
+}

@@ -45,4 +45,8 @@ class ParRecipe(RefineSettings):
     """Background score and iterations."""
 
 
-ParRefiner.recipes = {"published": ParRecipe(), "sample": ParRecipe(ParOptions("constant", iterations=10))}
+ParRefiner.recipes = {
+    "published": ParRecipe(),
+    "sample": ParRecipe(ParOptions("constant", iterations=10)),
+    "photos": ParRecipe(ParOptions("otsu")),
+}

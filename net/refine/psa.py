@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from misc.checked import Checked, Positive, Probability, Range, When
+from misc.checked import Checked, Names, Positive, Probability, Range, When
 from misc.config import Augment, Fit
 from misc.crf.dense import CRFSettings, DenseCRF
 from misc.image.cam import Cam
@@ -33,6 +33,7 @@ from misc.propagate.walk import (
     walk,
 )
 from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
+from net.backbone.timm_cnn import ON_TIMM, PHOTOS, PREFIX, TimmCNN, TimmOptions, load_timm
 from net.backbone.vgg16 import VGG16, VGG16Options
 from net.contract import AffinityNetwork, Batch, Network, Options, RefineRecipe
 from net.foreign.loading import load_tensors
@@ -40,7 +41,7 @@ from net.foreign.reading import read_tensors
 from net.groups import Group, conv_groups
 from net.registry import refiner
 from net.shared.background import BackgroundRule, stack_background
-from net.start_weights import REQUIRED
+from net.start_weights import CAM, REQUIRED
 
 STRIDE = 8
 """Stride of the features of both backbones, in pixels."""
@@ -231,6 +232,31 @@ class PSAVGG16(PSA, VGG16):
         self._add_layers(num_classes, options)
 
 
+class PSATimm(PSA):
+    """AffinityNet on a CNN of timm, with group normalisation before the first ELUs as on VGG16."""
+
+    tapped = ("layer2", "layer3", "layer4")
+    new_layers = PSAVGG16.new_layers
+
+    def __init__(self, num_classes: int, options: PSAOptions) -> None:
+        super().__init__()
+        self.backbone = TimmCNN(options.backbone, options.timm)
+        self.normalisation, self.channels = self.backbone.normalisation, self.backbone.channels
+        self._add_layers(num_classes, options)
+
+    def forward_stages(self, images: Tensor) -> dict[str, Tensor]:
+        """The tapped stages on cells of 8 pixels: {stage: (B, channels, ceil(H/8), ceil(W/8))}."""
+        return dict(zip(self.tapped, self.backbone.maps_at(images, self.tapped, STRIDE), strict=True))
+
+    def pretrained_names(self) -> tuple[str, ...]:
+        """The backbone, by timm's name."""
+        return (self.backbone.name,)
+
+    def load_weights(self, weights: str) -> str:
+        """timm's weights of the backbone, or a network here with the same one."""
+        return load_timm(self, weights, heads=self.new_layers, owner="backbone")
+
+
 # ------------------------------------------------------------------------------------------------ labels
 
 
@@ -333,8 +359,8 @@ class PSAOptions(Options):
     """Options of AffinityNet; the defaults are the published ones."""
     # psa.md section 5.1
 
-    backbone: Literal["resnet38", "vgg16"] = "resnet38"
-    """Backbone of the affinity layers."""
+    backbone: Annotated[str, Names(("resnet38", "vgg16"), PREFIX)] = "resnet38"
+    """Backbone of the affinity layers. timm/NAME: a CNN of timm, whose stages of strides 8 and 16 are on the cells."""
     resnet38: Annotated[ResNet38Options, When("backbone", "resnet38")] = field(
         default_factory=lambda: ResNet38Options(frozen="b2")
     )
@@ -343,6 +369,8 @@ class PSAOptions(Options):
         default_factory=lambda: VGG16Options(fc6_dilation=4)
     )
     """Size and freezing of VGG16, if it is the backbone."""
+    timm: Annotated[TimmOptions, ON_TIMM] = field(default_factory=TimmOptions)
+    """CNN of timm, if it is the backbone."""
     widths: Annotated[tuple[int, int, int], Range(least=8, multiple=8)] = (64, 128, 256)
     """Channels of f8_3, f8_4 and f8_5; f9 has their sum. Multiples of 8."""
     radius: Annotated[int, Range(least=2)] = 5
@@ -350,7 +378,7 @@ class PSAOptions(Options):
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> PSA:
         """The affinity network; ``num_classes`` is only used by a CRF after the walk, ``earlier`` is not used."""
-        return (PSAResNet38 if self.backbone == "resnet38" else PSAVGG16)(num_classes, self)
+        return {"resnet38": PSAResNet38, "vgg16": PSAVGG16}.get(self.backbone, PSATimm)(num_classes, self)
 
 
 
@@ -360,7 +388,7 @@ class PSALabel(Checked):
     """Low/high-alpha labels."""
     # psa.md section 4; TransCAM's: transcam.md sections 5 and 6
 
-    background: BackgroundRule = "power"
+    background: Literal["power", "constant"] = "power"
     """Background score. power: (1 - largest CAM)^alpha. constant: a threshold."""
     alpha_low: Annotated[Positive, When("background", "power")] = 4.0
     """power: exponent of the strong background; pixels that stay foreground are reliable foreground."""
@@ -398,7 +426,8 @@ class PSAWalk(Checked):
     shrink_early: bool = False
     """Also shrink the radius on grids 9 and 10 cells wide, as in SEAM and TransCAM; PSA only below 9."""
     background: BackgroundRule = "power"
-    """Background score. power: (1 - largest CAM)^alpha. constant: the threshold."""
+    """Background score. power: (1 - largest CAM)^alpha. constant: the threshold. otsu: one for all images that splits
+    the values of the run's CAMs into two groups as well as can be (Otsu), found without any mask."""
     alpha: Annotated[Positive, When("background", "power")] = 16.0
     """power: exponent of the background score."""
     threshold: Annotated[float | None, Range(least=0, most=1), When("background", "constant")] = 0.39
@@ -443,5 +472,20 @@ PSA.recipes = {
         augment=Augment(order=("jitter", "normalize", "crop", "flip"), crop=96),
         label=PSALabel(alpha_low=16, alpha_high=64),
         walk=PSAWalk(alpha=26, beta=20, logt=3, crf=CRFSettings(iterations=5)),
+    ),
+    "photos": PSARecipe(
+        amp="fast",
+        network=PSAOptions(backbone=PHOTOS),
+        fit=Fit(epochs=6, batch_size=16, optimiser="adamw", lr=2e-4, weight_decay=1e-4),
+        augment=Augment(order=("long_side", "jitter", "normalize", "crop", "flip"), long_side=(320, 512), crop=352),
+        weights=CAM,
+        label=PSALabel(
+            background="constant",
+            threshold_low=0.55,
+            threshold_high=0.30,
+            crf=CRFSettings(iterations=5, bilateral_sxy=50, bilateral_srgb=5),
+            crf_unary="labels",
+        ),
+        walk=PSAWalk(background="otsu", logt=6),
     ),
 }

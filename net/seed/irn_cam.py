@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from misc.checked import Positive
+from misc.checked import Names, Positive, When
 from misc.config import Augment, CamInference, Fit
-from net.backbone.resnet import SAMPLE_RESNET, ResNet, ResNetOptions, load_resnet
+from net.backbone.resnet import SAMPLE_RESNET, ResNetOptions
+from net.backbone.stages import load_backbone, make_backbone, place_maps, pretrained_name
+from net.backbone.timm_cnn import ON_TIMM, PHOTOS, PREFIX, TimmOptions
 from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
 from net.groups import Group
 from net.losses import multilabel_soft_margin
@@ -23,12 +26,12 @@ class IRNCam(SeedNetwork):
     """The classifier; state-dict names are the official ones (each tensor once): ``resnet50``, ``classifier``."""
 
     published_scores = "48.3 / 66.5 / 63.5"
-    normalisation = ResNet.normalisation
 
     def __init__(self, options: IRNCamOptions, num_classes: int) -> None:
         super().__init__()
         self.head_lr = options.head_lr
-        self.resnet50 = ResNet(options.resnet)
+        self.resnet50 = make_backbone(options)
+        self.normalisation = self.resnet50.normalisation
         self.classifier = nn.Conv2d(self.resnet50.channels["layer4"], num_classes, 1, bias=False)
 
     def class_logits(self, images: Tensor) -> Tensor:
@@ -40,8 +43,9 @@ class IRNCam(SeedNetwork):
         return {"cls": multilabel_soft_margin(self.class_logits(batch["image"]), batch["tags"])}
 
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:
-        """Rectified maps of all classes: (B, 3, H, W) -> (B, C, ceil(H/16), ceil(W/16)) float32."""
-        return F.relu(self.classifier(self.resnet50(images)).float())
+        """Rectified maps of all classes: (B, 3, H, W) -> (B, C, ceil(H/16), ceil(W/16)) float32; on a CNN of timm
+        (B, C, H, W)."""
+        return place_maps(self.resnet50, F.relu(self.classifier(self.resnet50(images)).float()), images.shape[-2:])
 
     def classify(self, images: Tensor, num_classes: int) -> Tensor:
         """The logits."""
@@ -54,20 +58,26 @@ class IRNCam(SeedNetwork):
 
     def pretrained_names(self) -> tuple[str, ...]:
         """timm's ImageNet classifier of the backbone."""
-        return (self.resnet50.options.pretrained,)
+        return (pretrained_name(self.resnet50),)
 
     def load_weights(self, weights: str) -> str:
         """ImageNet weights ('pretrained': torchvision's by the option of the backbone, or a file), or a whole
         checkpoint; the classifier may be absent or of other classes: then it stays random, and the report says so."""
-        return load_resnet(self, weights, heads=("classifier",))
+        return load_backbone(self, weights, heads=("classifier",), owner="resnet50")
 
 
 @dataclass(frozen=True)
 class IRNCamOptions(Options):
     """Options of the network; the defaults are the published ones."""
 
-    resnet: ResNetOptions = field(default_factory=lambda: ResNetOptions(frozen="layer2"))
-    """Backbone. Published: no gradient up to layer2, whose map is detached."""
+    backbone: Annotated[str, Names(("resnet",), PREFIX)] = "resnet"
+    """Backbone; only the section with this name is used. timm/NAME: a CNN of timm."""
+    resnet: Annotated[ResNetOptions, When("backbone", "resnet")] = field(
+        default_factory=lambda: ResNetOptions(frozen="layer2")
+    )
+    """ResNet. Published: no gradient up to layer2, whose map is detached."""
+    timm: Annotated[TimmOptions, ON_TIMM] = field(default_factory=TimmOptions)
+    """CNN of timm, if it is the backbone."""
     head_lr: Positive = 10.0
     """Learning rate of the classifier relative to the backbone's."""
 
@@ -108,4 +118,25 @@ _SAMPLE = Recipe(
     segment={"weights": "cam"},
 )
 
-IRNCam.recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
+# for people's own pictures: a small network that has seen ImageNet
+_PHOTOS = Recipe(
+    cam=SeedRecipe(
+        amp="fast",
+        network=IRNCamOptions(backbone=PHOTOS),
+        fit=Fit(epochs=12, batch_size=16, optimiser="adamw", lr=2e-4, weight_decay=0.01),
+        augment=Augment(
+            order=("long_side", "flip", "jitter", "normalize", "crop"),
+            long_side=(320, 512),
+            jitter=(0.3, 0.3, 0.3, 0.05),
+            crop=352,
+        ),
+        weights=PRETRAINED,
+        init="imagenet",
+        infer=CamInference(scales=(0.5, 1.0, 1.5, 2.0), flip=True, normalise="max", search_to=0.79, coarse=4),
+    ),
+    refiner="crf",
+    segmenter="deeplabv3plus",
+    data="folder",
+)
+
+IRNCam.recipes = {"published": _PUBLISHED, "sample": _SAMPLE, "photos": _PHOTOS}

@@ -5,21 +5,22 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from misc.checked import DropProbability, Positive, When
+from misc.checked import DropProbability, Names, Positive, When
 from misc.config import Augment, CamInference, Fit, override
 from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
+from net.backbone.timm_cnn import ON_TIMM, PHOTOS, PREFIX, TimmCNN, TimmOptions, load_timm
 from net.backbone.vgg16 import VGG16, VGG16Options
 from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
 from net.foreign.loading import load_tensors
 from net.groups import Group, conv_groups
 from net.losses import multilabel_soft_margin
 from net.registry import seed
-from net.start_weights import REQUIRED
+from net.start_weights import PRETRAINED, REQUIRED
 
 
 @seed("psa")
@@ -99,19 +100,50 @@ class CamVGG16(PlainCam, VGG16):
         return F.relu(self.fc8(self.forward_stages(images)["fc7"]).float()).sqrt()
 
 
+class CamTimm(PlainCam):
+    """The classifier on a CNN of timm; the features are pooled, then classified, as on ResNet38."""
+
+    def __init__(self, options: CamOptions, num_classes: int) -> None:
+        super().__init__()
+        self.head_lr = options.head_lr
+        self.backbone = TimmCNN(options.backbone, options.timm)
+        self.normalisation = self.backbone.normalisation
+        self.dropout7 = nn.Dropout2d(options.dropout)
+        self.fc8 = nn.Conv2d(self.backbone.channels["layer4"], num_classes, 1, bias=False)
+        nn.init.xavier_uniform_(self.fc8.weight)
+
+    def class_logits(self, images: Tensor) -> Tensor:
+        """Class scores: (B, 3, H, W) -> (B, C)."""
+        return self.fc8(self.dropout7(self.backbone(images).mean((2, 3), keepdim=True))).flatten(1)
+
+    def cam(self, images: Tensor, tags: Tensor) -> Tensor:
+        """Rectified maps of all classes at the size of the images: (B, 3, H, W) -> (B, C, H, W) float32."""
+        return self.backbone.enlarge(F.relu(self.fc8(self.backbone(images)).float()), images.shape[-2:])
+
+    def pretrained_names(self) -> tuple[str, ...]:
+        """The backbone, by timm's name."""
+        return (self.backbone.name,)
+
+    def load_weights(self, weights: str) -> str:
+        """timm's weights of the backbone, or a network here with the same one."""
+        return load_timm(self, weights, heads=("fc8",), owner="backbone")
+
+
 @dataclass(frozen=True)
 class CamOptions(Options):
     """Options of the network; the defaults are the published ones."""
 
-    backbone: Literal["resnet38", "vgg16"] = "resnet38"
+    backbone: Annotated[str, Names(("resnet38", "vgg16"), PREFIX)] = "resnet38"
     """Backbone; only the section with this name is used. With vgg16 the published
-    learning rate is 0.1: preset published_vgg16."""
+    learning rate is 0.1: preset published_vgg16. timm/NAME: a CNN of timm."""
     resnet38: Annotated[ResNet38Options, When("backbone", "resnet38")] = field(
         default_factory=lambda: ResNet38Options(frozen="b2")
     )
     """ResNet38."""
     vgg16: Annotated[VGG16Options, When("backbone", "vgg16")] = field(default_factory=VGG16Options)
     """VGG16."""
+    timm: Annotated[TimmOptions, ON_TIMM] = field(default_factory=TimmOptions)
+    """CNN of timm."""
     dropout: DropProbability = 0.5
     """Channel dropout probability before the classifier."""
     head_lr: Positive = 10.0
@@ -119,7 +151,7 @@ class CamOptions(Options):
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> PlainCam:
         """The classifier for ``num_classes`` foreground classes."""
-        return {"resnet38": CamResNet38, "vgg16": CamVGG16}[self.backbone](self, num_classes)
+        return {"resnet38": CamResNet38, "vgg16": CamVGG16}.get(self.backbone, CamTimm)(self, num_classes)
 
 
 _PUBLISHED = Recipe(
@@ -182,4 +214,25 @@ _SAMPLE = Recipe(
     segment={"weights": "cam"},
 )
 
-PlainCam.recipes = {"published": _PUBLISHED, "published_vgg16": _PUBLISHED_VGG16, "sample": _SAMPLE}
+# for people's own pictures: a small network that has seen ImageNet
+_PHOTOS = Recipe(
+    cam=SeedRecipe(
+        amp="fast",
+        network=CamOptions(backbone=PHOTOS, dropout=0.2),
+        fit=Fit(epochs=12, batch_size=16, optimiser="adamw", lr=2e-4, weight_decay=0.01),
+        augment=Augment(
+            order=("long_side", "flip", "jitter", "normalize", "crop"),
+            long_side=(320, 512),
+            jitter=(0.3, 0.3, 0.3, 0.05),
+            crop=352,
+        ),
+        weights=PRETRAINED,
+        init="imagenet",
+        infer=CamInference(scales=(0.5, 1.0, 1.5, 2.0), flip=True, normalise="max", search_to=0.79),
+    ),
+    refiner="crf",
+    segmenter="deeplabv3plus",
+    data="folder",
+)
+
+PlainCam.recipes = {"published": _PUBLISHED, "published_vgg16": _PUBLISHED_VGG16, "sample": _SAMPLE, "photos": _PHOTOS}

@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from misc.checked import Count, Positive, Range, Weight, When
+from misc.checked import Count, Names, Positive, Range, Weight, When
 from misc.config import Augment, CamInference, Fit
-from net.backbone.resnest import ResNeSt, ResNeStOptions
-from net.backbone.resnet import SAMPLE_RESNET, ResNet, ResNetOptions, load_resnet
+from net.backbone.resnest import ResNeStOptions
+from net.backbone.resnet import SAMPLE_RESNET, ResNetOptions
+from net.backbone.stages import load_backbone, make_backbone, place_maps, pretrained_name
+from net.backbone.timm_cnn import ON_TIMM, PHOTOS, PREFIX, TimmOptions
 from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
 from net.groups import Group, name_groups
 from net.losses import multilabel_soft_margin
@@ -39,13 +41,13 @@ class PuzzleCam(SeedNetwork):
     """
 
     published_scores = "61.9 † / – / 66.9 †"
-    normalisation = ResNet.normalisation
     selection_thresholds = tuple(i / 100 for i in range(10, 50, 5))  # puzzlecam.md section 4
 
     def __init__(self, options: PuzzleCamOptions, num_classes: int) -> None:
         super().__init__()
         self.options = options
-        self.model = ResNet(options.resnet) if options.backbone == "resnet" else ResNeSt(options.resnest)
+        self.model = make_backbone(options)
+        self.normalisation = self.model.normalisation
         self.classifier = nn.Conv2d(self.model.channels["layer4"], num_classes, 1, bias=False)
         nn.init.kaiming_normal_(self.classifier.weight)
 
@@ -75,8 +77,8 @@ class PuzzleCam(SeedNetwork):
         return terms
 
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:
-        """Rectified maps of all classes: (B, 3, H, W) -> (B, C, h, w) float32."""
-        return F.relu(self.forward_maps(images))
+        """Rectified maps of all classes: (B, 3, H, W) -> (B, C, h, w) float32; on a CNN of timm (B, C, H, W)."""
+        return place_maps(self.model, F.relu(self.forward_maps(images)), images.shape[-2:])
 
     def forward_maps(self, images: Tensor) -> Tensor:
         """Class maps, signed: (B, 3, H, W) -> (B, C, h, w) float32, at stride 16 in the published form."""
@@ -88,12 +90,12 @@ class PuzzleCam(SeedNetwork):
 
     def pretrained_names(self) -> tuple[str, ...]:
         """timm's ImageNet classifier of the backbone."""
-        return (self.model.options.pretrained,)
+        return (pretrained_name(self.model),)
 
     def load_weights(self, weights: str) -> str:
         """Start from an ImageNet file of torchvision, timm or ResNeSt, or from a whole Puzzle-CAM; 'pretrained': timm's
         file."""
-        return load_resnet(self, weights, heads=("classifier",), owner="model")
+        return load_backbone(self, weights, heads=("classifier",), owner="model")
 
 
 # ---------------------------------------------------------------------------- tiles and losses (puzzlecam.md section 3)
@@ -151,14 +153,17 @@ def score_entropy(scores: Tensor) -> Tensor:
 class PuzzleCamOptions(Options):
     """Options of network and losses; the defaults are the published ones."""
 
-    backbone: Literal["resnet", "resnest"] = "resnet"
-    """Backbone; only the section with this name is used. The published scores are for resnest."""
+    backbone: Annotated[str, Names(("resnet", "resnest"), PREFIX)] = "resnet"
+    """Backbone; only the section with this name is used. The published scores are for resnest. timm/NAME: a CNN of
+    timm."""
     resnet: Annotated[ResNetOptions, When("backbone", "resnet")] = field(
         default_factory=lambda: ResNetOptions(norm="trained")
     )
     """Options of the ResNet, if it is the backbone."""
     resnest: Annotated[ResNeStOptions, When("backbone", "resnest")] = field(default_factory=ResNeStOptions)
     """Options of the ResNeSt, if it is the backbone."""
+    timm: Annotated[TimmOptions, ON_TIMM] = field(default_factory=TimmOptions)
+    """CNN of timm, if it is the backbone."""
     tiles: Count = 2
     """Tiles per side: 2 splits an image into quarters. Must divide the side of the training images."""
     level: Literal["feature", "cam"] = "feature"
@@ -224,4 +229,25 @@ _SAMPLE = Recipe(
     segment={"weights": "cam"},
 )
 
-PuzzleCam.recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
+# for people's own pictures: a small network that has seen ImageNet
+_PHOTOS = Recipe(
+    cam=SeedRecipe(
+        amp="fast",
+        network=PuzzleCamOptions(backbone=PHOTOS),
+        fit=Fit(epochs=12, batch_size=16, optimiser="adamw", lr=2e-4, weight_decay=0.01),
+        augment=Augment(
+            order=("long_side", "flip", "jitter", "normalize", "crop"),
+            long_side=(320, 512),
+            jitter=(0.3, 0.3, 0.3, 0.05),
+            crop=352,
+        ),
+        weights=PRETRAINED,
+        init="imagenet",
+        infer=CamInference(scales=(0.5, 1.0, 1.5, 2.0), flip=True, normalise="max", search_to=0.79),
+    ),
+    refiner="crf",
+    segmenter="deeplabv3plus",
+    data="folder",
+)
+
+PuzzleCam.recipes = {"published": _PUBLISHED, "sample": _SAMPLE, "photos": _PHOTOS}

@@ -7,6 +7,7 @@ The map used afterwards is the PCM's. In all maps here channel 0 is the backgrou
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -15,16 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from misc.checked import DropProbability, Positive, Probability, Range
+from misc.checked import DropProbability, Names, Positive, Probability, Range, When
 from misc.config import Augment, CamInference, Fit
 from misc.precision import full_precision
 from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
+from net.backbone.timm_cnn import ON_TIMM, PHOTOS, PREFIX, TimmCNN, TimmOptions, load_timm, to_stride
 from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
 from net.foreign.loading import load_tensors
 from net.groups import Group, conv_groups
 from net.losses import multilabel_soft_margin
 from net.registry import seed
-from net.start_weights import REQUIRED
+from net.start_weights import PRETRAINED, REQUIRED
 
 _EPSILON = 1e-5
 _BLOCK = 512
@@ -32,27 +34,31 @@ _BLOCK = 512
 
 
 @seed("seam")
-class Seam(SeedNetwork, ResNet38):
-    """ResNet38 with a classifier ``fc8`` (C + 1 maps) and the PCM's layers ``f8_3``, ``f8_4``, ``f9``.
+class Seam(SeedNetwork):
+    """A backbone with a classifier ``fc8`` (C + 1 maps) and the PCM's layers ``f8_3``, ``f8_4``, ``f9``;
+    ``SeamOptions.build`` creates one of its subclasses.
 
     State-dict names are those of the official checkpoints. seam.md section 3.
     """
 
     published_scores = "55.4 / 63.6 / 64.5"
-    normalisation = ResNet38.normalisation
     head = ("fc8", "f8_3", "f8_4", "f9")
 
-    def __init__(self, options: SeamOptions, num_classes: int) -> None:
-        super().__init__(options.backbone)
+    @abstractmethod
+    def forward_taps(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features under ``f8_3``, ``f8_4`` and ``fc8`` on one grid: (B, 3, H, W) -> (B, channels, h, w) each."""
+
+    def _add_layers(self, options: SeamOptions, num_classes: int, channels: tuple[int, int, int]) -> None:
+        """Create the layers on top of a backbone whose taps have these channels."""
         self.second_scale = options.second_scale
         self.hardest = options.hardest
         self.plain_share = options.plain_share
         self.finds_unused = options.plain_share > 0  # the PCM's layers are only used in the second part
         self.head_lr = options.head_lr
         self.dropout7 = nn.Dropout2d(options.dropout)
-        self.fc8 = nn.Conv2d(self.channels["conv6"], num_classes + 1, 1, bias=False)
-        self.f8_3 = nn.Conv2d(self.channels["conv4"], 64, 1, bias=False)
-        self.f8_4 = nn.Conv2d(self.channels["conv5"], 128, 1, bias=False)
+        self.fc8 = nn.Conv2d(channels[2], num_classes + 1, 1, bias=False)
+        self.f8_3 = nn.Conv2d(channels[0], 64, 1, bias=False)
+        self.f8_4 = nn.Conv2d(channels[1], 128, 1, bias=False)
         self.f9 = nn.Conv2d(3 + 64 + 128, 192, 1, bias=False)
         nn.init.xavier_uniform_(self.fc8.weight)
         nn.init.kaiming_normal_(self.f8_3.weight)
@@ -64,13 +70,13 @@ class Seam(SeedNetwork, ResNet38):
         plain part of the training the class term alone."""
         image = batch["image"]
         if progress < self.plain_share:
-            cam = self.fc8(self.dropout7(self.forward_stages(image)["conv6"]))
+            cam = self.fc8(self.dropout7(self.forward_taps(image)[2]))
             return {"cls": pooled_class_loss(cam, batch["tags"])}
         size = image.shape[-2:]
         small_size = tuple(int(side * self.second_scale) for side in size)
         small = _resize(image, small_size)
-        first = [_resize(m, size) for m in self.forward_both_maps(image)]
-        second = [_resize(m, small_size) for m in self.forward_both_maps(small)]
+        first = [self.enlarge(m, size) for m in self.forward_both_maps(image)]
+        second = [self.enlarge(m, small_size) for m in self.forward_both_maps(small)]
         return seam_losses(*first, *second, batch["tags"], self.hardest)
 
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:
@@ -80,20 +86,28 @@ class Seam(SeedNetwork, ResNet38):
         without: the published two steps (seam.md sections 3.5 and 5).
         """
         _, revised = self.forward_both_maps(images)
-        return _resize(revised[:, 1:], images.shape[-2:])
+        return self.enlarge(revised[:, 1:], images.shape[-2:])
+
+    def enlarge(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        """Maps at the size of the images: (B, K, h, w) -> (B, K, H, W)."""
+        return _resize(maps, size)
+
+    def cell_colours(self, images: Tensor, size: tuple[int, int]) -> Tensor:
+        """The images on the feature grid: (B, 3, H, W) -> (B, 3, h, w) float32."""
+        return _resize(images.float(), size)
 
     def forward_both_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Plain and spread maps on the feature grid: (B, 3, H, W) -> two (B, C + 1, h, w) float32.
 
         The plain map is raw and signed, the spread one in [0, 1]; h = ceil(H/8), w = ceil(W/8).
         """
-        taps = self.forward_stages(images)
-        cam = self.fc8(self.dropout7(taps["conv6"])).float()
+        third, fourth, last = self.forward_taps(images)
+        cam = self.fc8(self.dropout7(last)).float()
         features = torch.cat(
             [
-                _resize(images.float(), cam.shape[-2:]),
-                F.relu(self.f8_3(taps["conv4"].detach())).float(),
-                F.relu(self.f8_4(taps["conv5"].detach())).float(),
+                self.cell_colours(images, cam.shape[-2:]),
+                F.relu(self.f8_3(third.detach())).float(),
+                F.relu(self.f8_4(fourth.detach())).float(),
             ],
             1,
         )  # (B, 195, h, w)
@@ -101,7 +115,7 @@ class Seam(SeedNetwork, ResNet38):
 
     def classify(self, images: Tensor, num_classes: int) -> Tensor:
         """The pooled raw map, which the class loss trains: (B, 3, H, W) -> (B, C)."""
-        return self.fc8(self.forward_stages(images)["conv6"]).float().mean((2, 3))[:, 1:]
+        return self.fc8(self.forward_taps(images)[2]).float().mean((2, 3))[:, 1:]
 
     def param_groups(self) -> list[Group]:
         """The published four groups; the head's layers are the new ones."""
@@ -120,6 +134,54 @@ class Seam(SeedNetwork, ResNet38):
                 "checkpoint, and for this number of classes?"
             )
         return str(report)
+
+
+class SeamResNet38(Seam, ResNet38):
+    """The published network. seam.md section 3."""
+
+    normalisation = ResNet38.normalisation
+
+    def __init__(self, options: SeamOptions, num_classes: int) -> None:
+        ResNet38.__init__(self, options.resnet38)
+        self._add_layers(options, num_classes, tuple(self.channels[tap] for tap in ("conv4", "conv5", "conv6")))
+
+    def forward_taps(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As the base says; h = ceil(H/8), w = ceil(W/8)."""
+        taps = self.forward_stages(images)
+        return taps["conv4"], taps["conv5"], taps["conv6"]
+
+
+class SeamTimm(Seam):
+    """SEAM on a CNN of timm: its stages of strides 8 and 16 are under the PCM, on the grid of the last map."""
+
+    _stages = ("layer2", "layer3", "layer4")
+
+    def __init__(self, options: SeamOptions, num_classes: int) -> None:
+        super().__init__()
+        self.backbone = TimmCNN(options.backbone, options.timm)
+        self.normalisation = self.backbone.normalisation
+        self._add_layers(options, num_classes, tuple(self.backbone.channels[stage] for stage in self._stages))
+
+    def forward_taps(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As the base says; h = ceil(H / stride)."""
+        third, fourth, last = self.backbone.maps_at(images, self._stages, self.backbone.strides["layer4"])
+        return third, fourth, last
+
+    def enlarge(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        """Every cell in its place: (B, K, h, w) -> (B, K, H, W)."""
+        return self.backbone.enlarge(maps, size)
+
+    def cell_colours(self, images: Tensor, size: tuple[int, int]) -> Tensor:
+        """Mean colours of the cells: (B, 3, H, W) -> (B, 3, h, w) float32."""
+        return to_stride(images.float(), 1, self.backbone.strides["layer4"])
+
+    def pretrained_names(self) -> tuple[str, ...]:
+        """The backbone, by timm's name."""
+        return (self.backbone.name,)
+
+    def load_weights(self, weights: str) -> str:
+        """timm's weights of the backbone, or a network here with the same one."""
+        return load_timm(self, weights, heads=self.head, owner="backbone")
 
 
 def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -307,8 +369,14 @@ def seam_losses(
 class SeamOptions(Options):
     """Options of network and loss; the defaults are the published ones."""
 
-    backbone: ResNet38Options = field(default_factory=lambda: ResNet38Options(frozen="b2"))
-    """Options of the ResNet38 backbone."""
+    backbone: Annotated[str, Names(("resnet38",), PREFIX)] = "resnet38"
+    """Backbone; only the section with this name is used. timm/NAME: a CNN of timm."""
+    resnet38: Annotated[ResNet38Options, When("backbone", "resnet38")] = field(
+        default_factory=lambda: ResNet38Options(frozen="b2")
+    )
+    """ResNet38."""
+    timm: Annotated[TimmOptions, ON_TIMM] = field(default_factory=TimmOptions)
+    """CNN of timm."""
     dropout: DropProbability = 0.5
     """Channel dropout probability before the classifier."""
     head_lr: Positive = 10.0
@@ -324,7 +392,7 @@ class SeamOptions(Options):
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> Seam:
         """SEAM for ``num_classes`` foreground classes."""
-        return Seam(self, num_classes)
+        return (SeamResNet38 if self.backbone == "resnet38" else SeamTimm)(self, num_classes)
 
 
 # ------------------------------------------------------------------------------------- recipes (seam.md section 4.2)
@@ -366,7 +434,7 @@ _SAMPLE = Recipe(
     cam=SeedRecipe(
         amp="fast",
         network=SeamOptions(
-            backbone=SAMPLE_RESNET38, dropout=0.0, second_scale=0.6, head_lr=4.0, plain_share=0.6
+            resnet38=SAMPLE_RESNET38, dropout=0.0, second_scale=0.6, head_lr=4.0, plain_share=0.6
         ),
         fit=Fit(epochs=26, batch_size=16, optimiser="adamw", lr=0.0015, weight_decay=0.01),
         augment=Augment(long_side=(112, 160), jitter=(0.2, 0.2, 0.2, 0.02), crop=112),
@@ -378,4 +446,25 @@ _SAMPLE = Recipe(
     segment={"weights": "cam"},
 )
 
-Seam.recipes = {"published": _PUBLISHED, "sample": _SAMPLE}
+# for people's own pictures: a small network that has seen ImageNet
+_PHOTOS = Recipe(
+    cam=SeedRecipe(
+        amp="fast",
+        network=SeamOptions(backbone=PHOTOS, dropout=0.2, second_scale=0.5),
+        fit=Fit(epochs=12, batch_size=16, optimiser="adamw", lr=2e-4, weight_decay=0.01),
+        augment=Augment(
+            order=("long_side", "flip", "jitter", "normalize", "crop"),
+            long_side=(320, 512),
+            jitter=(0.3, 0.3, 0.3, 0.05),
+            crop=352,
+        ),
+        weights=PRETRAINED,
+        init="imagenet",
+        infer=CamInference(scales=(0.5, 1.0, 1.5, 2.0), flip=True, normalise="shifted", search_to=0.79),
+    ),
+    refiner="crf",
+    segmenter="deeplabv3plus",
+    data="folder",
+)
+
+Seam.recipes = {"published": _PUBLISHED, "sample": _SAMPLE, "photos": _PHOTOS}

@@ -7,22 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from misc.checked import Count, DropProbability, Positive
+from misc.checked import Count, DropProbability, Names, Positive, When
 from misc.config import Augment, Fit, SegInference
 from misc.crf.dense import CRFSettings
 from misc.image.labels import IGNORE
 from misc.precision import at_least_float32
 from net.backbone.resnet38 import SAMPLE_RESNET38, ResNet38, ResNet38Options
+from net.backbone.timm_cnn import ON_TIMM, PHOTOS, PREFIX, TimmCNN, TimmOptions, load_timm
 from net.contract import Network, Options, Segmenter, SegmentRecipe
 from net.foreign.loading import load_tensors
 from net.foreign.mxnet import resnet38_from_mxnet
 from net.groups import Group, conv_groups
 from net.registry import segmenter
-from net.start_weights import REQUIRED
+from net.start_weights import CAM, REQUIRED
 
 
 @segmenter("deeplabv1")
@@ -41,13 +43,16 @@ class DeepLabV1(Segmenter):
     def __init__(self, num_classes: int, options: DeepLabV1Options | None = None) -> None:
         super().__init__()
         options = options or DeepLabV1Options()
-        momentum = options.backbone.bn_momentum
         channels, dilation = options.fov_channels, options.fov_dilation
         self.head_lr = options.head_lr
-        self.backbone = ResNet38(options.backbone)
-        self.conv_fov = nn.Conv2d(
-            self.backbone.channels["conv6"], channels, 3, padding=dilation, dilation=dilation, bias=False
-        )
+        self.backbone: ResNet38 | TimmCNN
+        if options.backbone == "resnet38":
+            self.backbone, self.last, momentum = ResNet38(options.resnet38), "conv6", options.resnet38.bn_momentum
+        else:
+            self.backbone, self.last, momentum = TimmCNN(options.backbone, options.timm), "layer4", 0.1
+        self.normalisation = self.backbone.normalisation
+        cin = self.backbone.channels[self.last]
+        self.conv_fov = nn.Conv2d(cin, channels, 3, padding=dilation, dilation=dilation, bias=False)
         self.bn_fov = nn.BatchNorm2d(channels, momentum=momentum)
         self.conv_fov2 = nn.Conv2d(channels, channels, 1, bias=False)
         self.bn_fov2 = nn.BatchNorm2d(channels, momentum=momentum)
@@ -61,11 +66,14 @@ class DeepLabV1(Segmenter):
                     module.requires_grad_(False)
 
     def logits(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, C + 1, H, W): upsampled inside the network, with aligned corners."""
-        x = self.backbone(images)["conv6"]  # (B, 4096, h, w), h = ceil(H / 8)
+        """(B, 3, H, W) -> (B, C + 1, H, W): upsampled inside the network, with aligned corners as published; the cells
+        of a CNN of timm keep their places."""
+        x = self.backbone.forward_stages(images)[self.last]  # (B, 4096, h, w), h = ceil(H / 8)
         x = F.relu(self.bn_fov(self.conv_fov(x)))
         x = F.relu(self.bn_fov2(self.conv_fov2(x)))
         x = at_least_float32(self.cls_conv(self.drop(x)))  # (B, C + 1, h, w)
+        if isinstance(self.backbone, TimmCNN):
+            return self.backbone.enlarge(x, images.shape[-2:])
         return F.interpolate(x, size=images.shape[-2:], mode="bilinear", align_corners=True)
 
     def param_groups(self) -> list[Group]:
@@ -73,9 +81,16 @@ class DeepLabV1(Segmenter):
         empty), and the affine parameters of batch normalisation if they are trained."""
         return conv_groups(self, ("conv_fov", "conv_fov2", "cls_conv"), self.head_lr)
 
+    def pretrained_names(self) -> tuple[str, ...]:
+        """A CNN of timm, by its name."""
+        return (self.backbone.name,) if isinstance(self.backbone, TimmCNN) else ()
+
     def load_weights(self, weights: str) -> str:
-        """Start from a ResNet38 file (ImageNet ``.params``, PSA's or SEAM's classifier) or a whole ``deeplabv1``."""
+        """Start from a ResNet38 file (ImageNet ``.params``, PSA's or SEAM's classifier) or a whole ``deeplabv1``; a CNN
+        of timm from its own weights, or from any network here with the same one."""
         head = ("conv_fov", "bn_fov", "conv_fov2", "bn_fov2", "cls_conv")
+        if isinstance(self.backbone, TimmCNN):
+            return load_timm(self, weights, heads=head, owner="backbone")
 
         def rename(name: str) -> str | None:
             if name.split(".")[0] in ("backbone", *head):
@@ -91,14 +106,18 @@ class DeepLabV1Options(Options):
     """Network of ``deeplabv1``; the defaults are the published ones."""
     # deeplab.md A.1
 
-    backbone: ResNet38Options = field(
+    backbone: Annotated[str, Names(("resnet38",), PREFIX)] = "resnet38"
+    """Backbone; only the section with this name is used. timm/NAME: a CNN of timm."""
+    resnet38: Annotated[ResNet38Options, When("backbone", "resnet38")] = field(
         default_factory=lambda: ResNet38Options(freeze_bn=False, frozen="none", bn_momentum=0.0003)
     )
     """ResNet38; its bn_momentum also applies to the head."""
+    timm: Annotated[TimmOptions, ON_TIMM] = field(default_factory=TimmOptions)
+    """CNN of timm, if it is the backbone."""
     fov_channels: Count = 512
     """Channels of the head."""
     fov_dilation: Count = 12
-    """Dilation of the head's 3x3 convolution, in cells of 8 pixels."""
+    """Dilation of the head's 3x3 convolution, in cells of 8 pixels (of a CNN of timm: of its stride)."""
     dropout: DropProbability = 0.5
     """Dropout before the classifier."""
     train_affine: bool = False
@@ -156,7 +175,7 @@ DeepLabV1.recipes = {
     "sample": SegmentRecipe(
         amp="fast",
         network=DeepLabV1Options(
-            backbone=SAMPLE_RESNET38,
+            resnet38=SAMPLE_RESNET38,
             fov_channels=64,
             fov_dilation=3,
             dropout=0.1,
@@ -175,6 +194,24 @@ DeepLabV1.recipes = {
             flip=True,
             crf_truncates_image=True,
             crf=CRFSettings(iterations=1, bilateral_sxy=32),
+        ),
+    ),
+    "photos": SegmentRecipe(
+        amp="fast",
+        network=DeepLabV1Options(backbone=PHOTOS, fov_channels=256, fov_dilation=6, dropout=0.1, train_affine=True),
+        fit=Fit(epochs=16, batch_size=16, optimiser="adamw", lr=2e-4, weight_decay=0.01),
+        augment=Augment(
+            order=("hsv", "flip", "scale", "normalize", "crop"), scale=(0.6, 1.4), scale_filter="linear", crop=352
+        ),
+        weights=CAM,
+        infer=SegInference(
+            scales=(0.75, 1.0, 1.25),
+            flip=True,
+            resize="bicubic",
+            align_corners=False,
+            crf=CRFSettings(
+                iterations=5, gauss_sxy=1, gauss_weight=3, bilateral_sxy=67, bilateral_srgb=3, bilateral_weight=4
+            ),
         ),
     ),
 }

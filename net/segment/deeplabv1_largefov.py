@@ -37,7 +37,7 @@ class LargeFOV(Segmenter, ResNet38):
 
     def __init__(self, num_classes: int, options: LargeFOVOptions | None = None) -> None:
         options = options or LargeFOVOptions()
-        super().__init__(options.backbone)
+        super().__init__(options.resnet38)
         channels, dilation = options.fov_channels, options.fov_dilation
         self.head_lr = options.head_lr
         self.fc8_seg_conv1 = nn.Conv2d(self.channels["conv6"], channels, 3, padding=dilation, dilation=dilation)
@@ -67,7 +67,7 @@ class LargeFOVOptions(Options):
     """Network of ``deeplabv1_largefov``; the defaults are the published ones."""
     # deeplab.md B.1
 
-    backbone: ResNet38Options = field(default_factory=lambda: ResNet38Options(freeze_bn=True, frozen="conv1a"))
+    resnet38: ResNet38Options = field(default_factory=lambda: ResNet38Options(freeze_bn=True, frozen="conv1a"))
     """ResNet38."""
     fov_channels: Count = 512
     """Channels between the two convolutions of the head."""
@@ -124,7 +124,7 @@ LargeFOV.recipes = {
     ),
     "sample": SegmentRecipe(
         amp="fast",
-        network=LargeFOVOptions(backbone=SAMPLE_RESNET38, fov_channels=64, fov_dilation=3, head_lr=1.0),
+        network=LargeFOVOptions(resnet38=SAMPLE_RESNET38, fov_channels=64, fov_dilation=3, head_lr=1.0),
         fit=Fit(epochs=30, batch_size=16, sample_order="stream", optimiser="adamw", lr=0.002, weight_decay=0.01),
         augment=Augment(
             order=("scale", "flip", "normalize", "crop"),

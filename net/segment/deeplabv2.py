@@ -7,28 +7,30 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from misc.checked import Positive, Range, When
+from misc.checked import Names, Positive, Range, When
 from misc.config import Augment, Fit, SegInference
 from misc.crf.dense import CRFSettings
 from misc.image.labels import IGNORE
 from misc.image.pixels import resize_masks
 from misc.precision import at_least_float32
 from net.backbone import scaled_channels
+from net.backbone.timm_cnn import ON_TIMM, PHOTOS, PREFIX, TimmCNN, TimmOptions, load_timm
 from net.contract import Batch, Network, Options, Segmenter, SegmentRecipe
 from net.foreign.loading import load_tensors
 from net.foreign.reading import read_tensors
 from net.groups import Group, conv_groups
 from net.registry import segmenter
-from net.start_weights import REQUIRED
+from net.start_weights import CAM, REQUIRED
 
 Form = Literal["caffe", "torchvision"]
+RESNET = When("backbone", "resnet")
 
 
 class DeepLabBase(nn.Sequential):
@@ -58,6 +60,11 @@ class DeepLabBase(nn.Sequential):
         self._initialise()
         self.aspp = ASPP(channels, cout, options.rates)
 
+    @staticmethod
+    def logits_size(height: int, width: int) -> tuple[int, int]:
+        """``logits_size`` of this file."""
+        return logits_size(height, width)
+
     @torch.no_grad()
     def _initialise(self) -> None:
         """Random weights that keep the scale of the activations through the depth, also with frozen, untrained batch
@@ -68,6 +75,24 @@ class DeepLabBase(nn.Sequential):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         for block in blocks:
             block.increase.conv.weight.mul_(len(blocks) ** -0.5)
+
+
+class TimmBase(nn.Module):
+    """The network of one size on a CNN of timm: (B, 3, H, W) -> (B, cout, H, W), every cell in its place."""
+
+    def __init__(self, options: DeepLabV2Options, cout: int) -> None:
+        super().__init__()
+        self.backbone = TimmCNN(options.backbone, options.timm)
+        self.aspp = ASPP(self.backbone.channels["layer4"], cout, options.rates)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The forward pass, as described for the class."""
+        return self.backbone.enlarge(self.aspp(self.backbone(images)), images.shape[-2:])
+
+    @staticmethod
+    def logits_size(height: int, width: int) -> tuple[int, int]:
+        """That of the input."""
+        return height, width
 
 
 @segmenter("deeplabv2")
@@ -82,11 +107,16 @@ class DeepLabV2(Segmenter):
     def __init__(self, num_classes: int, options: DeepLabV2Options | None = None) -> None:
         super().__init__()
         self.options = options = options or DeepLabV2Options()
-        self.normalisation = {"caffe": "caffe_bgr", "torchvision": "imagenet"}[options.form]
-        self.base = DeepLabBase(options, num_classes + 1)
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = options.bn_momentum
+        if options.backbone == "resnet":
+            self.normalisation = {"caffe": "caffe_bgr", "torchvision": "imagenet"}[options.form]
+            self.base: DeepLabBase | TimmBase = DeepLabBase(options, num_classes + 1)
+        else:
+            self.base = TimmBase(options, num_classes + 1)
+            self.normalisation = self.base.backbone.normalisation
+        if isinstance(self.base, DeepLabBase):
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.momentum = options.bn_momentum
         self._freeze()
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
@@ -102,12 +132,12 @@ class DeepLabV2(Segmenter):
         return terms
 
     def logits(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, C + 1, *logits_size(H, W)): about an eighth of the sides."""
+        """(B, 3, H, W) -> (B, C + 1, *logits_size(H, W)): about an eighth of the sides; on a CNN of timm the sides."""
         return self.merge_sizes(self.logits_by_size(images))
 
     def _freeze(self) -> None:
         """Freeze batch normalisation if the options say so."""
-        if self.options.freeze_bn:
+        if self.options.freeze_bn and isinstance(self.base, DeepLabBase):
             for module in self.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
@@ -136,7 +166,7 @@ class DeepLabV2(Segmenter):
         height, width = mask.shape[-2:]
         labels = {}
         for scale in (1, *self.options.scales):
-            labels[f"{scale}"] = resize_masks(mask, logits_size(*shrunk_size((height, width), scale)))
+            labels[f"{scale}"] = resize_masks(mask, self.base.logits_size(*shrunk_size((height, width), scale)))
         return labels
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
@@ -151,7 +181,7 @@ class DeepLabV2(Segmenter):
 
     def pretrained_names(self) -> tuple[str, ...]:
         """timm's ImageNet classifier of the backbone."""
-        return (self.options.pretrained,)
+        return (self.base.backbone.name if isinstance(self.base, TimmBase) else self.options.pretrained,)
 
     def load_weights(self, weights: str) -> str:
         """Start from the official files (``init.caffemodel``, ``train2_iter_20000.caffemodel`` and the ``.pth`` made of
@@ -160,6 +190,8 @@ class DeepLabV2(Segmenter):
         The classifier may be missing. Raises ValueError if the file has the other ``form`` (a whole ``deeplabv2``,
         whose form cannot be seen from its names, is accepted).
         """
+        if isinstance(self.base, TimmBase):
+            return load_timm(self, weights, heads=("base.aspp",), owner="base.backbone")
         state = read_tensors(weights)
         stem = next((name for name in state if name.endswith("layer1.0.conv1.weight")), None)
         form: Form = "caffe" if stem is None else "torchvision"
@@ -310,22 +342,23 @@ class DeepLabV2Options(Options):
     # deeplab.md C.1, C.2
 
     # deeplab.md C.6
-    form: Form = "caffe"
+    form: Annotated[Form, RESNET] = "caffe"
     """Form of the backbone's weights. caffe: images are BGR, 0 to 255, minus the mean, and a stage's stride is in the
     first 1x1 convolution. torchvision: images are normalised RGB, and the stride is in the 3x3 convolution (also for
     the CAM networks on a ResNet of this project). Weights of one form do not suit the other: training then ends at
     about 20 mIoU."""
-    width: Positive = 1.0
+    width: Annotated[float, Range(above=0), RESNET] = 1.0
     """Channel multiplier; 1 is the published network."""
-    depth: Annotated[tuple[int, int, int, int], Range(least=1)] = (3, 4, 23, 3)
+    depth: Annotated[tuple[int, int, int, int], Range(least=1), RESNET] = (3, 4, 23, 3)
     """Blocks in layer2 to layer5."""
-    dilations: Annotated[tuple[int, int], Range(least=1)] = (2, 4)
+    dilations: Annotated[tuple[int, int], Range(least=1), RESNET] = (2, 4)
     """Dilations of the 3x3 convolutions of layer4 and layer5, in cells of 8 pixels."""
     rates: Annotated[tuple[int, ...], Range(least=1, filled=True)] = (6, 12, 18, 24)
-    """Dilations of the parallel convolutions of the classifier, in cells of 8 pixels."""
+    """Dilations of the parallel convolutions of the classifier, in cells of 8 pixels (of a CNN of timm: of its
+    stride)."""
     scales: Annotated[tuple[float, ...], Range(above=0, below=1)] = (0.5, 0.75)
     """Factors of the input size in addition to 1, in training and testing."""
-    freeze_bn: bool = True
+    freeze_bn: Annotated[bool, RESNET] = True
     """Keep all batch normalisation (statistics and affine) as loaded. Turn off to train from random weights."""
     bn_momentum: Annotated[float, Range(above=0, most=1), When("freeze_bn", False)] = 0.001
     """Momentum of the running statistics, if they are not frozen."""
@@ -333,6 +366,10 @@ class DeepLabV2Options(Options):
     """Learning rate of the classifier's weights relative to the backbone's; its biases learn twice as fast."""
     pretrained: Annotated[str, When("form", "torchvision")] = "resnet101.tv_in1k"
     """timm's name of the ImageNet classifier for the weights 'pretrained' (form torchvision)."""
+    backbone: Annotated[str, Names(("resnet",), PREFIX)] = "resnet"
+    """Backbone: the published ResNet, which the options above describe, or timm/NAME, a CNN of timm."""
+    timm: Annotated[TimmOptions, ON_TIMM] = field(default_factory=TimmOptions)
+    """CNN of timm, if it is the backbone."""
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> DeepLabV2:
         """The network for ``num_classes`` foreground classes."""
@@ -412,6 +449,24 @@ DeepLabV2.recipes = {
                 bilateral_sxy=32,
                 bilateral_srgb=13,
                 bilateral_weight=4,
+            ),
+        ),
+    ),
+    "photos": SegmentRecipe(
+        amp="fast",
+        network=DeepLabV2Options(backbone=PHOTOS, rates=(3, 6, 9, 12), scales=(0.75,)),
+        fit=Fit(epochs=16, batch_size=16, optimiser="adamw", lr=2e-4, weight_decay=0.01),
+        augment=Augment(
+            order=("hsv", "flip", "scale", "normalize", "crop"), scale=(0.6, 1.4), scale_filter="linear", crop=352
+        ),
+        weights=CAM,
+        infer=SegInference(
+            scales=(0.75, 1.0, 1.25),
+            flip=True,
+            resize="bicubic",
+            align_corners=False,
+            crf=CRFSettings(
+                iterations=5, gauss_sxy=1, gauss_weight=3, bilateral_sxy=67, bilateral_srgb=3, bilateral_weight=4
             ),
         ),
     ),

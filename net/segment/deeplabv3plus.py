@@ -12,17 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from misc.checked import Positive, Range, When
+from misc.checked import Names, Positive, Range, When
 from misc.config import Augment, Fit, SegInference
 from misc.crf.dense import CRFSettings
 from misc.image.labels import IGNORE
 from misc.precision import at_least_float32
-from net.backbone.resnest import ResNeSt, ResNeStOptions
-from net.backbone.resnet import SAMPLE_RESNET, ResNet, ResNetOptions, load_resnet
+from net.backbone.resnest import ResNeStOptions
+from net.backbone.resnet import SAMPLE_RESNET, ResNetOptions
+from net.backbone.stages import load_backbone, make_backbone, pretrained_name
+from net.backbone.timm_cnn import ON_TIMM, PHOTOS, PREFIX, TimmCNN, TimmOptions, to_stride
 from net.contract import Network, Options, Segmenter, SegmentRecipe
 from net.groups import Group, name_groups
 from net.registry import segmenter
-from net.start_weights import PRETRAINED
+from net.start_weights import CAM, PRETRAINED
 
 
 @segmenter("deeplabv3plus")
@@ -37,15 +39,17 @@ class DeepLabV3Plus(Segmenter):
         options: size and training behaviour.
     """
 
-    normalisation = ResNet.normalisation
 
     def __init__(self, num_classes: int, options: DeepLabV3PlusOptions | None = None) -> None:
         super().__init__()
         self.options = options = options or DeepLabV3PlusOptions()
-        self.model = ResNet(options.resnet) if options.backbone == "resnet" else ResNeSt(options.resnest)
+        self.model = make_backbone(options)
+        self.normalisation = self.model.normalisation
         channels = self.model.channels
         self.aspp = AtrousPyramid(options, channels["layer4"])
-        self.decoder = Decoder(options, channels["layer1"], num_classes + 1)
+        strides = self.model.strides if isinstance(self.model, TimmCNN) else None
+        ratio = strides and strides["layer4"] // strides["layer1"]
+        self.decoder = Decoder(options, channels["layer1"], num_classes + 1, ratio)
         for part in (self.aspp, self.decoder):
             for module in part.modules():
                 if isinstance(module, nn.Conv2d):
@@ -57,6 +61,8 @@ class DeepLabV3Plus(Segmenter):
         taps = self.model.forward_stages(images)
         scores = self.decoder(self.aspp(taps["layer4"]), taps["layer1"])  # (B, C + 1, h, w), h = ceil(H / 4)
         scores = at_least_float32(scores)
+        if isinstance(self.model, TimmCNN):
+            return self.model.enlarge(scores, images.shape[-2:], "layer1")
         return F.interpolate(scores, size=images.shape[-2:], mode="bilinear", align_corners=True)
 
     def _freeze(self) -> None:
@@ -80,12 +86,12 @@ class DeepLabV3Plus(Segmenter):
 
     def pretrained_names(self) -> tuple[str, ...]:
         """timm's ImageNet classifier of the backbone."""
-        return (self.model.options.pretrained,)
+        return (pretrained_name(self.model),)
 
     def load_weights(self, weights: str) -> str:
         """Start from an ImageNet file of torchvision, timm or ResNeSt, a Puzzle-CAM on the same backbone, or a whole
         ``deeplabv3plus``; 'pretrained': timm's file."""
-        return load_resnet(self, weights, heads=("aspp", "decoder"), owner="model")
+        return load_backbone(self, weights, heads=("aspp", "decoder"), owner="model")
 
 
 # ---------------------------------------------------------------------------------------------- layers (deeplab.md D.1)
@@ -143,10 +149,15 @@ class AtrousPyramid(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Class scores at the size of the first stage: (B, channels, h, w) and (B, low, h', w') -> (B, cout, h', w')."""
+    """Class scores at the size of the first stage: (B, channels, h, w) and (B, low, h', w') -> (B, cout, h', w').
 
-    def __init__(self, options: DeepLabV3PlusOptions, low: int, cout: int) -> None:
+    ``ratio``: cells of the first stage per cell of the last, whose places are kept where the last ones reach beyond the
+    image. None: the last map is stretched over the first with aligned corners, as published.
+    """
+
+    def __init__(self, options: DeepLabV3PlusOptions, low: int, cout: int, ratio: int | None = None) -> None:
         super().__init__()
+        self.ratio = ratio
         width, narrow = options.channels, options.low_channels
         self.conv1 = nn.Conv2d(low, narrow, 1, bias=False)
         self.bn1 = _norm(options, narrow)
@@ -165,7 +176,10 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, low: Tensor) -> Tensor:
         """The forward pass, as described for the class."""
         low = F.relu(self.bn1(self.conv1(low)))
-        x = F.interpolate(x, size=low.shape[-2:], mode="bilinear", align_corners=True)
+        if self.ratio is None:
+            x = F.interpolate(x, size=low.shape[-2:], mode="bilinear", align_corners=True)
+        else:
+            x = to_stride(x, self.ratio, 1)[..., : low.shape[-2], : low.shape[-1]]
         return self.classifier(torch.cat([x, low], dim=1))
 
 
@@ -177,14 +191,17 @@ class DeepLabV3PlusOptions(Options):
     """Network of ``deeplabv3plus``; the defaults are the published ones."""
     # deeplab.md D.1
 
-    backbone: Literal["resnest", "resnet"] = "resnest"
-    """Backbone; only the section with this name is used. The published scores are for resnest."""
+    backbone: Annotated[str, Names(("resnest", "resnet"), PREFIX)] = "resnest"
+    """Backbone; only the section with this name is used. The published scores are for resnest. timm/NAME: a CNN of
+    timm."""
     resnest: Annotated[ResNeStOptions, When("backbone", "resnest")] = field(
         default_factory=lambda: ResNeStOptions(norm="fixed")
     )
     """Options of the ResNeSt, if it is the backbone."""
     resnet: Annotated[ResNetOptions, When("backbone", "resnet")] = field(default_factory=ResNetOptions)
     """Options of the ResNet, if it is the backbone."""
+    timm: Annotated[TimmOptions, ON_TIMM] = field(default_factory=TimmOptions)
+    """CNN of timm, if it is the backbone."""
     rates: Annotated[tuple[int, ...], Range(least=1, filled=True)] = (6, 12, 18)
     """Dilations of the parallel 3x3 convolutions, in cells of 16 pixels; parallel to them are a 1x1 convolution and the
     mean of the whole map."""
@@ -255,6 +272,26 @@ DeepLabV3Plus.recipes = {
             flip=True,
             align_corners=False,
             crf=CRFSettings(iterations=1, bilateral_sxy=32),
+        ),
+    ),
+    "photos": SegmentRecipe(
+        amp="fast",
+        network=DeepLabV3PlusOptions(
+            backbone=PHOTOS, rates=(3, 6, 9), channels=128, low_channels=32, dropout=(0.1, 0.1, 0.1)
+        ),
+        fit=Fit(epochs=16, batch_size=16, optimiser="adamw", lr=2e-4, weight_decay=0.01),
+        augment=Augment(
+            order=("hsv", "flip", "scale", "normalize", "crop"), scale=(0.6, 1.4), scale_filter="linear", crop=352
+        ),
+        weights=CAM,
+        infer=SegInference(
+            scales=(0.75, 1.0, 1.25),
+            flip=True,
+            resize="bicubic",
+            align_corners=False,
+            crf=CRFSettings(
+                iterations=5, gauss_sxy=1, gauss_weight=3, bilateral_sxy=67, bilateral_srgb=3, bilateral_weight=4
+            ),
         ),
     ),
 }

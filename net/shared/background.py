@@ -9,7 +9,9 @@ import numpy as np
 
 from misc.checked import Checked, Range, When
 
-BackgroundRule = Literal["power", "constant"]
+BackgroundRule = Literal["power", "constant", "otsu"]
+"""power: (1 - largest map)^alpha. constant: a threshold. otsu: the threshold that splits the CAMs best without any
+mask, which the pipeline fills in (``misc.image.cam.otsu_threshold`` of the run's CAMs)."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,8 @@ class BackgroundOptions(Checked):
     """The background's score. Refiners that are not trained subclass it."""
 
     background: BackgroundRule = "power"
-    """Background score. power: (1 - largest CAM)^alpha. constant: the threshold."""
+    """Background score. power: (1 - largest CAM)^alpha. constant: the threshold. otsu: one for all images that splits
+    the values of the run's CAMs into two groups as well as can be (Otsu), found without any mask."""
     alpha: Annotated[float, Range(above=0), When("background", "power")] = 1.0
     """power: exponent of the background score."""
     threshold: Annotated[float | None, Range(least=0, most=1), When("background", "constant")] = 0.3

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from misc.checked import Checked, Positive, Probability, Range
+from misc.checked import Checked, Names, Positive, Probability, Range, When
 from misc.crf.dense import CRFSettings, DenseCRF
 from misc.image.cam import Cam
 from misc.image.labels import IGNORE
@@ -33,7 +33,9 @@ from misc.propagate.walk import (
     transition,
     walk,
 )
-from net.backbone.resnet import STAGES, ResNet, ResNetOptions, Stage, Stages, load_resnet
+from net.backbone.resnet import STAGES, ResNetOptions, Stage
+from net.backbone.stages import load_backbone, make_backbone, pretrained_name
+from net.backbone.timm_cnn import ON_TIMM, PREFIX, TimmOptions
 from net.contract import AffinityNetwork, Batch, Options
 from net.groups import Group
 
@@ -50,7 +52,6 @@ class EdgeNetwork(AffinityNetwork):
     State-dict names are the official ones: ``resnet50`` (whatever the backbone), ``fc_edge1`` to ``fc_edge6``.
     """
 
-    normalisation = ResNet.normalisation
     plane_fill: ClassVar[float] = float(IGNORE)
     heads: ClassVar[tuple[str, ...]] = ("fc_edge*",)
     """Name patterns of the layers outside the backbone."""
@@ -58,10 +59,11 @@ class EdgeNetwork(AffinityNetwork):
     def __init__(self, options: EdgeOptions) -> None:
         super().__init__()
         self.radius = options.radius
-        self.resnet50 = options.make_backbone()
+        self.resnet50 = make_backbone(options)
+        self.normalisation = self.resnet50.normalisation
         channels, strides = self.resnet50.channels, self.resnet50.strides
         for number, stage in enumerate(STAGES, 1):
-            head = make_projection(channels[stage], _WIDTH, _GROUPS, strides[stage] // CELL, options.align_corners)
+            head = make_projection(channels[stage], _WIDTH, _GROUPS, strides[stage], CELL, options.align_corners)
             self.add_module(f"fc_edge{number}", head)
         self.fc_edge6 = nn.Conv2d(_WIDTH * len(STAGES), 1, 1)
 
@@ -175,13 +177,13 @@ class EdgeNetwork(AffinityNetwork):
 
     def pretrained_names(self) -> tuple[str, ...]:
         """timm's ImageNet classifier of the backbone."""
-        return (self.resnet50.options.pretrained,)
+        return (pretrained_name(self.resnet50),)
 
     def load_weights(self, weights: str) -> str:
         """A released network of this kind, a network with the same backbone, or an ImageNet classifier ('pretrained':
         the option of the backbone); layers that it lacks have random weights. Buffers of the released files that are a
         function of the settings (path indices) are ignored."""
-        return load_resnet(self, weights, heads=self.heads)
+        return load_backbone(self, weights, heads=self.heads, owner="resnet50")
 
 
 # ------------------------------------------------------------------------------------------------ pieces
@@ -236,10 +238,19 @@ def enlarge_cells(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return maps[:, : size[0], : size[1]]
 
 
-def make_projection(cin: int, cout: int, groups: int, factor: int, align_corners: bool = False) -> nn.Sequential:
-    """1x1 convolution, group normalisation, upsampling by ``factor``, ReLU, in this order (irnet.md section 8)."""
-    up = [nn.Upsample(scale_factor=factor, mode="bilinear", align_corners=align_corners)] if factor > 1 else []
-    return nn.Sequential(nn.Conv2d(cin, cout, 1, bias=False), nn.GroupNorm(groups, cout), *up, nn.ReLU(inplace=True))
+def make_projection(
+    cin: int, cout: int, groups: int, old: int = 1, new: int = 1, align_corners: bool = False
+) -> nn.Sequential:
+    """1x1 convolution, group normalisation, upsampling from stride ``old`` to ``new``, ReLU, in this order (irnet.md
+    section 8). A finer map is averaged instead. Raises ValueError where neither stride is a multiple of the other."""
+    if old % new and new % old:
+        raise ValueError(f"A map of stride {old} can't be put on cells of {new} pixels.")
+    fit: list[nn.Module] = []
+    if old > new:
+        fit = [nn.Upsample(scale_factor=old // new, mode="bilinear", align_corners=align_corners)]
+    elif old < new:
+        fit = [nn.AvgPool2d(new // old, ceil_mode=True, count_include_pad=False)]
+    return nn.Sequential(nn.Conv2d(cin, cout, 1, bias=False), nn.GroupNorm(groups, cout), *fit, nn.ReLU(inplace=True))
 
 
 def crop_like(maps: Tensor, like: Tensor) -> Tensor:
@@ -263,22 +274,18 @@ class EdgeOptions(Options):
     """Options of the edge network; a refiner's options subclass these and build it."""
     # irnet.md section 8
 
-    resnet: ResNetOptions = field(default_factory=lambda: ResNetOptions(frozen="layer4"))
-    """Backbone. Published: completely frozen; only the layers on its stages are trained."""
+    backbone: Annotated[str, Names(("resnet",), PREFIX)] = "resnet"
+    """Backbone under the boundary head; only the section with this name is used. timm/NAME: a CNN of timm."""
+    resnet: Annotated[ResNetOptions, When("backbone", "resnet")] = field(
+        default_factory=lambda: ResNetOptions(frozen="layer4")
+    )
+    """ResNet. Published: completely frozen; only the layers on its stages are trained."""
+    timm: Annotated[TimmOptions, ON_TIMM] = field(default_factory=lambda: TimmOptions(norm="frozen", frozen="layer4"))
+    """CNN of timm, if it is the backbone; frozen like a ResNet by default."""
     radius: Annotated[int, Range(least=2)] = 10
     """Pairs nearer than this are trained on. Cells of 4 pixels."""
     align_corners: bool = False
     """align_corners of the bilinear upsampling inside the network: off in IRNet and Puzzle-CAM, on in SemFormer."""
-
-    def cross_check(self) -> None:
-        """Raises ValueError for a ResNet whose stem has another stride."""
-        super().cross_check()
-        if self.resnet.strides[0] != 2:
-            raise ValueError(f"resnet.strides = {self.resnet.strides} is not possible: the stem's must be 2.")
-
-    def make_backbone(self) -> Stages:
-        """The backbone, with random weights."""
-        return ResNet(self.resnet)
 
 
 @dataclass(frozen=True)
@@ -305,8 +312,11 @@ class EdgeWalk(Checked):
     """The walk has 2^logt steps."""
     radius: Annotated[int, Range(least=2)] = 5
     """Pairs nearer than this are joined. Cells of 4 pixels."""
-    threshold: Probability = 0.25
-    """Background score; the walked scores are divided by the largest of them first."""
+    background: Literal["constant", "otsu"] = "constant"
+    """Background score. constant: the threshold. otsu: one for all images that splits the values of the run's CAMs into
+    two groups as well as can be (Otsu), found without any mask."""
+    threshold: Annotated[float, Range(least=0, most=1), When("background", "constant")] = 0.25
+    """constant: the background score; the walked scores are divided by the largest of them first."""
     canvas: Annotated[int, Range(least=0)] = 512
     """The image is padded with the mean colour to a square of at least this side, which affects the group
     normalisation. Published: the side of the training crops. Longer sides are not changed. Pixels."""

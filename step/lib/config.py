@@ -132,8 +132,11 @@ class Config(Checked):
         raise ValueError(f"--data {self.data} needs --root DIR, the folder of the data set.")
 
     def recorded(self) -> dict[str, Any]:
-        """The flat settings that determine the result (run.json): two runs with equal settings make the same files."""
+        """The flat settings that determine the result (run.json), without those that have no effect beside the others
+        (``misc.checked.When``): two runs with equal settings make the same files."""
         flat = settings.flatten(dataclasses.replace(self, machine=None))
+        effective = {path for path, *_ in commandline.leaves(dataclasses.replace(self, machine=None), effective=True)}
+        flat = {name: value for name, value in flat.items() if name in effective}
         for name in ("run", "root", "steps", "shard", "overlays", "redo", "force", "machine", "cams", "saliency"):
             flat.pop(name)
         if self.root is not None or self.data not in LAYOUTS:

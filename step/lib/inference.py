@@ -14,7 +14,7 @@ from torch import Tensor
 from misc.config import CamInference, Machine, SegInference
 from misc.files.camfiles import read_cam
 from misc.files.runfolder import RunFolder
-from misc.image.cam import Cam
+from misc.image.cam import Cam, otsu_threshold
 from misc.image.labels import IGNORE
 from misc.image.picture import Picture
 from misc.infer import cams
@@ -23,6 +23,10 @@ from misc.precision import autocast
 from misc.score.objects import Instances
 from net.contract import Refiner, SeedNetwork, Segmenter, SingleStage
 from step.lib.config import Job
+from voc12.lists import pick_evenly
+
+_OTSU_IMAGES = 400
+"""CAMs from which a background score is found without masks."""
 
 
 def ahead(inputs: Iterator[Tensor], device: torch.device) -> list[Tensor]:
@@ -82,7 +86,16 @@ def read_full_cam(job: Job, image_id: str, size: tuple[int, int]) -> Cam:
 
 def settle_walk(walk: Any, run: RunFolder) -> Any:
     """A recipe's ``walk`` with the background score filled in: None becomes the one with the best score of the run's
-    CAMs. Raises ValueError if these have no score."""
+    CAMs, and the rule otsu gets the one that splits them best (``otsu_threshold`` of some of them). Raises ValueError
+    if these have no score, and if there are none."""
+    if getattr(walk, "background", "") == "otsu":
+        files = pick_evenly(sorted((run.root / "cam").rglob("*.npz")), _OTSU_IMAGES)
+        if not files:
+            raise ValueError(
+                f"{run.root} has no CAMs from which a background score could be found: make them, or give "
+                "--aff.walk.background constant --aff.walk.threshold T."
+            )
+        return replace(walk, threshold=otsu_threshold(read_cam(path).maps for path in files))
     if getattr(walk, "threshold", 0.0) is not None:
         return walk
     found = run.scores().get("CAM", {}).get("threshold")

@@ -54,7 +54,7 @@ def _filled(case: Any, network: Segmenter) -> Segmenter:
 
 def _network(case: Any, cls: type[Segmenter], classifier: str) -> Segmenter:
     """The published network with dropout off, as many classes as the case has."""
-    options = override(cls.recipes["published"].network, {"backbone.dropout": (0.0, 0.0)})
+    options = override(cls.recipes["published"].network, {"resnet38.dropout": (0.0, 0.0)})
     if hasattr(options, "dropout"):
         options = override(options, {"dropout": 0.0})
     return _filled(case, options.build(case.meta["keys"][classifier][0] - 1, {}))

@@ -51,7 +51,7 @@ def _filled(case: Any, network: SeedNetwork) -> SeedNetwork:
 
 def _seam(case: Any, classes: int = CLASSES) -> SeedNetwork:
     """The published network with every dropout off."""
-    options = override(seam.SeamOptions(), {"backbone.dropout": (0.0, 0.0), "dropout": 0.0})
+    options = override(seam.SeamOptions(), {"resnet38.dropout": (0.0, 0.0), "dropout": 0.0})
     return _filled(case, options.build(classes, {}))
 
 

@@ -20,7 +20,7 @@ def check_transcam_deeplab_train(case: Any) -> None:
     cls = SEGMENTERS[method.segmenter]
     recipe = override(cls.recipes["published"], method.segment)
     assert divide(recipe.fit, 1).micro == 1  # all images of a batch go through the network together
-    options = override(recipe.network, {"backbone.dropout": (0.0, 0.0), "dropout": 0.0})
+    options = override(recipe.network, {"resnet38.dropout": (0.0, 0.0), "dropout": 0.0})
     network = options.build(case.meta["keys"]["cls_conv.weight"][0] - 1, {})
     assert case.fill.keys_of(network) == case.meta["keys"]
     case.fill.fill_(network)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from running import start
 
 from misc.files import store
 from misc.files.runfolder import OtherConfiguration, RunFolder
@@ -98,3 +99,29 @@ def test_a_damaged_record_is_named_with_a_remedy(run: RunFolder) -> None:
     (run.root / "run.json").write_text('{"config": ')
     with pytest.raises(ValueError, match=r"run\.json cannot be read .*delete it and run again"):
         run.begin(CONFIG, {}, DATA, force=False)
+
+
+def test_settings_with_which_nothing_was_made_may_change(run: RunFolder) -> None:
+    other = {**CONFIG, "aff.walk.beta": 7, "seg.fit.lr": 1.0}
+    with pytest.raises(OtherConfiguration, match="seg.fit.lr"):
+        run.begin(other, {}, DATA, force=False, free=["aff."])
+    assert not run.begin(other, {}, DATA, force=False, free=["aff.", "seg."])
+    assert run.record()["config"]["aff.walk.beta"] == 7
+    assert run.begin(CONFIG | {"method": "psa"}, {}, DATA, force=True)
+
+
+@pytest.mark.slow
+def test_one_process_at_a_time_or_several_that_share(run: RunFolder, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from misc.files.runfolder import OtherConfiguration, RunFolder\n"
+        f"root, config, data = Path({str(run.root)!r}), {CONFIG!r}, {DATA!r}\n"
+        "try: RunFolder(root).begin(config, {}, data, force='force' in sys.argv, shared='shared' in sys.argv)\n"
+        "except OtherConfiguration as error: print(error)\n"
+        "else: print('began')"
+    )
+    run.begin(CONFIG, {}, DATA, force=False)
+    for argv in ([], ["shared"], ["force"]):
+        assert "another process is at work in this run folder" in start(["-c", code, *argv]).stdout, argv
+    run.begin(CONFIG, {}, DATA, force=False, shared=True)
+    assert start(["-c", code, "shared"]).stdout == "began\n"
+    assert "another process" in start(["-c", code]).stdout

@@ -17,7 +17,7 @@ from net.segment.deeplabv1_largefov import LargeFOV, LargeFOVOptions
 from net.start_weights import REQUIRED
 
 CLASSES = 3
-SMALL = {"backbone.width": 0.125, "backbone.depth": (1, 1, 1, 1), "fov_channels": 16}
+SMALL = {"resnet38.width": 0.125, "resnet38.depth": (1, 1, 1, 1), "fov_channels": 16}
 BOTH = [DeepLabV1, LargeFOV]
 
 
@@ -123,7 +123,7 @@ def test_form_b_keeps_conv1a_and_all_batch_norm() -> None:
 
 def test_dropout_is_active_in_training_only() -> None:
     images = torch.randn(2, 3, 40, 48)
-    for cls, changes in ((DeepLabV1, {"dropout": 0.5, "backbone.dropout": (0.0, 0.0)}), (LargeFOV, {})):
+    for cls, changes in ((DeepLabV1, {"dropout": 0.5, "resnet38.dropout": (0.0, 0.0)}), (LargeFOV, {})):
         net = network(cls, **changes).train()
         assert not torch.equal(net.logits(images), net.logits(images))
         net.eval()
@@ -222,7 +222,7 @@ def test_imagenet_names_are_understood(cls: type[Segmenter], tmp_path: Path) -> 
     imagenet = ResNet38(ResNet38Options(width=0.125, depth=(2, 1, 1, 1)))
     state = {mxnet_name(n): value for n, value in imagenet.state_dict().items() if "num_batches" not in n}
     torch.save({**state, "arg:linear1000_weight": torch.zeros(1000, 512)}, tmp_path / "imagenet.params")
-    net = network(cls, **{"backbone.depth": (2, 1, 1, 1)})
+    net = network(cls, **{"resnet38.depth": (2, 1, 1, 1)})
     report = net.load_weights(str(tmp_path / "imagenet.params"))
     backbone = net.backbone if isinstance(net, DeepLabV1) else net
     for name, value in imagenet.state_dict().items():

@@ -400,7 +400,7 @@ TINY = """
 """.split()
 OWN = ["--seg.infer.scales", "48", "64"]
 SEPARATE = """
---segmenter deeplabv1 --seg.weights none --seg.network.backbone.width 0.0625 --seg.fit.steps 2 --seg.fit.batch-size 4
+--segmenter deeplabv1 --seg.weights none --seg.network.resnet38.width 0.0625 --seg.fit.steps 2 --seg.fit.batch-size 4
 --seg.augment.crop 48 --seg.infer.scales 1.0 --aff.walk.background constant --aff.walk.threshold 0
 """.split()
 

@@ -390,7 +390,7 @@ def test_the_convention_of_enlarging_is_an_option() -> None:
         assert not torch.allclose(nets[0].edge_logits(taps), nets[1].edge_logits(taps))
 
 
-@pytest.mark.parametrize("wrong", [{"radius": 1}, {"resnet": ResNetOptions(strides=(1, 2, 2, 1))}])
+@pytest.mark.parametrize("wrong", [{"radius": 1}, {"backbone": "resnest"}])
 def test_options_refuse_impossible_values(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         IRNOptions(**wrong)

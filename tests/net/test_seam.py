@@ -18,7 +18,7 @@ from net.seed.seam import Seam, SeamOptions
 
 CLASSES = 3
 TINY = SeamOptions(
-    backbone=ResNet38Options(width=0.125, depth=(1, 1, 1, 1), dropout=(0.0, 0.0), frozen="b2"), dropout=0.0
+    resnet38=ResNet38Options(width=0.125, depth=(1, 1, 1, 1), dropout=(0.0, 0.0), frozen="b2"), dropout=0.0
 )
 
 
@@ -165,7 +165,7 @@ def test_maps_have_the_size_of_the_input_and_no_background() -> None:
 
 
 def test_groups_hold_every_trained_parameter_once() -> None:
-    free = override(TINY, {"backbone.freeze_bn": False, "backbone.frozen": "none"})
+    free = override(TINY, {"resnet38.freeze_bn": False, "resnet38.frozen": "none"})
     for options, number in ((TINY, 4), (free, 5)):
         model = network(options=options)
         groups = model.param_groups()

@@ -272,6 +272,44 @@ def test_another_configuration_is_refused_unless_forced(
     assert json.loads((out / "run.json").read_text())["config"]["aff.walk.beta"] == 2
 
 
+def test_settings_of_later_steps_may_change_until_these_have_made_something(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    said(capsys, data, out, "--steps", "1-2")
+    said(capsys, data, out, "--aff.walk.beta", "2", "--seg.fit.lr", "0.5", "--steps", "3")
+    told = refused(capsys, data, out, "--aff.walk.beta", "3", "--seg.fit.lr", "0.25", "--steps", "4")
+    assert "aff.walk.beta: 2.0 there, 3.0 now" in told and "seg.fit.lr" not in told
+    said(capsys, data, out, "--aff.walk.beta", "2", "--seg.fit.lr", "0.25", "--steps", "4")
+
+
+def test_cams_of_a_longer_list_serve_a_part_of_it(
+    out: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = tmp_path / "part.txt"
+    part.write_text("\n".join(IDS[:5]) + "\n")
+    flags = ("--cams", str(out), "--train-list", str(part), "--score-list", str(part), "--steps", "3-5")
+    said(capsys, data, tmp_path / "new", *flags)
+    assert sorted(p.stem for p in (tmp_path / "new" / "label").iterdir()) == sorted(IDS[:5])
+    (out / "cam" / f"{IDS[1]}.npz").unlink()
+    assert f"no CAMs of 1 images of this run's list, such as {IDS[1]}" in refused(
+        capsys, data, tmp_path / "other", *flags
+    )
+
+
+def test_what_an_unfinished_step_has_left_is_not_taken_for_the_forced_settings(
+    out: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads((out / "run.json").read_text())
+    del record["steps"]["infer_seg"]
+    (out / "run.json").write_text(json.dumps(record))
+    picture = next((out / "seg").glob("*.png"))
+    picture.write_bytes(b"of other settings")
+    text = said(capsys, data, out, "--seg.infer.scales", "0.5", "--force", "--steps", "infer_seg")
+    assert "Removed what infer_seg had begun with the other settings" in text
+    assert picture.read_bytes() != b"of other settings"
+
+
 def test_other_data_is_another_configuration(
     out: Path, own: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

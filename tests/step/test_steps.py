@@ -17,8 +17,9 @@ from torchvision.ops import StochasticDepth
 
 from misc import config as settings
 from misc.config import Fit
+from misc.files.camfiles import write_cam
 from misc.files.runfolder import RunFolder
-from misc.image.cam import Cam
+from misc.image.cam import Cam, otsu_threshold
 from misc.image.picture import Picture
 from net import contract, registry
 from net.contract import Batch, Network, Phase
@@ -116,15 +117,15 @@ def test_a_variant_takes_the_recipe_of_its_name_of_refiner_and_segmenter_or_else
 ) -> None:
     psa, seam = registry.REFINERS["psa"], registry.SEEDS["seam"]
     variant = dataclasses.replace(seam.recipes["published"], refine={}, segment={})
-    monkeypatch.setattr(seam, "recipes", {**seam.recipes, "photos": dataclasses.replace(variant, base="sample")})
-    assert default_config("seam", "photos").aff == psa.recipes["sample"]
-    monkeypatch.setattr(seam, "recipes", {**seam.recipes, "photos": variant})
-    assert default_config("seam", "photos").aff == psa.recipes["published"]
+    monkeypatch.setattr(seam, "recipes", {**seam.recipes, "people": dataclasses.replace(variant, base="sample")})
+    assert default_config("seam", "people").aff == psa.recipes["sample"]
+    monkeypatch.setattr(seam, "recipes", {**seam.recipes, "people": variant})
+    assert default_config("seam", "people").aff == psa.recipes["published"]
     own = settings.override(psa.recipes["published"], {"walk.beta": 3.0})
-    monkeypatch.setattr(psa, "recipes", {**psa.recipes, "photos": own})
-    cfg = default_config("seam", "photos")
+    monkeypatch.setattr(psa, "recipes", {**psa.recipes, "people": own})
+    cfg = default_config("seam", "people")
     assert cfg.aff == own and cfg.seg == registry.SEGMENTERS["deeplabv1"].recipes["published"]
-    with pytest.raises(ValueError, match="seam has no preset 'nothing'. There are: published, sample, photos"):
+    with pytest.raises(ValueError, match="seam has no preset 'nothing'. There are: published, sample, photos, people"):
         default_config("seam", "nothing")
 
 
@@ -397,6 +398,21 @@ def test_the_walk_takes_the_background_score_that_make_cam_found_best(tmp_path: 
     assert settle_walk(walk, run).threshold == 0.47
     given = dataclasses.replace(walk, threshold=0.3)
     assert settle_walk(given, run) is given
+
+
+def test_the_rule_otsu_splits_the_cams_without_any_mask(tmp_path: Path) -> None:
+    walk = registry.REFINERS["none"].recipes["photos"].walk
+    run = RunFolder(tmp_path)
+    with pytest.raises(ValueError, match="has no CAMs from which a background score could be found"):
+        settle_walk(walk, run)
+    low, high = np.full((2, 8, 8), 0.1, np.float32), np.full((2, 8, 8), 0.1, np.float32)
+    low[0, :2], high[1, :, :5] = 0.5, 0.7
+    for name, maps in (("a", low), ("b/c", high)):
+        write_cam(run.cam(name), Cam.of_maps(np.array([0, 3]), maps))
+    write_cam(run.cam("none"), Cam.of_maps(np.zeros(0, np.int64), np.zeros((0, 8, 8), np.float32)))
+    found = settle_walk(walk, run).threshold
+    assert 0.1 < found < 0.5
+    assert otsu_threshold([low]) == pytest.approx(0.3, abs=0.01)  # in the middle of the gap
 
 
 @pytest.mark.parametrize(
