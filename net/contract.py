@@ -156,13 +156,14 @@ class SeedRecipe(Phase):
     # semformer.md 5.3
     # aream.md section 8, mctformer.md section 6
     selection: Literal["last", "val_tags", "train_miou", "val_boxes"] = "last"
-    """Which weights are kept. last: those after the last update. val_tags: those of the epoch whose class scores have
+    """Which weights are used. last: those after the last update, which are also kept and scored beside those of a
+    selected epoch (weights/cam.last.pt). val_tags: those of the epoch whose class scores have
     the best mAP on the validation list, over the classes of each image; looks at the TAGS of the validation images, as
     the published AReAM on MCTformer does. train_miou: those of the epoch whose CAMs (one scale, no mirror) have the
     best mIoU on the scored list at their best background score; looks at the PIXEL LABELS of the training images, as
     the published SemFormer and Puzzle-CAM do. These two are rated by their own measure: coarse maps of corner crops.
     val_boxes: those of the epoch with the best GT-Known on the validation list; looks at the BOXES of the images that
-    are scored, as the published TS-CAM and CRT on CUB do."""
+    are scored, as the published TS-CAM and CRT on CUB do; the epoch of the best Loc Top-1 is kept and scored too."""
 
     def phases(self) -> tuple[tuple[str, Phase], ...]:
         """The phases in order, each with its name (weights/NAME.pt); the last is the CAM network, named cam.

@@ -37,9 +37,10 @@ ALL: tuple[Aim, ...] = get_args(Aim)
 
 STEPS: tuple[Step, ...] = (
     Step("train_cam", "train the CAM network from tags", ("weights/cam.pt",),
-         lambda job: [job.run.weights(name) for name, _ in job.cfg.cam.needed_phases()], aims=ALL),
-    Step("make_cam", "infer the CAMs of the training images", ("cam",),
-         lambda job: map(job.run.cam, job.cam_ids()), per_image=True, aims=(*MASKS, "single_stage")),
+         lambda job: [job.run.weights(name) for name in job.cam_networks()], aims=ALL),
+    Step("make_cam", "infer the CAMs of the training images", ("cam", "cam_last"),
+         lambda job: [*map(job.run.cam, job.cam_ids()), *job.further_files(job.run.cam, job.further_cam_ids())],
+         per_image=True, aims=(*MASKS, "single_stage")),
     Step("make_aff_label", "make affinity labels from the CAMs", ("aff_label",),
          lambda job: map(job.run.aff_label, job.train_ids()), per_image=True, aims=("masks",)),
     Step("train_aff", "train the affinity network", ("weights/aff.pt",), lambda job: [job.run.weights("aff")],
@@ -52,8 +53,10 @@ STEPS: tuple[Step, ...] = (
     Step("infer_seg", "predict the validation images", ("seg", "seg_before_crf", "seg_overlay"),
          lambda job: job.mask_files(job.run.seg, job.predicted_ids()), per_image=True,
          aims=(*MASKS, "single_stage")),
-    Step("localise", "draw boxes round the objects of the validation images", ("box",),
-         lambda job: map(job.run.box, job.catalog.ids(job.cfg.val_list)), per_image=True, aims=("boxes",)),
+    Step("localise", "draw boxes round the objects of the validation images", ("box", "box_last", "box_loc_top1"),
+         lambda job: [*map(job.run.box, job.catalog.ids(job.cfg.val_list)),
+                      *job.further_files(job.run.box, job.catalog.ids(job.cfg.val_list))],
+         per_image=True, aims=("boxes",)),
     Step("report", "write a page with scores and pictures", ("report.html", "pictures.png"),
          lambda job: [job.run.report], aims=ALL),
 )  # fmt: skip

@@ -65,8 +65,15 @@ def localise(
 
 def run(job: Job, device: torch.device) -> None:
     """Find, score and record the boxes of the validation list. Class scores are computed without tags."""
-    network, catalog = load_cam_network(job, device), job.catalog
-    infer, kind = job.cfg.cam.infer, network.normalisation
+    for kind in ("", *job.further_weights):
+        find_boxes(job, device, kind)
+        score_boxes(job, device, kind)
+
+
+def find_boxes(job: Job, device: torch.device, kind: str = "") -> None:
+    """Find the boxes by the CAM network, or by the one of ``Job.further_weights`` that is named."""
+    network, catalog = load_cam_network(job, device, kind), job.catalog
+    infer, values = job.cfg.cam.infer, network.normalisation
 
     def prepare(image_id: str) -> np.ndarray:
         return read_image(catalog.image_path(image_id))
@@ -79,18 +86,17 @@ def run(job: Job, device: torch.device) -> None:
         def maps(classes: np.ndarray) -> list[torch.Tensor]:
             asked = np.zeros(catalog.num_classes, np.float32)
             asked[classes] = 1
-            return list(infer_raw_maps(network.cam, image, asked, infer, kind, device))
+            return list(infer_raw_maps(network.cam, image, asked, infer, values, device))
 
         grad = contextlib.nullcontext() if network.map_needs_gradient else torch.inference_mode()
         with grad, autocast(job.machine(job.cfg.cam, device), device):
-            logits = infer_logits(network.classify, image, catalog.num_classes, infer, kind, device)
+            logits = infer_logits(network.classify, image, catalog.num_classes, infer, values, device)
             found = localise(
                 job, logits, maps, int(targets[0]), catalog.boxes(image_id), catalog.region(image_id), image.shape[:2]
             )
-        write_arrays(job.run.box(image_id), **found)
+        write_arrays(job.run.box(image_id, kind), **found)
 
     each(
-        "localise", catalog.ids(job.cfg.val_list), work, prepare=prepare, done=lambda i: job.run.box(i).exists(),
-        workers=job.cfg.machine.workers, part=job.cfg.shard_part(),
+        f"localise {kind}".strip(), catalog.ids(job.cfg.val_list), work, prepare=prepare,
+        done=lambda i: job.run.box(i, kind).exists(), workers=job.cfg.machine.workers, part=job.cfg.shard_part(),
     )
-    score_boxes(job, device)

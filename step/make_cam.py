@@ -23,7 +23,16 @@ def run(job: Job, device: torch.device) -> None:
 
     An image without a tag gets a file without maps: everything is background.
     """
-    network = load_cam_network(job, device)
+    make(job, device, job.cam_ids())
+    score_cams(job, device)
+    for kind in job.further_weights:
+        make(job, device, job.further_cam_ids(), kind)
+        score_cams(job, device, kind)
+
+
+def make(job: Job, device: torch.device, ids: list[str], kind: str = "") -> None:
+    """Infer the CAMs of images by the CAM network, or by the one of ``Job.further_weights`` that is named."""
+    network = load_cam_network(job, device, kind)
     infer, machine = job.cfg.cam.infer, job.machine(job.cfg.cam, device)
 
     def prepare(image_id: str) -> tuple[np.ndarray, np.ndarray, list[Tensor]]:
@@ -34,10 +43,9 @@ def run(job: Job, device: torch.device) -> None:
     def work(image_id: str, prepared: tuple[np.ndarray, np.ndarray, list[Tensor]]) -> Rest:
         image, tags, inputs = prepared
         cam = predict_cam(network, image, tags, infer, machine, device, inputs)
-        return partial(write_cam, job.run.cam(image_id), cam)
+        return partial(write_cam, job.run.cam(image_id, kind), cam)
 
     each(
-        "make_cam", job.cam_ids(), work, prepare=prepare, done=lambda i: job.run.cam(i).exists(),
+        f"make_cam {kind}".strip(), ids, work, prepare=prepare, done=lambda i: job.run.cam(i, kind).exists(),
         workers=job.cfg.machine.workers, part=job.cfg.shard_part(),
     )
-    score_cams(job, device)

@@ -132,7 +132,7 @@ def open_plan(cfg: Config) -> Plan:
         distributed.barrier()
     if source:
         if distributed.is_main():
-            job.run.adopt_cams(source, [name for name, _ in cfg.cam.needed_phases()])
+            job.run.adopt_cams(source, job.cam_networks())
         distributed.barrier()
     return Plan(job, listed if cfg.steps else list(STEPS), steps)
 

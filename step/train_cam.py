@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from misc.image.pixels import normalise_image, resize_image, resize_mask, scaled
 from misc.precision import autocast
 from misc.score.metrics import ThresholdCurve
 from net.contract import Network, Phase, SeedNetwork, TaggedPhase, TagScorer
-from step.lib.boxes import known_boxes
+from step.lib.boxes import rate_boxes
 from step.lib.config import Job
 from step.lib.inference import predict_cam
 from step.lib.networks import build_earlier, build_network, load_network
@@ -33,15 +33,15 @@ _WATCHED, _WATCHED_SIDE = 4, 320
 
 def run(job: Job, device: torch.device) -> None:
     """Train every phase of the method on the training list: writes weights/PHASE.pt, the last one weights/cam.pt."""
+    if job.cfg.cam.released:  # its epoch was selected, and earlier phases were needed, by those who trained it
+        *before, (name, phase) = job.cfg.cam.phases()
+        train(job, name, phase, build_network(job, phase, build_earlier(job, before)), device, ids=job.train_ids())
+        return
     masks = scored_masks(job) if job.cfg.cam.selection == "train_miou" else None
     tagged = tagged_ids(job) if job.cfg.cam.selection == "val_tags" else None
     if job.cfg.cam.selection == "val_boxes":
         job.catalog.boxes(job.catalog.ids(job.cfg.val_list)[0])  # raises for data sets without boxes
     earlier: dict[str, Network] = {}
-    if job.cfg.cam.released:  # earlier phases were only needed for its training, which is done
-        *before, (name, phase) = job.cfg.cam.phases()
-        train(job, name, phase, build_network(job, phase, build_earlier(job, before)), device, ids=job.train_ids())
-        return
     by_tags = [n for n, p in job.cfg.cam.phases() if isinstance(p, TaggedPhase) and p.selection == "train_tags"]
     if by_tags and not job.catalog.has_list(job.cfg.score_list):
         raise ValueError(
@@ -53,16 +53,16 @@ def run(job: Job, device: torch.device) -> None:
         score = None
         if isinstance(phase, TaggedPhase) and phase.selection == "train_tags":
             assert isinstance(network, TagScorer)
-            score = partial(tag_precision, job, phase, network, device)
+            score = rating("tag_precision", partial(tag_precision, job, phase, network, device))
         elif name == "cam" and masks is not None:
             assert isinstance(network, SeedNetwork)
-            score = partial(train_miou, job, network, masks, device)
+            score = rating("train_miou", partial(train_miou, job, network, masks, device))
         elif name == "cam" and tagged is not None:
             assert isinstance(network, SeedNetwork)
-            score = partial(val_map, job, network, tagged, device)
+            score = rating("val_map", partial(val_map, job, network, tagged, device))
         elif name == "cam" and job.cfg.cam.selection == "val_boxes":
             assert isinstance(network, SeedNetwork)
-            score = partial(known_boxes, job, network, device)
+            score = partial(rate_boxes, job, network, device)
         pictures = None
         if name == "cam" and isinstance(network, SeedNetwork) and not network.calibrates:
             pictures = partial(draw_cams, job, network, device)
@@ -89,6 +89,11 @@ def draw_cams(job: Job, network: SeedNetwork, device: torch.device) -> dict[str,
 def one_scale(infer: CamInference) -> CamInference:
     """The inference at one scale, without the mirror image."""
     return replace(infer, scales=infer.scales[:1] if infer.square else (1.0,), flip=False, coarse=0)
+
+
+def rating(name: str, measure: Callable[[], float]) -> Callable[[], Mapping[str, float]]:
+    """A single measure as the training loop takes it: {NAME: value}."""
+    return lambda: {name: measure()}
 
 
 def scored_masks(job: Job) -> dict[str, Path]:
@@ -155,12 +160,14 @@ def train_miou(job: Job, network: SeedNetwork, masks: Mapping[str, Path], device
 
 
 def corner_miou(job: Job, network: SeedNetwork, masks: Mapping[str, Path], device: torch.device) -> float:
-    """``train_miou`` as published for SemFormer (semformer.md section 5.3) and Puzzle-CAM (puzzlecam.md section 4; its
-    maps are not described there): of top left corners of the images, padded with zeros to the training crop. Their maps
-    are divided by their maxima, masks reduced to the maps' grid."""
+    """``train_miou`` as published for SemFormer (semformer.md section 5.3) and Puzzle-CAM (puzzlecam.md section 4): of
+    top left corners of the images, padded with zeros to the training crop; those of an incomplete last batch are left
+    out. Their maps are divided by their maxima, masks reduced to the maps' grid. For Puzzle-CAM corners and division
+    are taken from SemFormer, which inherited its data classes; its public code was not compared."""
     assert network.selection_thresholds is not None
+    whole = len(masks) // job.cfg.cam.fit.batch_size * job.cfg.cam.fit.batch_size or len(masks)
     curve, side = ThresholdCurve(job.catalog.num_classes + 1, network.selection_thresholds), job.cfg.cam.augment.crop
-    for image_id, path in masks.items():
+    for image_id, path in list(masks.items())[:whole]:
         pixels, tags = read_image(job.catalog.image_path(image_id))[:side, :side], job.catalog.tags(image_id)
         values = torch.zeros(1, 3, side, side)
         values[0, :, : pixels.shape[0], : pixels.shape[1]] = to_tensor(normalise_image(pixels, network.normalisation))

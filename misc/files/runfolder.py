@@ -49,12 +49,13 @@ class RunFolder:
         self._step: str | None = None
 
     def weights(self, name: str) -> Path:
-        """State dict of a trained network: cam, aff, seg, or a phase of a method."""
+        """State dict of a trained network: cam, aff, seg, or a phase of a method; cam.KIND for further ones of the same
+        training, such as cam.last."""
         return self.root / "weights" / f"{name}.pt"
 
-    def cam(self, image_id: str) -> Path:
-        """CAMs of an image (write_cam)."""
-        return self._file("cam", image_id, ".npz")
+    def cam(self, image_id: str, kind: str = "") -> Path:
+        """CAMs of an image (write_cam); of the network cam.KIND where a kind is named."""
+        return self._file(f"cam_{kind}" if kind else "cam", image_id, ".npz")
 
     def aff_label(self, image_id: str) -> Path:
         """Affinity label of an image, as a picture."""
@@ -84,9 +85,9 @@ class RunFolder:
         """Predicted mask of an image before the CRF."""
         return self._file("seg_before_crf", image_id, ".png")
 
-    def box(self, image_id: str) -> Path:
-        """Boxes found in an image, and their scores."""
-        return self._file("box", image_id, ".npz")
+    def box(self, image_id: str, kind: str = "") -> Path:
+        """Boxes found in an image, and their scores; of the network cam.KIND where a kind is named."""
+        return self._file(f"box_{kind}" if kind else "box", image_id, ".npz")
 
     def overlay(self, mask: Path) -> Path:
         """Overlay of a mask of this folder on its image: the same path in label_overlay or seg_overlay, a JPEG."""
@@ -235,7 +236,8 @@ class RunFolder:
         """Take the CAM networks of these names and the CAMs from another run, as links (or copies if links are
         impossible); existing files stay."""
         pairs = [(source.weights(name), self.weights(name)) for name in networks]
-        pairs += [(path, self.root / "cam" / path.name) for path in sorted((source.root / "cam").glob("*.npz"))]
+        maps = [path for folder in ("cam", "cam_last") for path in sorted((source.root / folder).glob("*.npz"))]
+        pairs += [(path, self.root / path.relative_to(source.root)) for path in maps]
         for path, target in pairs:
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)

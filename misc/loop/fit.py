@@ -150,14 +150,14 @@ def seed_step(seed: int, step: int) -> None:
     torch.manual_seed(mixed)
 
 
+def beside(weights: Path, kind: str) -> Path:
+    """Path of further weights of a training, beside its weights file."""
+    return weights.with_name(f"{weights.stem}.{kind}.pt")
+
+
 def resume_point(weights: Path) -> Path:
     """Path of the resume point, beside the weights file; it exists while the training is unfinished."""
-    return weights.with_name(f"{weights.stem}.resume.pt")
-
-
-def _best_point(weights: Path) -> Path:
-    """Path of the best weights so far, beside the weights file; it exists while the training is unfinished."""
-    return weights.with_name(f"{weights.stem}.best.pt")
+    return beside(weights, "resume")
 
 
 def fit(
@@ -174,7 +174,7 @@ def fit(
     name: str,
     made_by: Mapping[str, Any],
     description: Mapping[str, Any],
-    score: Callable[[], float] | None = None,
+    score: Callable[[], Mapping[str, float]] | None = None,
     finish: Callable[[], None] | None = None,
     pictures: Callable[[], Mapping[str, np.ndarray]] | None = None,
 ) -> None:
@@ -193,8 +193,10 @@ def fit(
         name: label in the progress bar and the log.
         made_by: plain values that determine the result (settings, data); a resume point with other values is refused.
         description: plain values that describe the network in the weights file.
-        score: scores the network in evaluation mode; called by the main process after every epoch (1 / epochs of the
-            updates). The weights of the best epoch are written, the first in a tie. None: those of the last.
+        score: ratings of the network in evaluation mode, by name; called by the main process after every epoch
+            (1 / epochs of the updates). The weights of the epoch with the best first rating are written to ``weights``,
+            those with the best of each further one to ``beside(weights, NAME)``, the first in a tie; those after the
+            last update to ``beside(weights, "last")``. None: the last ones to ``weights``.
         finish: called by the main process after the last update, with the network in evaluation mode and without
             gradients, before the weights are written (Network.calibrate).
         pictures: pictures (H, W, 3) uint8 by title, of the network in evaluation mode, for TensorBoard; called by the
@@ -213,9 +215,9 @@ def fit(
     resume = resume_point(weights)
     identity = json.dumps({**made_by, "updates": total, "seed": seed}, default=str)
     start = _resume(resume, network, rules, scaler, identity)
-    best, last = _best_point(weights), math.nan
+    ratings: dict[str, float] = {}
     if main and not start:
-        best.unlink(missing_ok=True)  # left over from a training without a resume point
+        _remove_best(weights)  # left over from a training without a resume point
     model = _wrap(network, machine, device)
     distributed.say(
         f"{name}: {total} updates of {recipe.batch_size} images = {distributed.world()} process(es) x "
@@ -255,19 +257,19 @@ def fit(
                 speed.restart()
             if score is not None and _falls_due(step, total, recipe.epochs):
                 _check_weights(network, step, name)
-                last = _keep_best(best, network, score, name)
+                ratings = _keep_best(weights, network, score, name)
                 if writer is not None:
-                    writer.add_scalar(f"{name}/score", last, step)
+                    for rating, value in ratings.items():
+                        writer.add_scalar(f"{name}/{rating}", value, step)
                 speed.restart()
             if (step + 1) % every == 0 and step + 1 < total:
                 _check_weights(network, step, name)
                 _save(resume, network, rules, scaler, identity, step + 1)
     _check_weights(network, total - 1, name)
-    if main and score is not None:
-        kept = store.read_weights(best)
-        network.load_state_dict(kept["network"])
-        description = {**description, "rating": {"last": last, "selected": float(kept["score"])}}
-    keep(network, device, machine, weights, description, finish)
+    if score is None:
+        keep(network, device, machine, weights, description, finish)
+    else:
+        _keep_rated(network, device, machine, weights, description, finish, ratings)
     if main:
         remove_points(weights)
     distributed.barrier()
@@ -297,8 +299,13 @@ def _add_pictures(
 
 def remove_points(weights: Path) -> None:
     """Remove what only an unfinished training of these weights needs."""
-    for done in (resume_point(weights), _best_point(weights)):
-        done.unlink(missing_ok=True)
+    resume_point(weights).unlink(missing_ok=True)
+    _remove_best(weights)
+
+
+def _remove_best(weights: Path) -> None:
+    for left in weights.parent.glob(f"{weights.stem}.*.best.pt"):
+        left.unlink()
 
 
 def keep(
@@ -417,19 +424,41 @@ def _share_counts(network: Trainable, micro: list[Batch]) -> None:
             batch[f"counts/{key}"] = mean
 
 
-def _keep_best(path: Path, network: Trainable, score: Callable[[], float], name: str) -> float:
-    """Score the network and save its weights if they are the best so far. A resumed training scores some epochs again,
-    whose weights are saved already. Returns the score in the main process, NaN in others."""
-    value = math.nan
+def _keep_best(
+    weights: Path, network: Trainable, score: Callable[[], Mapping[str, float]], name: str
+) -> dict[str, float]:
+    """Rate the network, and save its weights for each rating that is the best so far. A resumed training rates some
+    epochs again, whose weights are saved already. Returns the ratings in the main process, nothing in others."""
+    ratings: dict[str, float] = {}
     if distributed.is_main():
         network.eval()
-        value, kept = score(), float(store.read_weights(path)["score"]) if path.exists() else -math.inf
+        ratings = dict(score())
         network.train()
-        distributed.say(f"{name}: epoch score {value:.4f}" + (", the best so far" if value > kept else ""))
-        if value > kept:
-            store.write_weights(path, {"network": network.state_dict(), "score": value})
+        for rating, value in ratings.items():
+            path = beside(weights, f"{rating}.best")
+            better = value > (float(store.read_weights(path)["score"]) if path.exists() else -math.inf)
+            distributed.say(f"{name}: {rating} of the epoch {value:.4f}" + (", the best so far" if better else ""))
+            if better:
+                store.write_weights(path, {"network": network.state_dict(), "score": value})
     distributed.barrier()
-    return value
+    return ratings
+
+
+def _keep_rated(
+    network: Trainable, device: torch.device, machine: Machine, weights: Path, description: Mapping[str, Any],
+    finish: Callable[[], None] | None, ratings: Mapping[str, float],
+) -> None:
+    """Write the last weights and the best ones by each rating; the file of the first, which says that the training is
+    done, at the end."""
+    first, *further = distributed.joined(list(ratings))  # known in the main process
+    for rating in ("last", *further, first):
+        kept = {"last": ratings.get(first)}
+        if rating != "last" and distributed.is_main():
+            best = store.read_weights(beside(weights, f"{rating}.best"))
+            network.load_state_dict(best["network"])
+            kept = {"last": ratings[rating], "selected": float(best["score"])}
+        path = weights if rating == first else beside(weights, rating)
+        keep(network, device, machine, path, {**description, "rating": kept}, finish)
 
 
 def _save(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from misc.files.images import read_image
-from misc.infer.cams import infer_raw_maps, merge_maps, normalise_maps
+from misc.infer.cams import infer_logits, infer_raw_maps, merge_maps, normalise_maps
 from misc.precision import autocast
 from misc.score import wsol
 from net.contract import SeedNetwork
@@ -22,11 +22,12 @@ def on_grid(job: Job, maps: list[torch.Tensor], mode: str) -> np.ndarray:
     return np.stack([wsol.stretch_map(m) for m in total])
 
 
-def known_boxes(job: Job, network: SeedNetwork, device: torch.device) -> float:
-    """GT-Known of the validation list, a fraction: of the true class's map the box at the fixed threshold overlaps a
-    true box by half or more (wsol.md section 7)."""
+def rate_boxes(job: Job, network: SeedNetwork, device: torch.device) -> dict[str, float]:
+    """GT-Known and Loc Top-1 of the validation list, fractions {"gt_known", "loc_top1"}: of the true class's map the
+    box at the fixed threshold overlaps a true box by half or more; by more than half, and the class has the highest
+    logit (wsol.md sections 1 and 7)."""
     catalog, infer, options = job.catalog, job.cfg.cam.infer, job.cfg.cam.boxes
-    ids, hits = catalog.ids(job.cfg.val_list), 0
+    ids, known, located = catalog.ids(job.cfg.val_list), 0, 0
     grad = contextlib.nullcontext() if network.map_needs_gradient else torch.inference_mode()
     with grad, autocast(job.machine(job.cfg.cam, device), device):
         for image_id in ids:
@@ -34,5 +35,8 @@ def known_boxes(job: Job, network: SeedNetwork, device: torch.device) -> float:
             maps = list(infer_raw_maps(network.cam, image, tags, infer, network.normalisation, device))
             box = wsol.fixed_box(on_grid(job, maps, "bilinear")[0], options.threshold)
             truth = wsol.scaled_boxes(catalog.boxes(image_id), image.shape[:2], options.side, clip=True)
-            hits += wsol.box_iou(box[None], truth).max() >= 0.5
-    return float(hits) / len(ids)
+            overlap = wsol.box_iou(box[None], truth).max()
+            logits = infer_logits(network.classify, image, catalog.num_classes, infer, network.normalisation, device)
+            known += overlap >= 0.5
+            located += overlap > 0.5 and tags[logits.argmax()] > 0
+    return {"gt_known": float(known) / len(ids), "loc_top1": float(located) / len(ids)}

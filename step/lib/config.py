@@ -242,6 +242,29 @@ class Job:
         return list(dict.fromkeys([*self.catalog.ids(self.cfg.val_list), *self.shown_ids()]))
 
     @property
+    def further_weights(self) -> tuple[str, ...]:
+        """CAM networks weights/cam.KIND.pt that are scored beside the selected one: the last one, and of boxes the one
+        with the best Loc Top-1. None where no epoch is selected."""
+        cam = self.cfg.cam
+        if cam.selection == "last" or cam.released or cam.fit.steps == 0:
+            return ()
+        return ("last", "loc_top1") if cam.selection == "val_boxes" else ("last",)
+
+    def cam_networks(self) -> list[str]:
+        """Names of the CAM method's networks that step 1 makes."""
+        return [name for name, _ in self.cfg.cam.needed_phases()] + [f"cam.{kind}" for kind in self.further_weights]
+
+    def further_files(self, path: Callable[[str, str], Path], ids: Iterable[str]) -> list[Path]:
+        """The paths ``path(id, kind)`` of the files that ``further_weights`` make of images."""
+        return [path(image_id, kind) for kind in self.further_weights for image_id in ids]
+
+    def further_cam_ids(self) -> list[str]:
+        """Ids that get CAMs of ``further_weights``: the scored list, where it is scored."""
+        split = self.cfg.score_list
+        scored = self.catalog.has_list(split) and all(self.catalog.mask_path(i) for i in self.catalog.ids(split))
+        return self.catalog.ids(split) if scored else []
+
+    @property
     def single_stage(self) -> bool:
         """Whether the CAM network is also the segmenter."""
         return self.cfg.segmenter == registry.OWN

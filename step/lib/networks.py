@@ -34,11 +34,11 @@ def load_network(
     return network.eval()
 
 
-def load_cam_network(job: Job, device: torch.device) -> SeedNetwork:
-    """The trained CAM network (the last phase), in evaluation mode; earlier phases have random weights. Raises as
-    ``load_network``."""
+def load_cam_network(job: Job, device: torch.device, kind: str = "") -> SeedNetwork:
+    """The trained CAM network (the last phase), in evaluation mode; earlier phases have random weights. ``kind``: one
+    of ``Job.further_weights`` instead. Raises as ``load_network``."""
     *before, (name, phase) = job.cfg.cam.phases()
-    network = load_network(job, name, phase, device, build_earlier(job, before))
+    network = load_network(job, f"{name}.{kind}" if kind else name, phase, device, build_earlier(job, before))
     assert isinstance(network, SeedNetwork)
     return network
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,23 +71,37 @@ def precisions(job: Job, name: str, device: torch.device) -> dict[str, str]:
     return {"training": description.get("precision", "not recorded"), "inference": applied}
 
 
-def score_cams(job: Job, device: torch.device) -> None:
-    """Search the best background score of the CAMs on the scored list, and record curve and best mIoU."""
+def selection(job: Job, kind: str = "") -> dict[str, Any]:
+    """How the epoch of the CAM network, or of the one of ``Job.further_weights`` that is named, was selected, and its
+    rating, for the provenance of its scores."""
+    if job.cfg.cam.released:
+        return {"selection": "that of its authors", "selection_rating": None}
+    chosen = {"last": "last", "loc_top1": "val_boxes, by Loc Top-1"}.get(kind, job.cfg.cam.selection)
+    _, description = read_model(job.run.weights(f"cam.{kind}" if kind else "cam"))
+    return {"selection": chosen, "selection_rating": description.get("rating")}
+
+
+FURTHER = {"": "", "last": ", last weights", "loc_top1": ", weights of the best Loc Top-1"}
+"""Endings of the names of scores, by the kind of the CAM network (``Job.further_weights``)."""
+
+
+def score_cams(job: Job, device: torch.device, kind: str = "") -> None:
+    """Search the best background score of the CAMs on the scored list, and record curve and best mIoU. ``kind``: those
+    of the network of ``Job.further_weights`` that is named."""
     ids = _scorable(job, "CAM", job.cfg.score_list)
     if ids:
         infer = job.cfg.cam.infer
-        files = _Files(job.run.cam, _read_maps), _Files(job.catalog.mask_path, read_mask)
+        files = _Files(partial(job.run.cam, kind=kind), _read_maps), _Files(job.catalog.mask_path, read_mask)
         searched = [i / 100 for i in range(round(100 * infer.search_to) + 1)]  # evaluation.md 1.3
         searches = {"CAM": searched}
         if infer.fixed_background is not None:
             searches["CAM at the published background score"] = [infer.fixed_background]
-        _, description = read_model(job.run.weights("cam"))
         for name, thresholds in searches.items():
             scores = evaluate_cams(ids, *files, job.catalog.num_classes + 1, thresholds, boundary=False)
             _record(
-                job, name, job.cfg.score_list, scores, tags="true tags", scales=list(infer.scales), flip=infer.flip,
-                selection=job.cfg.cam.selection, start_weights=start_weights(job.cfg.cam.phases()[-1][1]),
-                precision=precisions(job, "cam", device), selection_rating=description.get("rating"),
+                job, name + FURTHER[kind], job.cfg.score_list, scores, tags="true tags", scales=list(infer.scales),
+                flip=infer.flip, start_weights=start_weights(job.cfg.cam.phases()[-1][1]),
+                precision=precisions(job, "cam", device), **selection(job, kind),
             )
 
 
@@ -139,12 +154,13 @@ def _record_instances(job: Job, name: str, split: str, scores: InstanceScores, *
     )
 
 
-def score_boxes(job: Job, device: torch.device) -> None:
-    """Score the boxes of the validation list by both protocols and record each score (wsol.md sections 7 and 8)."""
+def score_boxes(job: Job, device: torch.device, kind: str = "") -> None:
+    """Score the boxes of the validation list by both protocols and record each score (wsol.md sections 7 and 8).
+    ``kind``: those of the network of ``Job.further_weights`` that is named."""
     if not _whole(job):
         return
     split, options, infer = job.cfg.val_list, job.cfg.cam.boxes, job.cfg.cam.infer
-    found = [read_arrays(job.run.box(i)) for i in job.catalog.ids(split)]
+    found = [read_arrays(job.run.box(i, kind)) for i in job.catalog.ids(split)]
     verdicts = [
         wsol.Verdict(**{f.name: stored[f.name].item() for f in dataclasses.fields(wsol.Verdict)}) for stored in found
     ]
@@ -153,8 +169,7 @@ def score_boxes(job: Job, device: torch.device) -> None:
     v1, at = wsol.max_box_acc(overlap[0], taus)
     searched = f"searched on {split} itself"
     hidden, given, start = "none", "true class", start_weights(job.cfg.cam.phases()[-1][1])
-    precision = precisions(job, "cam", device)
-    rating = read_model(job.run.weights("cam"))[1].get("rating")
+    precision, selected = precisions(job, "cam", device), selection(job, kind)
     fixed = {"threshold": options.threshold, "threshold_choice": "fixed"}
     means = wsol.summarise_verdicts(verdicts)
     figures = [(n, v, given if n == "GT-Known" else hidden, fixed) for n, v in means.items()]
@@ -169,13 +184,13 @@ def score_boxes(job: Job, device: torch.device) -> None:
     for name, value, tags, cut in figures:
         cut = {"threshold": None, "threshold_choice": None} if name.startswith("Cls") else cut
         job.run.add_score(
-            f"boxes: {name}",
+            f"boxes: {name}{FURTHER[kind]}",
             {"value": value, "unit": "percent", "images": len(found), "split": split, "tags": tags, **cut,
              "scales": list(infer.scales), "flip": infer.flip, "grid": options.side, "start_weights": start,
-             "precision": precision, "selection": job.cfg.cam.selection, "selection_rating": rating,
+             "precision": precision, **selected,
              **({"errors": wsol.error_shares(verdicts)} if name == "Loc Top-1" else {})},
         )  # fmt: skip
-        distributed.say(f"{name}: {value:.2f} % on {split}, {len(found)} images, tags used: {tags}")
+        distributed.say(f"{name}{FURTHER[kind]}: {value:.2f} % on {split}, {len(found)} images, tags used: {tags}")
 
 
 def _whole(job: Job) -> bool:

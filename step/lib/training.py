@@ -46,7 +46,7 @@ def train(
     planes: Callable[[str], np.ndarray] | None = None,
     plane_fill: float = 0.0,
     target: Callable[[np.ndarray], Any] | None = None,
-    score: Callable[[], float] | None = None,
+    score: Callable[[], Mapping[str, float]] | None = None,
     pictures: Callable[[], Mapping[str, np.ndarray]] | None = None,
 ) -> None:
     """Train a network on the images ``ids`` by the recipe of its phase and write weights/NAME.pt, unless it exists. If
@@ -58,7 +58,8 @@ def train(
         mask: reads the (H, W) uint8 mask of an image, for segmentation networks.
         planes: reads the label planes of an image, for affinity networks, filled with ``plane_fill`` outside it.
         target: turns augmented planes into the training target.
-        score: scores the network after every epoch; the best weights are written instead of the last ones.
+        score: rates the network after every epoch (misc.loop.fit.fit): the weights that are best by its first rating
+            are written instead of the last ones, which are kept beside them.
         pictures: pictures of the network for TensorBoard, as for ``fit``.
     """
     recipe = phase.fit

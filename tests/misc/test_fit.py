@@ -408,15 +408,15 @@ def test_trainings_of_one_run_keep_each_others_curves(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- selection
 
 
-def rated(network: nn.Module, ratings: list[float], seen: list[int]) -> Callable[[], float]:
-    """A rating by epoch, told by how often the network has seen data; it changes nothing and must not be in training
-    mode."""
+def rated(network: nn.Module, ratings: list[float], seen: list[int]) -> Callable[[], dict[str, float]]:
+    """A rating by epoch, told by how often the network has seen data, and one that falls with it; it changes nothing
+    and must not be in training mode."""
 
-    def score() -> float:
+    def score() -> dict[str, float]:
         assert not network.training
         number = int(network.updates)
         seen.append(number)
-        return ratings[number // 2 - 1]
+        return {"first": ratings[number // 2 - 1], "second": -number}
 
     return score
 
@@ -435,12 +435,19 @@ class Counting(Toy):
 
 
 @pytest.mark.parametrize("ratings, best", [([0.1, 0.7, 0.7, 0.2], 4), ([0.1, 0.2, 0.3, 0.4], 8), ([0.5, 0, 0, 0], 2)])
-def test_the_best_rated_epoch_is_kept(ratings: list[float], best: int, tmp_path: Path) -> None:
+def test_the_best_rated_epochs_and_the_last_one_are_kept(ratings: list[float], best: int, tmp_path: Path) -> None:
     recipe = Fit(**{**vars(RECIPE), "epochs": 4, "warmup_epochs": 0})
     network, seen = Counting(), []
     kept = train(tmp_path, recipe, network, score=rated(network, ratings, seen))
     assert seen == [2, 4, 6, 8] and kept["updates"] == best
-    assert [p.name for p in (tmp_path / "weights").iterdir()] == ["toy.pt"]
+    found = {p.name: read_model(p) for p in (tmp_path / "weights").iterdir()}
+    updates = {name: int(state["updates"]) for name, (state, _) in found.items()}
+    assert updates == {"toy.pt": best, "toy.second.pt": 2, "toy.last.pt": 8}
+    assert {name: told["rating"] for name, (_, told) in found.items()} == {
+        "toy.pt": {"last": ratings[-1], "selected": max(ratings)},
+        "toy.second.pt": {"last": -8, "selected": -2},
+        "toy.last.pt": {"last": ratings[-1]},
+    }
 
 
 @pytest.mark.parametrize("at", [1, 5, 7])
@@ -455,8 +462,9 @@ def test_an_interrupted_selection_keeps_what_an_undisturbed_one_keeps(at: int, t
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path / "cut", batches=stopping(at, KeyboardInterrupt))
     go(tmp_path / "cut")
-    whole, cut = ((tmp_path / name / "weights" / "toy.pt").read_bytes() for name in ("whole", "cut"))
-    assert whole == cut
+    for name in ("toy", "toy.second", "toy.last"):
+        whole, cut = ((tmp_path / place / "weights" / f"{name}.pt").read_bytes() for place in ("whole", "cut"))
+        assert whole == cut, name
 
 
 def test_the_best_weights_of_another_training_are_not_used(tmp_path: Path) -> None:
@@ -486,7 +494,7 @@ def test_pictures_are_drawn_ten_times_in_evaluation_mode_and_change_nothing(tmp_
 
 def test_speed_and_epoch_scores_are_logged(tmp_path: Path) -> None:
     values = iter((0.25, 0.75, 0.5, 0.1))
-    train(tmp_path, replace(RECIPE, epochs=4), score=lambda: next(values))
+    train(tmp_path, replace(RECIPE, epochs=4), score=lambda: {"score": next(values)})
     assert len(speed := curve(tmp_path, "images_per_second")) == TOTAL and min(speed) > 0
     events = {e.step: e.value for e in read_log(tmp_path).Scalars("toy/score")}
     assert events == pytest.approx({1: 0.25, 3: 0.75, 5: 0.5, 7: 0.1})

@@ -185,10 +185,19 @@ def test_crt_trains_on_boxes_in_its_form_on_cub(data: Path, tmp_path: Path) -> N
 
 def test_the_epoch_of_the_best_boxes_is_kept_and_rated_as_it_is_scored(data: Path, tmp_path: Path) -> None:
     assert run(data, tmp_path, "--cam.selection", "val_boxes", "--cam.fit.epochs", "3") == 0
-    score = json.loads((tmp_path / "scores.json").read_text())["boxes: GT-Known"]
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    score = scores["boxes: GT-Known"]
     rating = score["selection_rating"]
     assert score["selection"] == "val_boxes" and rating["selected"] >= rating["last"]
     assert score["value"] == pytest.approx(100 * rating["selected"])
+    last = scores["boxes: GT-Known, last weights"]
+    assert last["value"] == pytest.approx(100 * rating["last"]) and last["selection"] == "last"
+    second = scores["boxes: Loc Top-1, weights of the best Loc Top-1"]
+    assert second["selection"] == "val_boxes, by Loc Top-1"
+    assert second["value"] == pytest.approx(100 * second["selection_rating"]["selected"])
+    assert second["value"] >= max(scores[f"boxes: Loc Top-1{end}"]["value"] for end in ("", ", last weights"))
+    assert len(scores) == 3 * len(FIGURES)
+    assert run(data, tmp_path, "--cam.selection", "val_boxes", "--cam.fit.epochs", "3", "--steps", "localise") == 0
 
 
 def test_selection_by_boxes_needs_boxes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

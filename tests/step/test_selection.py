@@ -1,9 +1,10 @@
-"""--cam.selection val_tags: the epoch with the best mAP on the validation tags is kept."""
+"""--cam.selection: the epoch that is best by tags or by pixel labels is kept beside the last one."""
 
 from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,19 @@ def test_pixel_labels_rate_the_published_maps_of_the_corner(data: Path, tmp_path
 
     knowing, empty = (train_miou(job, network, masks, torch.device("cpu")) for network in (Knowing(), Empty()))
     assert knowing == pytest.approx(1) and empty < 0.5
+    # of six images a batch of four is rated: the others would not fit
+    batches = replace(job, cfg=replace(cfg, cam=replace(cfg.cam, fit=replace(cfg.cam.fit, batch_size=4))))
+    some = Knowing()
+    assert train_miou(batches, some, masks, torch.device("cpu")) <= 1 and len(list(some.ids)) == 2
+
+
+def test_puzzlecam_s_published_selection_rates_the_rectified_maps_of_the_whole_image(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = parsing.parse(own("puzzlecam", tmp_path, tmp_path)).cam.network.build(2, {}).eval()
+    images, tags = torch.randn(2, 3, 64, 64), torch.ones(2, 2)
+    with torch.no_grad():
+        wanted = network.classifier(network.model(images)).relu()
+        assert torch.equal(network.selection_maps(images, tags), wanted) and wanted.any()
 
 
 def test_a_selection_by_tags_needs_the_scored_list(
@@ -124,10 +138,40 @@ def test_the_best_epoch_on_the_tags_of_val_is_kept_and_both_ratings_are_recorded
     rated = iter([0.4, 0.9, 0.7])
     monkeypatch.setattr("step.train_cam.val_map", lambda *_: next(rated))
     flags = ["--cam.selection", "val_tags", "--cam.fit.epochs", "3", "--cam.fit.steps", "3", "--steps", "1-2"]
-    assert run_sample.main(arguments(data, tmp_path / "run", *flags)) == 0
-    score = json.loads((tmp_path / "run" / "scores.json").read_text())["CAM"]
+    out = tmp_path / "run"
+    assert run_sample.main(arguments(data, out, *flags)) == 0
+    scores = json.loads((out / "scores.json").read_text())
+    score, last = scores["CAM"], scores["CAM, last weights"]
     assert score["selection"] == "val_tags" and score["selection_rating"] == {"last": 0.7, "selected": 0.9}
+    assert last["selection"] == "last" and last["selection_rating"] == {"last": 0.7}
     assert capsys.readouterr().out.count("the best so far") == 2
+    # each score is of the maps of its own weights, which differ
+    assert last["curve"] != score["curve"] and last["images"] == score["images"]
+    assert {p.name for p in (out / "weights").iterdir()} == {"cam.pt", "cam.last.pt"}
+    assert len(list((out / "cam_last").iterdir())) == len(list((out / "cam").iterdir()))
+    page = [*flags[:-2], "--steps", "report"]
+    assert run_sample.main(arguments(data, out, *page)) == 0
+    assert "CAM, last weights" in (out / "report.html").read_text()
+    # a run on the same CAMs has both scores; --redo removes both kinds of maps
+    other = tmp_path / "other"
+    assert run_sample.main(arguments(data, other, *flags, "--cams", str(out))) == 0
+    assert "CAM, last weights" in json.loads((other / "scores.json").read_text())
+    (out / "cam_last" / "left.npz").write_bytes(b"")
+    assert run_sample.main(arguments(data, out, *flags[:-1], "2", "--redo")) == 0
+    assert not (out / "cam_last" / "left.npz").exists()
+
+
+@pytest.mark.parametrize("selection", ["val_tags", "train_miou", "val_boxes"])
+def test_a_released_network_is_not_selected_again(selection: str, data: Path, tmp_path: Path) -> None:
+    """It is taken as it is; nothing is asked of lists, masks and boxes, and its scores don't say that it was
+    selected here."""
+    network = open_job(parsing.parse(arguments(data, tmp_path))).cfg.cam.network.build(2, {})
+    torch.save(network.state_dict(), tmp_path / "released.pth")
+    flags = ["--cam.selection", selection, "--cam.released", str(tmp_path / "released.pth"), "--val-list", "nothing"]
+    assert run_sample.main(arguments(data, tmp_path / "run", *flags, "--steps", "1-2")) == 0
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert list(scores) == ["CAM"] and scores["CAM"]["selection"] == "that of its authors"
+    assert {p.name for p in (tmp_path / "run" / "weights").iterdir()} == {"cam.pt"}
 
 
 def test_it_rates_by_the_class_scores_and_needs_tags_of_val(
@@ -135,6 +179,6 @@ def test_it_rates_by_the_class_scores_and_needs_tags_of_val(
 ) -> None:
     flags = ["--cam.selection", "val_tags", "--steps", "train_cam", "--cam.fit.steps", "1", "--cam.fit.epochs", "1"]
     assert run_sample.main(arguments(data, tmp_path / "one", *flags)) == 0
-    assert "epoch score" in capsys.readouterr().out
+    assert "val_map of the epoch" in capsys.readouterr().out
     assert run_sample.main(arguments(data, tmp_path / "two", *flags, "--val-list", "nothing")) == 1
     assert "--cam.selection val_tags" in capsys.readouterr().err and not (tmp_path / "two" / "weights").exists()
