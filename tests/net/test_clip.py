@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from running import start
+from running import make_set, start
 
+import run_sample
+from misc.files.store import read_model
 from misc.propagate.caa import doubly_stochastic, rectangle_mask, refine_by_attention, scale_to_unit
 from net.backbone.clip import ClipOptions, TextTower
 from net.backbone.clip_maps import FrozenClip
@@ -19,6 +21,7 @@ from net.backbone.clip_text import BACKGROUND, TextOptions, background_words, cl
 from net.backbone.transformer import QueryKey
 from net.foreign.openai import read_clip
 from net.model import describe_network, load_model
+from net.registry import SEEDS
 from net.seed.clipes import Clipes, ClipesOptions
 from net.seed.weclip import Weclip, WeclipOptions, label_crops
 
@@ -246,3 +249,26 @@ def test_a_run_file_of_clipes_is_built_from_its_description(tmp_path: Path) -> N
     model = load_model(tmp_path / "cam.pt", "cam")
     assert isinstance(model.network, Clipes)
     assert len(model.network.encoder.background_features) == len(BACKGROUND) - 1
+
+
+@pytest.mark.parametrize("method", ["clipes", "weclip"])
+def test_a_released_file_goes_through_a_run(method: str, tmp_path: Path) -> None:
+    """CLIP's own file, or WeCLIP's with CLIP inside; the run's file has the features of the texts instead of the text
+    tower."""
+    pytest.importorskip("open_clip")
+    torch.manual_seed(5)
+    network = SEEDS[method].recipes["sample"].cam.network.build(2, {})
+    trained = {name: value for name, value in network.state_dict().items() if name.startswith("decoder")}
+    whole = whole_clip(network.options.clip)
+    state = {**trained, **{f"encoder.{name}": value for name, value in whole.items()}} if trained else whole
+    torch.save({f"module.{name}": value for name, value in state.items()}, tmp_path / "released.pth")
+    place = ["--root", str(make_set(tmp_path / "data", images=3, val=2)), "--out", str(tmp_path / "run")]
+    flags = ["--machine.device", "cpu", "--machine.workers", "0", "--steps", "1-2"]
+    assert run_sample.main([method, *place, *flags, "--cam.released", str(tmp_path / "released.pth")]) == 0
+    written, told = read_model(tmp_path / "run" / "weights" / "cam.pt")
+    assert all(torch.equal(written[name], value) for name, value in trained.items())
+    assert torch.equal(written["encoder.visual.conv1.weight"], whole["visual.conv1.weight"])
+    assert not any("token_embedding" in name for name in written)
+    torch.testing.assert_close(written["encoder.class_features"].norm(dim=1), torch.ones(2))
+    assert len(told["texts"]["classes"]) == 2 and told["precision"] == "not known (released)"
+    assert type(load_model(tmp_path / "run" / "weights" / "cam.pt", "cam").network) is SEEDS[method]

@@ -17,7 +17,7 @@ from net.model import load_model
 from step.lib.config import default_config
 
 registry.load_methods()
-# frozen start weights are released with a text tower, which a run's own file lacks (tests/net/test_clip.py)
+# those with frozen start weights are released with a text tower, which a run's own file lacks: tests/net/test_clip.py
 SEEDS = sorted(n for n, m in registry.SEEDS.items() if not m.recipes["sample"].cam.network.keeps_start_weights)
 REFINERS = sorted(n for n, refiner in registry.REFINERS.items() if refiner.is_trained)
 SEGMENTERS = sorted(registry.SEGMENTERS)
