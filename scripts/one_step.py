@@ -1,10 +1,9 @@
-"""One training step of every published recipe at full size: ``python -m scripts.one_step --root DIR``.
+"""One training step of every published recipe at full size: ``python -m scripts.one_step --all --json FILE``.
 
-Shows that the published networks, sizes and losses run on this machine, and prints the time of a step; the trained
-weights are useless. Start weights are random and the batch is reduced. If a loss starts later in the training, the
-script runs as many steps as it takes to reach it. DIR is a folder in VOC 2012's layout, such as a generated one
-(data/sample-...). Without names it runs the CAM networks; segmentation networks (``--methods deeplabv2``) need masks in
-DIR.
+Shows that the published networks, sizes and losses run on this machine, and tells the seconds and the peak memory of
+each; the trained weights are useless. Start weights are random and the batch is reduced. If a loss starts later in the
+training, the script runs as many steps as it takes to reach it. Every recipe runs in a process of its own. The same
+command started again leaves out what FILE says has run, so that it may be interrupted.
 """
 
 from __future__ import annotations
@@ -12,14 +11,18 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import tyro
 
+from misc.files import store
 from misc.files.runfolder import RunFolder
+from misc.files.schema import Each
 from misc.tables import ResultTable
 from net import registry
+from voc12.generated.sets import generate
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,7 +65,39 @@ SEGMENTERS = tuple(sorted(registry.SEGMENTERS))
 """Segmentation networks; they are trained on the true masks, as there are no pseudo masks."""
 
 
-def step_flags(name: str, root: Path, out: Path, batch: int) -> list[str]:
+@dataclass(frozen=True)
+class Options:
+    """What to run, and where."""
+
+    root: Path | None = None
+    """Data set in VOC 2012's layout; its folder Saliency holds the saliency maps for getam, and segmentation networks
+    need its masks. Default: a small generated set in the folder OUT."""
+    all: bool = False
+    """Run every published recipe of the CAM networks, and every segmentation network."""
+    methods: tuple[str, ...] = ()
+    """Run these: METHOD, METHOD:PRESET, METHOD:PRESET:VARIANT or a segmentation network."""
+    out: Path = Path("runs/one_step")
+    """Folder for the run folders."""
+    json: Path | None = None
+    """File for the results, by name: seconds, peak memory, and whether it ran. Default: OUT/results.json."""
+    batch: int = 2
+    """Images per step."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the networks run."""
+    limit: float | None = None
+    """Seconds after which a recipe is ended, and counts as failed. Default: none."""
+
+    def names(self) -> tuple[str, ...]:
+        """What to run. Raises ValueError for unknown names, and where nothing is named."""
+        known = (*METHODS, *SEGMENTERS)
+        unknown = [name for name in self.methods if name not in known]
+        if unknown or not (self.methods or self.all):
+            told = f"there is no {unknown[0]}" if unknown else "give --all or --methods"
+            raise ValueError(f"{told}. There are: {', '.join(known)}.")
+        return known if self.all else self.methods
+
+
+def step_flags(name: str, root: Path, out: Path, batch: int, device: str = "cpu") -> list[str]:
     """The arguments of run_sample.py for a name of ``METHODS`` or ``SEGMENTERS``; its extra flags come last and
     override."""
     method, preset, *_ = [*name.split(":"), "published"]
@@ -71,40 +106,66 @@ def step_flags(name: str, root: Path, out: Path, batch: int) -> list[str]:
         method, part, own = "seam", "seg", f"--segmenter {name} --masks truth"
     common = (
         f"{method} --preset {preset} --data voc12 --steps train_{part} --{part}.weights none --{part}.fit.steps 1 "
-        f"--{part}.fit.batch-size {batch} --machine.device cpu --machine.workers 0"
+        f"--{part}.fit.batch-size {batch} --machine.device {device} --machine.workers 0"
     )
     special = [word.format(batch=batch, saliency=root / "Saliency") for word in own.split()]
-    return [*common.split(), "--root", str(root), "--out", str(out / name.replace(":", "_")), *special]
+    return [*common.split(), "--root", str(root), "--out", str(run_folder(name, out, batch, device)), *special]
 
 
-def main(root: Path, methods: Sequence[str] = METHODS, out: Path = Path("runs/one_step"), batch: int = 2) -> int:
-    """Run the steps one after the other, each in its own process; a step that has run is not run again.
+def run_folder(name: str, out: Path, batch: int, device: str) -> Path:
+    """Run folder of a recipe's step."""
+    return out / f"{name.replace(':', '_')}-{device}-{batch}"
 
-    Args:
-        root: Data set in VOC 2012's layout; its folder Saliency holds the saliency maps for getam.
-        methods: Names to run.
-        out: Folder for the run folders.
-        batch: Images per step.
 
-    Returns:
-        1 if one of them failed, else 0.
-    """
-    rows, failed = [], 0
-    for name in methods:
-        if name not in (*METHODS, *SEGMENTERS):
-            raise SystemExit(f"error: there is no {name}. There are: {', '.join((*METHODS, *SEGMENTERS))}.")
-        command = ["run_sample.py", *step_flags(name, root.resolve(), out.resolve(), batch)]
-        print(f"\n== python {shlex.join(command)}", flush=True)
-        if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
-            failed = 1
-            rows.append((name, "failed", "-"))
+def run(name: str, options: Options, root: Path) -> dict[str, Any]:
+    """Run a recipe's step; its result for the JSON file."""
+    out = options.out.resolve()
+    command = ["run_sample.py", *step_flags(name, root, out, options.batch, options.device)]
+    print(f"\n== python {shlex.join(command)}", flush=True)
+    made_by = {"batch": options.batch, "device": options.device}
+    try:
+        status = subprocess.run([sys.executable, *command], cwd=ROOT, timeout=options.limit).returncode
+    except subprocess.TimeoutExpired:
+        return {**made_by, "ran": False, "why": f"ended after {options.limit:g} s"}
+    if status:
+        return {**made_by, "ran": False, "why": f"exit status {status}"}
+    (step,) = RunFolder(run_folder(name, out, options.batch, options.device)).record()["steps"].values()
+    return {**made_by, "ran": True, **{k: v for k, v in step.items() if k != "done"}}
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The results as Markdown."""
+    rows = []
+    for name, result in results.items():
+        peaks = [result.get(key) for key in ("peak_memory_mb", "peak_gpu_memory_mb")]
+        cells = [f"{peak / 1024:.1f} GiB" if peak else "-" for peak in peaks]
+        rows.append((name, f"{result['seconds']:.1f} s" if result["ran"] else result["why"], *cells))
+    head = ("recipe", "training", "peak memory", "peak GPU memory")
+    return ResultTable(head, rows, numbers={1, 2, 3}).markdown()
+
+
+def main(options: Options) -> int:
+    """Run what is named and has not run yet, one after the other. Returns 1 if one of them failed, else 0."""
+    try:
+        names = options.names()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    root = (options.root or options.out / "set").resolve()
+    if options.root is None:
+        generate(root, images=16, val=4, classes=5)
+    path = options.json or options.out / "results.json"
+    results = store.read_json(path, Each(dict)) if path.exists() else {}
+    for name in names:
+        there = results.get(name, {})
+        if there.get("ran") and (there["batch"], there["device"]) == (options.batch, options.device):
+            print(f"{name}: has run already.")
             continue
-        (step,) = RunFolder(out.resolve() / name.replace(":", "_")).record()["steps"].values()
-        peak = step.get("peak_memory_mb", float("nan")) / 1024
-        rows.append((name, f"{step['seconds']:.1f} s", f"{peak:.1f} GiB"))
-    print("\n" + ResultTable((f"batch {batch}", "training", "peak memory"), rows, numbers={1, 2}).markdown())
-    return failed
+        results[name] = run(name, options, root)
+        store.write_json(path, results)
+    print("\n" + table({name: results[name] for name in names}))
+    return int(not all(results[name]["ran"] for name in names))
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main, prog="python -m scripts.one_step"))
+    sys.exit(main(tyro.cli(Options, prog="python -m scripts.one_step", description=__doc__)))

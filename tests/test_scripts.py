@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +16,14 @@ import pytest
 from running import ROOM, make_set
 
 from misc.files.images import write_mask
+from misc.files.runfolder import RunFolder
+from misc.files.store import write_json
 from net.contract import Phase
 from net.registry import OWN, SEEDS, SEGMENTERS, load_methods
 from net.seed.weclip import SWITCH
+from net.shared.self_training import Term
 from net.start_weights import REQUIRED
-from scripts import one_step, voc_server
+from scripts import one_step, study, voc_server
 from step import plan, select
 from step.lib import parsing
 from step.lib.config import default_config, open_job
@@ -118,6 +123,24 @@ def test_further_commands_in_a_header_are_understood(system: str, room: Path) ->
         assert parsing.parse(flags).preset.startswith("published")
 
 
+def test_every_script_is_parsed_by_bash() -> None:
+    scripts = [*(ROOM / "scripts").glob("*.sh"), ROOM / "scripts" / "slurm.sbatch"]
+    assert len(scripts) > 20
+    for script in scripts:
+        told = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+        assert (told.returncode, told.stderr) == (0, ""), script
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_system_runs_on_several_gpus(system: str, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPUS", "2")
+    text = (room / "scripts" / f"{system}.sh").read_text()
+    names = re.search(rf"command +scripts/{system}\.sh ([A-Z0-9_ ]+) \[flags", text)
+    words = call(room, system, *(WORDS.get(name, "x") for name in names[1].split())).stdout.splitlines()
+    at = words.index("run_sample.py")
+    assert words[at - 5 : at] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
 def test_several_gpus_are_named_before_the_command(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPUS", "4")
     words = call(room, "seam", "root", "params", "--seed", "7").stdout.splitlines()
@@ -191,6 +214,84 @@ def test_no_published_recipe_is_left_out_and_every_special_case_is_one() -> None
     recipes = {(name, preset) for name, cls in SEEDS.items() for preset in cls.recipes}
     taken = {tuple([*name.split(":"), "published"][:2]) for name in one_step.METHODS}
     assert taken == {(name, preset) for name, preset in recipes if preset.startswith("published")}
+
+
+FAKE = """
+import json, pathlib, sys, time
+words = sys.argv[1:]
+out = pathlib.Path(words[words.index("--out") + 1])
+if "irn_cam" in words:
+    sys.exit(3)
+if "transcam" in words:
+    time.sleep(60)
+out.mkdir(parents=True)
+step = {"done": True, "seconds": 12.34, "peak_memory_mb": 2048.0, "peak_gpu_memory_mb": 512.0}
+(out / "run.json").write_text(json.dumps({"config": {}, "data": {}, "steps": {"train_cam": step}}))
+"""
+
+
+def test_one_step_goes_on_after_a_failure_and_leaves_out_what_has_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run_sample.py").write_text(FAKE)
+    monkeypatch.setattr(one_step, "ROOT", tmp_path)
+    options = one_step.Options(
+        methods=("irn_cam", "transcam", "psa"), out=tmp_path / "out", json=tmp_path / "results.json", limit=2
+    )
+    assert one_step.main(options) == 1
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [(name, result["ran"]) for name, result in results.items()] == [
+        ("irn_cam", False), ("transcam", False), ("psa", True)
+    ]  # fmt: skip
+    assert (results["irn_cam"]["why"], results["transcam"]["why"]) == ("exit status 3", "ended after 2 s")
+    assert results["psa"] == {"batch": 2, "device": "cpu", "ran": True, "seconds": 12.34, "peak_memory_mb": 2048.0,
+                              "peak_gpu_memory_mb": 512.0}  # fmt: skip
+    told = capsys.readouterr().out
+    assert "12.3 s" in told and "2.0 GiB" in told and "0.5 GiB" in told and "exit status 3" in told
+    assert (tmp_path / "out" / "set" / "JPEGImages").is_dir()
+    assert one_step.main(replace(options, methods=("psa",))) == 0
+    again = capsys.readouterr().out
+    assert "psa: has run already" in again and "== python" not in again
+    assert one_step.main(replace(options, methods=("psa",), device="cuda")) == 0
+    assert "--machine.device cuda" in capsys.readouterr().out
+
+
+def test_one_step_wants_known_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert one_step.Options(all=True).names() == (*one_step.METHODS, *one_step.SEGMENTERS)
+    for methods in ((), ("nothing",)):
+        assert one_step.main(one_step.Options(methods=methods, out=tmp_path)) == 1
+        assert "There are: " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", sorted(study.PLAIN))
+def test_plain_maps_are_of_the_same_network_and_training(method: str) -> None:
+    plain = parsing.parse([method, *study.PLAIN[method].split()]).cam
+    usual = default_config(method, "sample").cam
+    assert plain.network != usual.network
+    assert (plain.fit, plain.augment, plain.infer) == (usual.fit, usual.augment, usual.infer)
+    if method in ("toco", "more"):  # classification alone is left
+        terms = {name: value.weight for name, value in vars(plain.network).items() if isinstance(value, Term)}
+        assert len(terms) >= 4 and not any(terms.values())
+        assert plain.network.backbone == usual.network.backbone
+
+
+def test_a_study_of_the_maps_tells_score_and_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def drive(*flags: str) -> None:
+        asked.append(flags)
+        run = RunFolder(Path(flags[flags.index("--run") + 1]))
+        steps = {"train_cam": {"seconds": 120.0}, "make_cam": {"seconds": 30.0}}
+        write_json(run.root / "run.json", {"config": {}, "data": {}, "steps": steps})
+        run.add_score("CAM", {"miou": 51.234, "threshold": 0.2})
+
+    monkeypatch.setattr(study, "drive", drive)
+    told = json.loads(study.study_cams("toco", 2, tmp_path, True, ("--cam.fit.epochs", "1")))
+    assert (told["miou"], told["minutes"], told["minutes_training"]) == (51.23, 2.5, 2.0)
+    assert (told["method"], told["plain"], told["seed"], told["threshold"]) == ("toco", True, 2, 0.2)
+    (flags,) = asked
+    assert " ".join(flags).endswith(f"--steps 1-2 {study.PLAIN['toco']} --cam.fit.epochs 1")
 
 
 def test_predictions_are_packed_as_the_server_takes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
