@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from misc.checked import Positive, Probability, Range, check
+from misc.checked import Count, Positive, Probability, Range, check
 from misc.config import Augment, CamInference, Fit, SegInference
 from misc.crf.dense import CRFSettings
 from misc.crf.energy import DenseOptions
@@ -63,7 +63,8 @@ class More(SelfTrainedViT):
         tokens, patches, auxiliary = self.encoder(images)
         rebuilt = self.class_tokens(tokens, patches)
         ptc = patch_contrast(
-            patches, batch["token_label"], batch["counts/same_pairs"], batch["counts/different_pairs"]
+            patches, batch["token_label"], batch["counts/same_pairs"], batch["counts/different_pairs"],
+            options.images_per_gpu,
         )
         with full_precision(images.device.type):
             mct = token_contrast(rebuilt)
@@ -274,6 +275,8 @@ class MoreOptions(SelfTrainedOptions):
 
     scales: Annotated[tuple[float, ...], Range(above=0, filled=True)] = (1.0, 0.5, 0.75, 1.5)
     """Scales of the maps that labels are made from while it trains."""
+    images_per_gpu: Count = 4
+    """As in the base. COCO: 2."""
     map: Literal["cam", "lam"] = "cam"
     """Map of the CAM steps. cam: the class maps. lam: class tokens times patch tokens (then infer.merge is max)."""
     temperature: Positive = 0.5
@@ -357,6 +360,7 @@ _COCO = replace(
     cam=replace(
         _PUBLISHED.cam,
         network=MoreOptions(
+            images_per_gpu=2,  # so the released script; the published log was made with 4
             scales=(1.0, 0.5, 0.75, 1.25, 1.5), high=0.65, temperature=0.1, switch=0.625, ptc=Term(0.3, 0.1),
             cle=Term(0.1, 0.15), une=Term(0.01, 0.15), seg=Term(0.12, 0.2), reg=Term(0.05, 0.2),
         ),

@@ -68,7 +68,8 @@ class Toco(SelfTrainedViT):
         patches, auxiliary = patches[: len(images)], auxiliary[: len(images)]
         teacher, student = self.project(tokens[:, 0], batch["crops"])
         ptc = patch_contrast(
-            patches, batch["token_label"], batch["counts/same_pairs"], batch["counts/different_pairs"]
+            patches, batch["token_label"], batch["counts/same_pairs"], batch["counts/different_pairs"],
+            options.images_per_gpu,
         )
         ctc = class_contrast(teacher, student, batch["flags"], options.temperature)
         weights = options.seg.at(progress), options.reg.at(progress)

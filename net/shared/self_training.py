@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +41,6 @@ class SelfTrainedViT(SingleStage):
     """Encoder, two classifiers and decoder, their maps and the labels made of them."""
 
     encoder: AuxiliaryViT
-    map_merges: ClassVar[tuple[str, ...]] = ("max_relu", "max_relu")
-    """Merging rules of the kinds of ``raw_maps`` (misc.infer.cams.MAP_MERGES)."""
 
     def __init__(self, options: SelfTrainedOptions, encoder: AuxiliaryViT, num_classes: int) -> None:
         super().__init__()
@@ -90,9 +88,9 @@ class SelfTrainedViT(SingleStage):
             Kinds of maps (B, K, H, W) in [0, 1], 0 where an image has fewer classes; keys (B, K) and real (B, K) as
             ``present_classes`` gives them.
         """
-        keys, real = present_classes(batch["tags"])
+        options, (keys, real) = self.settings, present_classes(batch["tags"])
         with self.measuring():
-            kinds = merge_batch_maps(self.raw_maps, batch["image"], keys, self.settings.scales, self.map_merges)
+            kinds = merge_batch_maps(self.raw_maps, batch["image"], keys, options.scales, (options.map_merge,) * 2)
         return [maps * real[:, :, None, None] for maps in kinds], keys, real
 
     def decoder_labels(self, images: Tensor, maps: Tensor, keys: Tensor, real: Tensor) -> Tensor:
@@ -185,16 +183,19 @@ def count_token_pairs(label: Tensor) -> dict[str, Tensor]:
     return {"same_pairs": same.sum(), "different_pairs": different.sum()}
 
 
-def patch_contrast(patches: Tensor, label: Tensor, same_pairs: Tensor, different_pairs: Tensor) -> Tensor:
+def patch_contrast(
+    patches: Tensor, label: Tensor, same_pairs: Tensor, different_pairs: Tensor, images_per_gpu: int = 2
+) -> Tensor:
     """Patch token contrast: tokens of one label should be alike, others not.
 
     1/2 (1 - mean over same pairs of s) + 1/2 mean over different pairs of s, with s the absolute cosine. Published, 1
-    is added to the pair counts of a GPU's two images: here 1/2 for each image of the batch.
+    is added to the pair counts of a GPU's images: here its share for each image of the batch.
 
     Args:
         patches: (B, D, h, w).
         label: (B, h, w) integers, 255 unknown.
         same_pairs, different_pairs: counts over the batch (``Network.counts``).
+        images_per_gpu: of the published training.
 
     Returns:
         Scalar in [0, 1]; 1/2 where there is no pair.
@@ -203,7 +204,7 @@ def patch_contrast(patches: Tensor, label: Tensor, same_pairs: Tensor, different
         unit = F.normalize(patches.float().flatten(2), dim=1, eps=1e-8)  # (B, D, N)
         similarity = (unit.transpose(1, 2) @ unit).abs()  # (B, N, N)
     same, different = token_pairs(label.flatten(1))
-    added = len(patches) / 2
+    added = len(patches) / images_per_gpu
     alike = (similarity * same).sum() / (same_pairs + added)
     unlike = (similarity * different).sum() / (different_pairs + added)
     return (1 - alike + unlike) / 2
@@ -226,12 +227,18 @@ class SelfTrainedOptions(Options):
     """Dilation of the decoder's convolutions."""
     scales: Annotated[tuple[float, ...], Range(above=0, filled=True)] = (1.0, 0.5, 1.5)
     """Scales of the maps that labels are made from while it trains."""
+    map_merge: Literal["max_relu", "max"] = "max_relu"
+    """How these maps are merged with those of the mirror image. max_relu, published: the larger value, clipped at 0.
+    max: not clipped, for classifiers trained from random weights, whose maps are above 0 at the most discriminative
+    places only."""
     high: Probability = 0.7
     """Map value above which a pixel has its class. COCO: 0.65."""
     low: Probability = 0.25
     """Map value up to which a pixel is background; what lies between is unknown."""
     iterations: Annotated[int, Range(least=0)] = 10
     """Iterations of PAR on the labels of the decoder."""
+    images_per_gpu: Count = 2
+    """Images of a GPU in the published training, to whose pair counts 1 is added in the patch token contrast."""
     dense: DenseOptions = field(default_factory=DenseOptions)
     """Kernel of the dense energy loss."""
     head_lr: Positive = 10.0

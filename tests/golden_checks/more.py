@@ -129,7 +129,8 @@ def check_more_lam_merge(case: Any) -> None:
         return (network.attention_maps(x), *network.raw_maps(x))
 
     with torch.no_grad():
-        lam, cam, auxiliary = merge_batch_maps(raw, images, keys, case.meta["scales"], ("max", *network.map_merges))
+        rule = network.settings.map_merge
+        lam, cam, auxiliary = merge_batch_maps(raw, images, keys, case.meta["scales"], ("max", rule, rule))
         one = scale_by_span(resize_maps(network.attention_maps(images), images.shape[-2:]))
     fused = scale_by_span(one * cam)
     present = tags[:, :, None, None]
@@ -195,7 +196,7 @@ def check_more_train_step(case: Any) -> None:
     start = 2000 / total
     network = more(
         case, high=s["high"], low=s["low"], temperature=s["temperature_cle"], scales=tuple(s["scales"]),
-        switch=s["switch_to_final_maps_after"] / total,
+        switch=s["switch_to_final_maps_after"] / total, images_per_gpu=case.meta["input"]["image{k}"]["shape"][0],
         **{name: Term(weights[name]) for name in ("ptc", "cle", "une")},
         **{name: Term(weights[name], start) for name in ("seg", "reg")},
     )  # fmt: skip

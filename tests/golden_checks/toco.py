@@ -194,7 +194,8 @@ def check_toco_cam_merge(case: Any) -> None:
                                strict=True):  # fmt: skip
             close(case, name, value)
         everything, _ = present_classes(torch.ones_like(tags))
-        merged = merge_batch_maps(network.raw_maps, images, everything, case.meta["scales"], network.map_merges)
+        rules = (network.settings.map_merge,) * 2
+        merged = merge_batch_maps(network.raw_maps, images, everything, case.meta["scales"], rules)
     for name, value in zip(("cam", "cam_aux"), merged, strict=True):
         close(case, name, value)
     network.settings = replace(network.settings, scales=tuple(case.meta["scales"]), high=high, low=low)

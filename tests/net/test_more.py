@@ -12,7 +12,7 @@ from torch import Tensor
 
 from net.backbone.vit import ViTOptions
 from net.seed.more import More, MoreOptions, certain_patches, draw_uncertain
-from net.shared.self_training import Term
+from net.shared.self_training import Term, patch_contrast
 
 CLASSES, SIDE, BATCH = 3, 64, 4
 SMALL = MoreOptions(
@@ -53,6 +53,20 @@ def test_terms_are_the_same_however_the_batch_is_divided(progress: float) -> Non
     assert whole == pytest.approx(terms_of(net, [batch_of(0, 2), batch_of(2, 2)], progress), rel=1e-5, abs=1e-7)
     assert whole == pytest.approx(terms_of(net, [batch_of(i, 1) for i in range(BATCH)], progress), rel=1e-5, abs=1e-7)
     assert (whole["seg"] != 0) == (progress > 0.25)
+
+
+def test_one_is_added_to_the_pair_counts_of_a_gpu_s_images() -> None:
+    """More than two for MoRe on VOC; a batch of several GPUs' images gets as many ones."""
+    recipes = {name: recipe.cam for name, recipe in More.recipes.items()}
+    assert recipes["published"].network.images_per_gpu == recipes["published"].fit.batch_size == 4
+    assert recipes["published_coco"].network.images_per_gpu == 2
+    patches = torch.ones(4, 2, 1, 2)
+    label = torch.tensor([[0, 0]]).expand(4, 1, 2)
+    counts = torch.tensor(8.0), torch.tensor(0.0)
+    for images, added in ((2, 2), (4, 1)):
+        assert patch_contrast(patches, label, *counts, images).item() == pytest.approx((1 - 8 / (8 + added)) / 2)
+    net, batch = network(replace(SMALL, images_per_gpu=1)), batch_of(0, BATCH)
+    assert terms_of(net, [batch], 0.4)["ptc"] != pytest.approx(terms_of(network(), [batch], 0.4)["ptc"], rel=1e-6)
 
 
 def test_labels_come_from_the_final_maps_after_the_switch() -> None:

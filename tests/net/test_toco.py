@@ -211,3 +211,15 @@ def test_images_of_any_size_give_maps_and_masks() -> None:
         assert net.cam(images, torch.ones(2, CLASSES)).shape == (2, CLASSES, 4, 8)
         assert net.logits(images).shape == (2, CLASSES + 1, 4, 8)
         assert net.classify(images, CLASSES).shape == (2, CLASSES)
+
+
+@pytest.mark.parametrize("rule", ["max_relu", "max"])
+def test_labels_come_from_maps_clipped_at_zero_or_not(rule: str) -> None:
+    """Published: all that is below 0 is one value. Not clipped, only the lowest place has it."""
+    net, batch = network(), batch_of(0, BATCH)
+    net.settings = replace(SMALL, map_merge=rule)
+    ramp = torch.linspace(-1, 1, SIDE)[:, None].expand(SIDE, SIDE)
+    net.raw_maps = lambda images: (ramp.expand(len(images), CLASSES, SIDE, SIDE),) * 2
+    (maps, _), _, real = net.online_maps(batch)
+    lowest = (maps[real] == 0).flatten(1).float().mean(1)  # share of the place, of each map
+    assert lowest.tolist() == pytest.approx([0.5 if rule == "max_relu" else 1 / SIDE] * len(lowest))
