@@ -102,13 +102,31 @@ def resize_positions(
     maps = table.unflatten(1, source).permute(0, 3, 1, 2)  # (1, D, h0, w0)
     align = {} if mode == "nearest" else {"align_corners": False}
     if offset:
-        if torch.jit.is_tracing():  # no graph holds factors that depend on the image's size
-            raise ValueError("positions that are resized by a factor (position_offset) have no ONNX form")
+        if torch.jit.is_tracing():  # an ONNX resize takes no factors that depend on the image's size
+            check(mode == "bicubic", "mode", mode, "bicubic where positions are resized by a factor in an ONNX graph")
+            rows, columns = (cubic_weights(old, side, offset) for old, side in zip(source, target, strict=True))
+            return (rows @ maps @ columns.T).flatten(2).transpose(1, 2)
         factors = tuple((side + offset) / old for side, old in zip(target, source, strict=True))
         maps = F.interpolate(maps, scale_factor=factors, mode=mode, **align)
     else:
         maps = F.interpolate(maps, size=target, mode=mode, **align)
     return maps.flatten(2).transpose(1, 2)
+
+
+def cubic_weights(source: int, target: int, offset: float) -> Tensor:
+    """The bicubic resize of ``resize_positions`` in one direction as a matrix (target, source), of operations that a
+    traced graph repeats for every ``target``."""
+    place = (torch.arange(target) + 0.5) * source / (target + offset) - 0.5  # (target,)
+    first, a = place.floor(), -0.75
+    weights = torch.zeros(1)
+    for tap in range(-1, 3):
+        x = (place - first - tap).abs()
+        near = ((a + 2) * x - (a + 3)) * x * x + 1
+        far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+        cell = (first + tap).clamp(0, source - 1)  # the border is repeated
+        here = cell[:, None] == torch.arange(source)
+        weights = weights + torch.where(x <= 1, near, far)[:, None] * here
+    return weights
 
 
 def fit_positions(patches: Tensor, grid: Grid, mode: Literal["bicubic", "nearest"] = "bicubic") -> Tensor:

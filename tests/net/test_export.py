@@ -30,19 +30,8 @@ def network(name: str) -> Segmenter | SingleStage:
     return recipe.network.build(len(CLASSES), {}).eval()  # type: ignore
 
 
-RESIZED_BY_FACTOR = {"more"}
-"""Networks whose positions are resized by a factor of the image's size, which an ONNX graph cannot hold."""
-
-
-@pytest.mark.parametrize("name", sorted(RESIZED_BY_FACTOR))
-def test_what_has_no_onnx_form_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="have no ONNX form"):
-        export.export_onnx(network(name), tmp_path / "seg.onnx", CLASSES, True)
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted({*registry.SEGMENTERS, *OWN} - RESIZED_BY_FACTOR))
+@pytest.mark.parametrize("name", sorted({*registry.SEGMENTERS, *OWN}))
 def test_the_file_computes_what_the_network_computes(name: str, tmp_path: Path) -> None:
     path, net, corners = tmp_path / "deep" / "seg.onnx", network(name), name != "deeplabv1"
     assert export.export_onnx(net, path, CLASSES, corners) < 1e-4
