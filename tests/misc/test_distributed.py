@@ -77,20 +77,25 @@ def test_a_run_of_two_processes_gives_the_losses_weights_and_files_of_one(tmp_pa
 
 
 @pytest.mark.slow
-def test_views_draws_and_momentum_copies_are_the_same_in_two_processes(tmp_path: Path) -> None:
-    """ToCo, with every term from the start and without what each process has of its own (batch norms, drop path)."""
+@pytest.mark.parametrize(
+    ("method", "terms"), [("toco", "ptc ctc seg reg"), ("more", "mct ptc cle une seg reg")]
+)
+def test_views_draws_and_momentum_copies_are_the_same_in_two_processes(
+    method: str, terms: str, tmp_path: Path
+) -> None:
+    """Every term from the start, without what each process has of its own (batch norms, drop path)."""
     data = make_set(tmp_path / "data")
     flags = """
     --machine.workers 0 --machine.device cpu --machine.amp off --steps train_cam --cam.fit.steps 3
-    --cam.fit.batch-size 4 --cam.fit.micro-batch 2 --cam.network.backbone.stem 0 --cam.network.backbone.drop-path 0
-    --cam.network.ptc.start 0 --cam.network.ctc.start 0 --cam.network.seg.start 0 --cam.network.reg.start 0
+    --cam.fit.batch-size 4 --cam.network.backbone.stem 0 --cam.network.backbone.drop-path 0
     """.split()
+    flags += [word for term in terms.split() for word in (f"--cam.network.{term}.start", "0")]
     for name, launcher in (("one", []), ("two", TORCHRUN)):
-        run = ["run_sample.py", "toco", "--root", str(data), "--out", str(tmp_path / name), *flags]
+        run = ["run_sample.py", method, "--root", str(data), "--out", str(tmp_path / name), *flags]
         ended = start([*launcher, *run])
         assert ended.returncode == 0, ended.stderr
     one, two = (curves(tmp_path / name / "log" / "cam") for name in ("one", "two"))
-    assert {"cam/ptc", "cam/ctc", "cam/seg", "cam/reg"} < one.keys() == two.keys()
+    assert {f"cam/{term}" for term in terms.split()} < one.keys() == two.keys()
     for term, values in one.items():
         assert all(values) and values == pytest.approx(two[term], rel=1e-4), term
     weights = [read_model(tmp_path / name / "weights" / "cam.pt")[0] for name in ("one", "two")]

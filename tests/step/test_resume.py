@@ -60,6 +60,27 @@ def test_a_run_killed_in_training_and_in_make_cam_ends_like_an_undisturbed_one(t
     assert scores[0] == scores[1]
 
 
+@pytest.mark.parametrize("method", ["toco", "more"])
+def test_views_draws_and_momentum_copies_go_on_as_they_would_have(method: str, tmp_path: Path) -> None:
+    """Through the real loader and its worker process: several pictures of a sample, draws in ``prepare``, a momentum
+    copy, labels that the network makes itself."""
+    data = make_set(tmp_path / "data")
+    script = tmp_path / "killer.py"
+    script.write_text(KILLER)
+    flags = """--steps train_cam --machine.device cpu --machine.workers 1 --machine.checkpoint-every 1
+    --cam.fit.steps 5 --cam.fit.batch-size 4""".split()
+    terms = ("ptc", "ctc", "seg", "reg") if method == "toco" else ("mct", "ptc", "cle", "une", "seg", "reg")
+    flags += [word for term in terms for word in (f"--cam.network.{term}.start", "0")]
+    command = [method, "--root", str(data), *flags]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert start(["run_sample.py", *command, "--out", str(whole)]).returncode == 0
+    killed = start([str(script), "cam.resume.pt", "4", *command, "--out", str(cut)])
+    assert killed.returncode == -signal.SIGKILL
+    ended = start(["run_sample.py", *command, "--out", str(cut)])
+    assert ended.returncode == 0 and "going on from update 3" in ended.stdout, ended.stderr
+    assert digests(cut, "weights/*") == digests(whole, "weights/*")
+
+
 def halves(folder: Path) -> list[str]:
     """Files that a killed process left half written."""
     return [f"{folder.name}/{path.name}" for path in folder.glob("*.part")]
