@@ -33,7 +33,7 @@
 # The authors' weights, used without training: add one of these to the command (no such file was at hand; more:
 # docs/results.md)
 #
-#   --cam.released checkpoints/model_iter_N.pth --steps 1-2 infer_seg  val 71.1 (of the last N, 20000 at the latest)
+#   --cam.released checkpoints/model_iter_N.pth --steps 1-2 infer_seg  val 71.1 (name unverified: what the code writes)
 set -euo pipefail
 . "$(dirname "$0")/system.sh" root -- "$@"
 launch toco --data voc12 --root "$root"
