@@ -13,6 +13,11 @@ CLIP-ES needs no run, as nothing is trained; it knows classes by their names:
 
   python predict.py photos/ --method clipes --tags "dog,person" --out masks
 
+A checkpoint as its authors released it, by the recipe of the published system (scripts/SYSTEM.sh names the files):
+
+  python predict.py photos/ --released deeplabv1.pth --method seam --out masks
+  python predict.py a.jpg --released res38_cls.pth --method psa --tags "dog,person" --out maps
+
 Export of the segmentation network:
 
   python predict.py --weights runs/seam-sample/weights/seg.pt --export onnx --out models
@@ -54,8 +59,15 @@ from misc.loop.each import EachFailed, WorkerDied
 from net.contract import Segmenter, SingleStage
 from net.export import export_onnx
 from net.model import Model, load_model, predicts_masks
-from step.lib.new_images import ResultFolder, map_images, segment_images
-from step.lib.tagged_images import Refinement, read_image_tags, run_rule, split_tags, untrained_model
+from step.lib.new_images import ResultFolder, map_images, open_released, segment_images
+from step.lib.tagged_images import (
+    Refinement,
+    constant_rule,
+    read_image_tags,
+    run_rule,
+    split_tags,
+    untrained_model,
+)
 
 
 @dataclass(frozen=True)
@@ -79,9 +91,14 @@ class Options:
     tags_from: Path | None = None
     """Table of the classes in each image, such as labels.csv of a data folder, in place of --tags. Images are found by
     their paths below the table's folder, or by names that come once."""
+    released: str | None = None
+    """Checkpoint FILE that the authors of --method released (FILE,FILE for a network of two parts), used as it is: its
+    segmentation network, or with tags its CAM network."""
+    classes: Path | None = None
+    """With --released: text file of the names of the classes, one a line, in the file's order. Default: VOC's 20."""
     method: str | None = None
-    """Make maps with a method that is not trained, without a run: clipes. Its classes are those of --tags, or of the
-    table and the classes.txt beside it."""
+    """With --released: METHOD of run_sample.py that the file belongs to. Without: make maps with a method that is not
+    trained, without a run: clipes. Its classes are those of --tags, or of the table and the classes.txt beside it."""
     preset: str = "published"
     """With --method: its recipe."""
     texts: Path | None = None
@@ -115,11 +132,16 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raises ValueError for impossible combinations of options."""
-        if self.method is not None:
+        if self.released is not None:
+            if self.method is None or self.run is not None or self.weights is not None:
+                raise ValueError("--released FILE needs --method METHOD, and neither --run nor --weights.")
+            if self.tagged and (self.export or self.refine == "walk"):
+                raise ValueError("--released FILE with tags: neither --export nor --refine walk, which needs a run.")
+        elif self.method is not None:
             if self.run is not None or self.export or not self.tagged:
                 raise ValueError("--method needs --tags or --tags-from, and neither --run nor --export. Give it those.")
         elif (self.weights is None) == (self.run is None):
-            raise ValueError("Give either --weights FILE or --run RUNFOLDER.")
+            raise ValueError("Give either --weights FILE, --run RUNFOLDER or --released FILE.")
         elif self.tagged and (self.run is None or self.export):
             raise ValueError("--tags needs a CAM network: give --run RUNFOLDER or --method clipes, and no --export.")
         if self.tags is not None and self.tags_from is not None:
@@ -133,6 +155,12 @@ class Options:
     def tagged(self) -> bool:
         """Whether the classes in the images are given."""
         return self.tags is not None or self.tags_from is not None
+
+    def segmenter(self) -> Model:
+        """The network that predicts masks. Raises as ``load_model`` and ``open_released``."""
+        if self.released is not None and self.method is not None:
+            return open_released(self.method, self.preset, self.released, self.classes, "seg")
+        return load_model(self.network_file(), "seg")
 
     def network_file(self) -> Path:
         """Weights file of the segmentation network, or of a CAM network that predicts masks itself if the run has no
@@ -154,9 +182,9 @@ class Options:
 
 def export(options: Options) -> None:
     """Write the ONNX file."""
-    model = load_model(options.network_file(), "seg")
+    model = options.segmenter()
     assert isinstance(model.network, Segmenter | SingleStage)
-    path = options.out / f"{options.network_file().stem}.onnx"
+    path = options.out / f"{Path(options.released or options.network_file()).stem}.onnx"
     difference = export_onnx(model.network, path, model.classes, model.recipe.infer.align_corners)
     print(f"{model.method}, {len(model.classes)} classes: differs from PyTorch by at most {difference:.1e} of the "
           f"largest logit\nfiles: {path}")  # fmt: skip
@@ -167,14 +195,18 @@ def predict(options: Options, device: torch.device) -> None:
     images = find_images(options.images, leave_out=options.out)
     folder = ResultFolder(options.out, options.max_megapixels, options.redo, options.machine)
     if not options.tagged:
-        model = load_model(options.network_file(), "seg")
+        model = options.segmenter()
         distributed.say(f"{model.method}, trained for {', '.join(model.classes)}; {len(images)} images on {device}")
         segment_images(model, images, folder, device, probabilities=options.probabilities, fast=options.fast)
         return
     run = None if options.run is None else RunFolder(options.run)
     cam = None if run is None else load_model(run.weights("cam"), "cam")
+    if options.released is not None and options.method is not None:
+        cam = open_released(options.method, options.preset, options.released, options.classes, "cam")
     classes, tags, source = image_tags(options, images, cam)
-    if cam is None or run is None:
+    if options.released is not None and cam is not None:
+        rule = constant_rule(options.refine, options.threshold)
+    elif cam is None or run is None:
         assert options.method is not None
         texts, weights = options.texts, None if options.weights is None else str(options.weights)
         if texts is None and options.tags_from is not None and options.tags_from.with_name("texts.csv").is_file():

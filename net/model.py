@@ -16,6 +16,7 @@ from misc.files import store
 from misc.image import pixels
 from net import contract, registry
 from net.contract import Network, Phase, SeedRecipe, SegmentRecipe, SegmentTest
+from net.released import load_released
 
 Part = Literal["cam", "aff", "seg"]
 """Role of a network, named as its section of the command line: CAM network (or an earlier phase of it), refiner or
@@ -114,6 +115,21 @@ def load_model(path: Path, part: Part) -> Model:
     return Model(network.eval(), method, classes, recipe, store.fingerprint(path))
 
 
+def released_model(recipe: Phase, method: str, files: Sequence[str], classes: Sequence[str]) -> Model:
+    """The network of a recipe (SeedRecipe or SegmentRecipe) with the weights that its authors released, used as they
+    are. ``method``: registered name of the network's class. Raises as ``net.released.load_released``."""
+    network = _build(recipe, len(classes))
+    network.set_class_texts(classes, {})
+    load_released(network, files)
+    fingerprint = "+".join(store.fingerprint(Path(file)) for file in files)
+    return Model(network.eval(), method, tuple(classes), recipe, fingerprint)
+
+
+def as_segmenter(recipe: Phase, test: SegmentTest) -> SegmentRecipe:
+    """The recipe of a CAM network that predicts masks, with its test settings."""
+    return SegmentRecipe(**{f.name: getattr(recipe, f.name) for f in fields(Phase)}, infer=test.infer)
+
+
 def predicts_masks(path: Path) -> bool:
     """Whether the weights file of a trained network can be loaded as part seg. Raises as ``load_model``."""
     registry.load_methods()
@@ -128,11 +144,10 @@ def _predicts_masks(description: Mapping[str, Any]) -> bool:
 
 
 def _as_segmenter(recipe: Phase, method: str, description: Mapping[str, Any]) -> SegmentRecipe:
-    """The recipe of a CAM network that predicts masks, with its test settings."""
+    """The recipe of a CAM network that predicts masks, with the test settings that its file describes."""
     own = registry.find_recipe(registry.SEEDS[method], description["preset"]).own
     assert own is not None
-    test = restored(own, description.get("own", {}))
-    return SegmentRecipe(**{f.name: getattr(recipe, f.name) for f in fields(Phase)}, infer=test.infer)
+    return as_segmenter(recipe, restored(own, description.get("own", {})))
 
 
 def _recipe(part: Part, method: str, preset: str) -> Phase:

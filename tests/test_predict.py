@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from running import digests, make_set, run
 from test_getam import command
@@ -20,6 +21,7 @@ from misc.files import store
 from misc.files.camfiles import read_cam
 from misc.files.images import read_mask
 from misc.image import draw, pixels
+from step.lib.config import default_config
 
 CPU = ("--machine.device", "cpu", "--machine.workers", "2")
 
@@ -298,3 +300,51 @@ def test_a_network_leaves_as_onnx(trained: Path, tmp_path: Path, capsys: pytest.
     assert call(tmp_path / "out", "--run", trained, "--export", "onnx") == 0
     assert "differs from PyTorch by at most" in capsys.readouterr().out
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["seg.onnx"]
+
+
+# ------------------------------------------------------------------------------------------- released checkpoints
+
+
+@pytest.mark.parametrize(
+    ("method", "section", "tags"), [("psa", "cam", True), ("psa", "seg", False), ("toco", "cam", False)]
+)
+def test_a_released_file_predicts_as_a_run_made_of_it(
+    method: str, section: str, tags: bool, data: Path, tmp_path: Path
+) -> None:
+    """The CAM network, the segmentation network, a CAM network that predicts masks."""
+    torch.manual_seed(1)
+    network = getattr(default_config(method, "sample"), section).network.build(2, {})
+    released = tmp_path / "released.pth"
+    torch.save({"state_dict": {f"module.{name}": value for name, value in network.state_dict().items()}}, released)
+    run_folder = tmp_path / "run"
+    flags = ["--root", str(data), "--out", str(run_folder), f"--{section}.released", str(released), *CPU]
+    assert run_sample.main([method, *flags, "--steps", f"train_{section}"]) == 0
+    classes = tmp_path / "names.txt"
+    classes.write_text("\n".join(store.read_model(run_folder / "weights" / f"{section}.pt")[1]["classes"]))
+    image = next((data / "JPEGImages").iterdir())
+    words = [image, "--fast", *(["--tags", classes.read_text().split("\n")[0]] if tags else [])]
+    assert call(tmp_path / "one", *words, "--run", run_folder) == 0
+    new = ("--released", released, "--method", method, "--preset", "sample", "--classes", classes)
+    assert call(tmp_path / "two", *words, *new) == 0
+    masks = [digests(tmp_path / name, "masks/*", "maps/*") for name in ("one", "two")]
+    assert masks[0] == masks[1] and len(masks[0]) >= 1
+
+
+def test_a_released_file_that_does_not_fit_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], seg: Path, data: Path
+) -> None:
+    image = next((data / "JPEGImages").iterdir())
+    out, file = tmp_path / "out", tmp_path / "other.pth"
+    torch.save({"fc.weight": torch.zeros(3)}, file)
+    assert "there is no such file" in told(capsys, out, image, "--released", "gone.pth", "--method", "psa")
+    assert "no method named nothing" in told(capsys, out, image, "--released", file, "--method", "nothing")
+    assert told(capsys, out, image, "--released", file, "--method", "toco", "--preset", "sample")
+    whole = ("--released", file, "--method", "psa")
+    for words, message in (
+        (("--released", file), "--released FILE needs --method"), ((*whole, "--weights", seg), "neither --run nor"),
+        ((*whole, "--tags", "dog", "--refine", "walk"), "nor --refine walk, which needs a run"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            call(out, image, *words)
+        assert message in capsys.readouterr().err
+    assert not out.exists()

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,11 +29,14 @@ from misc.image.labels import IGNORE
 from misc.image.picture import Picture
 from misc.loop.each import EachFailed, each
 from misc.precision import place
-from net.contract import AffinityNetwork, Phase, SeedNetwork, Segmenter, SingleStage
-from net.model import Model
+from net.contract import AffinityNetwork, Phase, SeedNetwork, Segmenter, SegmentRecipe, SingleStage
+from net.model import Model, as_segmenter, released_model
+from net.registry import OWN
+from step.lib.config import default_config
 from step.lib.inference import infer_class_scores, predict_cam, walk_cam
 from step.lib.tagged_images import MaskRule
-from voc12.tags import encode_tags
+from voc12.data_sets.voc12 import VOC_CLASSES
+from voc12.tags import encode_tags, read_classes
 
 ScoreImage = Callable[[str, np.ndarray, tuple[int, int]], tuple[np.ndarray, np.ndarray]]
 """id, image (h, w, 3) uint8 at the network's size, size (H, W) of the original image -> scores (n, h, w) float32, and
@@ -57,6 +60,33 @@ class ResultFolder:
     def file(self, kind: str, image_id: str, suffix: str) -> Path:
         """File KIND/ID.SUFFIX; ValueError for an id that would leave the folder."""
         return self.out / kind / f"{checked_id(image_id)}.{suffix}"
+
+
+def open_released(method: str, preset: str, released: str, classes: Path | None, part: Literal["cam", "seg"]) -> Model:
+    """A released checkpoint by the recipe of a published system.
+
+    Args:
+        method, preset: as for run_sample.py.
+        released: FILE, or FILE,FILE for a network of two parts.
+        classes: file of class names, a line each; None: VOC's.
+        part: the system's CAM network, or what predicts its masks.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: unknown names, or the file does not fit.
+    """
+    config = default_config(method, preset)
+    files = tuple(released.split(","))
+    for file in files:
+        if not os.path.isfile(file):
+            raise FileNotFoundError(f"--released {file}: there is no such file.")
+    names = VOC_CLASSES if classes is None else read_classes(classes)
+    if part == "cam":
+        return released_model(config.cam, method, files, names)
+    if config.segmenter == OWN:
+        return released_model(as_segmenter(config.cam, config.seg), method, files, names)
+    assert isinstance(config.seg, SegmentRecipe)
+    return released_model(config.seg, config.segmenter, files, names)
 
 
 def segment_images(

@@ -191,8 +191,12 @@ def run_rule(run: RunFolder, refine: Refinement, threshold: float | None) -> Mas
         raise ValueError(
             "--refine walk: the run has no trained refiner for these classes. Run train_aff, or leave it."
         )
-    if threshold is None:
-        threshold = run.scores().get("CAM", {}).get("threshold")
+    return constant_rule(refine, run.scores().get("CAM", {}).get("threshold") if threshold is None else threshold)
+
+
+def constant_rule(refine: Refinement, threshold: float | None) -> MaskRule:
+    """How masks are made from a constant background score (None: 0.3): by it alone (``refine`` threshold), or by a
+    dense CRF."""
     score = _THRESHOLD if threshold is None else threshold
     background = {"background": "constant", "threshold": score}
     if refine == "threshold":
