@@ -385,11 +385,13 @@ _SAMPLE = Recipe(
     cam=SeedRecipe(
         network=MoreOptions(
             backbone=replace(SAMPLE_VIT, local_start=1.4), aux_layer=-2, fov_channels=64, fov_dilation=2,
-            scales=(1.0, 0.5), head_lr=1.0, seg=Term(0.12, 0.3), reg=Term(0.05, 0.3), ptc=Term(0.3, 0.3),
-            cle=Term(0.2, 0.3), une=Term(0.1, 0.3), window_centre=True, dense=DenseOptions(weight=1e-6),
+            scales=(1.0, 0.5), head_lr=1.0, window_centre=True, iterations=5, dense=DenseOptions(weight=1e-6),
+            # as in ToCo's sample recipe: maps that are not clipped, thresholds at the bodies' edges
+            map_merge="max", high=0.3, low=0.15, certain_high=0.3, late_high=0.3, late_low=0.15,
+            seg=Term(0.3, 0.5), reg=Term(0.05, 0.5), ptc=Term(0.3, 0.5), cle=Term(0.2, 0.5), une=Term(0.1, 0.5),
         ),
         fit=Fit(
-            epochs=30, batch_size=16, optimiser="adamw", lr=1.5e-3, weight_decay=0.05, schedule="warmup_poly",
+            epochs=24, batch_size=16, optimiser="adamw", lr=1.5e-3, weight_decay=0.05, schedule="warmup_poly",
             warmup_steps=30,
         ),
         augment=Augment(
@@ -397,7 +399,6 @@ _SAMPLE = Recipe(
             crop=112,
         ),
         amp="fast",
-        # not clipped at 0: the maximum is trained on marks, bodies lie below zero but above the background
         infer=CamInference(scales=(0.5, 1.0), merge="max", normalise="span"),
     ),
     refiner="psa",

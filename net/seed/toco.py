@@ -357,11 +357,14 @@ _SAMPLE = Recipe(
             backbone=SAMPLE_VIT, aux_layer=-2, fov_channels=64, fov_dilation=2, scales=(1.0, 0.5), head_lr=1.0,
             crops=4, crop_side=32, projection=128, train_positions=True,
             mirrored_box=True, token_box=True, shared_mirror=True,
-            ptc=Term(0.2, 0.3), ctc=Term(0.5, 0.3), seg=Term(0.1, 0.3), reg=Term(0.05, 0.3),
+            # the maps are not clipped at 0: bodies lie below it, but above the background. The thresholds are those
+            # that cut bodies best after half of the training, when the maps are good enough to learn from
+            map_merge="max", high=0.3, low=0.15, iterations=5,
+            ptc=Term(0.3, 0.5), ctc=Term(0.1, 0.5), seg=Term(0.3, 0.5), reg=Term(0.05, 0.5),
             dense=DenseOptions(weight=1e-6),
         ),
         fit=Fit(
-            epochs=24, batch_size=16, optimiser="adamw", lr=1.5e-3, weight_decay=0.05, schedule="warmup_poly",
+            epochs=20, batch_size=16, optimiser="adamw", lr=1.5e-3, weight_decay=0.05, schedule="warmup_poly",
             warmup_steps=30,
         ),
         augment=Augment(order=("long_side", "flip", "crop", "normalize"), long_side=(112, 160), crop=112),
@@ -372,7 +375,6 @@ _SAMPLE = Recipe(
             jitter=(0.2, 0.2, 0.2, 0.02),
         ),
         amp="fast",
-        # not clipped at 0: the maximum is trained on marks, bodies lie below zero but above the background
         infer=CamInference(scales=(0.5, 1.0), merge="max", normalise="span"),
     ),
     refiner="psa",
