@@ -91,6 +91,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     assert look.main(["x", "--run", str(tmp_path)]) == 1 and "no run folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_browser() is None, reason="Chromium is not installed (Debian: chromium)")
 def test_a_browser_shows_the_comparison(runs: Path, tmp_path: Path) -> None:
     assert compare.main([*(str(runs / name) for name in "abc"), "--out", str(tmp_path)]) == 0

@@ -23,6 +23,7 @@ from step.lib.report.curves import read_curves
 from voc12.catalog import open_catalog
 
 NEEDS_BROWSER = pytest.mark.skipif(find_browser() is None, reason="Chromium is not installed (Debian: chromium)")
+"""Mark of tests that need it."""
 NUMBER = re.compile(r'<span data-score="([^"]+)">([^<]+)</span>')
 
 
@@ -132,6 +133,15 @@ def test_images_are_judged_by_what_their_masks_say(finished: Path, data: Path, t
     assert images.threshold == scores["CAM"]["threshold"]
 
 
+def test_masks_that_do_not_fit_are_named(finished: Path, data: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    catalog = open_catalog("voc12", data)
+    image_id = catalog.ids("train")[0]
+    write_mask(out / "label" / f"{image_id}.png", np.zeros((3, 4), np.uint8))
+    with pytest.raises(ValueError, match=f"{image_id}: prediction has 3 x 4 pixels"):
+        judge.judge_images(judge.RunImages.of(catalog, RunFolder(out)), catalog.ids("train"), 2)
+
+
 def test_agreement_is_the_mean_over_pairs_and_ignores_what_one_leaves_out() -> None:
     a = np.array([[1, 1, 0, 0]], np.uint8)
     assert judge.agreement_of([a, a], 2) == 1 and judge.agreement_of([a], 2) is None
@@ -218,6 +228,7 @@ def test_steps_are_told_by_their_largest_loss() -> None:
 # ---------------------------------------------------------------------------------------------- in a browser
 
 
+@pytest.mark.slow
 @NEEDS_BROWSER
 def test_a_browser_shows_the_page(finished: Path) -> None:
     report = finished / "report.html"
@@ -242,6 +253,7 @@ def test_a_browser_shows_the_page(finished: Path) -> None:
         )
 
 
+@pytest.mark.slow
 @NEEDS_BROWSER
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_phone_shows_the_page_without_scrolling_sideways(finished: Path, dark: bool) -> None:
@@ -255,6 +267,7 @@ def test_a_phone_shows_the_page_without_scrolling_sideways(finished: Path, dark:
         assert (ink > paper) == dark
 
 
+@pytest.mark.slow
 @NEEDS_BROWSER
 def test_the_browser_sees_errors_and_requests(tmp_path: Path) -> None:
     """What the tests above rely on."""

@@ -41,11 +41,15 @@ def find_box_findings(job: Job) -> list[Finding]:
     for image_id, stored in found.items():
         by_class.setdefault(job.catalog.classes[int(job.catalog.tags(image_id).argmax())], []).append(stored)
     share = {name: 100 * sum(bool(f["gt_known"]) for f in of) / len(of) for name, of in by_class.items()}
-    worst = min(share, key=lambda name: (share[name], name))
+    overlap = {name: sum(float(f["iou"]) for f in of) / len(of) for name, of in by_class.items()}
+    worst = min(share, key=lambda name: (share[name], overlap[name], name))
     kinds = [str(f["error"]) for f in by_class[worst]]
     wrong = sorted({k for k in kinds if k != "right"}, key=lambda k: -kinds.count(k))
-    texts = [f"{share[worst]:.0f} % of its boxes overlap the true one by half or more, if the class is given; over all "
-             f"classes {100 * sum(bool(f['gt_known']) for f in found.values()) / len(found):.0f} %."]  # fmt: skip
+    every = 100 * sum(bool(f["gt_known"]) for f in found.values()) / len(found)
+    texts = [
+        f"{share[worst]:.1f} % of its boxes overlap the true one by half or more, if the class is given; over all "
+        f"classes {every:.1f} %. The mean overlap is {100 * overlap[worst]:.0f} %."
+    ]
     if wrong:
         told = ", ".join(f"{gallery.BOX_ERRORS[k]} in {kinds.count(k)} of {len(kinds)} images" for k in wrong[:3])
         texts.append(f"Without the class: {told}.")

@@ -61,7 +61,8 @@ def class_chart(ious: Mapping[str, Mapping[str, float | None]], unit: str = "IoU
         {"stage": stage, "class": name, "iou": values[name]}
         for stage, values in ious.items() for name in order if values.get(name) is not None
     ]  # fmt: skip
-    colours = {"domain": stages, "range": list(SERIES[: len(stages)])}
+    colours = {"domain": stages, "range": [SERIES[i % len(SERIES)] for i in range(len(stages))]}
+    legend = {"columns": 1} if max(map(len, stages)) > 15 else {}
     bar = 11 if len(order) <= 30 else 6
     return _spec(
         rows, height=round(len(order) * len(stages) * bar / 0.75),
@@ -71,7 +72,8 @@ def class_chart(ious: Mapping[str, Mapping[str, float | None]], unit: str = "IoU
                   "scale": {"paddingInner": 0.25}},
             "yOffset": {"field": "stage", "sort": stages},
             "x": {"field": "iou", "type": "quantitative", "title": unit, "scale": {"domain": [0, 100]}},
-            "color": {"field": "stage", "type": "nominal", "sort": stages, "title": None, "scale": colours},
+            "color": {"field": "stage", "type": "nominal", "sort": stages, "title": None, "scale": colours,
+                      "legend": legend},
             "tooltip": [{"field": "class"}, {"field": "stage"}, {"field": "iou", "format": ".2f", "title": unit}],
         },
     )  # fmt: skip

@@ -123,7 +123,15 @@ def agreement_of(masks: Sequence[np.ndarray], num_classes: int) -> float | None:
 
 
 def judge_image(images: RunImages, image_id: str) -> Judgement:
-    """Judge the masks that a run has made of one image."""
+    """Judge the masks that a run has made of one image. Raises ValueError, naming the image, for masks that don't fit
+    one another."""
+    try:
+        return _judge(images, image_id)
+    except ValueError as error:
+        raise ValueError(f"{image_id}: {error}") from None
+
+
+def _judge(images: RunImages, image_id: str) -> Judgement:
     tags, truth, masks = images.tags(image_id), images.truth(image_id), images.stages(image_id)
     count = images.catalog.num_classes
     values = {stage: set(np.unique(mask).tolist()) - {0, IGNORE} for stage, mask in masks.items()}
