@@ -49,7 +49,7 @@ from scripts.measured_networks import CLASSES, Task, build, loss_terms, make_bat
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 PARTS = ("agree", "sample", "torchrun", "operators", "train", "cams", "compile", "cpu")
-TINY_RUN = ("--sample.images 16 --sample.val 4 --cam.fit.steps 4 --aff.fit.steps 2 --seg.fit.steps 2 "
+FEW_UPDATES = ("--sample.images 16 --sample.val 4 --cam.fit.steps 4 --aff.fit.steps 2 --seg.fit.steps 2 "
          "--cam.fit.batch-size 4 --aff.fit.batch-size 4 --seg.fit.batch-size 4").split()  # fmt: skip
 COMPILED = ("mctformer", "irn_cam", "deeplabv2", "transcam")
 """Networks that are compiled, those that are likeliest to gain first."""
@@ -187,7 +187,8 @@ class Check:
         """A sample run from its beginning to its end."""
         command, folder = self.sample_command(device, *flags, launcher=launcher)
         with open(folder / "log.txt", "w") as log:
-            ended = subprocess.run(command, cwd=folder, stdout=log, stderr=log, timeout=max(5, self.left()))
+            longest = min(90, max(5, self.left()))  # processes that wait for each other must not cost the other parts
+            ended = subprocess.run(command, cwd=folder, stdout=log, stderr=log, timeout=longest)
         return finished_run(folder, ended.returncode)
 
     # -------------------------------------------------------------------------------------------- networks
@@ -290,7 +291,7 @@ class Check:
 
     def run(self, parts: Sequence[str]) -> None:
         """All parts in the order of their value."""
-        preset, flags = ("sample", TINY_RUN) if self.tiny else ("published", [])
+        preset, flags = ("sample", FEW_UPDATES) if self.tiny else ("published", [])
         where = torch.cuda.get_device_name() if self.gpu else "CPU"
         self.results["machine"] = {"device": where, "torch": torch.__version__, "cores": usable_cores()}
         print(json.dumps(self.results["machine"]), flush=True)
@@ -305,7 +306,7 @@ class Check:
                 self.record("agree", task.name, partial(self.agree, task))
         if "torchrun" in parts:
             launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
-            measured = partial(self.sample_run, self.device.type, *TINY_RUN, launcher=launcher)
+            measured = partial(self.sample_run, self.device.type, *FEW_UPDATES, launcher=launcher)
             self.record("torchrun", "1 process", measured)
         if self.gpu and self.device.type in beside:  # what follows is timed
             self.end(beside, self.device.type)

@@ -25,7 +25,7 @@ from step.lib.scoring import why_unscored
 from voc12.catalog import open_catalog
 
 
-def make(root: Path, run: RunFolder, images: int, classes: int = 80) -> None:
+def make_large_set(root: Path, run: RunFolder, images: int, classes: int = 80) -> None:
     """Write the set and the finished files (without fsync, as they are temporary)."""
     rng = np.random.default_rng(0)
     names = [f"class {n}" for n in range(classes)]
@@ -69,7 +69,7 @@ def main(images: int = 82783, at: Path | None = None) -> None:
     folder = Path(tempfile.mkdtemp(dir=at))
     try:
         run = RunFolder(folder / "run")
-        make(folder / "set", run, images)
+        make_large_set(folder / "set", run, images)
         print(f"{images} images; {memory():.0f} MB before")
         cfg = replace(default_config("seam", "sample"), data="coco14", root=folder / "set", run=run.root)
         jobs: list[Job] = []

@@ -180,16 +180,20 @@ class Getam(SingleStage):
         options, colours = self.options.label, truncate_values(batch["image"], self.normalisation)
         maps = self.cam(batch["image"], batch["tags"])
         labels, salient = [], []
-        for index, tags in enumerate(batch["tags"]):
-            keys = tags.nonzero()[:, 0]
-            norm = normalise_label_maps(maps[index, keys], colours[index], options)
+        present = [keys.nonzero()[:, 0].to(maps.device) for keys in batch["tags"].cpu()]  # (K,) of each image
+        norms: dict[int, Tensor] = {}
+        for number in {len(keys) for keys in present}:  # images with as many classes are refined together
+            same = [index for index, keys in enumerate(present) if len(keys) == number]
+            stacked = torch.stack([maps[index, present[index]] for index in same])  # (n, K, h, w)
+            norms |= dict(zip(same, normalise_label_maps(stacked, colours[same], options), strict=True))
+        for index, keys in enumerate(present):
             if options.saliency:
                 label, after = label_with_saliency(
-                    norm, keys, batch["saliency"][index] > options.salient_above, options
+                    norms[index], keys, batch["saliency"][index] > options.salient_above, options
                 )
                 salient.append(after)
             else:
-                label = label_without_saliency(norm, keys, options)
+                label = label_without_saliency(norms[index], keys, options)
             labels.append(label)
         made = {"label": torch.stack(labels)}
         return {**made, "salient": torch.stack(salient)} if salient else made
@@ -236,22 +240,22 @@ class Getam(SingleStage):
 
 
 def normalise_label_maps(maps: Tensor, colours: Tensor, options: GetamLabel) -> Tensor:
-    """Raw maps of one image, resized, refined and divided by their maxima.
+    """Raw maps of images, resized, refined and divided by their maxima.
 
     Args:
-        maps: (K, h, w) of the present classes.
-        colours: (3, H, W) RGB of 0 .. 255.
+        maps: (B, K, h, w) of the classes present in each image, as many in each.
+        colours: (B, 3, H, W) RGB of 0 .. 255.
         options: epsilon and iterations.
 
     Returns:
-        (K, H, W) float32, with maxima below 1; no minimum is subtracted.
+        (B, K, H, W) float32, with maxima below 1; no minimum is subtracted.
     """
-    if not len(maps):
-        return maps.new_zeros((0, *colours.shape[1:]))
-    high = F.interpolate(maps[None].float(), size=colours.shape[1:], mode="bilinear", align_corners=True)
+    if not maps.shape[1]:
+        return maps.new_zeros((len(maps), 0, *colours.shape[2:]))
+    high = F.interpolate(maps.float(), size=colours.shape[2:], mode="bilinear", align_corners=True)
     if options.iterations:
-        high = PixelAdaptive(colours[None], PAMR)(high, options.iterations)  # (1, K, H, W)
-    return high[0] / (high[0].amax((1, 2), keepdim=True) + options.epsilon)
+        high = PixelAdaptive(colours, PAMR)(high, options.iterations)  # (B, K, H, W)
+    return high / (high.amax((2, 3), keepdim=True) + options.epsilon)
 
 
 def open_mask(mask: Tensor, side: int) -> Tensor:
@@ -289,19 +293,20 @@ def label_with_saliency(
     """
     background = (1 - norm.amax(0)) ** options.power if len(norm) else torch.ones_like(salient, dtype=torch.float32)
     label = argmax_labels(norm, background, keys)
-    label[label == 0] = IGNORE
-    label[~salient] = 0
+    # nothing here asks how many pixels there are, which would make a GPU wait
+    label = label.masked_fill(label == 0, IGNORE).masked_fill(~salient, 0)
     after = salient.to(torch.uint8)
     for scores, key in zip(norm, keys, strict=True):
-        ranked = scores[scores > 0].sort().values
-        place = int(options.cut * len(ranked))
-        if place:
-            # a pixel claimed by two classes gets the first: it is no longer 0
-            completed = (scores > ranked[place]) & (label == 0)
-            label[completed] = key + 1
-            after[completed] = 255
+        ranked = scores.flatten().sort().values
+        positive = (ranked > 0).sum()
+        place = (options.cut * positive.double()).long()  # among the positive scores, which come last
+        limit = ranked.gather(0, (len(ranked) - positive + place).clamp(max=len(ranked) - 1)[None])
+        # a pixel claimed by two classes gets the first: it is no longer 0
+        completed = (scores > limit) & (label == 0) & (place > 0)
+        label = torch.where(completed, key + 1, label)
+        after = after.masked_fill(completed, 255)
     if options.opening:
-        label[~open_mask(label != 0, options.opening)] = 0
+        label = label.masked_fill(~open_mask(label != 0, options.opening), 0)
     return label, after
 
 

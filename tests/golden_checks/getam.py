@@ -134,7 +134,7 @@ def check_getam_label_pipeline(case: Any) -> None:
     options, norms, raw = GetamLabel(), [], []
     for b, row in enumerate(rows):
         raw += [maps[b, c] for c in sorted(row)]
-        norms += list(normalise_label_maps(maps[b, sorted(row)], colours[b], options))
+        norms += list(normalise_label_maps(maps[b : b + 1, sorted(row)], colours[b : b + 1], options)[0])
     close(case, "raw", 1e5 * torch.stack(raw))
     close(case, "norm_cam", torch.stack(norms))
     made = {"image": x, "tags": tags, "saliency": saliency}

@@ -207,9 +207,9 @@ def test_without_saliency_two_constant_scores_decide() -> None:
 
 def test_the_epsilon_and_no_minimum_is_in_the_normalised_maps() -> None:
     maps = torch.tensor([[[1e-5, 3e-5], [1e-5, 1e-5]]])
-    norm = normalise_label_maps(maps, torch.zeros(3, 2, 2), GetamLabel(iterations=0))
+    norm = normalise_label_maps(maps[None], torch.zeros(1, 3, 2, 2), GetamLabel(iterations=0))[0]
     torch.testing.assert_close(norm, maps / 4e-5)
-    assert normalise_label_maps(maps[:0], torch.zeros(3, 5, 6), GetamLabel()).shape == (0, 5, 6)
+    assert normalise_label_maps(maps[None, :0], torch.zeros(1, 3, 5, 6), GetamLabel()).shape == (1, 0, 5, 6)
 
 
 # ---------------------------------------------------------------------------------------------- losses
