@@ -17,6 +17,7 @@ from pathlib import Path
 
 from misc import commandline
 
+commandline.begin(__name__)
 if __name__ == "__main__" and (answered := commandline.answer_early(Path(__file__), sys.argv[1:])) is not None:
     sys.exit(answered)  # before PyTorch is imported, which takes seconds
 
@@ -33,7 +34,8 @@ from misc.files.atomic import remove_leftovers
 from misc.files.camfiles import read_cam
 from misc.files.ids import IdReader, file_of_id, read_ids
 from misc.files.images import read_mask
-from misc.files.store import write_json
+from misc.files.store import read_text, write_json
+from misc.loop.each import WorkerDied
 from misc.score.evaluate import EvaluationError, Scores, evaluate_cams, evaluate_masks
 from misc.score.metrics import Convention, Maps
 from misc.tables import ResultTable
@@ -146,7 +148,7 @@ def _names(options: Options) -> list[str]:
     """Names of all classes, background first."""
     if options.classes is None:
         return ["background", *(f"class {i}" for i in range(1, options.num_classes))]
-    names = [line.strip() for line in options.classes.read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = [line.strip() for line in read_text(options.classes, "List of classes").splitlines() if line.strip()]
     if len(names) == options.num_classes - 1:
         names.insert(0, "background")
     if len(names) != options.num_classes:
@@ -273,26 +275,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit status: 0 scored, 1 not scored (the reason is on stderr)."""
     words = commandline.as_help(sys.argv[1:] if argv is None else argv)
     options = tyro.cli(Options, args=words, description=__doc__, prog="evaluation.py")
-    try:
-        result = evaluate(options)
+
+    def work() -> None:
+        try:
+            result = evaluate(options)
+        except BrokenProcessPool:
+            raise WorkerDied(
+                "A worker process died (often: out of memory). Start again, with fewer --workers."
+            ) from None
         if options.json is not None:
             remove_leftovers([options.json])
             write_json(options.json, result)
-    except BrokenProcessPool:
-        print(
-            "evaluation.py: a worker process died (often: out of memory). Start again, with fewer --workers.",
-            file=sys.stderr,
-        )
-        return 1
-    except KeyboardInterrupt:
-        print("evaluation.py: interrupted, nothing is written.", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"evaluation.py: {error}", file=sys.stderr)
-        return 1
-    parts = [class_table(result), *([curve_text(result)] if "curve" in result else []), summary(result)]
-    print("\n\n".join(parts))
-    return 0
+        parts = [class_table(result), *([curve_text(result)] if "curve" in result else []), summary(result)]
+        print("\n\n".join(parts))
+
+    return commandline.command(work, (ValueError, OSError, WorkerDied), "nothing is written.")
 
 
 if __name__ == "__main__":

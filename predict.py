@@ -40,6 +40,7 @@ from pathlib import Path
 
 from misc import commandline
 
+commandline.begin(__name__)
 if __name__ == "__main__" and (answered := commandline.answer_early(Path(__file__), sys.argv[1:])) is not None:
     sys.exit(answered)  # before PyTorch is imported, which takes seconds
 

@@ -19,6 +19,10 @@ from __future__ import annotations
 
 import os
 
+from misc import commandline
+
+commandline.begin(__name__)
+
 # OpenMP reads this when PyTorch is loaded: waiting threads sleep. By default they spin, which makes a training many
 # times slower as soon as anything else runs on the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -28,7 +32,6 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from misc import commandline
 from step import STEPS
 from step.lib import choices
 

@@ -13,9 +13,11 @@ import functools
 import inspect
 import os
 import re
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -45,6 +47,8 @@ def command(work: Callable[[], None], problems: tuple[type[Exception], ...] = ()
     130: Ctrl-C; ``interrupted`` is printed. 141 (as in a shell): the reader of the output has gone (``| head``).
     """
     try:
+        if signal.getsignal(signal.SIGINT) is _end_interrupted:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             work()
         finally:
@@ -62,6 +66,34 @@ def command(work: Callable[[], None], problems: tuple[type[Exception], ...] = ()
         print(f"\ninterrupted: {interrupted}", file=sys.stderr)
         return 130
     return 0
+
+
+def begin(name: str) -> None:
+    """Called first by a program with its ``__name__``: Ctrl-C while it imports ends it with one line and status 130. In
+    worker processes, which import the program too, Ctrl-C is left to the main process."""
+    if name == "__main__":
+        signal.signal(signal.SIGINT, _end_interrupted)
+    elif name == "__mp_main__":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _end_interrupted(number: int, frame: object) -> None:
+    os.write(2, b"\ninterrupted: nothing was begun.\n")
+    os._exit(130)
+
+
+@contextmanager
+def starting_workers() -> Iterator[None]:
+    """While worker processes are started, forked or spawned: they inherit that Ctrl-C is not for them, from their first
+    moment on. In this process it takes effect at the end of the block."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _unread() -> bool:

@@ -271,6 +271,8 @@ class CamInference(Checked):
     def cross_check(self) -> None:
         """Raises ValueError for square sides below 8 pixels, and for ``square`` together with ``squash``."""
         check(not self.square or min(self.scales) >= 8, "scales", self.scales, "sides of 8 pixels or more for square")
+        most = 4096 if self.square else 64
+        check(max(self.scales) <= most, "scales", self.scales, f"at most {most}")
         check(not (self.squash and self.square), "squash", self.squash, "0 where square is used")
         check(not self.squash or self.resize == "linear", "resize", self.resize, "linear where squash is used")
 
@@ -334,6 +336,8 @@ class SegInference(Checked):
     def cross_check(self) -> None:
         """Raises ValueError for square sides below 8 pixels, and for ``square`` together with ``squash``."""
         check(not self.square or min(self.scales) >= 8, "scales", self.scales, "sides of 8 pixels or more for square")
+        most = 4096 if self.square else 64
+        check(max(self.scales) <= most, "scales", self.scales, f"at most {most}")
         check(not (self.squash and self.square), "squash", self.squash, "0 where square is used")
         check(not self.squash or self.resize != "bicubic", "resize", self.resize, "another than bicubic with squash")
         check(not self.long_side or not (self.squash or self.square), "long_side", self.long_side, "0 for squares")

@@ -11,8 +11,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from misc.config import flatten, restored
 from misc.files import store
+from misc.files.schema import find_fault
 from misc.image import pixels
 from net import contract, registry
 from net.contract import Network, Phase, SeedRecipe, SegmentRecipe, SegmentTest
@@ -91,7 +94,9 @@ def load_model(path: Path, part: Part) -> Model:
         ValueError: it describes no network, or one of another part, an unknown method or another version.
     """
     registry.load_methods()
-    _, description = store.read_model(path)
+    state, description = store.read_model(path)
+    if fault := find_fault(description, _DESCRIPTION):
+        raise ValueError(f"{path} describes a network that this version of the project can't build ({fault}). {_OLD}")
     own = part == "seg" and _predicts_masks(description)
     if description.get("part") != part and not own:
         kind = _NAMES.get(description.get("part"), "something else")
@@ -99,13 +104,15 @@ def load_model(path: Path, part: Part) -> Model:
     try:
         method, classes, trained_on = description["method"], tuple(description["classes"]), description["normalisation"]
         recipe = restored(_recipe("cam" if own else part, method, description["preset"]), description["recipe"])
+        _check_shapes(path, recipe, len(classes), state)
         network = _build(recipe, len(classes))
         if own:
             recipe = _as_segmenter(recipe, method, description)
+    except _OtherNetwork:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"{path} describes a {_NAMES[part]} that this version of the project can't build ({error}). Use the "
-            "version that trained it, or train it again with this one."
+            f"{path} describes a {_NAMES[part]} that this version of the project can't build ({error}). {_OLD}"
         ) from error
     load_state(network, path)
     if trained_on != (here := _normalisation(network)):
@@ -130,6 +137,32 @@ def as_segmenter(recipe: Phase, test: SegmentTest) -> SegmentRecipe:
     return SegmentRecipe(**{f.name: getattr(recipe, f.name) for f in fields(Phase)}, infer=test.infer)
 
 
+_OLD = "Use the version that trained it, or train it again with this one."
+_DESCRIPTION = {"part": str, "method": str, "preset": str, "classes": [str], "normalisation": dict, "recipe": dict,
+                "?own": dict}  # fmt: skip
+
+
+def _check_shapes(path: Path, recipe: Phase, num_classes: int, state: Mapping[str, torch.Tensor]) -> None:
+    """ValueError where the network of a description has other tensors than its file: before memory is taken for it,
+    which a wrong width could ask without end."""
+    try:
+        with torch.device("meta"):  # shapes alone
+            expected = dict(_build(recipe, num_classes).named_parameters())  # buffers may grow when they are loaded
+    except ValueError:
+        raise
+    except Exception:  # a network that looks at its numbers while it is built
+        return
+    for name, tensor in expected.items():
+        if name in state and state[name].shape != tensor.shape:
+            there, here = tuple(state[name].shape), tuple(tensor.shape)
+            raise _OtherNetwork(f"{path} belongs to another network ({name} is {there} there, {here} here): train this "
+                                "one with --redo, or use its run folder.")  # fmt: skip
+
+
+class _OtherNetwork(ValueError):
+    """The tensors of a file are not those of its description."""
+
+
 def predicts_masks(path: Path) -> bool:
     """Whether the weights file of a trained network can be loaded as part seg. Raises as ``load_model``."""
     registry.load_methods()
@@ -139,7 +172,8 @@ def predicts_masks(path: Path) -> bool:
 
 def _predicts_masks(description: Mapping[str, Any]) -> bool:
     """Whether a network is a CAM network that also predicts masks; its earlier phases belong to the same method."""
-    method = registry.SEEDS.get(description.get("method", ""))
+    name = description.get("method")
+    method = registry.SEEDS.get(name) if isinstance(name, str) else None
     return description.get("part") == "cam" and method is not None and issubclass(method, contract.SingleStage)
 
 

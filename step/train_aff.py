@@ -20,7 +20,11 @@ class _Planes:
     job: Job
 
     def __call__(self, image_id: str) -> np.ndarray:
-        return read_arrays(self.job.run.aff_planes(image_id))["planes"]
+        path = self.job.run.aff_planes(image_id)
+        planes = read_arrays(path).get("planes")
+        if planes is None or planes.ndim != 3 or planes.dtype.kind not in "fiub" or not np.isfinite(planes).all():
+            raise ValueError(f"{path} holds no affinity labels of finite numbers: delete it, make_aff_label makes it.")
+        return planes
 
 
 def run(job: Job, device: torch.device) -> None:

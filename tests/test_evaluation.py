@@ -186,7 +186,7 @@ def test_faulty_images_are_reported_together(data: Data, capsys: pytest.CaptureF
     (data.root / "png" / f"{IDS[6]}.png").write_bytes(b"no image")
     Image.new("RGB", (31, 27), (1, 2, 3)).save(data.root / "png" / f"{IDS[7]}.png")
     message = refuse(data, capsys, *data.arguments("png"))
-    lines = message.splitlines()
+    lines = message.strip().splitlines()
     assert len(lines) == 6 and "5 images" in lines[0]
     assert f"png/{IDS[1]}.png" in lines[1] and "21 x 30" in lines[1] and "21 x 31" in lines[1]
     assert f"gt/{IDS[4]}.png" in lines[2] and "[4, 5, 6, 7]" in lines[2] and "number of classes" in lines[2]

@@ -348,3 +348,13 @@ def test_a_released_file_that_does_not_fit_is_refused(
             call(out, image, *words)
         assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", '{"settings": 7, "mask values": {}}', '{"settings": {}, "mask values": [1]}', "{"]
+)
+def test_a_record_of_another_form_is_refused_by_name(text: str, seg: Path, data: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "predict.json").write_text(text)
+    image = next((data / "JPEGImages").glob("*.jpg"))
+    assert "predict.json cannot be read" in told(capsys, tmp_path / "out", image, "--weights", seg)

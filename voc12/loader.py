@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from misc.commandline import starting_workers
 from misc.config import Augment, View
 from misc.distributed import quiet_threads
 from misc.files.images import read_image
@@ -260,7 +261,9 @@ class _Loader(DataLoader[dict[str, Tensor]]):
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
         try:
-            yield from super().__iter__()
+            with starting_workers():
+                batches = super().__iter__()
+            yield from batches
         except DataError as error:  # errors from a worker contain the worker's traceback
             raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from error
         except RuntimeError as error:

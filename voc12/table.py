@@ -76,6 +76,8 @@ def read_table(path: Path, classes: Sequence[str] | None, key: Callable[[str], s
     titled = _plain(heads[0]) in FILE_HEADS and not _is_image(heads[0])
     if not titled:
         _refuse_head(path, heads, rows)
+    if titled and len(rows) == 1:
+        raise DataError(f"{path} has a header and no line for an image: write one line an image.")
     columns: tuple[str, ...] = ()
     if titled and not (len(heads) == 2 and _plain(heads[1]) in CLASSES_HEADS):
         columns = checked_classes(heads[1:], lambda n: f"{path}, column {n + 1}")

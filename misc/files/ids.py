@@ -66,6 +66,17 @@ def checked_id(image_id: str) -> str:
     return image_id
 
 
+def result_path(folder: Path, image_id: str, suffix: str) -> Path:
+    """FOLDER/ID.SUFFIX, where results of an image are written; ValueError for an id that leaves the folder, also by a
+    link in it to a folder elsewhere. The folder itself may be a link."""
+    path = folder / f"{checked_id(image_id)}{suffix}"
+    if "/" in image_id:
+        top, place = os.path.realpath(folder), os.path.realpath(path.parent)
+        if place != top and not place.startswith(f"{top.rstrip(os.sep)}{os.sep}"):
+            raise ValueError(f"Image id {image_id!r} is not allowed: {path.parent} leads to {place}. Remove that link.")
+    return path
+
+
 def walk_files(root: Path, folder: str = ".") -> Iterator[str]:
     """Paths below ``root`` (``/`` between parts) of the files in a folder of it and its sub-folders; hidden ones are
     left out, a link to a folder above it is not followed."""

@@ -25,7 +25,7 @@ except ImportError:  # Windows
 
 from misc import distributed
 from misc.files import atomic, store
-from misc.files.ids import checked_id
+from misc.files.ids import result_path
 from misc.files.schema import Each, Number
 
 _OCCUPIED: dict[Path, IO[str]] = {}
@@ -105,7 +105,7 @@ class RunFolder:
         return self.root / "report.html"
 
     def _file(self, folder: str, image_id: str, suffix: str) -> Path:
-        return self.root / folder / (checked_id(image_id) + suffix)
+        return result_path(self.root / folder, image_id, suffix)
 
     # --- run.json -------------------------------------------------------------------------------------------------
 
@@ -168,7 +168,7 @@ class RunFolder:
         if refused and not force:
             lines = "\n".join(refused)
             raise OtherConfiguration(
-                f"{self.root} holds a run of another configuration:\n{lines}\n"
+                f"{self.root} holds a run of another configuration (its run.json):\n{lines}\n"
                 "Use another --out folder, give the recorded settings, or say --force to go on in it (finished steps "
                 "are kept as they are)."
             )
@@ -342,7 +342,7 @@ def _peak() -> dict[str, float]:
     return peak
 
 
-_STEP = {"?done": bool, "?seconds": Number(0), "?peak_memory_mb": Number(0)}
+_STEP = {"?done": bool, "seconds": Number(0), "?peak_memory_mb": Number(0)}
 _RECORD = {
     "config": dict, "data": dict, "?machine": dict, "?steps": Each(_STEP), "?command": [str], "?versions": Each(str),
     "?git_commit": str, "?data_root": str,

@@ -97,7 +97,20 @@ def read_weights(path: Path) -> Any:
     """
     damaged = "give another file, or, if it is a run's own, delete it and start the run's command again"
     with reading(path, "", ": run the step that trains it first", damaged):
+        _check_parts(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _check_parts(path: Path) -> None:
+    """ValueError where a part of the archive that ``torch.save`` writes is compressed (it could unfold to gigabytes) or
+    has another checksum than its head says, which torch.load does not look at."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise ValueError("its parts are compressed, which PyTorch never does")
+        if (part := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of its part {part} is wrong")
 
 
 def write_model(path: Path, state: dict[str, Any], description: Mapping[str, Any]) -> None:
@@ -128,7 +141,8 @@ def check_finite(path: Path, state: Any) -> None:
     if not isinstance(state, dict):
         raise ValueError(f"{path} is damaged: its weights are a {type(state).__name__}. Give another file.")
     for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.is_complex():
+        plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_quantized
+        if not isinstance(name, str) or not plain or tensor.is_complex() or tensor.is_meta:
             raise ValueError(f"{path} is damaged: {name!r} is no tensor of real numbers. Give another file.")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{path} is damaged: {name} holds values that are not finite. Give another file.")

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from misc import distributed
+from misc.commandline import starting_workers
 from misc.distributed import quiet_threads
 from misc.files import atomic
 from misc.loop.progress import Progress
@@ -182,7 +183,8 @@ def _processes(
     try:
         while True:
             while len(waiting) < 4 * workers and (image_id := next(rest, None)) is not None:
-                waiting.append((image_id, pool.submit(_in_worker, image_id)))
+                with starting_workers():  # one at most for each image that is submitted
+                    waiting.append((image_id, pool.submit(_in_worker, image_id)))
             if not waiting:
                 break
             image_id, result = waiting[0]

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from misc.commandline import starting_workers
 from misc.distributed import quiet_threads
 from misc.image.labels import holds_only_ignored
 from misc.loop.progress import Progress
@@ -144,7 +145,10 @@ class _Job:
             spread: Callable[..., Iterator[Any]] = map
             if workers > 1:  # spawned, not forked: safe beside threads and accelerators
                 context = multiprocessing.get_context("spawn")
-                spread = stack.enter_context(ProcessPoolExecutor(workers, context, initializer=quiet_threads)).map
+                pool = stack.enter_context(ProcessPoolExecutor(workers, context, initializer=quiet_threads))
+                with starting_workers():  # all are started for the first task
+                    pool.submit(int)
+                spread = pool.map
             hidden = None if progress else True  # None: shown on terminals only
             bar = stack.enter_context(Progress(total=len(ids), unit="image", disable=hidden))
             for chunk, (counters, faults) in zip(chunks, spread(self.count, chunks), strict=True):

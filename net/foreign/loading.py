@@ -78,7 +78,8 @@ def load_tensors(
 
     Raises:
         FileNotFoundError, ValueError: as ``read_tensors``.
-        ValueError: two names in the file become one; more than ``allow_missing`` is missing or has another shape.
+        ValueError: two names in the file become one; more than ``allow_missing`` is missing or has another shape; a
+            tensor is not finite.
     """
     from_file = isinstance(source, str | Path)
     label = label or (str(source) if from_file else "state dict")
@@ -105,6 +106,9 @@ def load_tensors(
         wrong_shape=wrong_shape,
     )
     _refuse_gaps(report, allow_missing)
+    bad = next((n for n in report.loaded if state[n].is_floating_point() and not bool(state[n].isfinite().all())), None)
+    if bad is not None:
+        raise ValueError(f"{label}: {bad} holds values that are not finite. Download it again, or give another file.")
     module.load_state_dict({**own, **{name: state[name] for name in report.loaded}})
     return report
 

@@ -141,8 +141,10 @@ def read_tensors(path: str | Path) -> State:
     kind = _format(path)
     try:
         return _READERS[kind][1](path)
-    except (OSError, MemoryError):
+    except MemoryError:
         raise
+    except OSError as error:  # of an archive that was cut, without a file's name
+        raise ValueError(f"{path}: can't be read as {kind}: {error}. Download it again.") from error
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: holds Python objects other than tensors, which are never unpickled, or is damaged. Where its "

@@ -20,7 +20,7 @@ from scripts.hostile.material import (
     PLAIN_RUN,
     SAMPLE,
     SAMPLE_FLAGS,
-    TINY_RUN,
+    TINY_FLAGS,
     make_coco,
     make_devkit,
     make_folder,
@@ -118,7 +118,7 @@ def make_scenarios(base: Path) -> dict[str, Scenario]:
     def nothing(cwd: Path) -> None:
         pass
 
-    run = ["seam", *SAMPLE_FLAGS, *TINY_RUN, "--out", "run", "--machine.workers"]
+    run = ["seam", *SAMPLE_FLAGS, *TINY_FLAGS, "--out", "run", "--machine.workers"]
     lists = "--list d/ImageSets/Segmentation/train.txt --gt-dir d/SegmentationClass --num-classes 3 --json out/x.json"
     cpu = "--machine.workers 1 --machine.device cpu"
     tag = names_of_classes(sample)[0]

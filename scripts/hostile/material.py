@@ -13,7 +13,7 @@ import scipy.io
 from PIL import Image
 from pycocotools import mask as rle
 
-TINY_RUN = """
+TINY_FLAGS = """
 --preset sample --machine.device cpu --machine.checkpoint-every 1 --overlays
 --cam.network.backbone.width 0.0625 --cam.network.dropout 0.3 --cam.fit.steps 6 --cam.fit.batch-size 4
 --cam.augment.crop 48 --cam.infer.scales 1.0
@@ -27,7 +27,7 @@ TINY_RUN = """
 
 SAMPLE_FLAGS, SAMPLE = "--sample.images 6 --sample.val 3 --sample.classes 2".split(), "data/sample-6-3-2-seed0"
 """The generated set of that run, and the folder in which it puts it."""
-PLAIN_RUN = ["seam", *SAMPLE_FLAGS, *TINY_RUN, "--out", "run", "--machine.workers", "0"]
+PLAIN_RUN = ["seam", *SAMPLE_FLAGS, *TINY_FLAGS, "--out", "run", "--machine.workers", "0"]
 """Arguments of run_sample.py: a whole tiny run."""
 
 

@@ -109,7 +109,7 @@ def description_cases(bench: Bench) -> Iterator[HostileFile]:
         ("classes", [], "refuse"), ("classes", 7, "refuse"), ("classes", [1, 2], "any"),
         ("classes", ["a", "b", "c"], "refuse"), ("classes", ["a"] * 1_000_000, "refuse"), ("classes", "ab", "any"),
         ("classes", None, "refuse"), ("classes", ["a", "a"], "any"), ("method", "evil", "refuse"),
-        ("method", ["evil"], "refuse"), ("preset", "evil", "refuse"), ("preset", [], "refuse"),
+        ("method", ["evil"], "refuse"), ("preset", "evil", "any"), ("preset", [], "refuse"),
         ("recipe", {}, "refuse"),
         ("recipe", "x", "refuse"), ("part", "evil", "refuse"), ("part", ["seg"], "refuse"),
         ("normalisation", {"name": "x"}, "refuse"), ("normalisation", "DELETE", "refuse"),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from scripts.hostile.cases import ONE, Bench, Data, HostileFile, Must
 from scripts.hostile.formats import directory, linked, pipe
-from scripts.hostile.material import TINY_RUN
+from scripts.hostile.material import TINY_FLAGS
 
 
 def _bytes(text: str | Data) -> Data:
@@ -142,7 +142,7 @@ def xml_cases(bench: Bench) -> Iterator[HostileFile]:
     for name, text, must in rows:
         yield HostileFile("XML", name, "prepare", bench.prepare_voc, bench.in_voc(place, _bytes(text)), must, ONE)
     data = ["--data", "voc12", "--root", "voc"]
-    argv = ["seam", *data, *TINY_RUN, "--machine.workers", "0", "--steps", "1", "--out", "n"]
+    argv = ["seam", *data, *TINY_FLAGS, "--machine.workers", "0", "--steps", "1", "--out", "n"]
     build = bench.in_voc(place, laughs.encode())
     yield HostileFile("XML", "billion laughs (run)", "run_sample.py", argv, build, "refuse", ONE)
 

@@ -78,7 +78,7 @@ def pseudo_mask(scores: np.ndarray, keys: np.ndarray, ignore_below: float) -> np
 def read_full_cam(job: Job, image_id: str, size: tuple[int, int]) -> Cam:
     """The run's CAMs of an image, at image size. Raises ValueError if the file is for another size."""
     path = job.run.cam(image_id)
-    cam = read_cam(path)
+    cam = read_cam(path, job.catalog.num_classes)
     if cam.size != tuple(size):
         raise ValueError(f"{path} was made from an image of {cam.size}, the image is {tuple(size)} now. Delete it.")
     return cam.at_image_size()

@@ -21,9 +21,10 @@ from misc import distributed
 from misc.config import CamInference, Machine, SegInference, override
 from misc.files import atomic, store
 from misc.files.camfiles import read_cam, write_cam
-from misc.files.ids import checked_id
+from misc.files.ids import result_path
 from misc.files.imagefiles import safe_name
 from misc.files.images import jpeg_bytes, read_image, write_mask
+from misc.files.schema import Each
 from misc.image import draw, pixels
 from misc.image.labels import IGNORE
 from misc.image.picture import Picture
@@ -59,7 +60,7 @@ class ResultFolder:
 
     def file(self, kind: str, image_id: str, suffix: str) -> Path:
         """File KIND/ID.SUFFIX; ValueError for an id that would leave the folder."""
-        return self.out / kind / f"{checked_id(image_id)}.{suffix}"
+        return result_path(self.out / kind, image_id, f".{suffix}")
 
 
 def open_released(method: str, preset: str, released: str, classes: Path | None, part: Literal["cam", "seg"]) -> Model:
@@ -173,7 +174,7 @@ def map_images(
         write_cam(path, replace(predict_cam(network, image, present, infer, machine, device), size=size))
         stored = read_cam(path)  # in the precision of a run's files, so that a training image gets the same mask again
         for key, score in zip(stored.keys, stored.maps, strict=True):
-            name = safe_name(cam.classes[key]).replace("/", "_")
+            name = class_file(cam.classes, key)
             store.write_bytes(folder.file("maps", f"{image_id}_{name}", "jpg"), jpeg_bytes(draw.heat(image, score)))
         values = np.array([0, *(stored.keys + 1)], np.uint8)
         if not len(stored.keys):
@@ -185,6 +186,18 @@ def map_images(
     settings = {"tags": source, "fast": fast, **rule.record()}
     made = ["maps/*.npz", "maps/*.jpg"]
     _each_image(scores, images, folder, cam, settings, made, ignore_below=rule.settings.ignore_below)
+
+
+def class_file(classes: Sequence[str], key: int) -> str:
+    """A class in a file name: its name without what may not stand there, at most 60 letters; with its number from 1 on
+    where two classes would be written alike."""
+
+    def short(name: str) -> str:
+        return safe_name(name).replace("/", "_")[:60]
+
+    name = short(classes[key])
+    alike = sum(short(other).casefold() == name.casefold() for other in classes) > 1
+    return f"{name}_{key + 1}" if alike else name
 
 
 def usual_megapixels(recipe: Phase) -> float:
@@ -250,12 +263,16 @@ def _each_image(
         raise failed
 
 
+_RECORD = {"settings": dict, "mask values": Each(str)}
+"""What predict.json holds."""
+
+
 def _begin(folder: ResultFolder, classes: Sequence[str], settings: dict[str, Any]) -> None:
     """Record the model and settings of the folder's results (predict.json). Raises ValueError if they differ from the
     recorded ones."""
     path = folder.out / "predict.json"
     now = {"settings": settings, "mask values": {str(i): name for i, name in enumerate(["background", *classes])}}
-    there = store.read_json(path) if path.exists() else now
+    there = store.read_json(path, _RECORD) if path.exists() else now
     if there != now:
         was = {**there.get("settings", {}), "classes": list(there.get("mask values", {}).values())}
         new = {**settings, "classes": list(now["mask values"].values())}

@@ -47,7 +47,7 @@ def test_cam_files(change: dict[str, np.ndarray], tmp_path: Path) -> None:
         read_cam(path)
 
 
-@pytest.mark.parametrize("key", [0.5, "a", (1, 2), True, 2**70])
+@pytest.mark.parametrize("key", [0.5, "a", (1, 2), 2**70])
 def test_pickled_maps_of_classes_that_are_no_numbers(key: object, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.array({1: np.zeros((2, 2)), key: np.zeros((2, 2))}, object), allow_pickle=True)
     with pytest.raises(ValueError, match=r"a\.npy.*whole numbers"):

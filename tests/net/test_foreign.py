@@ -513,3 +513,14 @@ def test_what_is_no_checkpoint_is_named_for_what_it_is(tmp_path: Path) -> None:
     torch.save({"epoch": 3, "optimizer": {"lr": 0.1}}, path)
     with pytest.raises(ValueError, match="its entries are epoch, optimizer"):
         read_tensors(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(value: float, tmp_path: Path) -> None:
+    module = nn.BatchNorm1d(3)
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    state["running_var"][1] = value  # a buffer
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"w\.pth: running_var holds values that are not finite"):
+        load_tensors(module, tmp_path / "w.pth")
+    assert bool(module.running_var.isfinite().all())

@@ -65,6 +65,32 @@ def test_the_file_is_a_plain_checkpoint_to_others(part: str, name: str, tmp_path
     assert read_tensors(tmp_path / f"{part}.pt").keys() == state.keys()
 
 
+WRONG_DESCRIPTIONS: dict[str, Any] = {
+    "part": ["seg"], "method": ["x"], "preset": 3, "classes": [1, 2, 3], "recipe": "x", "normalisation": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", WRONG_DESCRIPTIONS)
+def test_descriptions_of_another_form(key: str, tmp_path: Path) -> None:
+    save(tmp_path, "seg", "deeplabv2", recipe("seg", "deeplabv2"))
+    path = tmp_path / "seg.pt"
+    state, description = store.read_model(path)
+    for changed in ({**description, key: WRONG_DESCRIPTIONS[key]}, {k: v for k, v in description.items() if k != key}):
+        store.write_model(path, state, changed)
+        with pytest.raises(ValueError, match=rf"seg\.pt describes .* can't build \(.*{key}"):
+            load_model(path, "seg")
+
+
+def test_a_width_without_end_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, "cam", "psa", recipe("cam", "psa"))
+    state, description = store.read_model(tmp_path / "cam.pt")
+    name = next(key for key in description["recipe"] if key.endswith("resnet38.width"))
+    description["recipe"][name] = 500.0
+    store.write_model(tmp_path / "cam.pt", state, description)
+    with pytest.raises(ValueError, match=r"cam\.pt belongs to another network"):
+        load_model(tmp_path / "cam.pt", "cam")
+
+
 SINGLE_STAGE = sorted(name for name, cls in registry.SEEDS.items() if issubclass(cls, contract.SingleStage))
 
 

@@ -354,3 +354,16 @@ def test_names_of_either_unicode_form_and_with_spaces(tmp_path: Path) -> None:
     data = open_catalog("voc12", root)
     (image_id,) = data.ids("train")
     assert data.image_path(image_id).is_file() and data.tags(image_id).tolist() == [0, 1]
+
+
+def test_images_that_share_a_name_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = voc(tmp_path, "cat", "dog")
+    Image.new("RGB", (6, 4)).save(root / "JPEGImages" / "1.png")
+    status, text = prepare(capsys, root, kind="voc12")
+    assert status == 1 and "PROBLEM: 1 images share their names" in text and "JPEGImages/1.png" in text
+    assert not (root / "labels.csv").exists()
+
+
+def test_a_table_with_a_header_alone(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"labels\.csv has a header and no line"):
+        open_catalog("folder", folder(tmp_path, "file,classes\n"))

@@ -16,6 +16,7 @@ import numpy as np
 
 from misc.files.ids import checked_id, id_of_file
 from misc.files.images import read_image
+from misc.files.store import read_text
 from voc12.catalog import Catalog, data_set
 from voc12.lists import NoSuchList
 from voc12.tags import DataError
@@ -120,7 +121,11 @@ def _rows(root: Path, name: str, width: int) -> dict[str, list[str]]:
             "image_class_labels.txt, train_test_split.txt and bounding_boxes.txt."
         )
     rows: dict[str, list[str]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    try:
+        text = read_text(path, "List")
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             key, *values = line.split(None, width)
             if len(values) != width or key in rows:
@@ -135,5 +140,5 @@ def _number(root: Path, name: str, rows: dict[str, list[str]], key: str) -> list
         raise DataError(f"{root / name} has no line for image {key} of images.txt.")
     try:
         return [int(float(value)) for value in rows[key]]
-    except ValueError:
+    except (ValueError, OverflowError):
         raise DataError(f"{root / name}: the line of image {key} holds no numbers: {' '.join(rows[key])!r}.") from None

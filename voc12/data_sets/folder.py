@@ -48,6 +48,9 @@ class FolderCatalog(Catalog):
         if not root.is_dir():
             raise DataError(f"The data folder {root} does not exist: give --root DIR, the folder with images and tags.")
         table, listed = root / "labels.csv", root / "classes.txt"
+        for path in (table, listed):
+            if os.path.lexists(path) and not path.is_file():
+                raise DataError(f"{path} is no file: put a file in its place, or remove it.")
         classes = tags_of.read_classes(listed) if listed.is_file() else None
         self.classes_are_listed = classes is not None
         self.root = root

@@ -76,6 +76,14 @@ class VocCatalog(Catalog):
         """JPEGImages in one pass; where an id has several files, the suffix that comes first in IMAGE_SUFFIXES."""
         return _index_folder(self.root, "JPEGImages", IMAGE_SUFFIXES)
 
+    def doubled_images(self) -> list[str]:
+        """Images that share their id with one of another ending, which is taken in their place."""
+        taken = set(self.images.values())
+        return [
+            path for path in walk_files(self.root, "JPEGImages")
+            if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES and path not in taken
+        ]  # fmt: skip
+
     def index_masks(self) -> dict[str, str]:
         """SegmentationClass, and SegmentationClassAug for the ids that the former lacks."""
         return {

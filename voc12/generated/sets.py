@@ -76,7 +76,7 @@ def _claim(root: Path, wanted: dict[str, object]) -> bool:
     remedy = "give another folder, or delete this one first"
     for record in (root / "sample.json", root / "sample.json.part"):
         if record.is_file():
-            found = store.read_json(record)
+            found = store.read_json(record, dict)
             if found != wanted:
                 fields = [k for k in {**found, **wanted} if found.get(k) != wanted.get(k)]
                 told = ", ".join(f"{k} is {found.get(k)}, asked for {wanted.get(k)}" for k in fields)

@@ -10,14 +10,19 @@ A second call continues where the first stopped and changes no existing file. Th
 problem.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import sys
+
+from misc import commandline
+
+commandline.begin(__name__)
+
 from collections.abc import Sequence
 
 import tyro
 
-from misc import commandline
 from misc.loop.each import WorkerDied
 from voc12.prepare.coco14 import prepare_coco14
 from voc12.prepare.folder import prepare_folder

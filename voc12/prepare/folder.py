@@ -103,7 +103,10 @@ def tell_pictures(catalog: Catalog, findings: Findings) -> None:
     sizes: dict[str, tuple[int, int]] = {}
     odd: dict[str, list[str]] = {}
     for image_id in catalog.images:
-        with suppress(Exception), open(catalog.image_path(image_id), "rb") as file, Image.open(file) as image:
+        path = catalog.image_path(image_id)
+        if not path.is_file():  # a pipe would be waited for
+            continue
+        with suppress(Exception), open(path, "rb") as file, Image.open(file) as image:
             sizes[image_id] = image.size
             file.seek(0)
             if channel_bits(image, file.read(32)) > 8:

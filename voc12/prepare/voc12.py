@@ -99,6 +99,11 @@ def prepare_voc12(
     elif catalog.classes_from != "classes.txt":
         findings.note(f"{catalog.root} has no classes.txt: the classes are those of {catalog.classes_from}.")
         findings.put(catalog.root / "classes.txt", join_lines(catalog.classes))
+    if doubled := catalog.doubled_images():
+        findings.tell(
+            f"{len(doubled)} images share their names with others of another ending ({shorten(doubled)}), and masks "
+            "and tags are found by the name: remove or rename one of each."
+        )
     _train_aug(catalog, lists, findings)
     check_lists(lists, findings)
     tagged = sorted({i for name, ids in lists.items() if name != "test" for i in ids})
