@@ -50,7 +50,7 @@ import sys
 from pathlib import Path
 from misc.files.runfolder import RunFolder
 run = RunFolder(Path(sys.argv[1]))
-run.begin({"lr": 1}, {}, {}, force=False)
+run.begin({"lr": 1}, {}, {}, force=False, shared=True)
 for i in range(8):
     with run.step(f"step {sys.argv[2]}.{i}"):
         run.add_score(f"score {sys.argv[2]}.{i}", {"miou": 50.0})
