@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from misc.precision import allow_tf32
+
 _T = TypeVar("_T")
 
 # at the end of a step processes wait for each other, possibly for hours: their images take different times
@@ -29,6 +31,7 @@ def start(device: str) -> torch.device:
     Raises ValueError if a GPU is requested and there is none, or fewer GPUs than processes.
     """
     chosen = _choose_device(device)
+    allow_tf32(False)  # misc.precision.autocast allows it where the precision is fast
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():

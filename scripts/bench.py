@@ -15,6 +15,8 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
+from json import dumps
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -355,10 +357,10 @@ def _measure(name: str, form: str, threads: int) -> tuple[float, float, np.ndarr
     return seconds, grown, np.asarray(result)
 
 
-def compare(name: str, threads: int) -> str:
-    """The lines of one case. Raises ValueError if the two forms disagree."""
+def compare(name: str, threads: int) -> tuple[str, dict[str, float]]:
+    """The lines of one case, and its figures by name. Raises ValueError if the two forms disagree."""
     case = CASES[name]
-    lines, measured = [f"{name}: {case.what}"], {}
+    lines, measured, figures = [f"{name}: {case.what}"], {}, {}
     for form in ("published", "ours"):
         if getattr(case, form) is None:
             lines.append(f"  {form:10} not run: minutes, or more memory than there may be")
@@ -366,28 +368,34 @@ def compare(name: str, threads: int) -> str:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             measured[form] = process.submit(_measure, name, form, threads).result()
         seconds, grown, _ = measured[form]
+        figures |= {f"{form} s": seconds, f"{form} MB": grown}
         lines.append(f"  {form:10} {seconds:9.3f} s {grown:9.1f} MB")
     if "published" in measured:
         (slow, _, expected), (fast, _, got) = measured["published"], measured["ours"]
-        apart = float(np.abs(got - expected).max())
+        apart = figures["apart"] = float(np.abs(got - expected).max())
         lines.append(f"  {slow / fast:.1f} times as fast, results at most {apart:.1e} apart")
         if not apart <= case.bound:
             raise ValueError(f"{name}: the forms are {apart:.1e} apart, more than {case.bound}")
-    return "\n".join(lines)
+    return "\n".join(lines), figures
 
 
-def main(cases: tyro.conf.Positional[tuple[str, ...]] = (), threads: int = 1) -> None:
+def main(cases: tyro.conf.Positional[tuple[str, ...]] = (), threads: int = 1, json: Path | None = None) -> None:
     """Compare fast and published forms.
 
     Args:
         cases: Names of the cases. Default: all.
         threads: Number of threads of every measured process.
+        json: Also write seconds, MB and differences to this file.
     """
     unknown = set(cases) - set(CASES)
     if unknown:
         raise SystemExit(f"No case {', '.join(sorted(unknown))}; the cases are {', '.join(CASES)}.")
+    results: dict[str, dict[str, float]] = {}
     for name in cases or CASES:
-        print(compare(name, threads), flush=True)
+        lines, results[name] = compare(name, threads)
+        print(lines, flush=True)
+        if json is not None:
+            json.write_text(dumps(results, indent=1))
 
 
 if __name__ == "__main__":

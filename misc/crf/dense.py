@@ -5,6 +5,7 @@ Same numbers as pydensecrf (psa.md section 3), on the lattice of misc/crf/lattic
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Annotated
@@ -18,6 +19,8 @@ from misc.crf.lattice import Lattice
 
 _LOWEST_SCORE = 1e-5
 CRF = When("iterations")
+_LARGEST_KEPT = 500_000
+"""Pixels of an image up to which the lattice of its smoothness kernel is kept: about 50 bytes each."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +68,14 @@ class DenseCRF:
         """Height and width of the image."""
         self._device = torch.device(device)
         self._iterations = s.iterations
-        y, x = np.indices(self.size, dtype=np.float32).reshape(2, -1)
-        plane = torch.from_numpy(np.stack([x, y], axis=1)).to(self._device)  # (H*W, 2)
-        colours = torch.from_numpy(image.reshape(-1, 3).astype(np.float32)).to(self._device)  # (H*W, 3)
         self._kernels: list[tuple[float, Lattice]] = []
-        if s.gauss_weight:
-            self._kernels.append((s.gauss_weight, Lattice(plane / s.gauss_sxy, normalised=True)))
+        if s.gauss_weight:  # depends on the image's size alone
+            make = _plane_lattice if image.shape[0] * image.shape[1] <= _LARGEST_KEPT else _plane_lattice.__wrapped__
+            self._kernels.append((s.gauss_weight, make(self.size, s.gauss_sxy, self._device)))
         if s.bilateral_weight:
-            appearance = torch.cat([plane / s.bilateral_sxy, colours / s.bilateral_srgb], dim=1)
+            colours = torch.from_numpy(image.reshape(-1, 3).astype(np.float32)).to(self._device)  # (H*W, 3)
+            plane = _plane(self.size, self._device) / s.bilateral_sxy
+            appearance = torch.cat([plane, colours / s.bilateral_srgb], dim=1)
             self._kernels.append((s.bilateral_weight, Lattice(appearance, normalised=True)))
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
@@ -135,6 +138,18 @@ class DenseCRF:
                 logits.add_(lattice.filter(posterior.flatten(1)).view_as(logits), alpha=weight)
             posterior = _softmax_(logits)
         return posterior.movedim(0, -1).unflatten(-1, self.size).cpu().numpy()
+
+
+def _plane(size: tuple[int, int], device: torch.device) -> Tensor:
+    """(x, y) of the pixels of an image: (H*W, 2) float32."""
+    y, x = np.indices(size, dtype=np.float32).reshape(2, -1)
+    return torch.from_numpy(np.stack([x, y], axis=1)).to(device)
+
+
+@functools.lru_cache(maxsize=4)
+def _plane_lattice(size: tuple[int, int], sxy: float, device: torch.device) -> Lattice:
+    """The lattice of the smoothness kernel, kept for the next images of the same size."""
+    return Lattice(_plane(size, device) / sxy, normalised=True)
 
 
 def _softmax_(logits: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -212,7 +213,9 @@ def _vertices(cells: Tensor, rank: Tensor, sets: int) -> tuple[Tensor, Tensor, l
     spans = (high - low + 1).flatten().tolist()
 
     keys = _pack([group, *cells, *rank], _strides([sets, *spans, *[d + 1] * d]))
-    simplices, owner = torch.unique(keys, return_inverse=True)
+    runs, run = torch.unique_consecutive(keys, return_inverse=True)  # fewer to sort
+    simplices, owner = torch.unique(runs, return_inverse=True)
+    owner = owner.index_select(0, run)
     # Any point of a simplex can represent it.
     example = torch.empty_like(simplices).scatter_(0, owner, torch.arange(n, device=rank.device))
     group, cells, rank = (table.index_select(-1, example).long() for table in (group, cells, rank))
@@ -241,11 +244,16 @@ def _by_vertex(vertices: Tensor, weights: Tensor, count: int) -> tuple[Tensor, T
         (M + 2,) int32 start of each vertex's list, an empty one for the zero row included; (N * (d+1),) int32 points;
         (N * (d+1),) weights.
     """
+    points, corners = vertices.shape
+    if vertices.device.type == "cpu":  # a counting sort, where PyTorch would compare
+        starts = np.arange(0, points * corners + 1, corners, dtype=np.int32)
+        table = csr_array((weights.flatten().numpy(), vertices.flatten().numpy(), starts), (points, count + 1)).tocsc()
+        return tuple(map(torch.from_numpy, (table.indptr, table.indices, table.data)))  # type: ignore[return-value]
     ordered, order = torch.sort(vertices.flatten(), stable=True)
     rows = torch.arange(count + 2, device=vertices.device, dtype=torch.int32)
     starts = torch.searchsorted(ordered, rows, out_int32=True)
     weights = weights.flatten().index_select(0, order)
-    return starts, torch.div(order.int(), vertices.shape[1], rounding_mode="floor"), weights
+    return starts, torch.div(order.int(), corners, rounding_mode="floor"), weights
 
 
 def _neighbours(packed: Tensor, strides: list[int]) -> list[Tensor]:

@@ -117,7 +117,10 @@ def merge_maps(
     total = None
     full = _rounded_up(size, round_up)
     for low in maps:
-        high = F.interpolate(low.float(), size=full, mode=mode, align_corners=False)  # (1 or 2, K, H, W)
+        low = low.float()
+        if rule == "sum" and len(low) == 2:  # the resize is linear and symmetric: once for both
+            low = low[:1] + low[1:].flip(-1)
+        high = F.interpolate(low, size=full, mode=mode, align_corners=False)  # (1 or 2, K, H, W)
         merged = MAP_MERGES[rule](torch.stack([high[0], high[1].flip(-1)]) if len(high) == 2 else high)
         total = merged if total is None else total.add_(merged)
     if total is None:

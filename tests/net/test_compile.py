@@ -1,0 +1,34 @@
+"""torch.compile on the networks: whole graphs, and no new one for every update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from net import registry
+from scripts.measured_networks import build, loss_terms, make_batch, tasks
+
+registry.load_methods()
+
+
+@pytest.mark.parametrize("name", ["irn_cam", "mctformer", "deeplabv2"])
+def test_progress_costs_one_graph_more(name: str) -> None:
+    """The first number is compiled as a constant, the second as a variable."""
+    task = next(task for task in tasks("sample") if task.name == name)
+    network, batch = build(task, torch.device("cpu")), make_batch(task, 2, torch.device("cpu"))
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    model = torch.compile(network.eval(), backend=count, fullgraph=True)
+    plain = loss_terms(network, network, batch, 0.9)
+    for progress in (0.1, 0.2, 0.3, 0.4, 0.9):
+        terms = loss_terms(network, model, batch, progress)
+    torch.compiler.reset()
+    assert 1 <= len(graphs) <= 2
+    torch.testing.assert_close(terms, plain)
