@@ -22,7 +22,8 @@ def curves(log: Path) -> dict[str, list[float]]:
     """Every logged curve of a training."""
     events = EventAccumulator(str(log))
     events.Reload()
-    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.endswith("/images_per_second")]
+    return {tag: [e.value for e in events.Scalars(tag)] for tag in tags}
 
 
 def close(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
