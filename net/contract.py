@@ -229,6 +229,8 @@ class Recipe:
     base: Preset = "published"
     """Recipe of the refiner and the segmenter to use if they have none of this recipe's name; if they lack this one
     too, it is their first."""
+    long_side: int = 0
+    """Longest side of the images that are worked on, in pixels; larger ones are shrunk first. 0: any."""
     data: str | None = None
     """Data set of the recipe, a name of ``--data``. None: voc12, or for the preset sample the generated sample set."""
     own: SegmentTest | None = None

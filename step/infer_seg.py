@@ -15,6 +15,7 @@ from step.lib.config import Job
 from step.lib.inference import ahead, infer_class_scores
 from step.lib.networks import load_segmentation_network
 from step.lib.scoring import precisions, score_masks, start_weights
+from step.lib.sizes import write_full_masks
 
 
 def run(job: Job, device: torch.device) -> None:
@@ -43,6 +44,7 @@ def run(job: Job, device: torch.device) -> None:
         workers=job.cfg.machine.workers, part=job.cfg.shard_part(),
     )
     overlays.draw(job, job.run.seg, job.predicted_ids())
+    write_full_masks(job, job.run.seg, job.predicted_ids())
     known = set(job.train_ids())
     if job.single_stage:
         trained_on, phase = f"{job.cfg.method} itself, trained on tags", job.cfg.cam

@@ -20,6 +20,7 @@ from net import registry, verify
 from net.contract import Phase
 from step import STEPS, Step, report, select
 from step.lib.config import Config, Job, open_job
+from step.lib.sizes import make_copies
 from voc12 import loader
 from voc12.generated import sets
 
@@ -103,6 +104,10 @@ def open_plan(cfg: Config) -> Plan:
         sets.generate(cfg.data_root(), images=s.images, val=s.val, classes=s.classes, seed=s.seed, layout=layout)
     distributed.barrier()
     job = open_job(cfg)
+    used = [i for name in _lists(job) for i in job.catalog.ids(name)]
+    if distributed.is_main():
+        make_copies(job, dict.fromkeys(used))
+    distributed.barrier()
     listed = select(cfg.steps, job.aim)
     steps = [step for step in listed if not _is_for_trained_refiners(step) or job.refine_method().is_trained]
     if not steps:
@@ -114,8 +119,7 @@ def open_plan(cfg: Config) -> Plan:
     todo = [s for s in steps if s.name not in adopted and (cfg.redo or not finished(job, s))]
     check(job, todo)
     verify_networks(job, todo)
-    names = [name for name in {job.train_list, cfg.score_list, cfg.val_list} if job.catalog.has_list(name)]
-    lists = {name: job.catalog.fingerprint(name) for name in sorted(names)}
+    lists = {name: job.catalog.fingerprint(name) for name in _lists(job)}
     if source:
         source.check_cams(cfg.recorded(), lists)
         _check_listed(job, source)
@@ -135,6 +139,12 @@ def open_plan(cfg: Config) -> Plan:
             job.run.adopt_cams(source, job.cam_networks())
         distributed.barrier()
     return Plan(job, listed if cfg.steps else list(STEPS), steps)
+
+
+def _lists(job: Job) -> list[str]:
+    """The lists that a run uses and its data set has."""
+    names = {job.train_list, job.cfg.score_list, job.cfg.val_list}
+    return sorted(name for name in names if job.catalog.has_list(name))
 
 
 _LATER = {

@@ -19,6 +19,7 @@ from step.lib.config import Job
 from step.lib.inference import pseudo_mask, read_full_cam, settle_walk, walk_cam
 from step.lib.networks import load_refiner
 from step.lib.scoring import precisions, refiner_weights, score_instances, score_masks
+from step.lib.sizes import write_full_masks
 
 
 def run(job: Job, device: torch.device) -> None:
@@ -48,6 +49,7 @@ def run(job: Job, device: torch.device) -> None:
         workers=job.cfg.machine.workers, part=job.cfg.shard_part(),
     )
     overlays.draw(job, job.run.label, job.cam_ids())
+    write_full_masks(job, job.run.label, job.cam_ids())
     precision = precisions(job, "aff", device)
     score_masks(
         job, "pseudo masks after the walk", job.cfg.score_list, job.run.label, tags="true tags",

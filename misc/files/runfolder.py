@@ -94,6 +94,11 @@ class RunFolder:
         kind, *rest = mask.relative_to(self.root).parts
         return self.root.joinpath(f"{kind}_overlay", *rest).with_name(mask.stem + ".jpg")
 
+    def full(self, mask: Path) -> Path:
+        """A mask of this folder at the size of a large image's file: the same path in label_full or seg_full."""
+        kind, *rest = mask.relative_to(self.root).parts
+        return self.root.joinpath(f"{kind}_full", *rest)
+
     @property
     def log(self) -> Path:
         """TensorBoard folder."""

@@ -464,6 +464,7 @@ _PHOTOS = Recipe(
     ),
     refiner="crf",
     segmenter="deeplabv3plus",
+    long_side=1024,
     data="folder",
 )
 

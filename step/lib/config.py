@@ -21,6 +21,7 @@ from misc.files import store
 from misc.files.runfolder import RunFolder
 from net import contract, registry
 from net.start_weights import StartWeights
+from step.lib import sizes
 from voc12.catalog import Catalog, load_data_sets, open_catalog
 from voc12.generated.sets import LAYOUTS
 from voc12.lists import pick_evenly
@@ -81,6 +82,9 @@ class Config(Checked):
     segmenter: str = "deeplabv1"
     """Segmentation network (steps 6 and 7). own: the CAM network itself, for methods that predict masks; steps 3 to 6
     are then not needed."""
+    long_side: Annotated[int, Range(least=0)] = 0
+    """Images with a longer side are worked on as smaller copies, which are made in the run folder; their masks are also
+    written at full size (label_full, seg_full). Pixels. 0: all images as they are. Preset photos: 1024."""
     cams: Path | None = None
     """Run folder whose CAM network and CAMs are used (linked into this run); it must have the same settings of the CAM
     network and the same data. Steps 1 and 2 are then skipped."""
@@ -182,7 +186,7 @@ def default_config(method: str, preset: str, refiner: str | None = None, segment
         seg = settings.override(seg, recipe.segment)
     return Config(
         method=method, preset=preset, refiner=refiner, segmenter=segmenter, cam=recipe.cam, aff=aff, seg=seg,
-        data=recipe.data or ("sample" if preset == "sample" else "voc12"),
+        long_side=recipe.long_side, data=recipe.data or ("sample" if preset == "sample" else "voc12"),
     )
 
 
@@ -210,6 +214,8 @@ class Job:
     cfg: Config
     catalog: Catalog
     run: RunFolder
+    large: Mapping[str, tuple[Path, Path | None]] = field(default_factory=dict)
+    """Images that are worked on as smaller copies (step.lib.sizes): their own files, and those of their masks."""
 
     @property
     def train_list(self) -> str:
@@ -325,4 +331,5 @@ def recorded_config(run: RunFolder, root: Path | None = None) -> Config:
 def open_job(cfg: Config) -> Job:
     """Open the data set and name the run folder (nothing is written yet)."""
     run = cfg.run or Path("runs") / f"{cfg.method}-{cfg.data}"
-    return Job(cfg, open_catalog(cfg.data, cfg.data_root()), RunFolder(run))
+    catalog, folder = open_catalog(cfg.data, cfg.data_root()), RunFolder(run)
+    return Job(cfg, catalog, folder, sizes.use_copies(catalog, folder, cfg.long_side) if cfg.long_side else {})
