@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from net import registry
@@ -56,6 +57,39 @@ def test_a_vit_of_timm_gives_timm_s_numbers(name: str, patch: int, scaled: bool,
         tokens, grid = ours.forward_features(images)
         torch.testing.assert_close(ours.norm(tokens), theirs.forward_features(images), rtol=1e-4, atol=1e-4)
     assert grid == (4, 4)
+
+
+def released(name: str) -> dict[str, torch.Tensor]:
+    """Tensors as timm's file of this model has them: of the images that it was trained on, with its classifier."""
+    torch.manual_seed(2)
+    classes = 0 if "dinov2" in name else 1000
+    state = timm.create_model(name, num_classes=classes).state_dict()
+    return {key: torch.randn_like(value) for key, value in state.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("deit_tiny_patch16_224.fb_in1k", "safetensors"), ("deit_tiny_patch16_224.fb_in1k", "authors"),
+     ("vit_small_patch14_dinov2.lvd142m", "safetensors"), ("vit_small_patch14_dinov2.lvd142m", "authors")],
+)  # fmt: skip
+def test_files_as_they_are_released_are_read(name: str, form: str, tmp_path: Path) -> None:
+    state = released(name)
+    if form == "safetensors":  # the hub's
+        save_file(state, file := tmp_path / "model.safetensors")
+    else:  # DeiT's are wrapped, DINOv2's hold the token of its own training
+        file = tmp_path / "weights.pth"
+        torch.save({"model": state} if "deit" in name else {**state, "mask_token": torch.zeros(1, 384)}, file)
+    ours = SemanticViT(ViTOptions(image_size=56, timm=name), 3)  # another grid of patches, other classes
+    told = ours.load_weights(str(file))
+    own = ours.state_dict()
+    same = [key for key in state if key in own and torch.equal(own[key], state[key])]
+    assert {key for key in state if key.startswith(("blocks.", "patch_embed."))} <= set(same), told
+    assert own["pos_embed"].shape[1] != state["pos_embed"].shape[1] and torch.isfinite(own["pos_embed"]).all()
+    del state["blocks.1.mlp.fc1.weight"]
+    torch.save(state, tmp_path / "less.pth")
+    with pytest.raises(ValueError, match="blocks.1.mlp.fc1.weight"):
+        ours.load_weights(str(tmp_path / "less.pth"))
 
 
 @pytest.mark.slow
