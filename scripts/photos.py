@@ -246,7 +246,7 @@ class PhotoStudy:
             self.rows[row.name] = found
             lines = [json.dumps(one) for one in self.rows.values()]
             (self.out / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-            (self.out / "table.md").write_text(self.table(), encoding="utf-8")
+            (self.out / "table").with_suffix(".md").write_text(self.table(), encoding="utf-8")
         shown = ", ".join(f"{k} {found[k]:.2f}" for k in ("cam", "masks", "val_tune", "val_report") if k in found)
         print(f"{found['finished_after']:5d} s  {row.name}: {shown}", flush=True)
 
