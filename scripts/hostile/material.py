@@ -15,11 +15,11 @@ from pycocotools import mask as rle
 
 TINY_FLAGS = """
 --preset sample --machine.device cpu --machine.checkpoint-every 1 --overlays
---cam.network.backbone.width 0.0625 --cam.network.dropout 0.3 --cam.fit.steps 6 --cam.fit.batch-size 4
+--cam.network.resnet38.width 0.0625 --cam.network.dropout 0.3 --cam.fit.steps 6 --cam.fit.batch-size 4
 --cam.augment.crop 48 --cam.infer.scales 1.0
 --aff.network.resnet38.width 0.0625 --aff.fit.steps 4 --aff.fit.batch-size 4 --aff.augment.crop 48 --aff.walk.logt 2
 --aff.label.crf.iterations 1
---seg.network.backbone.width 0.0625 --seg.fit.steps 4 --seg.fit.batch-size 4 --seg.augment.crop 48
+--seg.network.resnet38.width 0.0625 --seg.fit.steps 4 --seg.fit.batch-size 4 --seg.augment.crop 48
 --seg.infer.scales 1.0 --seg.infer.crf.iterations 1
 """.split()
 """Settings with which ``seam`` runs all its steps in seconds."""

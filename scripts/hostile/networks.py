@@ -104,7 +104,7 @@ def description_cases(bench: Bench) -> Iterator[HostileFile]:
     }.items():  # fmt: skip
         yield _predict(bench, f"description: {name}", described(text))
 
-    width = next((k for k in about["recipe"] if k.endswith("width") and "late" not in k), "network.backbone.width")
+    width = next((k for k in about["recipe"] if k.endswith("width") and "late" not in k), "network.resnet38.width")
     fields: list[tuple[str, Any, Must]] = [
         ("classes", [], "refuse"), ("classes", 7, "refuse"), ("classes", [1, 2], "any"),
         ("classes", ["a", "b", "c"], "refuse"), ("classes", ["a"] * 1_000_000, "refuse"), ("classes", "ab", "any"),

@@ -11,7 +11,7 @@ from step.lib.report.findings import Finding
 from voc12.lists import pick_evenly
 
 
-def find_boxes(job: Job) -> dict[str, dict[str, Any]]:
+def box_scores_of(job: Job) -> dict[str, dict[str, Any]]:
     """Id -> content of box/ID.npz, of at most ``judge.MOST_JUDGED`` images of the validation list."""
     done = [i for i in job.listed(job.cfg.val_list) if job.run.box(i).exists()]
     return {i: store.read_arrays(job.run.box(i)) for i in pick_evenly(done, judge.MOST_JUDGED)}
@@ -19,7 +19,7 @@ def find_boxes(job: Job) -> dict[str, dict[str, Any]]:
 
 def make_box_galleries(job: Job, images: judge.RunImages) -> list[tuple[str, gallery.Gallery]]:
     """The gallery, with its key on the page; none before any box is found."""
-    found = find_boxes(job)
+    found = box_scores_of(job)
     if not found:
         return []
     true = {i: job.catalog.classes[int(job.catalog.tags(i).argmax())] for i in found}
@@ -34,7 +34,7 @@ def make_box_galleries(job: Job, images: judge.RunImages) -> list[tuple[str, gal
 
 def find_box_findings(job: Job) -> list[Finding]:
     """The class with the worst boxes, and what is wrong with them."""
-    found = find_boxes(job) if job.aim == "boxes" else {}
+    found = box_scores_of(job) if job.aim == "boxes" else {}
     if not found:
         return []
     by_class: dict[str, list[dict[str, Any]]] = {}
@@ -59,7 +59,7 @@ def find_box_findings(job: Job) -> list[Finding]:
 
 def chart_box_classes(job: Job, drawn: page.Charts) -> dict[str, Any]:
     """The values of the page's part on classes: right boxes of each class."""
-    found = find_boxes(job) if job.aim == "boxes" else {}
+    found = box_scores_of(job) if job.aim == "boxes" else {}
     empty: dict[str, Any] = {"class_chart": None, "class_label": "", "confusion_charts": [], "classes": None}
     if not found:
         return empty
