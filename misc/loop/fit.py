@@ -260,7 +260,7 @@ def fit(
                 ratings = _keep_best(weights, network, score, name)
                 if writer is not None:
                     for rating, value in ratings.items():
-                        writer.add_scalar(f"{name}/{rating}", value, step)
+                        writer.add_scalar(f"{name}/rating/{rating}", value, step)
                 speed.restart()
             if (step + 1) % every == 0 and step + 1 < total:
                 _check_weights(network, step, name)

@@ -496,7 +496,7 @@ def test_speed_and_epoch_scores_are_logged(tmp_path: Path) -> None:
     values = iter((0.25, 0.75, 0.5, 0.1))
     train(tmp_path, replace(RECIPE, epochs=4), score=lambda: {"score": next(values)})
     assert len(speed := curve(tmp_path, "images_per_second")) == TOTAL and min(speed) > 0
-    events = {e.step: e.value for e in read_log(tmp_path).Scalars("toy/score")}
+    events = {e.step: e.value for e in read_log(tmp_path).Scalars("toy/rating/score")}
     assert events == pytest.approx({1: 0.25, 3: 0.75, 5: 0.5, 7: 0.1})
 
 

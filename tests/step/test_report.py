@@ -14,6 +14,7 @@ import pytest
 from browser import Browser, find_browser
 from PIL import Image
 from running import make_set, run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from misc.files.images import layer_bytes, read_mask, write_mask
 from misc.files.runfolder import RunFolder
@@ -66,7 +67,8 @@ def test_every_number_on_the_page_is_that_of_the_score_file(page: str, finished:
         assert {(name, "classes", i, "iou") for i in range(len(score["classes"]))} <= paths
     specs = json.loads(re.search(r'<script type="application/json" id=specs>(.*?)</script>', page, re.S)[1])
     bars = next(s["data"]["values"] for s in specs.values() if "yOffset" in s.get("encoding", {}))
-    stages = {"CAM": "CAM", "pseudo mask": list(scores)[1], "prediction": list(scores)[2]}
+    named = {title: next(name for name in scores if name.startswith(title)) for title in ("pseudo", "predictions")}
+    stages = {"CAM": "CAM", "pseudo mask": named["pseudo"], "prediction": named["predictions"]}
     assert {row["stage"] for row in bars} == set(stages)
     for row in bars:
         known = {c["name"]: c["iou"] for c in scores[stages[row["stage"]]]["classes"]}
@@ -87,8 +89,22 @@ def test_the_curves_are_those_of_the_log(finished: Path) -> None:
     assert curves["cam", "images_per_second"].updates == [0, 1, 2, 3] and min(
         curves["cam", "images_per_second"].values
     ) > 0
-    assert len(curves["cam", "score"].values) == 2  # epochs
+    assert len(curves["cam", "rating/train_miou"].values) == 2  # epochs
     assert len(curves["cam", "lr"].values) == 4 and curves["cam", "lr"].values[0] == pytest.approx(0.01)
+
+
+def test_tensorboard_shows_the_cams_of_the_same_images_during_the_training(finished: Path, data: Path) -> None:
+    log = EventAccumulator(str(finished / "log" / "cam"), size_guidance={"images": 0}).Reload()
+    catalog = open_catalog("voc12", data)
+    tagged = [i for i in catalog.ids("train") if catalog.tags(i).any()]
+    assert log.Tags()["images"] == [f"cam/{i}" for i in tagged[:4]]
+    for tag in log.Tags()["images"]:
+        shown = log.Images(tag)
+        assert [e.step for e in shown] == [0, 1, 2, 3]
+        count = 1 + int(catalog.tags(tag.removeprefix("cam/")).sum())  # the image and a map of each tag
+        picture = np.asarray(Image.open(io.BytesIO(shown[0].encoded_image_string)))
+        image = np.asarray(Image.open(catalog.image_path(tag.removeprefix("cam/"))))
+        assert abs(picture.shape[1] - count * (image.shape[1] + 4)) <= 4
 
 
 def test_a_layer_file_holds_the_layer() -> None:

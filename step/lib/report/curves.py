@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+RATING = "rating/"
+"""Beginning of the terms of ratings (misc.loop.fit)."""
 _POINTS = 150
 """Points of a curve on the page: longer ones are averaged over blocks of updates."""
 
@@ -19,9 +21,14 @@ class TrainingCurve:
     training: str
     """Name of the training, such as cam."""
     term: str
-    """Loss term, ``lr``, ``images_per_second`` or ``score``."""
+    """Loss term, ``lr``, ``images_per_second``, or ``RATING`` and the name of what epochs are selected by."""
     updates: list[float]
     values: list[float]
+
+    @property
+    def is_rating(self) -> bool:
+        """Whether epochs are selected by it."""
+        return self.term.startswith(RATING)
 
 
 def read_curves(log: Path) -> list[TrainingCurve]:

@@ -14,7 +14,7 @@ from misc.tables import ResultTable
 from step import STEPS, Step, select
 from step.lib.config import Job, default_config
 from step.lib.report import box_part, charts, choose, findings, gallery, judge, page, unscored_part
-from step.lib.report.curves import TrainingCurve, read_curves
+from step.lib.report.curves import RATING, TrainingCurve, read_curves
 from voc12.lists import pick_evenly
 
 
@@ -266,13 +266,13 @@ def _training_charts(job: Job, drawn: page.Charts) -> list[tuple[str, str]]:
     order = [name for name, _ in job.cfg.cam.phases()] + ["aff", "seg"]
     shown = []
     for name in sorted(trainings, key=lambda n: (order.index(n) if n in order else len(order), n)):
-        losses = [c for c in trainings[name] if c.term not in ("lr", "images_per_second", "score")]
-        scored = [c for c in trainings[name] if c.term == "score"]
+        losses = [c for c in trainings[name] if c.term not in ("lr", "images_per_second") and not c.is_rating]
         if losses:
             shown.append((drawn.add(charts.training_chart(losses, "loss")), f"Training of {name}: loss terms"))
-        if scored:
-            label = f"Training of {name}: score of each epoch, by which the weights were chosen"
-            shown.append((drawn.add(charts.training_chart(scored, "score")), label))
+        for curve in (c for c in trainings[name] if c.is_rating):
+            measure = curve.term.removeprefix(RATING)
+            label = f"Training of {name}: {measure} of each epoch, by which weights were selected"
+            shown.append((drawn.add(charts.training_chart([curve], measure)), label))
     return shown
 
 
