@@ -15,7 +15,8 @@ from misc import distributed
 from misc.config import flatten
 from misc.files.runfolder import OtherConfiguration, RunFolder
 from misc.loop.each import EachFailed, WorkerDied
-from misc.loop.fit import NonFiniteLoss, OutOfMemory, divide, resume_point
+from misc.loop.fit import NonFiniteLoss, OutOfMemory, divide
+from misc.loop.kept import resume_point
 from net import registry, verify
 from net.contract import Phase
 from step import STEPS, Step, report, select

@@ -25,6 +25,7 @@ from misc import distributed
 from misc.config import Fit, Machine
 from misc.files import store
 from misc.loop.each import WorkerDied
+from misc.loop.kept import keep, keep_best, keep_rated, remove_best, remove_points, resume_point
 from misc.loop.progress import Progress, Speed
 from misc.loop.trainable import Batch, Trainable
 from misc.precision import autocast, full_precision, place
@@ -150,16 +151,6 @@ def seed_step(seed: int, step: int) -> None:
     torch.manual_seed(mixed)
 
 
-def beside(weights: Path, kind: str) -> Path:
-    """Path of further weights of a training, beside its weights file."""
-    return weights.with_name(f"{weights.stem}.{kind}.pt")
-
-
-def resume_point(weights: Path) -> Path:
-    """Path of the resume point, beside the weights file; it exists while the training is unfinished."""
-    return beside(weights, "resume")
-
-
 def fit(
     network: Trainable,
     batches: Callable[[int], Iterable[Batch]],
@@ -217,7 +208,7 @@ def fit(
     start = _resume(resume, network, rules, scaler, identity)
     ratings: dict[str, float] = {}
     if main and not start:
-        _remove_best(weights)  # left over from a training without a resume point
+        remove_best(weights)  # left over from a training without a resume point
     model = _wrap(network, machine, device)
     distributed.say(
         f"{name}: {total} updates of {recipe.batch_size} images = {distributed.world()} process(es) x "
@@ -257,7 +248,7 @@ def fit(
                 speed.restart()
             if score is not None and _falls_due(step, total, recipe.epochs):
                 _check_weights(network, step, name)
-                ratings = _keep_best(weights, network, score, name)
+                ratings = keep_best(weights, network, score, name)
                 if writer is not None:
                     for rating, value in ratings.items():
                         writer.add_scalar(f"{name}/rating/{rating}", value, step)
@@ -269,7 +260,7 @@ def fit(
     if score is None:
         keep(network, device, machine, weights, description, finish)
     else:
-        _keep_rated(network, device, machine, weights, description, finish, ratings)
+        keep_rated(network, device, machine, weights, description, finish, ratings)
     if main:
         remove_points(weights)
     distributed.barrier()
@@ -295,34 +286,6 @@ def _add_pictures(
     for title, picture in pictures().items():
         writer.add_image(f"{name}/{title}", picture, step, dataformats="HWC")
     network.train()
-
-
-def remove_points(weights: Path) -> None:
-    """Remove what only an unfinished training of these weights needs."""
-    resume_point(weights).unlink(missing_ok=True)
-    _remove_best(weights)
-
-
-def _remove_best(weights: Path) -> None:
-    for left in weights.parent.glob(f"{weights.stem}.*.best.pt"):
-        left.unlink()
-
-
-def keep(
-    network: nn.Module, device: torch.device, machine: Machine, weights: Path, description: Mapping[str, Any],
-    finish: Callable[[], None] | None = None,
-) -> None:
-    """Write a network as it is, as the end of a training does; of a network that nothing is trained of it is the whole
-    training. To be called by all processes; arguments as for ``fit``."""
-    if distributed.is_main():
-        network.to(device)
-        if finish is not None:
-            network.eval()
-            with torch.no_grad(), autocast(machine, device):
-                finish()
-        state = {k: v.cpu().contiguous() for k, v in network.state_dict().items()}  # in no layout of this machine's
-        store.write_model(weights, state, description)
-    distributed.barrier()
 
 
 def _wrap(network: Trainable, machine: Machine, device: torch.device) -> nn.Module:
@@ -422,43 +385,6 @@ def _share_counts(network: Trainable, micro: list[Batch]) -> None:
         mean = mean / (len(micro) * distributed.world())
         for batch in micro:
             batch[f"counts/{key}"] = mean
-
-
-def _keep_best(
-    weights: Path, network: Trainable, score: Callable[[], Mapping[str, float]], name: str
-) -> dict[str, float]:
-    """Rate the network, and save its weights for each rating that is the best so far. A resumed training rates some
-    epochs again, whose weights are saved already. Returns the ratings in the main process, nothing in others."""
-    ratings: dict[str, float] = {}
-    if distributed.is_main():
-        network.eval()
-        ratings = dict(score())
-        network.train()
-        for rating, value in ratings.items():
-            path = beside(weights, f"{rating}.best")
-            better = value > (float(store.read_weights(path)["score"]) if path.exists() else -math.inf)
-            distributed.say(f"{name}: {rating} of the epoch {value:.4f}" + (", the best so far" if better else ""))
-            if better:
-                store.write_weights(path, {"network": network.state_dict(), "score": value})
-    distributed.barrier()
-    return ratings
-
-
-def _keep_rated(
-    network: Trainable, device: torch.device, machine: Machine, weights: Path, description: Mapping[str, Any],
-    finish: Callable[[], None] | None, ratings: Mapping[str, float],
-) -> None:
-    """Write the last weights and the best ones by each rating; the file of the first, which says that the training is
-    done, at the end."""
-    first, *further = distributed.joined(list(ratings))  # known in the main process
-    for rating in ("last", *further, first):
-        kept = {"last": ratings.get(first)}
-        if rating != "last" and distributed.is_main():
-            best = store.read_weights(beside(weights, f"{rating}.best"))
-            network.load_state_dict(best["network"])
-            kept = {"last": ratings[rating], "selected": float(best["score"])}
-        path = weights if rating == first else beside(weights, rating)
-        keep(network, device, machine, path, {**description, "rating": kept}, finish)
 
 
 def _save(

@@ -15,7 +15,8 @@ from misc.files.ids import checked_id
 from misc.files.images import read_image, read_mask
 from misc.files.store import write_model
 from misc.image.pixels import normalise_image, to_tensor
-from misc.loop.fit import divide, fit, keep, remove_points
+from misc.loop.fit import divide, fit
+from misc.loop.kept import keep, remove_points
 from misc.loop.trainable import Batch
 from net.contract import Network, Phase
 from net.model import Part, describe_network

@@ -24,9 +24,9 @@ from misc.loop.fit import (
     lr_factor,
     make_optimiser,
     make_rules,
-    resume_point,
     set_lr,
 )
+from misc.loop.kept import resume_point
 from misc.loop.progress import Progress
 from misc.loop.trainable import Batch, MomentumCopy
 from net.groups import Group

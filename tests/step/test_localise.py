@@ -21,7 +21,7 @@ from step.lib.config import open_job
 from voc12.generated.sets import generate
 
 TINY = """
---machine.workers 0 --machine.device cpu --cam.weights none
+--machine.workers 0 --machine.device cpu --machine.amp off --cam.weights none
 --cam.network.deit.image-size 48 --cam.network.deit.width 24 --cam.network.deit.depth 2
 --cam.fit.steps 3 --cam.fit.batch-size 4 --cam.augment.square 56 --cam.augment.crop 48
 --cam.infer.scales 48 --cam.boxes.side 64 --cam.boxes.interval 0.05

@@ -90,6 +90,7 @@ def test_scores_and_new_images_rest_on_the_released_file(data: Path, tmp_path: P
     path, _, argv = release("cam", "psa", tmp_path)
     out = tmp_path / "run"
     common = ["--data", "voc12", "--root", str(data), "--out", str(out), "--cam.infer.scales", "1.0"]
+    common += ["--machine.amp", "off"]
     assert run_sample.main([*argv, *common, "--cam.released", str(path), "--steps", "1-2"]) == 0
     score = json.loads((out / "scores.json").read_text())["CAM"]
     assert score["start_weights"] == "released checkpoint psa_released.pth, as it is"
