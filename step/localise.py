@@ -66,11 +66,11 @@ def localise(
 def run(job: Job, device: torch.device) -> None:
     """Find, score and record the boxes of the validation list. Class scores are computed without tags."""
     for kind in ("", *job.further_weights):
-        find_boxes(job, device, kind)
+        localise_list(job, device, kind)
         score_boxes(job, device, kind)
 
 
-def find_boxes(job: Job, device: torch.device, kind: str = "") -> None:
+def localise_list(job: Job, device: torch.device, kind: str = "") -> None:
     """Find the boxes by the CAM network, or by the one of ``Job.further_weights`` that is named."""
     network, catalog = load_cam_network(job, device, kind), job.catalog
     infer, values = job.cfg.cam.infer, network.normalisation

@@ -23,14 +23,14 @@ def run(job: Job, device: torch.device) -> None:
 
     An image without a tag gets a file without maps: everything is background.
     """
-    make(job, device, job.cam_ids())
+    infer_list(job, device, job.cam_ids())
     score_cams(job, device)
     for kind in job.further_weights:
-        make(job, device, job.further_cam_ids(), kind)
+        infer_list(job, device, job.further_cam_ids(), kind)
         score_cams(job, device, kind)
 
 
-def make(job: Job, device: torch.device, ids: list[str], kind: str = "") -> None:
+def infer_list(job: Job, device: torch.device, ids: list[str], kind: str = "") -> None:
     """Infer the CAMs of images by the CAM network, or by the one of ``Job.further_weights`` that is named."""
     network = load_cam_network(job, device, kind)
     infer, machine = job.cfg.cam.infer, job.machine(job.cfg.cam, device)

@@ -337,7 +337,7 @@ def test_a_released_file_that_does_not_fit_is_refused(
     out, file = tmp_path / "out", tmp_path / "other.pth"
     torch.save({"fc.weight": torch.zeros(3)}, file)
     assert "there is no such file" in told(capsys, out, image, "--released", "gone.pth", "--method", "psa")
-    assert "no method named nothing" in told(capsys, out, image, "--released", file, "--method", "nothing")
+    assert "no method 'nothing'" in told(capsys, out, image, "--released", file, "--method", "nothing")
     assert told(capsys, out, image, "--released", file, "--method", "toco", "--preset", "sample")
     whole = ("--released", file, "--method", "psa")
     for words, message in (
