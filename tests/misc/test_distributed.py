@@ -84,21 +84,24 @@ def test_a_run_of_two_processes_gives_the_losses_weights_and_files_of_one(tmp_pa
 def test_views_draws_and_momentum_copies_are_the_same_in_two_processes(
     method: str, terms: str, tmp_path: Path
 ) -> None:
-    """Every term from the start, without what each process has of its own (batch norms, drop path)."""
+    """Every term from the start, without what each process has of its own (batch norms, drop path). Losses are those of
+    the whole batch at once too; weights are compared with those of micro-batches, which are added up in the same order,
+    as AdamW makes steps of full size of gradients that are next to nothing."""
     data = make_set(tmp_path / "data")
     flags = """
     --machine.workers 0 --machine.device cpu --machine.amp off --steps train_cam --cam.fit.steps 3
     --cam.fit.batch-size 4 --cam.network.backbone.stem 0 --cam.network.backbone.drop-path 0
     """.split()
     flags += [word for term in terms.split() for word in (f"--cam.network.{term}.start", "0")]
-    for name, launcher in (("one", []), ("two", TORCHRUN)):
+    for name, launcher, micro in (("whole", [], "4"), ("one", [], "2"), ("two", TORCHRUN, "2")):
         run = ["run_sample.py", method, "--root", str(data), "--out", str(tmp_path / name), *flags]
-        ended = start([*launcher, *run])
+        ended = start([*launcher, *run, "--cam.fit.micro-batch", micro])
         assert ended.returncode == 0, ended.stderr
-    one, two = (curves(tmp_path / name / "log" / "cam") for name in ("one", "two"))
-    assert {f"cam/{term}" for term in terms.split()} < one.keys() == two.keys()
-    for term, values in one.items():
-        assert all(values) and values == pytest.approx(two[term], rel=1e-4), term
+    whole, one, two = (curves(tmp_path / name / "log" / "cam") for name in ("whole", "one", "two"))
+    assert {f"cam/{term}" for term in terms.split()} < whole.keys() == one.keys() == two.keys()
+    for term, values in two.items():
+        for other in (whole, one):
+            assert all(values) and values == pytest.approx(other[term], rel=1e-4), term
     weights = [read_model(tmp_path / name / "weights" / "cam.pt")[0] for name in ("one", "two")]
     assert close(*weights)
 
