@@ -19,24 +19,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
 
 from misc import distributed
 from misc.config import Fit, Machine
 from misc.files import store
 from misc.loop.each import WorkerDied
 from misc.loop.kept import keep, keep_best, keep_rated, remove_best, remove_points, resume_point
-from misc.loop.progress import Progress, Speed
+from misc.loop.progress import Progress
 from misc.loop.trainable import Batch, Trainable
+from misc.loop.watch import PICTURES, DrawPictures, Watch, falls_due
 from misc.precision import autocast, full_precision, place
 
 
 class OutOfMemory(RuntimeError):
     """The GPU's memory is too small for the images of a micro-batch. The last resume point is kept."""
-
-PICTURES = 10
-"""How many times a training draws pictures for TensorBoard."""
-
 
 class NonFiniteLoss(RuntimeError):
     """A loss term became NaN or infinite. Training has stopped; the last resume point is kept."""
@@ -167,7 +163,7 @@ def fit(
     description: Mapping[str, Any],
     score: Callable[[], Mapping[str, float]] | None = None,
     finish: Callable[[], None] | None = None,
-    pictures: Callable[[], Mapping[str, np.ndarray]] | None = None,
+    pictures: DrawPictures | None = None,
 ) -> None:
     """Train a network and write its state dict with its description to ``weights`` (store.write_model).
 
@@ -190,8 +186,8 @@ def fit(
             last update to ``beside(weights, "last")``. None: the last ones to ``weights``.
         finish: called by the main process after the last update, with the network in evaluation mode and without
             gradients, before the weights are written (Network.calibrate).
-        pictures: pictures (H, W, 3) uint8 by title, of the network in evaluation mode, for TensorBoard; called by the
-            main process ``PICTURES`` times, evenly over the updates. They change nothing in the training.
+        pictures: draws for TensorBoard; called by the main process ``PICTURES`` times, evenly over the updates, with
+            the network in evaluation mode. It changes nothing in the training.
 
     Raises:
         NonFiniteLoss: a loss term is NaN or infinite; the batch is saved for inspection.
@@ -216,11 +212,10 @@ def fit(
         + (f"; going on from update {start}" if start else "")
     )
     every = machine.checkpoint_every or max(1, total // 20)
-    stream, speed = iter(batches(start)), Speed()
+    stream = iter(batches(start))
     with (
         _fastest_kernels(machine),
-        # one folder per training: purge_step removes the events of an interrupted one from the whole folder
-        SummaryWriter(str(log / name), purge_step=start) if main else contextlib.nullcontext() as writer,
+        Watch(log, name, start, pictures) as watch,
         Progress(total=total, initial=start, desc=name, unit="update", disable=not main) as bar,
     ):
         for step in range(start, total):
@@ -236,23 +231,15 @@ def fit(
                 terms = _update(model, network, rules, scaler, micro, step / total, recipe, machine, device)
             if not all(math.isfinite(v) for v in terms.values()):
                 _stop(micro, terms, step, log, name)
-            if writer is not None:
-                for term, value in terms.items():
-                    writer.add_scalar(f"{name}/{term}", value, step)
-                writer.add_scalar(f"{name}/lr", rules[0][0].param_groups[0]["lr"], step)
-                writer.add_scalar(f"{name}/images_per_second", speed.count(recipe.batch_size), step)
-            bar.set_postfix(_told(terms, speed), refresh=False)
+            watch.add_update(step, terms, rules[0][0].param_groups[0]["lr"], recipe.batch_size)
+            bar.set_postfix(watch.tell(terms), refresh=False)
             bar.update()
-            if writer is not None and pictures is not None and _falls_due(step, total, PICTURES):
-                _add_pictures(writer, network, pictures, name, step)
-                speed.restart()
-            if score is not None and _falls_due(step, total, recipe.epochs):
+            if falls_due(step, total, PICTURES):
+                watch.add_pictures(step, network)
+            if score is not None and falls_due(step, total, recipe.epochs):
                 _check_weights(network, step, name)
                 ratings = keep_best(weights, network, score, name)
-                if writer is not None:
-                    for rating, value in ratings.items():
-                        writer.add_scalar(f"{name}/rating/{rating}", value, step)
-                speed.restart()
+                watch.add_ratings(step, ratings)
             if (step + 1) % every == 0 and step + 1 < total:
                 _check_weights(network, step, name)
                 _save(resume, network, rules, scaler, identity, step + 1)
@@ -264,28 +251,6 @@ def fit(
     if main:
         remove_points(weights)
     distributed.barrier()
-
-
-def _falls_due(step: int, total: int, times: int) -> bool:
-    """Whether what is done ``times`` times in a training, evenly and at its end, is done after this update."""
-    return (step + 1) * times // total > step * times // total
-
-
-def _told(terms: Mapping[str, float], speed: Speed) -> dict[str, str]:
-    """What the progress bar says besides the time: the loss, its terms if there are several, images per second."""
-    told = {"loss": f"{sum(terms.values()):.4f}"}
-    if len(terms) > 1:
-        told |= {term: f"{value:.4f}" for term, value in terms.items()}
-    return told | ({"images/s": f"{speed.mean:.3g}"} if speed.mean else {})
-
-
-def _add_pictures(
-    writer: SummaryWriter, network: Trainable, pictures: Callable[[], Mapping[str, np.ndarray]], name: str, step: int
-) -> None:
-    network.eval()
-    for title, picture in pictures().items():
-        writer.add_image(f"{name}/{title}", picture, step, dataformats="HWC")
-    network.train()
 
 
 def _wrap(network: Trainable, machine: Machine, device: torch.device) -> nn.Module:

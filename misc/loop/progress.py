@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -44,25 +43,3 @@ class Progress(tqdm):
         if self.in_log:
             self.delay = float("inf")  # tqdm writes no last state of a bar that was not shown
         super().close()
-
-
-class Speed:
-    """Images per second, as a moving average over the last updates."""
-
-    _SHARE = 0.1
-
-    def __init__(self) -> None:
-        self.mean = 0.0
-        self._since = time.perf_counter()
-
-    def count(self, images: int) -> float:
-        """Count images that were processed since the last call; returns their images per second."""
-        now = time.perf_counter()
-        speed = images / max(now - self._since, 1e-9)
-        self._since = now
-        self.mean = self.mean + self._SHARE * (speed - self.mean) if self.mean else speed
-        return speed
-
-    def restart(self) -> None:
-        """Leave out the time since the last call, which went into something else."""
-        self._since = time.perf_counter()

@@ -18,6 +18,7 @@ from misc.image.pixels import normalise_image, to_tensor
 from misc.loop.fit import divide, fit
 from misc.loop.kept import keep, remove_points
 from misc.loop.trainable import Batch
+from misc.loop.watch import DrawPictures
 from net.contract import Network, Phase
 from net.model import Part, describe_network
 from net.released import load_released
@@ -48,7 +49,7 @@ def train(
     plane_fill: float = 0.0,
     target: Callable[[np.ndarray], Any] | None = None,
     score: Callable[[], Mapping[str, float]] | None = None,
-    pictures: Callable[[], Mapping[str, np.ndarray]] | None = None,
+    pictures: DrawPictures | None = None,
 ) -> None:
     """Train a network on the images ``ids`` by the recipe of its phase and write weights/NAME.pt, unless it exists. If
     the phase names a released checkpoint, that is written instead.

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,7 +25,6 @@ from misc.loop.fit import (
     set_lr,
 )
 from misc.loop.kept import resume_point
-from misc.loop.progress import Progress
 from misc.loop.trainable import Batch, MomentumCopy
 from net.groups import Group
 
@@ -476,33 +473,3 @@ def test_the_best_weights_of_another_training_are_not_used(tmp_path: Path) -> No
     network = Counting()
     kept = train(tmp_path, recipe, network, score=rated(network, [0.1, 0.2, 0.3, 0.4], []))
     assert kept["updates"] == 8
-
-
-def test_pictures_are_drawn_ten_times_in_evaluation_mode_and_change_nothing(tmp_path: Path) -> None:
-    plain, watched, modes = train(tmp_path / "plain"), Toy(), []
-
-    def pictures() -> dict[str, np.ndarray]:
-        modes.append(watched.training or torch.rand(3) is None)  # also draws random numbers
-        return {"square": np.full((4, 6, 3), 9, np.uint8)}
-
-    same = train(tmp_path, network=watched, pictures=pictures)
-    assert same.keys() == plain.keys() and all(torch.equal(same[k], plain[k]) for k in plain)
-    assert modes == [False] * TOTAL  # fewer updates than pictures: one after each
-    shown = read_log(tmp_path).Images("toy/square")
-    assert [e.step for e in shown] == list(range(TOTAL)) and (shown[0].width, shown[0].height) == (6, 4)
-
-
-def test_speed_and_epoch_scores_are_logged(tmp_path: Path) -> None:
-    values = iter((0.25, 0.75, 0.5, 0.1))
-    train(tmp_path, replace(RECIPE, epochs=4), score=lambda: {"score": next(values)})
-    assert len(speed := curve(tmp_path, "images_per_second")) == TOTAL and min(speed) > 0
-    events = {e.step: e.value for e in read_log(tmp_path).Scalars("toy/rating/score")}
-    assert events == pytest.approx({1: 0.25, 3: 0.75, 5: 0.5, 7: 0.1})
-
-
-def test_the_bar_shows_loss_terms_and_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[dict[str, str]] = []
-    monkeypatch.setattr(Progress, "set_postfix", lambda self, told, refresh: said.append(told))
-    train(tmp_path)
-    assert list(said[0]) == ["loss", "fit", "valid", "images/s"] and float(said[-1]["images/s"]) > 0
-    assert float(said[-1]["loss"]) == pytest.approx(float(said[-1]["fit"]) + float(said[-1]["valid"]), abs=2e-4)
