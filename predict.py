@@ -100,8 +100,8 @@ class Options:
     method: str | None = None
     """With --released: METHOD of run_sample.py that the file belongs to. Without: make maps with a method that is not
     trained, without a run: clipes. Its classes are those of --tags, or of the table and the classes.txt beside it."""
-    preset: str = "published"
-    """With --method: its recipe."""
+    preset: str | None = None
+    """With --method: its recipe. Default: photos where an untrained method has one, else published."""
     texts: Path | None = None
     """With --method: CSV file of lines 'class,words', what to call a class instead of its name. Default: texts.csv
     beside the table of --tags-from, where there is one."""
@@ -112,6 +112,9 @@ class Options:
     threshold: float | None = None
     """With --refine crf or threshold: the background score in [0, 1]. Default: the best one on the run's scored list,
     else 0.3."""
+    segments: Path | None = None
+    """With a run whose refiner is sam: folder of class-agnostic segments of these images, named by their ids
+    (misc/files/segments.py)."""
     ignore_below: float | None = None
     """With tags: pixels whose largest score is below this become 255 in the mask. Default: as in the run; 0 (none) with
     --method."""
@@ -160,7 +163,7 @@ class Options:
     def segmenter(self) -> Model:
         """The network that predicts masks. Raises as ``load_model`` and ``open_released``."""
         if self.released is not None and self.method is not None:
-            return open_released(self.method, self.preset, self.released, self.classes, "seg")
+            return open_released(self.method, self.preset or "published", self.released, self.classes, "seg")
         return load_model(self.network_file(), "seg")
 
     def network_file(self) -> Path:
@@ -203,7 +206,7 @@ def predict(options: Options, device: torch.device) -> None:
     run = None if options.run is None else RunFolder(options.run)
     cam = None if run is None else load_model(run.weights("cam"), "cam")
     if options.released is not None and options.method is not None:
-        cam = open_released(options.method, options.preset, options.released, options.classes, "cam")
+        cam = open_released(options.method, options.preset or "published", options.released, options.classes, "cam")
     classes, tags, source = image_tags(options, images, cam)
     if options.released is not None and cam is not None:
         rule = constant_rule(options.refine, options.threshold)
@@ -218,7 +221,7 @@ def predict(options: Options, device: torch.device) -> None:
     if options.ignore_below is not None:
         rule = replace(rule, settings=override(rule.settings, {"ignore_below": options.ignore_below}))
     distributed.say(f"{cam.method} (CAM network); {len(images)} images on {device}")
-    map_images(cam, rule, tags, source, images, folder, device, fast=options.fast)
+    map_images(cam, rule, tags, source, images, folder, device, segments=options.segments, fast=options.fast)
     ignored = rule.settings.ignore_below
     unsure = f"; 255 where its largest score is below {ignored:g}" if ignored else ""
     distributed.say(f"masks made by {rule.told}{unsure}")

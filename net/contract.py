@@ -82,6 +82,9 @@ class Options(Checked, ABC):
         """Build the network for ``num_classes`` foreground classes. ``earlier`` holds the trained networks of earlier
         phases by name, in evaluation mode, frozen, on the device of the training."""
 
+    reads_class_texts: ClassVar[bool] = False
+    """Whether the network knows classes by words (``Network.set_class_texts``), so that other words are another run."""
+
     @property
     def keeps_start_weights(self) -> bool:
         """Whether a part of the network is never trained, so that random start weights make results without
@@ -306,6 +309,8 @@ class Refiner(ABC):
     """Whether it is a network that is trained on labels made from the CAMs (steps 3 and 4)."""
     normalisation: str = "imagenet"
     """How the values of the picture are normalised: a name of misc.image.pixels.NORMALISATIONS."""
+    wants_segments: ClassVar[bool] = False
+    """Whether the picture must come with ``segments``, which are files of the user's."""
 
     @abstractmethod
     def refine(self, picture: Picture, cam: Cam, options: Any) -> np.ndarray:

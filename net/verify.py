@@ -23,6 +23,7 @@ from misc.image.cam import Cam
 from misc.image.labels import IGNORE
 from misc.image.picture import Picture, truncate_values_to_image
 from misc.image.pixels import find_normalisation
+from misc.image.segments import Segments
 from misc.loop.trainable import Batch
 from net.contract import (
     AffinityNetwork,
@@ -83,7 +84,10 @@ def verify_refiner(cls: type[Refiner], recipe: RefineSettings, num_classes: int)
             refiner, sides = cls(), _TINY[:1]
 
         def scores(images: Tensor) -> Any:
-            picture = Picture(truncate_values_to_image(images[0], refiner.normalisation), images[0])
+            rgb = truncate_values_to_image(images[0], refiner.normalisation)
+            halves = np.arange(rgb.shape[1])[None] < rgb.shape[1] // 2
+            segments = Segments.of_masks([np.broadcast_to(halves, rgb.shape[:2])], rgb.shape[:2])
+            picture = Picture(rgb, images[0], segments if refiner.wants_segments else None)
             return refiner.refine(picture, _cam(num_classes, picture.size), recipe.walk)
 
         refined = _asked(refiner, "refine", scores, sides)

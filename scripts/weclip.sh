@@ -19,6 +19,8 @@
 #                 test   77.2 with the CRF                  published
 #   2 make_cam    train  not published
 #
+# COCO 2014 (47.1 on val with CRF): run_sample.py weclip --preset published_coco --data coco14 --root COCO.
+#
 # Steps 3 to 6 are not needed. On the sample set: python run_sample.py weclip. Its frozen part has random weights, so
 # that its masks mean nothing.
 set -euo pipefail

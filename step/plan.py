@@ -120,7 +120,9 @@ def open_plan(cfg: Config) -> Plan:
     todo = [s for s in steps if s.name not in adopted and (cfg.redo or not finished(job, s))]
     check(job, todo)
     verify_networks(job, todo)
-    lists = {name: job.catalog.fingerprint(name) for name in _lists(job)}
+    lists: dict[str, Any] = {name: job.catalog.fingerprint(name) for name in _lists(job)}
+    if cfg.cam.network.reads_class_texts and job.texts():
+        lists["texts"] = job.texts()  # a changed texts.csv is another run
     if source:
         source.check_cams(cfg.recorded(), lists)
         _check_listed(job, source)
@@ -254,6 +256,9 @@ def check(job: Job, steps: Sequence[Step]) -> None:
     scored = cfg.score_list != Config.score_list or job.catalog.has_list(cfg.score_list)
     if scored and {"make_cam", "random_walk"} & names:
         lists.setdefault(cfg.score_list, {})
+    if "random_walk" in names and job.refine_method().wants_segments:
+        for split in {job.train_list, *([cfg.score_list] if scored else [])}:
+            lists.setdefault(split, {})["segments"] = job.segments_folder()
     if "infer_seg" in names:
         lists.setdefault(cfg.val_list, {"need_tags": False})
     if "localise" in names:

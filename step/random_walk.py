@@ -5,11 +5,14 @@ Refiners that separate single objects also write instance/ID.npz, and instance/I
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from misc.config import flatten
 from misc.files.images import read_image, write_mask
+from misc.files.segments import read_segments
 from misc.image.cam import Cam
 from misc.image.picture import Picture
 from misc.loop.each import each
@@ -30,7 +33,10 @@ def run(job: Job, device: torch.device) -> None:
 
     def prepare(image_id: str) -> tuple[Picture, Cam]:
         image = read_image(job.catalog.image_path(image_id))
-        return Picture.of_rgb(image, refiner.normalisation), read_full_cam(job, image_id, image.shape[:2])
+        picture = Picture.of_rgb(image, refiner.normalisation)
+        if refiner.wants_segments:
+            picture = replace(picture, segments=read_segments(job.segments_folder(), image_id, picture.size))
+        return picture, read_full_cam(job, image_id, picture.size)
 
     def work(image_id: str, prepared: tuple[Picture, Cam]) -> None:
         picture, cam = prepared

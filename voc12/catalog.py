@@ -20,6 +20,7 @@ import numpy as np
 
 from misc.files.ids import IdReader
 from misc.files.images import read_mask
+from misc.files.segments import SUFFIXES
 from voc12 import tags as tags_of
 from voc12.lists import NoSuchList, is_list_file, pick_evenly, read_list, shorten
 from voc12.masks import compare_masks, tell_foreign_masks
@@ -231,6 +232,7 @@ class Catalog(ABC):
         need_tags: bool = True,
         need_boxes: bool = False,
         saliency: Path | None = None,
+        segments: Path | None = None,
     ) -> list[str]:
         """Check before any work starts that everything a step will read of a split exists.
 
@@ -240,6 +242,7 @@ class Catalog(ABC):
             need_tags: whether every image must have (possibly empty) tags.
             need_boxes: whether every image must have a true box.
             saliency: folder in which every image must have a saliency map ID.png; None: none is needed.
+            segments: folder in which every image must have a file of segments (misc/files/segments.py), likewise.
 
         Returns:
             Warnings, one sentence or two each.
@@ -266,6 +269,13 @@ class Catalog(ABC):
                 problems.append(
                     f"{len(unseen)} have no saliency map ID.png in {saliency} ({shorten(unseen)}). Give the folder "
                     "that holds them all: --saliency DIR."
+                )
+        if segments is not None:
+            bare = [i for i in ids if not any((segments / f"{i}{suffix}").is_file() for suffix in SUFFIXES)]
+            if bare:
+                problems.append(
+                    f"{len(bare)} have no segments in {segments} ({shorten(bare)}). Make them by python -m "
+                    f"voc12.segments --root {self.root}, or give the folder that holds them all: --segments DIR."
                 )
         if need_tags:
             failures = self._read_all_tags(ids)

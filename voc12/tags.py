@@ -15,10 +15,11 @@ from typing import TypeVar
 import numpy as np
 
 from misc.files.ids import composed
-from misc.files.store import LARGEST_TEXT, check_file, read_text
+from misc.files.store import LARGEST_TEXT, check_file
 from misc.image.labels import IGNORE
 
 _LARGEST_XML = 16 << 20
+_LARGEST_WORDS = 1 << 20
 _T = TypeVar("_T")
 
 
@@ -103,11 +104,17 @@ def read_texts(path: Path, classes: Sequence[str]) -> dict[str, str]:
     """What classes are called in words, for networks that read: lines ``class,words`` of a UTF-8 file; words may hold
     commas. Classes may be left out. DataError for a damaged file and for a name that is no class."""
     try:
-        rows = list(csv.reader(read_text(path, "List of words").splitlines()))
+        check_file(path, _LARGEST_WORDS)
+        text = path.read_text(encoding="utf-8-sig")
+        rows = list(csv.reader(text.splitlines()))
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: write lines 'class,words for it'.") from None
-    except (ValueError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} can't be read ({error.reason}): {encoding_hint(path)}.") from None
+    except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{path} can't be read ({error}): save it as UTF-8 text, a line 'class,words' each.") from None
+    if "\0" in text:
+        raise DataError(f"{path} holds a NUL character: {encoding_hint(path)}.")
     texts: dict[str, str] = {}
     known = {composed(name): name for name in classes}
     for number, row in enumerate(rows, 1):

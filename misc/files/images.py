@@ -110,6 +110,15 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
     return (values >> (depth - 8)).astype(np.uint8)
 
 
+def read_indices(path: Path) -> np.ndarray:
+    """(H, W) int32 indices of a palette or grey picture of 8 or 16 bits. Raises as ``read_mask``."""
+    with reading(path, "Picture", "", "replace it"), _opened(path, LARGEST_MEGAPIXELS) as (image, _):
+        mode, index = image.mode, np.array(image)
+        if mode not in ("P", "L", "1", "I") and not mode.startswith("I;16"):
+            raise ValueError(f"it is a {mode} image, not one of indices in one channel (palette or grey)")
+    return index.astype(np.int32)
+
+
 def read_mask(path: Path) -> np.ndarray:
     """(H, W) uint8 indices of a mask: palette or grey, or in colours of which nothing is lost.
 

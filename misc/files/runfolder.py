@@ -128,7 +128,8 @@ class RunFolder:
         Args:
             config: flat resolved configuration, of the settings that have an effect; it must equal the recorded one.
             machine: flat settings that may differ between calls.
-            data: what the lists hold: name of list -> fingerprint and count; must equal the recorded one too.
+            data: what the lists hold: name of list -> fingerprint; under 'texts' the words for classes, if any are
+                read. Must equal the recorded one too.
             force: record the present configuration over a differing one.
             data_root: folder of the data set, recorded for scripts that look at the run later.
             free: beginnings of names of settings that may differ, because nothing was made with them yet.
@@ -227,7 +228,7 @@ class RunFolder:
             raise FileNotFoundError(f"--cams {self.root}: no run with finished steps train_cam and make_cam is there.")
         record, wanted = self.record(), json.loads(json.dumps(config))
         there = {**record["config"], **{f"data.{k}": v for k, v in record["data"].items()}}
-        wanted |= {f"data.{k}": v for k, v in data.items() if k in record["data"]}
+        wanted |= {f"data.{k}": data.get(k) for k in {*record["data"], "texts"} & {*data, "texts"}}
         decisive = [k for k in wanted if k in ("method", "seed") or k.startswith(("cam.", "data."))]
         differing = [k for k in decisive if there.get(k) != wanted[k]]
         if differing:

@@ -17,14 +17,17 @@ import torch
 from torch import Tensor
 
 from misc.image.pixels import find_normalisation, normalise_image, to_tensor
+from misc.image.segments import Segments
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One image: rgb (H, W, 3) uint8, values (3, H, W) float32, the same image normalised for the network."""
+    """One image: rgb (H, W, 3) uint8, values (3, H, W) float32, the same image normalised for the network; its
+    class-agnostic segments for refiners that want them (``Refiner.wants_segments``), else None."""
 
     rgb: np.ndarray
     values: Tensor
+    segments: Segments | None = None
 
     @classmethod
     def of_rgb(cls, rgb: np.ndarray, normalisation: str) -> Picture:

@@ -77,8 +77,8 @@ class Config(Checked):
     val_list: str = "val"
     """List on which the segmentation network is tested."""
     refiner: str = "psa"
-    """Refiner, which makes pseudo masks of the CAMs (steps 3 to 5): an affinity network, or none, crf, par, which are
-    not trained and need no steps 3 and 4."""
+    """Refiner, which makes pseudo masks of the CAMs (steps 3 to 5): an affinity network, or none, crf, par, sam, which
+    are not trained and need no steps 3 and 4. sam takes the borders of given --segments."""
     segmenter: str = "deeplabv1"
     """Segmentation network (steps 6 and 7). own: the CAM network itself, for methods that predict masks; steps 3 to 6
     are then not needed."""
@@ -91,6 +91,9 @@ class Config(Checked):
     saliency: Path | None = None
     """Folder of saliency maps ID.png (one 8-bit channel, sizes of the images), for methods that use them in training.
     Default: the folder Saliency of the data set."""
+    segments: Path | None = None
+    """Folder of class-agnostic segments of the images, for the refiner sam: ID.json, npy, npz or png
+    (misc/files/segments.py). python -m voc12.segments makes them. Default: the folder Segments of the data set."""
     texts: Path | None = None
     """CSV file of lines 'class,words', for methods that know classes by words: what to call a class instead of its
     name, synonyms by commas. Default: texts.csv of the data set, where there is one."""
@@ -141,7 +144,8 @@ class Config(Checked):
         flat = settings.flatten(dataclasses.replace(self, machine=None))
         effective = {path for path, *_ in commandline.leaves(dataclasses.replace(self, machine=None), effective=True)}
         flat = {name: value for name, value in flat.items() if name in effective}
-        for name in ("run", "root", "steps", "shard", "overlays", "redo", "force", "machine", "cams", "saliency"):
+        free = ("run", "root", "steps", "shard", "overlays", "redo", "force", "machine", "cams", "saliency", "segments")
+        for name in free:
             flat.pop(name)
         if self.root is not None or self.data not in LAYOUTS:
             flat = {k: v for k, v in flat.items() if not k.startswith("sample.")}
@@ -291,6 +295,10 @@ class Job:
     def saliency_folder(self) -> Path:
         """Folder of the saliency maps, if the method is trained with any."""
         return self.cfg.saliency or self.catalog.root / "Saliency"
+
+    def segments_folder(self) -> Path:
+        """Folder of class-agnostic segments, if the refiner wants any."""
+        return self.cfg.segments or self.catalog.root / "Segments"
 
     def texts(self) -> dict[str, str]:
         """Words for classes by their names, of those that have some of their own; DataError for a damaged file."""

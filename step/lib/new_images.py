@@ -25,6 +25,7 @@ from misc.files.ids import result_path
 from misc.files.imagefiles import safe_name
 from misc.files.images import jpeg_bytes, read_image, write_mask
 from misc.files.schema import Each
+from misc.files.segments import read_segments
 from misc.image import draw, pixels
 from misc.image.labels import IGNORE
 from misc.image.picture import Picture
@@ -134,7 +135,7 @@ def segment_images(
 
 def map_images(
     cam: Model, rule: MaskRule, tags: Mapping[str, Sequence[str]], source: Any, images: Mapping[str, Path],
-    folder: ResultFolder, device: torch.device, *, fast: bool = False,
+    folder: ResultFolder, device: torch.device, *, segments: Path | None = None, fast: bool = False,
 ) -> None:
     """Maps and refined masks of images with known tags, from a CAM network.
 
@@ -146,6 +147,7 @@ def map_images(
         tags: {id: names of the classes in the image}.
         source: what says which tags these are, as JSON has it: recorded with the results.
         images, folder, device: as for ``segment_images``.
+        segments: folder of the images' segments, for a refiner that wants them.
         fast: one scale, no mirror image.
 
     Raises:
@@ -158,6 +160,11 @@ def map_images(
     if rule.classes not in (None, cam.classes):
         raise ValueError("--refine walk: the run has no trained refiner for these classes. Run train_aff, or leave it.")
     network, refiner = cam.network, rule.refiner
+    if refiner.wants_segments and segments is None:
+        raise ValueError(
+            "The run's refiner chooses among segments of these images: give --segments DIR, or --refine crf to do "
+            "without."
+        )
     assert isinstance(network, SeedNetwork)
     machine = folder.machine.with_recipe(cam.recipe.amp, device)
     refining = folder.machine.with_recipe(rule.precision, device)
@@ -181,6 +188,8 @@ def map_images(
             return np.ones((1, *image.shape[:2]), np.float32), values
         seen = replace(stored, size=image.shape[:2])  # the refiner works at the size of the network's input
         picture = Picture.of_rgb(image, refiner.normalisation)
+        if refiner.wants_segments and segments is not None:
+            picture = replace(picture, segments=read_segments(segments, image_id, picture.size))
         return walk_cam(refiner, picture, seen, rule.settings.walk, refining, device)[0], values
 
     settings = {"tags": source, "fast": fast, **rule.record()}

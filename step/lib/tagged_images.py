@@ -124,13 +124,14 @@ def read_image_tags(
 
 
 def untrained_model(
-    method: str, preset: str, weights: str | None, classes: Sequence[str], texts: Path | None
+    method: str, preset: str | None, weights: str | None, classes: Sequence[str], texts: Path | None
 ) -> tuple[Model, MaskRule]:
     """A CAM network that nothing trains, such as CLIP-ES', and the rule of its recipe for masks; every pixel gets a
     class.
 
     Args:
-        method: its name. preset: of the recipe.
+        method: its name.
+        preset: of the recipe; None: photos where there is one, else published.
         weights: as ``--cam.weights``; None: those of the recipe.
         classes: names of the foreground classes.
         texts: file of words for classes (``--texts``).
@@ -138,10 +139,14 @@ def untrained_model(
     Raises:
         ValueError: the method is trained, or there is no such method, preset or weights; as ``Network.load_weights``.
     """
+    registry.load_methods()
+    if preset is None:
+        known = registry.find_method(registry.SEEDS, method, "method").recipes
+        preset = "photos" if "photos" in known else "published"
     cfg = default_config(method, preset)
     recipe = cfg.cam
     if recipe.fit.steps != 0 or len(recipe.phases()) > 1:
-        free = [name for name, cls in registry.SEEDS.items() if cls.recipes["published"].cam.fit.steps == 0]
+        free = [n for n, cls in registry.SEEDS.items() if any(r.cam.fit.steps == 0 for r in cls.recipes.values())]
         raise ValueError(
             f"--method {method}: its network is trained first: make a run (python run_sample.py {method} ...) and give "
             f"--run RUNFOLDER. Without training: {', '.join(sorted(free))}."

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from running import make_set
 
+import predict
 import run_sample
-from misc.files.images import read_mask
+from misc.files.camfiles import read_cam
+from misc.files.images import read_image, read_mask
 from step import select
 
 
@@ -45,3 +48,66 @@ def test_pseudo_masks_without_an_affinity_network(tmp_path: Path, capsys: pytest
     for path in (tmp_path / "all" / "label").glob("*.png"):
         whole, cut = read_mask(path), read_mask(out / "label" / path.name)
         assert not (whole == 255).any() and np.array_equal(np.where(cut == 255, whole, cut), whole)
+
+
+def test_segments_choose_their_classes_in_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, out = make_set(tmp_path / "data"), tmp_path / "run"
+    flags = ("--refiner", "sam", "--aff.walk.threshold", "0.4", "--steps", "1-5")
+    assert run(data, out, *flags) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert "8 have no segments in" in told and f"python -m voc12.segments --root {data}" in told
+    assert not (out / "cam").exists()
+    (tmp_path / "segments").mkdir()
+    for path in (data / "JPEGImages").glob("*.jpg"):
+        halves = np.zeros(read_image(path).shape[:2], np.uint8)
+        halves[: len(halves) // 2], halves[len(halves) // 2 :] = 1, 2
+        Image.fromarray(halves).save(tmp_path / "segments" / f"{path.stem}.png")
+    given = ("--segments", str(tmp_path / "segments"))
+    assert run(data, out, *flags, *given) == 0
+    changed = 0
+    for path in (out / "label").glob("*.png"):
+        mask, cam = read_mask(path), read_cam(out / "cam" / f"{path.stem}.npz")
+        halves = read_mask(tmp_path / "segments" / path.name)
+        first = np.concatenate([np.full((1, *mask.shape), 0.4), cam.maps]).argmax(0)
+        first = np.array([0, *(cam.keys + 1)])[first]
+        for half in (1, 2):
+            inside = halves == half
+            if len(set(mask[inside].tolist())) > 1:
+                assert np.array_equal(mask[inside], first[inside])
+            else:
+                changed += len(set(first[inside].tolist())) > 1
+    assert changed > 0
+    score = json.loads((out / "scores.json").read_text())["pseudo masks after the walk"]
+    assert score["refiner"] == "sam"
+    # new images: the run's refiner needs their segments
+    image, tag = str(data / "JPEGImages" / f"{path.stem}.jpg"), (data / "classes.txt").read_text().split()
+    words = [image, "--run", str(out), "--tags", ",".join(tag[key] for key in cam.keys), "--out", str(tmp_path / "new"),
+             "--machine.device", "cpu"]  # fmt: skip
+    assert predict.main(words) == 1 and "give --segments DIR" in capsys.readouterr().err
+    assert predict.main([*words, *given]) == 0
+    assert np.array_equal(read_mask(tmp_path / "new" / "masks" / path.name), mask)
+
+
+def test_other_words_for_classes_or_other_classes_are_another_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = make_set(tmp_path / "data"), tmp_path / "run"
+    first, second = (data / "classes.txt").read_text().split()
+    (data / "texts.csv").write_text(f"{first},round thing\n", encoding="utf-8")
+    assert run(data, out, "--steps", "1") == 0
+    assert json.loads((out / "run.json").read_text())["data"]["texts"] == {first: "round thing"}
+    assert run(data, out, "--steps", "2") == 0
+    for words in (f"{first},another thing\n", f"{first},round thing\n{second},x\n", ""):
+        (data / "texts.csv").write_text(words, encoding="utf-8")
+        capsys.readouterr()
+        assert run(data, out, "--steps", "5") == 1
+        told = capsys.readouterr().err
+        assert f"data.texts: {{'{first}': 'round thing'}} there" in told and "Use another --out folder" in told
+        assert run(data, tmp_path / "other", "--cams", str(out), "--steps", "5") == 1
+        assert "its CAMs have other settings or data" in capsys.readouterr().err
+    assert not (out / "label").exists()
+    (data / "texts.csv").write_text(f"{first},round thing\n", encoding="utf-8")
+    (data / "classes.txt").write_text(f"{second}\n{first}\n", encoding="utf-8")
+    assert run(data, out, "--steps", "5") == 1 and "data.train" in capsys.readouterr().err
+    # step 1 again
+    assert run(data, tmp_path / "new", "--steps", "1") == 0

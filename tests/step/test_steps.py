@@ -21,6 +21,7 @@ from misc.files.camfiles import write_cam
 from misc.files.runfolder import RunFolder
 from misc.image.cam import Cam, otsu_threshold
 from misc.image.picture import Picture
+from misc.image.segments import Segments
 from net import contract, registry
 from net.contract import Batch, Network, Phase
 from step import STEPS, select
@@ -310,6 +311,8 @@ def test_plain_refiners_refine(name: str) -> None:
             image = np.full((*shape, 3), 10, np.uint8)
             image[:, : shape[1] // 3] = 200
             picture = Picture.of_rgb(image, method.normalisation)
+            if method.wants_segments:
+                picture = dataclasses.replace(picture, segments=Segments.of_masks([image[..., 0] == 200], shape))
             cam = soft_cam(keys, *shape)
             with torch.inference_mode():
                 scores = method().refine(picture, cam, recipe.walk)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from pycocotools import mask as rle
 
+from misc.files.runlengths import read_run_lengths, region_of_runs
 from misc.files.schema import Number, find_fault
 from misc.files.store import check_file
 from misc.image.labels import IGNORE
@@ -84,40 +85,14 @@ def _region(thing: dict[str, Any], height: int, width: int) -> np.ndarray:
             raise DataError(f"{where}: {fault} (the image is {height} x {width}).")
         coded = rle.merge(rle.frPyObjects(shape, height, width))
         return rle.decode(coded).astype(bool)
-    counts = shape.get("counts")
-    if isinstance(counts, str):
-        counts = _run_lengths(counts, height * width, where)
-    if find_fault(counts, [Number(0, whole=True)]) or sum(counts) != height * width:
-        raise DataError(f"{where}: its counts are no run lengths that add up to {height} x {width} pixels.")
-    values = np.arange(len(counts)) % 2 == 1
-    return np.repeat(values, counts).reshape(width, height).T
+    try:
+        return region_of_runs(read_run_lengths(shape.get("counts"), height, width), height, width)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 _FAR = 10
 """Sides of the image that a polygon may reach beyond it."""
-
-
-def _run_lengths(text: str, pixels: int, where: str) -> list[int]:
-    """Run lengths of COCO's compressed form: six bits a character, differences to the last but one from the "
-    "third on."""
-    counts: list[int] = []
-    value, shift = 0, 0
-    for letter in text.encode(errors="replace"):
-        bits = letter - 48
-        if not 0 <= bits < 64 or shift > 60:
-            raise DataError(f"{where}: its counts are no compressed run lengths.")
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            if bits & 16:
-                value -= 1 << shift
-            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-            value, shift = 0, 0
-            if counts[-1] > pixels:
-                raise DataError(f"{where}: its run lengths are more than the image has pixels.")
-    if shift:
-        raise DataError(f"{where}: its counts end too early.")
-    return counts
 
 
 def read_coco_annotations(path: Path) -> CocoAnnotations:
