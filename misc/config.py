@@ -358,6 +358,9 @@ class Machine(Checked):
     digit."""
     workers: Annotated[int, Range(least=0)] = dataclasses.field(default_factory=lambda: min(8, usable_cores()))
     """Worker processes for reading training images and for per-image work on the CPU. 0: none."""
+    images: Annotated[int, Range(least=1)] = 1
+    """Images of equal size whose class maps are computed at once (make_cam): better use of a GPU, more of its memory.
+    The maps are the same to rounding."""
     compile: bool = False
     """Compile networks with torch.compile for training. Dropout then draws other random numbers, so that a training
     gives other weights than without; mixing both in one training is harmless."""

@@ -11,9 +11,9 @@ from torch import Tensor
 from misc.files.camfiles import write_cam
 from misc.files.images import read_image
 from misc.infer.cams import scaled_inputs
-from misc.loop.each import Rest, each
+from misc.loop.each import Rest, Together, each
 from step.lib.config import Job
-from step.lib.inference import ahead, predict_cam
+from step.lib.inference import ahead, predict_cam, predict_cams
 from step.lib.networks import load_cam_network
 from step.lib.scoring import score_cams
 
@@ -45,7 +45,16 @@ def infer_list(job: Job, device: torch.device, ids: list[str], kind: str = "") -
         cam = predict_cam(network, image, tags, infer, machine, device, inputs)
         return partial(write_cam, job.run.cam(image_id, kind), cam)
 
+    def size(prepared: tuple[np.ndarray, np.ndarray, list[Tensor]]) -> tuple[int, ...] | None:
+        return prepared[0].shape if prepared[2] else None  # an image without a tag has no inputs
+
+    def work_together(image_ids: list[str], prepared: list[tuple[np.ndarray, np.ndarray, list[Tensor]]]) -> list[Rest]:
+        images, tags, inputs = (list(part) for part in zip(*prepared, strict=True))
+        found = predict_cams(network, images, tags, infer, machine, device, inputs)
+        return [partial(write_cam, job.run.cam(i, kind), cam) for i, cam in zip(image_ids, found, strict=True)]
+
     each(
         f"make_cam {kind}".strip(), ids, work, prepare=prepare, done=lambda i: job.run.cam(i, kind).exists(),
         workers=job.cfg.machine.workers, part=job.cfg.shard_part(),
+        together=Together(machine.images, size, work_together),
     )

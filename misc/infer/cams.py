@@ -6,7 +6,7 @@ sizes; the rules that turn a sum of maps into scores are in ``MAP_SCALINGS``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -270,3 +270,34 @@ def infer_cam(
     coarse = merge_maps(passes, grid, rule=infer.merge)
     full, coarse = normalise_maps(full, infer.normalise), normalise_maps(coarse, infer.normalise)
     return Cam(keys, full.cpu().numpy(), size, coarse.cpu().numpy())
+
+
+def infer_cams(
+    cam: Callable[[Tensor, Tensor], Tensor],
+    images: Sequence[np.ndarray],
+    tags: Sequence[np.ndarray],
+    infer: CamInference,
+    normalisation: str,
+    device: torch.device | str,
+    inputs: Sequence[Sequence[Tensor]],
+) -> list[Cam]:
+    """``infer_cam`` of several images of one size, each with a tag, which go through the network as one batch a scale.
+
+    Args:
+        cam, infer, normalisation, device: as for ``infer_cam``; ``cam`` treats the images of a batch apart.
+        images: (H, W, 3) uint8 RGB each.
+        tags: (C,) in {0, 1} each.
+        inputs: what ``scaled_inputs`` gives for each image.
+    """
+    rows = torch.tensor(np.stack(tags), dtype=torch.float32, device=device)  # (B, C)
+    passes: list[tuple[Tensor, ...]] = []
+    for parts in zip(*inputs, strict=True):  # of one scale: (1 or 2, 3, h, w) for each image
+        batch = torch.cat([part.to(device, non_blocking=True) for part in parts])
+        maps = cam(batch, rows.repeat_interleave(len(parts[0]), 0)).detach()
+        passes.append(maps.split(len(parts[0])))
+    found = []
+    for number, (image, present) in enumerate(zip(images, tags, strict=True)):
+        ready = iter([maps[number] for maps in passes])
+        one = infer_cam(lambda *_, r=ready: next(r), image, present, infer, normalisation, device, inputs[number])
+        found.append(one)
+    return found

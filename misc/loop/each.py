@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -36,6 +36,18 @@ class Failure:
 
 Rest = Callable[[], None]
 """What is left of an image's work: writing its files."""
+
+
+@dataclass(frozen=True)
+class Together:
+    """How several images are computed at once."""
+
+    most: int
+    """Number of images; 1: one by one."""
+    kind: Callable[[Any], Hashable]
+    """Of what ``prepare`` gave: images of the same kind go together, those of kind None alone."""
+    work: Callable[[list[str], list[Any]], list[Rest]]
+    """Like ``work``, of several images; returns what is left of each."""
 
 
 class EachFailed(RuntimeError):
@@ -71,6 +83,7 @@ def each(
     prepare: Callable[[str], Any] | None = None,
     workers: int = 0,
     part: tuple[int, int] = (0, 1),
+    together: Together | None = None,
 ) -> None:
     """Call ``work`` for every id that is not done.
 
@@ -85,6 +98,8 @@ def each(
         workers: processes for ``work`` (which must then be picklable), or look-ahead threads for ``prepare``.
             0: everything in this process.
         part: (i, n): only every n-th id, from the i-th on (``--shard``).
+        together: with ``prepare``: images that follow each other closely may be computed at once. Where that fails,
+            each is worked at alone.
 
     Raises:
         EachFailed: after all other images are finished, in all processes of a torchrun alike.
@@ -97,7 +112,7 @@ def each(
     failures: list[Failure] = []
     with Progress(total=len(left), desc=name, unit="image", disable=not distributed.is_main()) as bar:
         if prepare is not None:
-            _look_ahead(left, work, prepare, max(1, workers), failures, bar)
+            _look_ahead(left, work, prepare, max(1, workers), failures, bar, together)
         elif workers > 0 and len(left) > 1:
             _processes(left, work, workers, failures, bar)
         else:
@@ -138,8 +153,10 @@ def _is_cuda_error(error: Exception) -> bool:
 
 def _look_ahead(
     ids: list[str], work: Callable[..., Rest | None], prepare: Callable[[str], Any], threads: int,
-    failures: list[Failure], bar: Progress,
+    failures: list[Failure], bar: Progress, together: Together | None = None,
 ) -> None:  # fmt: skip
+    most = together.most if together else 1
+    ahead = max(2 * threads, 4 * most if most > 1 else 0)
     waiting: deque[tuple[str, Future[Any]]] = deque()
     written: deque[tuple[str, Future[None]]] = deque()
     rest = iter(ids)
@@ -154,21 +171,56 @@ def _look_ahead(
     with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as writers:
         try:
             while True:
-                while len(waiting) < 2 * threads and (image_id := next(rest, None)) is not None:
+                while len(waiting) < ahead and (image_id := next(rest, None)) is not None:
                     waiting.append((image_id, readers.submit(prepare, image_id)))
                 if not waiting:
                     finish(0)
                     return
-                image_id, ready = waiting.popleft()
-                left = _guarded(image_id, lambda i=image_id, r=ready: work(i, r.result()), failures)
-                if left is None:
-                    bar.update()
+                if together and most > 1 and (group := _alike(waiting, together)):
+                    left = _at_once(group, together)
+                    written.extend((image_id, writers.submit(rest)) for image_id, rest in left)
+                    group = [] if left else group
                 else:
-                    written.append((image_id, writers.submit(left)))
+                    group = [waiting.popleft()]
+                for image_id, ready in group:
+                    one = _guarded(image_id, lambda i=image_id, r=ready: work(i, r.result()), failures)
+                    if one is None:
+                        bar.update()
+                    else:
+                        written.append((image_id, writers.submit(one)))
                 finish(2 * threads)
         finally:
             for _, ready in waiting:
                 ready.cancel()
+
+
+def _alike(waiting: deque[tuple[str, Future[Any]]], together: Together) -> list[tuple[str, Future[Any]]]:
+    """Take the first waiting image and those of its kind from the queue; none if it goes alone. All of the queue are
+    waited for, so that it does not depend on the readers' speed which images go together."""
+    kinds = [None if ready.exception() else together.kind(ready.result()) for _, ready in waiting]
+    if kinds[0] is None:
+        return []
+    chosen = [place for place, kind in enumerate(kinds) if kind == kinds[0]][: together.most]
+    if len(chosen) < 2:
+        return []
+    group = [waiting[place] for place in chosen]
+    for place in reversed(chosen):
+        del waiting[place]
+    return group
+
+
+def _at_once(group: list[tuple[str, Future[Any]]], together: Together) -> list[tuple[str, Rest]]:
+    """What is left of images that are computed at once; none where that fails for any reason but a broken GPU or a
+    full disk."""
+    ids = [image_id for image_id, _ in group]
+    try:
+        return list(zip(ids, together.work(ids, [ready.result() for _, ready in group]), strict=True))
+    except atomic.DiskFull:
+        raise
+    except Exception as error:
+        if _is_cuda_error(error):
+            raise
+        return []
 
 
 def _processes(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +42,16 @@ def predict_cam(
     grad = contextlib.nullcontext() if network.map_needs_gradient else torch.inference_mode()
     with grad, autocast(machine, device):
         return cams.infer_cam(network.cam, image, tags, infer, network.normalisation, device, inputs)
+
+
+def predict_cams(
+    network: SeedNetwork, images: Sequence[np.ndarray], tags: Sequence[np.ndarray], infer: CamInference,
+    machine: Machine, device: torch.device, inputs: Sequence[Sequence[Tensor]],
+) -> list[Cam]:  # fmt: skip
+    """``misc.infer.cams.infer_cams``, otherwise as ``predict_cam``."""
+    grad = contextlib.nullcontext() if network.map_needs_gradient else torch.inference_mode()
+    with grad, autocast(machine, device):
+        return cams.infer_cams(network.cam, images, tags, infer, network.normalisation, device, inputs)
 
 
 def infer_class_scores(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -233,3 +235,23 @@ def test_the_image_is_resized_by_the_filter_of_the_recipe() -> None:
     wanted = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BILINEAR))
     assert not torch.equal(one, other)
     torch.testing.assert_close(other[0], pixels.to_tensor(pixels.normalise_image(wanted, "imagenet")))
+
+
+@pytest.mark.parametrize("changes", [{}, {"scales": (1.0,), "flip": False, "stretch": 16, "normalise": "none"}])
+def test_images_at_once_have_the_maps_of_images_one_by_one(changes: dict) -> None:
+    infer = dataclasses.replace(CamInference(scales=(1.0, 0.5)), **changes)
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 255, (40, 56, 3), dtype=np.uint8) for _ in range(3)]
+    tags = [np.array(row, np.float32) for row in ((1, 0, 1), (0, 1, 0), (1, 1, 1))]
+    weight = torch.randn(3, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+
+    def cam(images: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        assert len(images) == len(present)
+        return torch.nn.functional.conv2d(images, weight, stride=4).relu() * present[:, :, None, None]
+
+    inputs = [list(cams.scaled_inputs(picture, infer, "imagenet")) for picture in pictures]
+    found = cams.infer_cams(cam, pictures, tags, infer, "imagenet", "cpu", inputs)
+    for picture, row, several in zip(pictures, tags, found, strict=True):
+        one = cams.infer_cam(cam, picture, row, infer, "imagenet")
+        assert np.array_equal(one.keys, several.keys) and one.size == several.size
+        np.testing.assert_allclose(several.maps, one.maps, atol=1e-5)

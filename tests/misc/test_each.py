@@ -254,3 +254,35 @@ def test_a_full_disk_in_a_thread_ends_the_step() -> None:
 
     with pytest.raises(atomic.DiskFull):
         each("step", IDS, work, prepare=str.upper, done=lambda _: False)
+
+
+def test_images_of_a_kind_go_together_and_apart_where_that_fails() -> None:
+    groups: list[list[str]] = []
+    alone: list[str] = []
+    fail = False
+
+    def several(ids: list[str], prepared: list[str]) -> list[each_module.Rest]:
+        assert prepared == [image_id.upper() for image_id in ids]
+        groups.append(ids)
+        if fail:
+            raise RuntimeError("not at once")
+        return [lambda: None for _ in ids]
+
+    ids = ["a1", "b1", "a2", "none", "a3", "b2", "bad", "a4"]
+
+    def prepare(image_id: str) -> str:
+        if image_id == "bad":
+            raise OSError("not read")
+        return image_id.upper()
+
+    def kind(prepared: str) -> str | None:
+        return None if prepared == "NONE" else prepared[0]
+
+    together = each_module.Together(3, kind, several)
+    for fail in (False, True):
+        groups.clear(), alone.clear()
+        with pytest.raises(EachFailed, match="bad: OSError: not read"):
+            each("step", ids, lambda i, _: alone.append(i), prepare=prepare, done=lambda _: False, together=together)
+        assert groups == [["a1", "a2", "a3"], ["b1", "b2"]]
+        rest = ["none", "a4"] if not fail else ["a1", "a2", "a3", "b1", "b2", "none", "a4"]
+        assert alone == rest

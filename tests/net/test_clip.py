@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from running import make_set, start
 
 import run_sample
@@ -18,12 +17,12 @@ from misc.propagate.caa import doubly_stochastic, rectangle_mask, refine_by_atte
 from net.backbone.clip import ClipOptions, TextTower
 from net.backbone.clip_maps import FrozenClip
 from net.backbone.clip_text import BACKGROUND, TextOptions, background_words, class_text, tokenise
-from net.backbone.transformer import QueryKey
 from net.foreign.openai import read_clip
 from net.model import describe_network, load_model
 from net.registry import SEEDS
 from net.seed.clipes import Clipes, ClipesOptions
 from net.seed.weclip import Weclip, WeclipOptions, label_crops
+from scripts.clip_seconds import plain_maps
 
 TINY = ClipOptions(image_size=64, width=64, layers=4, embed=16)
 NAMES = ("potted_plant", "Tür", "tree house")
@@ -40,29 +39,6 @@ def images(count: int, height: int, width: int) -> torch.Tensor:
     return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
-def plain_map(network: Clipes, image: torch.Tensor, present: list[int], key: int) -> torch.Tensor:
-    """The published form for one class of one image: all attention kept, block 12 run anew, the dense square."""
-    clip, options = network.encoder, network.options
-    kept: list[torch.Tensor] = []
-
-    def weights(seen: QueryKey) -> torch.Tensor:
-        return ((seen.query @ seen.key.transpose(2, 3)) / seen.query.shape[3] ** 0.5).softmax(-1)[0]  # (n, T, T)
-
-    with torch.no_grad():
-        tokens, grid = clip.visual.forward_features(image[None], lambda _, seen: kept.append(weights(seen)))
-    block = clip.visual.transformer.resblocks[-1]
-    normalised = block.ln_1(tokens).detach().requires_grad_()
-    output = block.after_norm(tokens.detach(), normalised, lambda seen: kept.append(weights(seen)))
-    feature = F.normalize((clip.visual.ln_post(output[0, 1:]).mean(0) @ clip.visual.proj)[None])[0]
-    texts = torch.cat([clip.class_features[present], clip.background_features])
-    probability = (clip.logit_scale.exp() * texts @ feature).softmax(0)[present.index(key)]
-    gradient = torch.autograd.grad(probability, normalised)[0][0, 1:].mean(0)
-    scores = scale_to_unit(scale_to_unit((normalised.detach()[0, 1:] @ gradient).clamp(min=0).view(grid)))
-    matrix = doubly_stochastic(torch.stack(kept[-options.blocks :]).mean((0, 1))[1:, 1:])
-    inside = scores * torch.from_numpy(rectangle_mask(scores.numpy(), options.cut))
-    return scale_to_unit(((matrix @ matrix) @ inside.flatten()).view(grid))
-
-
 @pytest.mark.parametrize("size", [(64, 64), (48, 96)])
 def test_batched_maps_are_those_of_the_plain_form(size: tuple[int, int]) -> None:
     network, batch = clipes(), images(2, *size)
@@ -73,8 +49,23 @@ def test_batched_maps_are_those_of_the_plain_form(size: tuple[int, int]) -> None
         present = row.nonzero()[:, 0].tolist()
         assert not maps[index][row == 0].any()
         for key in present:
-            wanted = plain_map(network, batch[index], present, key)
+            wanted = plain_maps(network, batch[index], present)[present.index(key)]
             torch.testing.assert_close(maps[index, key], wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_spreading_is_exact_before_the_last_scaling() -> None:
+    """Attention that is alike everywhere, as with random weights, makes a nearly constant map, whose rounding the last
+    scaling enlarges: what is compared is the map before it."""
+    torch.manual_seed(0)
+    attention = (torch.randn(150, 150) * 0.01).softmax(1)
+    maps = torch.rand(2, 10, 15)
+    matrix = doubly_stochastic(attention.double())
+    inside = torch.stack([m.double() * torch.from_numpy(rectangle_mask(m.numpy(), 0.4)) for m in maps]).flatten(1)
+    wanted = (inside @ (matrix @ matrix).T).view_as(maps)
+    found = refine_by_attention(maps, attention, 0.4)
+    torch.testing.assert_close(found.double(), wanted, rtol=2e-6, atol=0)
+    rounding = ((found - wanted).abs() / wanted).max()
+    assert (scale_to_unit(found).double() - scale_to_unit(wanted)).abs().max() > 100 * rounding
 
 
 def test_an_image_without_a_tag_has_no_map_and_is_all_background() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from running import make_set
 
@@ -14,6 +15,7 @@ import predict
 import run_sample
 from misc.files.camfiles import read_cam
 from misc.files.images import read_image, read_mask
+from net.seed.clipes import Clipes
 from step import select
 
 
@@ -111,3 +113,28 @@ def test_other_words_for_classes_or_other_classes_are_another_run(
     assert run(data, out, "--steps", "5") == 1 and "data.train" in capsys.readouterr().err
     # step 1 again
     assert run(data, tmp_path / "new", "--steps", "1") == 0
+
+
+def test_images_of_equal_size_are_computed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, out = make_set(tmp_path / "data"), tmp_path / "run"
+    for path in (data / "JPEGImages").glob("*.jpg"):
+        Image.open(path).resize((64, 48)).save(path)
+    for path in (data / "SegmentationClass").glob("*.png"):
+        Image.open(path).resize((64, 48), Image.Resampling.NEAREST).save(path)
+    assert run(data, out, "--steps", "1-2") == 0
+    counts: list[int] = []
+    real = Clipes.cam
+
+    def counted(self: Clipes, images: torch.Tensor, tags: torch.Tensor) -> torch.Tensor:
+        counts.append(len(images))
+        return real(self, images, tags)
+
+    monkeypatch.setattr(Clipes, "cam", counted)
+    assert run(data, tmp_path / "three", "--steps", "2", "--machine.images", "3", "--cams", str(out)) == 0
+    assert not counts  # the maps are there
+    assert run(data, tmp_path / "again", "--steps", "1-2", "--machine.images", "3") == 0
+    assert 3 in counts and sum(n for n in counts if n > 1) >= 6
+    for path in (out / "cam").glob("*.npz"):
+        one, several = read_cam(path), read_cam(tmp_path / "again" / "cam" / path.name)
+        assert np.array_equal(one.keys, several.keys)
+        np.testing.assert_allclose(several.maps, one.maps, atol=2e-3)  # files are float16
