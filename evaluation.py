@@ -42,7 +42,7 @@ from misc.tables import ResultTable
 
 
 @dataclass(frozen=True)
-class Options:
+class EvaluationOptions:
     """Options: predictions, ground truth, and how to score."""
 
     list_file: Annotated[Path, tyro.conf.arg(name="list")]
@@ -108,16 +108,16 @@ class Options:
         return read_ids(self.list_file, IdReader(self, self.is_folder))
 
 
-def _truth(options: Options, image_id: str) -> np.ndarray:
+def _truth(options: EvaluationOptions, image_id: str) -> np.ndarray:
     return read_mask(options.truth(image_id))
 
 
-def _mask(options: Options, image_id: str) -> np.ndarray | None:
+def _mask(options: EvaluationOptions, image_id: str) -> np.ndarray | None:
     path = options.prediction(image_id)
     return None if options.missing_as_background and not path.is_file() else read_mask(path)
 
 
-def _maps(options: Options, image_id: str) -> Maps | None:
+def _maps(options: EvaluationOptions, image_id: str) -> Maps | None:
     path = options.prediction(image_id)
     if options.missing_as_background and not path.is_file():
         return None
@@ -125,7 +125,7 @@ def _maps(options: Options, image_id: str) -> Maps | None:
     return (cam.keys, cam.full_maps()) if len(cam.keys) else None
 
 
-def _thresholds(options: Options) -> list[float]:
+def _thresholds(options: EvaluationOptions) -> list[float]:
     """Background scores to try; empty for masks. Raises ValueError for an impossible combination of options."""
     if options.erosion and (options.type == "png" or options.erosion < 0 or options.erosion % 2 == 0):
         raise ValueError(f"--erosion {options.erosion} must be odd, and is for maps (--type npz or npy)")
@@ -144,7 +144,7 @@ def _thresholds(options: Options) -> list[float]:
     return [round(options.start + i * options.step, 9) for i in range(count)]
 
 
-def _names(options: Options) -> list[str]:
+def _names(options: EvaluationOptions) -> list[str]:
     """Names of all classes, background first."""
     if options.classes is None:
         return ["background", *(f"class {i}" for i in range(1, options.num_classes))]
@@ -159,7 +159,7 @@ def _names(options: Options) -> list[str]:
     return names
 
 
-def _check_present(options: Options, ids: Sequence[str]) -> int:
+def _check_present(options: EvaluationOptions, ids: Sequence[str]) -> int:
     """Number of missing predictions to be counted as background. Raises FileNotFoundError if other files are
     missing."""
     absent_truth = [i for i in ids if not options.truth(i).is_file()]
@@ -179,7 +179,7 @@ def _check_present(options: Options, ids: Sequence[str]) -> int:
     return len(absent)
 
 
-def _score(options: Options, ids: Sequence[str]) -> Scores:
+def _score(options: EvaluationOptions, ids: Sequence[str]) -> Scores:
     thresholds, truth = _thresholds(options), partial(_truth, options)
     common: dict[str, Any] = {"boundary": options.boundary, "workers": options.workers}
     try:
@@ -192,7 +192,7 @@ def _score(options: Options, ids: Sequence[str]) -> Scores:
         raise EvaluationError(files) from None
 
 
-def evaluate(options: Options) -> dict[str, Any]:
+def evaluate(options: EvaluationOptions) -> dict[str, Any]:
     """Scores and their provenance for JSON: ``Scores.to_dict`` and the paths of the files.
 
     Raises ValueError (options, EvaluationError for images) and OSError (missing files) before anything is written.
@@ -272,11 +272,11 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line. Returns the exit status: 0 scored, 1 not scored (the reason is on stderr)."""
+    """Command line. Returns the exit status: 0 scored, 1 not scored, 2 wrong options (the reason is on stderr)."""
     words = commandline.as_help(sys.argv[1:] if argv is None else argv)
-    options = tyro.cli(Options, args=words, description=__doc__, prog="evaluation.py")
 
     def work() -> None:
+        options = commandline.parse_options(EvaluationOptions, words, description=__doc__, prog="evaluation.py")
         try:
             result = evaluate(options)
         except BrokenProcessPool:
@@ -293,4 +293,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    commandline.end(main())

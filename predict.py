@@ -72,7 +72,7 @@ from step.lib.tagged_images import (
 
 
 @dataclass(frozen=True)
-class Options:
+class PredictionOptions:
     """Options: images, networks and results."""
 
     images: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
@@ -184,7 +184,7 @@ class Options:
         return path
 
 
-def export(options: Options) -> None:
+def export(options: PredictionOptions) -> None:
     """Write the ONNX file."""
     model = options.segmenter()
     assert isinstance(model.network, Segmenter | SingleStage)
@@ -194,7 +194,7 @@ def export(options: Options) -> None:
           f"largest logit\nfiles: {path}")  # fmt: skip
 
 
-def predict(options: Options, device: torch.device) -> None:
+def predict(options: PredictionOptions, device: torch.device) -> None:
     """Make the masks."""
     images = find_images(options.images, leave_out=options.out)
     folder = ResultFolder(options.out, options.max_megapixels, options.redo, options.machine)
@@ -228,7 +228,7 @@ def predict(options: Options, device: torch.device) -> None:
 
 
 def image_tags(
-    options: Options, images: Mapping[str, Path], cam: Model | None
+    options: PredictionOptions, images: Mapping[str, Path], cam: Model | None
 ) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]], Any]:
     """The classes that are asked for, those of every image by its id, and what is recorded of them.
 
@@ -245,10 +245,11 @@ def image_tags(
 
 
 def main(argv: Sequence[str]) -> int:
-    """Command line. Returns the exit status: 1 if any image failed."""
+    """Command line. Returns the exit status: 2 if the options are wrong, 1 if any image failed."""
 
     def work() -> None:
-        options = tyro.cli(Options, args=commandline.as_help(argv), prog="predict.py", description=__doc__)
+        words = commandline.as_help(argv)
+        options = commandline.parse_options(PredictionOptions, words, prog="predict.py", description=__doc__)
         if options.export:
             export(options)
         else:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from step.plan import Plan
 
 
-def run(plan: Plan, device: torch.device, command: Sequence[str] = ("python", "run_sample.py")) -> None:
+def run_plan(plan: Plan, device: torch.device, command: Sequence[str] = ("python", "run_sample.py")) -> None:
     """Run the steps of a plan; ``command`` is repeated in the hint at the next step."""
     for step in plan.listed:
         title = f"[{STEPS.index(step) + 1}/{len(STEPS)}] {step.name}"
@@ -74,14 +74,11 @@ def without_steps(argv: Sequence[str]) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Command line. Returns the exit status."""
+    """Command line. Returns the exit status: 2 if the call is refused before any work, 1 if the work failed."""
     if commandline.wants_help(argv):
-        return commandline.command(lambda: print(choices.help_text()))
-    try:
-        choices.check_words(argv)
-    except choices.WrongWord as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return error.status
+        return commandline.command(lambda: print(choices.help_text(argv)))
+    if wrong := commandline.command(lambda: choices.check_words(argv)):
+        return wrong
 
     # these import PyTorch, which takes seconds
     from misc import distributed
@@ -89,12 +86,14 @@ def main(argv: Sequence[str]) -> int:
     from step.plan import PROBLEMS, open_plan
 
     def work() -> None:
-        if "--help-all" in argv:
-            print(parsing.help_all(argv))
-            return
-        cfg = parsing.parse(argv)
-        device = distributed.start(cfg.machine.device)
-        run(open_plan(cfg), device, ["python", "run_sample.py", *without_steps(argv)])
+        with commandline.before_work(PROBLEMS):
+            if "--help-all" in argv:
+                print(parsing.help_all(argv))
+                return
+            cfg = parsing.parse(argv)
+            device = distributed.start(cfg.machine.device)
+            plan = open_plan(cfg)
+        run_plan(plan, device, ["python", "run_sample.py", *without_steps(argv)])
         distributed.stop()
 
     return commandline.command(work, PROBLEMS, "start the same command again (without --redo) to continue.")

@@ -7,10 +7,12 @@ The help text of a field is its docstring, read from the source file.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
 import inspect
+import io
 import os
 import re
 import signal
@@ -27,6 +29,19 @@ WIDTH = 100
 """Width of the help texts in characters."""
 
 
+class WrongCall(ValueError):
+    """The call can't be carried out as it was given, and nothing was done: exit status 2."""
+
+
+@contextlib.contextmanager
+def before_work(problems: tuple[type[Exception], ...]) -> Iterator[None]:
+    """A block that checks a call before any work: of the errors ``problems`` in it, the call is to blame."""
+    try:
+        yield
+    except problems as error:
+        raise WrongCall(str(error)) from error
+
+
 def end(status: int) -> NoReturn:
     """End this process.
 
@@ -40,17 +55,19 @@ def end(status: int) -> NoReturn:
     sys.exit(status)
 
 
-def command(work: Callable[[], None], problems: tuple[type[Exception], ...] = (), interrupted: str = "") -> int:
+def command(work: Callable[[], int | None], problems: tuple[type[Exception], ...] = (), interrupted: str = "") -> int:
     """Run the work of a command line and return its exit status.
 
-    0: finished. 1: one of the errors in ``problems``, which tell the user what to do; printed without a traceback.
-    130: Ctrl-C; ``interrupted`` is printed. 141 (as in a shell): the reader of the output has gone (``| head``).
+    0, or what ``work`` returns: finished. 2: ``WrongCall``. 1: one of the errors in ``problems``, the work failed. Both
+    tell the user what to do and are printed without a traceback. 130: Ctrl-C; ``interrupted`` is printed. 141 (as in a
+    shell): the reader of the output has gone (``| head``).
     """
+    status = 0
     try:
         if signal.getsignal(signal.SIGINT) is _end_interrupted:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            work()
+            status = work() or 0
         finally:
             sys.stdout.flush()
     except BrokenPipeError as error:
@@ -59,13 +76,63 @@ def command(work: Callable[[], None], problems: tuple[type[Exception], ...] = ()
             return 1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit
         return 141
-    except problems as error:
+    except (WrongCall, *problems) as error:
         print(f"\nerror: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, WrongCall) else 1
     except KeyboardInterrupt:
         print(f"\ninterrupted: {interrupted}", file=sys.stderr)
         return 130
-    return 0
+    return status
+
+
+def parse_options(target: Callable[..., Any], args: Sequence[str] | None = None, **options: Any) -> Any:
+    """``tyro.cli`` whose errors are one line: raises WrongCall. A request for help ends the process."""
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed = tyro.cli(target, args=None if args is None else list(args), **options)
+    except SystemExit as ended:
+        if not ended.code:
+            raise
+        raise WrongCall(_in_one_line(said.getvalue())) from None
+    sys.stderr.write(said.getvalue())
+    return parsed
+
+
+def _in_one_line(text: str) -> str:
+    """tyro's message without title, box and the help below it, in the form: flag, value, what it must be."""
+    _, *lines = [line.strip("│╭╮╰╯ ") for line in text.strip().splitlines()] or [""]
+    told = ""
+    for line in lines:
+        is_rule = bool(line) and not line.strip("─-")
+        if is_rule and told:
+            break
+        told += "" if is_rule else f" {line}"
+    told = " ".join(told.split())
+    if found := re.fullmatch(r"Error parsing ([\w.-]+): (\w+) = (.*)", told):
+        return f"{flag(f'{found[1]}.{found[2]}')} {found[3]}"
+    if found := re.fullmatch(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\.", told):
+        among = found[3].replace("'", "").strip(", ")
+        return f"{found[2]} {found[1]} is not possible: it must be one of {among}."
+    if found := re.fullmatch(r"Missing value for argument '(.*)'\. Expected (\d+) values\.", told):
+        return f"{found[1]} needs {'a value' if found[2] == '1' else f'{found[2]} values'}."
+    if found := re.fullmatch(r"Missing from [^:]*: (-*\S+).*", told):
+        return f"{found[1]} is required."
+    return told.removeprefix("Error parsing ")
+
+
+def run_script(
+    main: Callable[..., int | None], problems: tuple[type[Exception], ...] = (ValueError, OSError), **options: Any
+) -> NoReturn:
+    """Run a script whose options are the arguments of ``main``, and end the process; ``options``: of ``tyro.cli``."""
+
+    @functools.wraps(main)
+    def given(*args: Any, **settings: Any) -> Callable[[], int | None]:
+        return functools.partial(main, *args, **settings)
+
+    end(command(lambda: parse_options(given, **options)(), problems))
 
 
 def begin(name: str) -> None:
@@ -254,15 +321,16 @@ def source_options(path: Path, name: str) -> dict[str, str]:
 def answer_early(program: Path, argv: Sequence[str]) -> int | None:
     """Answer a request for the short help, or an unknown flag of a program, without importing the program.
 
-    ``Options`` is the class of the program's options. Returns the exit status, or None if the program should go on.
+    The program's options are its class ``...Options``. Returns the exit status, or None if the program should go on.
     """
-    options = source_options(program, "Options")
+    tree = ast.parse(program.read_text(encoding="utf-8"))
+    (name,) = (n.name for n in tree.body if isinstance(n, ast.ClassDef) and n.name.endswith("Options"))
+    options = source_options(program, name)
     machine = source_options(Path(__file__).with_name("config.py"), "Machine") if "--machine" in options else {}
     options = {f: t for f, t in options.items() if f != "--machine"} | {
         f"--machine.{f.removeprefix('--')}": text for f, text in machine.items()
     }
     if wants_help(argv):
-        tree = ast.parse(program.read_text(encoding="utf-8"))
         about = ast.get_docstring(tree) or ""
         unshown = [f"--machine.{name}" for name in ("compile", "channels-last", "checkpoint-every")]  # of trainings
         rows = [row for row in options.items() if row[1] and row[0] not in unshown]

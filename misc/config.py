@@ -52,7 +52,7 @@ class Fit(Checked):
     """What happens to the images at the end of an epoch that do not fill a batch. keep: they form a smaller last batch
     (CUB), divided over processes and accumulation steps as evenly as possible."""
     optimiser: Literal["sgd", "adamw"] = "sgd"
-    """Optimiser."""
+    """The optimiser: stochastic gradient descent or AdamW."""
     lr: Annotated[float, Range(above=0)] = 0.01
     """Base learning rate; parameter groups have factors of it."""
     momentum: Annotated[float, Range(least=0, below=1), When("optimiser", "sgd")] = 0.0

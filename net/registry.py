@@ -22,8 +22,6 @@ SEGMENTERS: dict[str, type[Segmenter]] = {}
 BROKEN: dict[str, str] = {}
 """Files (net/seed/NAME.py) that could not be imported, and why."""
 
-OWN = "own"
-"""Name on the command line for the CAM network itself as the segmenter."""
 ROOMS: dict[str, dict[str, Any]] = {"seed": SEEDS, "refine": REFINERS, "segment": SEGMENTERS}
 """Folder of net -> its registry."""
 

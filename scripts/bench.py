@@ -25,6 +25,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from misc import commandline
 from misc.crf.dense import CRFSettings, DenseCRF
 from misc.propagate.walk import (
     by_path_length,
@@ -45,7 +46,7 @@ from tests import plain  # the plain forms live with the tests
 
 
 @dataclass(frozen=True)
-class Case:
+class BenchCase:
     """One comparison: title, inputs, both forms, and the largest difference allowed."""
 
     what: str
@@ -81,7 +82,7 @@ class WalkInputs:
 
 @dataclass(frozen=True)
 class SparseWalk:
-    """misc/propagate/walk.py."""
+    """The walk of misc/propagate/walk.py."""
 
     beta: float
     logt: int
@@ -294,43 +295,43 @@ def crf_pydensecrf(image: np.ndarray, stacks: list[np.ndarray]) -> np.ndarray:
 
 THRESHOLDS = tuple(i / 100 for i in range(60))
 
-CASES: dict[str, Case] = {
-    "walk_psa": Case(
+CASES: dict[str, BenchCase] = {
+    "walk_psa": BenchCase(
         "random walk, 375 x 500 at stride 8, radius 5, 2^8 steps, 4 maps",
         WalkInputs(stride=8, radius=5), SparseWalk(beta=8, logt=8), DenseWalk(beta=8, logt=8),
     ),
-    "walk_irn": Case(
+    "walk_irn": BenchCase(
         "IRNet's affinities and walk, 375 x 500 at stride 4, radius 5, 2^8 steps, 4 maps",
         BoundaryInputs(375, 500), propagate_ours,
     ),
-    "walk_irn_large": Case(
+    "walk_irn_large": BenchCase(
         "the same of an image of 960 x 1280", BoundaryInputs(960, 1280), propagate_ours,
     ),
-    "paths_irn": Case(
+    "paths_irn": BenchCase(
         "affinities across boundaries and their gradient, one crop of 512, radius 10",
         path_inputs, paths_ours, paths_published, bound=0.1,  # of gradients of up to 400
     ),
-    "pairs_psa": Case(
+    "pairs_psa": BenchCase(
         "pair affinities and their gradient, one crop of 448, 448 channels, radius 5",
         pair_inputs, pairs_ours, pairs_published,
     ),
-    "aream_mctformer": Case(
+    "aream_mctformer": BenchCase(
         "AReAM on MCTformer, one training step of 8 crops of 224 (published: 64)",
         AreamInputs(AreamMCTformer, 8), aream_ours, aream_published, bound=1e-6, repeats=1,
     ),
-    "aream_conformer": Case(
+    "aream_conformer": BenchCase(
         "AReAM on Conformer, one training step of 1 crop of 384, three scales (published: 8)",
         AreamInputs(AreamConformer, 1), aream_ours, aream_published, bound=1e-6, repeats=1,
     ),
-    "curve_60": Case(
+    "curve_60": BenchCase(
         "mIoU at 60 background scores, 20 images of 375 x 500 in memory, 2 classes each",
         curve_inputs, OnePassCurve(THRESHOLDS), PassPerThreshold(THRESHOLDS), bound=1e-12,
     ),
-    "curve_1": Case(
+    "curve_1": BenchCase(
         "the same at one background score",
         curve_inputs, OnePassCurve((0.3,)), PassPerThreshold((0.3,)), bound=1e-12,
     ),
-    "crf": Case(
+    "crf": BenchCase(
         "dense CRF, 375 x 500, 4 labels, 10 iterations, two alphas",
         crf_inputs, crf_ours, crf_pydensecrf if find_spec("pydensecrf") else None, bound=5e-3,
     ),
@@ -389,7 +390,7 @@ def main(cases: tyro.conf.Positional[tuple[str, ...]] = (), threads: int = 1, js
     """
     unknown = set(cases) - set(CASES)
     if unknown:
-        raise SystemExit(f"No case {', '.join(sorted(unknown))}; the cases are {', '.join(CASES)}.")
+        raise commandline.WrongCall(f"No case {', '.join(sorted(unknown))}; the cases are {', '.join(CASES)}.")
     results: dict[str, dict[str, float]] = {}
     for name in cases or CASES:
         lines, results[name] = compare(name, threads)
@@ -399,4 +400,4 @@ def main(cases: tyro.conf.Positional[tuple[str, ...]] = (), threads: int = 1, js
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog="python -m scripts.bench")
+    commandline.run_script(main, prog="python -m scripts.bench")

@@ -16,6 +16,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from misc import commandline
 from misc.checked import Range
 from misc.files.images import read_mask
 from misc.files.store import write_json
@@ -111,4 +112,4 @@ def score_maps(maps: Path, metadata: Path, masks: Path | None, side: int, interv
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main))
+    commandline.run_script(main, prog="python -m scripts.box_scores")

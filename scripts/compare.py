@@ -20,11 +20,13 @@ if not __package__:  # called as a file
 import numpy as np
 import tyro
 
+from misc import commandline
 from misc.files import store
 from misc.files.runfolder import RunFolder
 from misc.image import draw
 from misc.tables import ResultTable
 from net import registry
+from net.names import OWN
 from step import plan
 from step.lib.report import charts, findings, gallery, judge, page, side_by_side, story
 from voc12.catalog import open_catalog
@@ -50,7 +52,7 @@ class Run:
         config = self.record["config"]
         boxes = any("value" in s for s in self.scores.values())
         parts = ("-", "-") if boxes else (config["refiner"], config["segmenter"])
-        refiner = "-" if config["segmenter"] == registry.OWN else parts[0]
+        refiner = "-" if config["segmenter"] == OWN else parts[0]
         truth = " (true masks)" if config["masks"] == "truth" else ""
         return config["data"], config["preset"], config["method"], refiner, parts[1] + truth
 
@@ -184,7 +186,7 @@ def distinct_names(runs: Sequence[Run]) -> list[Run]:
     ]
 
 
-def arguments(
+def compare_arguments(
     runs: tyro.conf.Positional[tuple[Path, ...]],
     out: Path = Path("."),
     root: Path | None = None,
@@ -203,24 +205,24 @@ def arguments(
 
 def main(argv: Sequence[str]) -> int:
     """Command line. Returns the exit status."""
-    found = tyro.cli(arguments, prog="python scripts/compare.py", description=__doc__, args=list(argv))
-    folders, out, root, pictures = found
-    try:
-        if not folders:
-            raise ValueError("Name one run folder or more.")
-        runs = distinct_names([read_run(folder) for folder in folders])
-        table = make_table(runs).markdown()
-        notes = [f"- {warning}" for warning in find_warnings(runs)]
-        store.write_bytes(out / "compare.md", "\n".join([table, "", *notes]).strip().encode() + b"\n")
-        store.write_bytes(out / "compare.html", make_comparison(runs, root, pictures).encode())
-    except plan.PROBLEMS as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
+    return commandline.command(lambda: compare_runs(argv), plan.PROBLEMS)
+
+
+def compare_runs(argv: Sequence[str]) -> None:
+    """Write the comparison and print its table."""
+    told = {"prog": "python scripts/compare.py", "description": __doc__}
+    folders, out, root, pictures = commandline.parse_options(compare_arguments, argv, **told)
+    if not folders:
+        raise commandline.WrongCall("Name one run folder or more.")
+    runs = distinct_names([read_run(folder) for folder in folders])
+    table = make_table(runs).markdown()
+    notes = [f"- {warning}" for warning in find_warnings(runs)]
+    store.write_bytes(out / "compare.md", "\n".join([table, "", *notes]).strip().encode() + b"\n")
+    store.write_bytes(out / "compare.html", make_comparison(runs, root, pictures).encode())
     print(table)
     for line in notes:
         print(line)
     print(f"files: {out / 'compare.html'}, {out / 'compare.md'}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
+from misc import commandline
 from misc.config import Machine, Precision
 from misc.crf.dense import DenseCRF
 from misc.distributed import usable_cores
@@ -44,9 +44,9 @@ from misc.propagate import walk
 from misc.tables import ResultTable
 from net import registry
 from net.contract import Network, SeedNetwork, SeedRecipe
+from scripts import ROOT
 from scripts.measured_networks import CLASSES, Task, build, loss_terms, make_batch, tasks
 
-ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 PARTS = ("agree", "sample", "torchrun", "operators", "train", "cams", "compile", "cpu")
 FEW_UPDATES = ("--sample.images 16 --sample.val 4 --cam.fit.steps 4 --aff.fit.steps 2 --seg.fit.steps 2 "
@@ -414,7 +414,7 @@ def shown(value: object) -> str:
 
 
 @dataclass(frozen=True)
-class Options:
+class GpuCheckOptions:
     """What to check, where, and for how long."""
 
     out: Path
@@ -431,7 +431,7 @@ class Options:
     """Only print the results that are there, as Markdown."""
 
 
-def main(options: Options) -> int:
+def main(options: GpuCheckOptions) -> int:
     """Run the parts, or print what they found. Returns the exit status: 1 if a measurement failed."""
     if options.markdown:
         print(markdown(json.loads((options.out / "results.json").read_text())))
@@ -448,4 +448,5 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, prog="python -m scripts.gpu_check")))
+    prog = "python -m scripts.gpu_check"
+    commandline.end(commandline.command(lambda: main(commandline.parse_options(GpuCheckOptions, prog=prog))))

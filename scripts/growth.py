@@ -19,9 +19,9 @@ import tyro
 from misc.checked import Checked, Count, Range
 from misc.files.runfolder import RunFolder
 from misc.tables import ResultTable
+from scripts import ROOT
 from step import STEPS
 
-ROOT = Path(__file__).resolve().parents[1]
 SHORT_TRAININGS = "--cam.fit.steps 2 --aff.fit.steps 2 --seg.fit.steps 2".split()
 
 

@@ -10,25 +10,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from misc import distributed
+from misc import commandline, distributed
 from step import plan
 from step.lib import entropy, parsing
 from step.lib.config import open_job
 
 
-def main(argv: Sequence[str]) -> int:
-    """Command line. Returns the exit status."""
-    try:
-        cfg = parsing.parse(argv)
-        measured = entropy.run(open_job(cfg), distributed.start(cfg.machine.device))
-        distributed.say("--cam.network.entropy", " ".join(f"{value:.9g}" for value in measured))
-    except plan.PROBLEMS as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
-    finally:
-        distributed.stop()
-    return 0
+def main(argv: Sequence[str]) -> None:
+    """Print the entropies as a flag for run_sample.py."""
+    cfg = parsing.parse(argv)
+    measured = entropy.measure_entropy(open_job(cfg), distributed.start(cfg.machine.device))
+    distributed.say("--cam.network.entropy", " ".join(f"{value:.9g}" for value in measured))
+    distributed.stop()
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    commandline.end(commandline.command(lambda: main(sys.argv[1:]), plan.PROBLEMS))

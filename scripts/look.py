@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import tyro
 
-from misc import distributed
+from misc import commandline, distributed
 from misc.files import store
 from misc.files.images import png_bytes, read_image, read_mask
 from misc.files.runfolder import RunFolder
@@ -124,7 +124,7 @@ def show_steps(job: Job, image_id: str | None, image: np.ndarray, tags: str | No
     return panels
 
 
-def arguments(
+def look_arguments(
     image: tyro.conf.Positional[str],
     run: Path,
     out: Path | None = None,
@@ -152,8 +152,13 @@ def arguments(
 
 def main(argv: Sequence[str]) -> int:
     """Command line. Returns the exit status."""
-    name, run, out, tags, root, columns, height, device = tyro.cli(
-        arguments, prog="python scripts/look.py", description=__doc__, args=list(argv)
+    return commandline.command(lambda: look_at(argv), plan.PROBLEMS)
+
+
+def look_at(argv: Sequence[str]) -> None:
+    """Write the picture of an image in all steps."""
+    name, run, out, tags, root, columns, height, device = commandline.parse_options(
+        look_arguments, argv, prog="python scripts/look.py", description=__doc__
     )
     try:
         job = open_job(recorded_config(RunFolder(run), root))
@@ -163,13 +168,9 @@ def main(argv: Sequence[str]) -> int:
         cells = [draw.append_legend(draw.titled(p, caption, height), names, _LETTERS) for caption, p, names in panels]
         target = out or Path(f"look_{Path(name).stem}.png")
         store.write_bytes(target, png_bytes(draw.framed(cells, columns)))
-    except plan.PROBLEMS as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
     finally:
         distributed.stop()
     print(f"picture: {target}")
-    return 0
 
 
 if __name__ == "__main__":

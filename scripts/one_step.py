@@ -15,16 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
+from misc import commandline
 from misc.files import store
 from misc.files.runfolder import RunFolder
 from misc.files.schema import Each
 from misc.tables import ResultTable
 from net import registry
+from scripts import ROOT
 from voc12.generated.sets import generate
-
-ROOT = Path(__file__).resolve().parents[1]
 
 SPECIAL = {
     "puzzlecam:published:resnet50": "--cam.network.backbone resnet",
@@ -61,12 +59,12 @@ RECIPES = tuple(
 )
 """The published recipes of all methods, METHOD or METHOD:PRESET."""
 METHODS = (*RECIPES, *(name for name in SPECIAL if name not in RECIPES))
-SEGMENTERS = tuple(sorted(registry.SEGMENTERS))
+SEGMENTER_NAMES = tuple(sorted(registry.SEGMENTERS))
 """Segmentation networks; they are trained on the true masks, as there are no pseudo masks."""
 
 
 @dataclass(frozen=True)
-class Options:
+class OneStepOptions:
     """What to run, and where."""
 
     root: Path | None = None
@@ -89,7 +87,7 @@ class Options:
 
     def names(self) -> tuple[str, ...]:
         """What to run. Raises ValueError for unknown names, and where nothing is named."""
-        known = (*METHODS, *SEGMENTERS)
+        known = (*METHODS, *SEGMENTER_NAMES)
         unknown = [name for name in self.methods if name not in known]
         if unknown or not (self.methods or self.all):
             told = f"there is no {unknown[0]}" if unknown else "give --all or --methods"
@@ -98,11 +96,11 @@ class Options:
 
 
 def step_flags(name: str, root: Path, out: Path, batch: int, device: str = "cpu") -> list[str]:
-    """The arguments of run_sample.py for a name of ``METHODS`` or ``SEGMENTERS``; its extra flags come last and
+    """The arguments of run_sample.py for a name of ``METHODS`` or ``SEGMENTER_NAMES``; its extra flags come last and
     override."""
     method, preset, *_ = [*name.split(":"), "published"]
     part, own = "cam", SPECIAL.get(name, "")
-    if name in SEGMENTERS:
+    if name in SEGMENTER_NAMES:
         method, part, own = "seam", "seg", f"--segmenter {name} --masks truth"
     common = (
         f"{method} --preset {preset} --data voc12 --steps train_{part} --{part}.weights none --{part}.fit.steps 1 "
@@ -117,7 +115,7 @@ def run_folder(name: str, out: Path, batch: int, device: str) -> Path:
     return out / f"{name.replace(':', '_')}-{device}-{batch}"
 
 
-def run(name: str, options: Options, root: Path) -> dict[str, Any]:
+def run_step(name: str, options: OneStepOptions, root: Path) -> dict[str, Any]:
     """Run a recipe's step; its result for the JSON file."""
     out = options.out.resolve()
     command = ["run_sample.py", *step_flags(name, root, out, options.batch, options.device)]
@@ -144,13 +142,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return ResultTable(head, rows, numbers={1, 2, 3}).markdown()
 
 
-def main(options: Options) -> int:
+def main(options: OneStepOptions) -> int:
     """Run what is named and has not run yet, one after the other. Returns 1 if one of them failed, else 0."""
-    try:
+    with commandline.before_work((ValueError,)):
         names = options.names()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     root = (options.root or options.out / "set").resolve()
     if options.root is None:
         generate(root, images=16, val=4, classes=5)
@@ -161,11 +156,13 @@ def main(options: Options) -> int:
         if there.get("ran") and (there["batch"], there["device"]) == (options.batch, options.device):
             print(f"{name}: has run already.")
             continue
-        results[name] = run(name, options, root)
+        results[name] = run_step(name, options, root)
         store.write_json(path, results)
     print("\n" + table({name: results[name] for name in names}))
     return int(not all(results[name]["ran"] for name in names))
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, prog="python -m scripts.one_step", description=__doc__)))
+    told = {"prog": "python -m scripts.one_step", "description": __doc__}
+    work = lambda: main(commandline.parse_options(OneStepOptions, **told))  # noqa: E731
+    commandline.end(commandline.command(work, (ValueError, OSError)))

@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 
+from misc import commandline
 from misc.files.images import read_mask
 from misc.files.runfolder import RunFolder
 from misc.score.evaluate import evaluate_masks
 from misc.tables import ResultTable
+from scripts import ROOT
 from voc12.catalog import Catalog, open_catalog
 
-ROOT = Path(__file__).resolve().parents[1]
 PHOTO_METHODS = ("irn_cam", "puzzlecam", "seam", "psa")
 PHOTO_REFINERS = ("crf", "none", "edge", "par", "psa", "irn")
 TRAINED = ("edge", "psa", "irn")
@@ -93,7 +93,7 @@ def plain_rows() -> list[PhotoRow]:
 class PhotoStudy:
     """Runs rows, at most ``jobs`` at a time, and writes the table."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: PhotosOptions) -> None:
         self.options = options
         self.out = options.out.resolve()
         self.out.mkdir(parents=True, exist_ok=True)
@@ -299,7 +299,7 @@ class PhotoStudy:
 
 
 @dataclass(frozen=True)
-class Options:
+class PhotosOptions:
     """Options of the study."""
 
     root: Path
@@ -337,9 +337,9 @@ def main() -> None:
     argv = sys.argv[1:]
     more = argv[argv.index("--") + 1 :] if "--" in argv else []
     argv = argv[: argv.index("--")] if "--" in argv else argv
-    options = tyro.cli(Options, args=argv, prog="python -m scripts.photos", description=__doc__)
-    PhotoStudy(Options(**{**vars(options), "flags": tuple(more)})).run()
+    options = commandline.parse_options(PhotosOptions, argv, prog="python -m scripts.photos", description=__doc__)
+    PhotoStudy(PhotosOptions(**{**vars(options), "flags": tuple(more)})).run()
 
 
 if __name__ == "__main__":
-    main()
+    commandline.end(commandline.command(main, (ValueError, OSError)))

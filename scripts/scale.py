@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import tyro
 
+from misc import commandline
 from misc.files.images import jpeg_bytes, png_bytes
 from misc.files.runfolder import RunFolder
 from step import STEPS
@@ -86,4 +86,4 @@ def main(images: int = 82783, at: Path | None = None) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog="python -m scripts.scale")
+    commandline.run_script(main, prog="python -m scripts.scale")

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import tyro
 
-from misc import distributed
+from misc import commandline, distributed
 from misc.config import override
 from misc.files import store
 from misc.files.camfiles import read_cam
@@ -111,7 +111,7 @@ def _current(options: object, dotted: str) -> object:
     return options
 
 
-def arguments(
+def sheet_arguments(
     method: tyro.conf.Positional[str] = "seam",
     field: str = "background",
     values: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5),
@@ -138,7 +138,13 @@ def arguments(
 
 def main(argv: Sequence[str]) -> int:
     """Command line. Returns the exit status."""
-    found, flags = tyro.cli(arguments, prog="python -m scripts.sheet", args=list(argv), return_unknown_args=True)
+    return commandline.command(lambda: draw_sheet(argv), plan.PROBLEMS)
+
+
+def draw_sheet(argv: Sequence[str]) -> None:
+    """Draw the sheet, and print the table."""
+    prog = "python -m scripts.sheet"
+    found, flags = commandline.parse_options(sheet_arguments, argv, prog=prog, return_unknown_args=True)
     method, name, values, images, rows, count, height, sheet = found
     try:
         cfg = parsing.parse([method, *flags])
@@ -164,9 +170,6 @@ def main(argv: Sequence[str]) -> int:
                 pictures[image_id] = row
         drawn = draw.framed([cell for i in shown for cell in pictures[i]], 2 + len(values))
         store.write_bytes(sheet, png_bytes(drawn))
-    except plan.PROBLEMS as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
     finally:
         distributed.stop()
     print(f"{name}, {len(counted)} images of {job.train_list}, in percent")
@@ -174,7 +177,6 @@ def main(argv: Sequence[str]) -> int:
     table = ResultTable(head, [(f"{v:g}", *tally.cells()) for v, tally in tallies.items()], numbers=range(len(head)))
     print(table.markdown())
     print(f"picture: {sheet}")
-    return 0
 
 
 if __name__ == "__main__":

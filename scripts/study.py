@@ -18,10 +18,10 @@ from pathlib import Path
 
 import tyro
 
+from misc import commandline
 from misc.files.runfolder import RunFolder
 from misc.tables import ResultTable
-
-ROOT = Path(__file__).resolve().parents[1]
+from scripts import ROOT
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,10 @@ class Row:
 
 
 def drive(*flags: str) -> None:
-    """Run the driver with flags. Its failure ends the study."""
-    subprocess.run([sys.executable, "run_sample.py", *flags], cwd=ROOT, check=True)
+    """Run the driver with flags. Its failure, which it has explained, ends the study with the same status."""
+    status = subprocess.run([sys.executable, "run_sample.py", *flags], cwd=ROOT).returncode
+    if status:
+        sys.exit(status)
 
 
 def study(method: str, seed: int, out: Path, flags: tuple[str, ...]) -> Row:
@@ -90,7 +92,7 @@ def study_cams(method: str, seed: int, out: Path, plain: bool, flags: tuple[str,
     return json.dumps(told)
 
 
-def arguments(
+def study_arguments(
     method: tyro.conf.Positional[str] = "seam",
     seeds: tuple[int, ...] = (0, 1, 2),
     out: Path = Path("runs/study"),
@@ -108,19 +110,23 @@ def arguments(
         plain: With --cams, the plain class maps of the same network, trained without the method's losses or read
             without its attention.
     """
-    if plain and (not cams or method not in PLAIN):
-        raise SystemExit(f"error: --plain needs --cams and one of {', '.join(PLAIN)}.")
     return method, seeds, out.resolve(), cams, plain
 
 
-if __name__ == "__main__":
-    (method, seeds, out, cams, plain), flags = tyro.cli(
-        arguments, prog="python -m scripts.study", return_unknown_args=True
-    )
+def main() -> None:
+    """Command line."""
+    found, flags = commandline.parse_options(study_arguments, prog="python -m scripts.study", return_unknown_args=True)
+    method, seeds, out, cams, plain = found
+    if plain and (not cams or method not in PLAIN):
+        raise commandline.WrongCall(f"--plain needs --cams and one of {', '.join(PLAIN)}.")
     if cams:
         for seed in seeds:
             print(study_cams(method, seed, out, plain, tuple(flags)), flush=True)
-    else:
-        rows = [study(method, seed, out, tuple(flags)) for seed in seeds]
-        head = ("data seed", "CAM", "walk", "gain", "weak", "full", "weak/full", "time")
-        print("\n" + ResultTable(head, [row.cells() for row in rows], numbers=range(len(head))).markdown())
+        return
+    rows = [study(method, seed, out, tuple(flags)) for seed in seeds]
+    head = ("data seed", "CAM", "walk", "gain", "weak", "full", "weak/full", "time")
+    print("\n" + ResultTable(head, [row.cells() for row in rows], numbers=range(len(head))).markdown())
+
+
+if __name__ == "__main__":
+    commandline.end(commandline.command(main, (ValueError, OSError)))

@@ -20,6 +20,9 @@ if [ $# -lt ${#names[@]} ]; then
     exit 2
 fi
 for name in "${names[@]}"; do
+    case $name in  # before anything is installed; the others may be words or FILE,FILE, which run_sample.py checks
+        root | saliency) [ -d "$1" ] || { echo "error: $1: there is no such folder." >&2; exit 2; } ;;
+    esac
     case $name in
         *=) printf -v "${name%=}" %s "$1" ;;
         *) printf -v "$name" %s "$(realpath "$1")" ;;

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import tyro
 
+from misc import commandline
 from misc.files.images import read_mask
 from misc.files.runfolder import RunFolder
 from voc12.catalog import open_catalog
@@ -52,4 +53,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main))
+    commandline.run_script(main, prog="python -m scripts.voc_server")

@@ -18,13 +18,14 @@ MASKS: tuple[Aim, ...] = ("masks", "plain_masks")
 @dataclass(frozen=True)
 class Step:
     """A step: its name (that of its file), what it does, the folders or files that it makes in the run folder, and all
-    files that a job has when the step is done. Per-image steps can be done in parts. ``aims``: the runs that the step
-    belongs to; other runs do it only if it is named."""
+    files that a job has when the step is done. ``needs``: names of the steps whose files it reads. Per-image steps can
+    be done in parts. ``aims``: the runs that the step belongs to; other runs do it only if it is named."""
 
     name: str
     does: str
     makes: tuple[str, ...]
     files: Callable[[Any], Iterable[Path]]
+    needs: tuple[str, ...] = ()
     per_image: bool = False
     aims: tuple[Aim, ...] = MASKS
 
@@ -40,23 +41,23 @@ STEPS: tuple[Step, ...] = (
          lambda job: [job.run.weights(name) for name in job.cam_networks()], aims=ALL),
     Step("make_cam", "infer the CAMs of the training images", ("cam", "cam_last"),
          lambda job: [*map(job.run.cam, job.cam_ids()), *job.further_files(job.run.cam, job.further_cam_ids())],
-         per_image=True, aims=(*MASKS, "single_stage")),
+         needs=("train_cam",), per_image=True, aims=(*MASKS, "single_stage")),
     Step("make_aff_label", "make affinity labels from the CAMs", ("aff_label",),
-         lambda job: map(job.run.aff_label, job.train_ids()), per_image=True, aims=("masks",)),
+         lambda job: map(job.run.aff_label, job.train_ids()), needs=("make_cam",), per_image=True, aims=("masks",)),
     Step("train_aff", "train the affinity network", ("weights/aff.pt",), lambda job: [job.run.weights("aff")],
-         aims=("masks",)),
+         needs=("make_aff_label",), aims=("masks",)),
     Step("random_walk", "refine the CAMs, by a random walk or without one: pseudo masks",
          ("label", "label_overlay", "label_full", "instance"),
-         lambda job: job.mask_files(job.run.label, job.cam_ids()), per_image=True),
+         lambda job: job.mask_files(job.run.label, job.cam_ids()), needs=("make_cam", "train_aff"), per_image=True),
     Step("train_seg", "train the segmentation network on the pseudo masks", ("weights/seg.pt",),
-         lambda job: [job.run.weights("seg")]),
+         lambda job: [job.run.weights("seg")], needs=("random_walk",)),
     Step("infer_seg", "predict the validation images", ("seg", "seg_before_crf", "seg_overlay", "seg_full"),
-         lambda job: job.mask_files(job.run.seg, job.predicted_ids()), per_image=True,
+         lambda job: job.mask_files(job.run.seg, job.predicted_ids()), needs=("train_seg",), per_image=True,
          aims=(*MASKS, "single_stage")),
     Step("localise", "draw boxes round the objects of the validation images", ("box", "box_last", "box_loc_top1"),
          lambda job: [*map(job.run.box, job.catalog.ids(job.cfg.val_list)),
                       *job.further_files(job.run.box, job.catalog.ids(job.cfg.val_list))],
-         per_image=True, aims=("boxes",)),
+         needs=("train_cam",), per_image=True, aims=("boxes",)),
     Step("report", "write a page with scores and pictures", ("report.html", "pictures.png"),
          lambda job: [job.run.report], aims=ALL),
 )  # fmt: skip

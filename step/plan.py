@@ -118,7 +118,8 @@ def open_plan(cfg: Config) -> Plan:
     source = None if cfg.cams is None else RunFolder(cfg.cams)
     adopted = ("train_cam", "make_cam") if source else ()
     todo = [s for s in steps if s.name not in adopted and (cfg.redo or not finished(job, s))]
-    check(job, todo)
+    check_inputs(job, todo)
+    check_needs(job, todo, adopted)
     verify_networks(job, todo)
     lists: dict[str, Any] = {name: job.catalog.fingerprint(name) for name in _lists(job)}
     if cfg.cam.network.reads_class_texts and job.texts():
@@ -221,7 +222,7 @@ def not_applying(step: Step, job: Job) -> str | None:
     return f"does not apply: {job.cfg.method} predicts the masks itself (--segmenter own)."
 
 
-def check(job: Job, steps: Sequence[Step]) -> None:
+def check_inputs(job: Job, steps: Sequence[Step]) -> None:
     """Check everything that can be checked before work starts. Raises ValueError or FileNotFoundError."""
     cfg = job.cfg
     if cfg.shard_part()[1] > 1 and cfg.redo:
@@ -266,6 +267,44 @@ def check(job: Job, steps: Sequence[Step]) -> None:
     for split, needs in lists.items():
         for warning in job.catalog.check(split, **needs):
             distributed.say(f"Note ({split}): {warning}")
+
+
+def needed(step: Step, job: Job) -> list[Step]:
+    """The steps whose files a step reads in this run."""
+    names = step.needs
+    if step.name == "infer_seg" and job.single_stage:
+        names = ("train_cam",)
+    if step.name == "localise" and job.aim != "boxes":
+        names = ()  # the step says why it can't run
+    released = {"train_aff": job.cfg.aff, "train_seg": job.cfg.seg}.get(step.name)
+    if (step.name == "train_seg" and job.cfg.masks == "truth") or getattr(released, "released", ""):
+        names = ()
+    found = [s for s in STEPS if s.name in names]
+    return [s for s in found if not _is_for_trained_refiners(s) or job.refine_method().is_trained]
+
+
+def check_needs(job: Job, steps: Sequence[Step], adopted: Sequence[str] = ()) -> None:
+    """Raises FileNotFoundError if a step needs files of another one that is not to run, and there are none; those of
+    the steps ``adopted`` come from another run.
+
+    Single missing files are reported by the step, with their images.
+    """
+
+    def missing(step: Step) -> list[Step]:
+        others = [s for s in needed(step, job) if s not in steps and s.name not in adopted]
+        return [s for s in others if not any(path.exists() for path in s.files(job))]
+
+    for step in steps:
+        if not missing(step):
+            continue
+        first = missing(step)[0]
+        while earlier := missing(first):
+            first = earlier[0]
+        lacking = " and ".join(s.name for s in missing(step))
+        raise FileNotFoundError(
+            f"{step.name} needs the files of {lacking}, and there are none in {job.run.root}. Run the missing steps "
+            f"too: --steps {first.name}-{steps[-1].name}, or all unfinished ones: leave --steps out."
+        )
 
 
 def verify_networks(job: Job, steps: Sequence[Step]) -> None:

@@ -1,4 +1,4 @@
-"""A set in VOC's layout as its user would bring it: as a folder, and as COCO."""
+"""Small files of data sets, and a set in VOC's layout as its user would bring it: as a folder, and as COCO."""
 
 from __future__ import annotations
 
@@ -9,8 +9,22 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as rle
 
-from misc.files.images import read_mask
+from misc.files.images import read_mask, write_mask
 from voc12.catalog import open_catalog
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text file, with the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def mask(path: Path, *values: int) -> None:
+    """Write a 4 x 6 mask that begins with these values, else 0."""
+    pixels = np.zeros((4, 6), np.uint8)
+    pixels.flat[: len(values)] = values
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_mask(path, pixels)
 
 
 def as_folder(voc_root: Path, out: Path) -> None:

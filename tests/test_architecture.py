@@ -32,12 +32,6 @@ METHODS = ("net.seed", "net.refine", "net.segment")
 MANY = {
     "main": "the command line of each program",
     "run": "each step's one function",
-    "check": "refuses what is not possible: one value (misc.checked), a whole run before it starts",
-    "arguments": "command lines of scripts",
-    "ROOT": "the repository, in scripts",
-    "OWN": "the word of --segmenter: net.registry, and step.lib.choices, which must not import PyTorch",
-    "SEGMENTERS": "in scripts: the names of those that are registered",
-    "Options": "the command line's options of a program; of a network: net.contract",
 }
 """Public names that stand in several modules, and why they may."""
 
@@ -134,3 +128,22 @@ def test_a_public_name_means_one_thing() -> None:
     several = {name: files for name, files in places.items() if len(files) > 1}
     assert not {name: files for name, files in several.items() if name not in MANY}
     assert set(MANY) <= set(several)  # nothing is allowed that is not needed
+
+
+def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and text of every docstring, those below fields and constants included."""
+    for node in ast.walk(tree):
+        lines = getattr(node, "body", None)
+        for line in lines if isinstance(lines, list) else ():
+            match line:
+                case ast.Expr(ast.Constant(str(text))):
+                    yield line.lineno, text
+
+
+def test_no_docstring_is_a_single_word() -> None:
+    sources = [ROOM / path for path in FILES] + sorted((ROOM / "tests").rglob("*.py"))
+    short = [
+        f"{path.relative_to(ROOM)}:{number}: {text}"
+        for path in sources for number, text in docstrings(ast.parse(path.read_text())) if len(text.split()) < 2
+    ]  # fmt: skip
+    assert not short

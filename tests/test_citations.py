@@ -109,7 +109,7 @@ def list_help_texts(text: str) -> list[str]:
     docstrings) and of these fields; where the module makes a command line, also its own docstring and those of its
     functions."""
     tree = ast.parse(text)
-    makes_command_line = "tyro.cli(" in text or "subcommand_cli" in text
+    makes_command_line = re.search(r"tyro\.cli\(|subcommand_cli|commandline\.(parse_options|run_script)\(", text)
     texts = [ast.get_docstring(tree)] if makes_command_line else []
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(d) for d in node.decorator_list):
@@ -139,4 +139,5 @@ def test_a_citation_in_a_help_text_is_found() -> None:
     cited = "Rate (seam.{} 4)".format("md")
     assert cited_in_help(options.format("Options.", cited)) == cited_in_help(options.format(cited, "Rate.")) == ["seam"]
     assert cited_in_help(options.format("Options.", "Rate.")) == []
-    assert cited_in_help(f'def main(lr: float) -> None:\n    """{cited}"""\n\n\ntyro.cli(main)\n') == ["seam"]
+    for parser in ("tyro.cli", "commandline.run_script"):
+        assert cited_in_help(f'def main(lr: float) -> None:\n    """{cited}"""\n\n\n{parser}(main)\n') == ["seam"]

@@ -87,7 +87,7 @@ def test_settings_that_differ_and_other_data_are_told(runs: Path, tmp_path: Path
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare.main([str(tmp_path)]) == 1 and "no run folder" in capsys.readouterr().err
-    assert compare.main([]) == 1
+    assert compare.main([]) == 2
     assert look.main(["x", "--run", str(tmp_path)]) == 1 and "no run folder" in capsys.readouterr().err
 
 

@@ -49,8 +49,8 @@ def check_command(line: str) -> None:
     elif program == "run_sample.py":
         parsing.parse([word for word in arguments if word not in ("--help", "--help-all")])
     elif program in ("predict.py", "evaluation.py"):
-        room = {"predict.py": predict, "evaluation.py": evaluation}[program]
-        tyro.cli(room.Options, args=arguments)
+        options = {"predict.py": predict.PredictionOptions, "evaluation.py": evaluation.EvaluationOptions}[program]
+        tyro.cli(options, args=arguments)
     elif program == "-m" and arguments[0] == "pytest":
         assert arguments[1:] and all((ROOM / path).exists() for path in arguments[1:])
     elif program == "-m" and arguments[0] == "voc12.prepare" and len(arguments) > 1:

@@ -75,8 +75,8 @@ def refuse(data: Data, capsys: pytest.CaptureFixture[str], *arguments: str) -> s
     assert main([*arguments, "--json", f"{data.root}/out.json"]) == 1
     assert not (data.root / "out.json").exists()
     captured = capsys.readouterr()
-    assert captured.out == ""
-    return captured.err
+    assert captured.out == "" and captured.err.startswith("\nerror: ")
+    return captured.err.removeprefix("\n")
 
 
 def test_masks(data: Data, capsys: pytest.CaptureFixture[str]) -> None:

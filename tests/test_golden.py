@@ -35,13 +35,13 @@ ZERO = {
 
 
 def checkers() -> dict[str, Callable[[Case], None]]:
-    found = {}
+    found: dict[str, Callable[[Case], None]] = {}
     here = Path(__file__).parent / "golden_checks"
     for module in pkgutil.iter_modules([str(here)]):
         for name, value in vars(importlib.import_module(f"golden_checks.{module.name}")).items():
             if name.startswith("check_"):
-                assert name not in found, f"two checkers {name}"
-                found[name.removeprefix("check_")] = value
+                prefix = name.removeprefix("check_")
+                assert found.setdefault(prefix, value) is value, f"two checkers {name}"
     return found
 
 

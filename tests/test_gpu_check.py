@@ -10,7 +10,7 @@ import torch
 
 from net import registry
 from scripts import gpu_check
-from scripts.gpu_check import Check, Options, main, markdown
+from scripts.gpu_check import Check, GpuCheckOptions, main, markdown
 from scripts.measured_networks import build, loss_terms, make_batch, tasks
 
 CPU = torch.device("cpu")
@@ -18,13 +18,13 @@ registry.load_methods()
 
 
 def test_operators_are_measured_and_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(Options(tmp_path, device="cpu", tiny=True, parts=("operators",))) == 0
+    assert main(GpuCheckOptions(tmp_path, device="cpu", tiny=True, parts=("operators",))) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["machine"]["torch"] == torch.__version__
     assert len(results["operators"]) == 4
     assert all(row["apart"] == 0 and row["GPU ms"] > 0 for row in results["operators"].values())
     capsys.readouterr()
-    assert main(Options(tmp_path, markdown=True)) == 0
+    assert main(GpuCheckOptions(tmp_path, markdown=True)) == 0
     table = capsys.readouterr().out
     assert "| operators" in table and "CRF, 10 iterations, flat" in table and "device: CPU" in table
 
@@ -50,7 +50,7 @@ def test_nothing_begins_when_the_time_is_up(tmp_path: Path) -> None:
 
 
 def test_unknown_parts_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(Options(tmp_path, parts=("agre",))) == 2
+    assert main(GpuCheckOptions(tmp_path, parts=("agre",))) == 2
     assert "agre" in capsys.readouterr().err
 
 

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from running import ROOM, make_set
+from running import ROOM, make_set, start
 
 from misc.files.images import write_mask
 from misc.files.runfolder import RunFolder
 from misc.files.store import write_json
 from net.contract import Phase
-from net.registry import OWN, SEEDS, SEGMENTERS, load_methods
+from net.names import OWN
+from net.registry import SEEDS, SEGMENTERS, load_methods
 from net.seed.weclip import SWITCH
 from net.shared.self_training import Term
 from net.start_weights import REQUIRED
@@ -43,7 +44,10 @@ if [ "$1" != -m ] || [ "$2" = torch.distributed.run ]; then for word in "$@"; do
 
 @pytest.fixture
 def room(tmp_path: Path) -> Path:
-    """A checkout whose Python prints its arguments, a line each."""
+    """A checkout whose Python prints its arguments, a line each, beside the folders that the commands name."""
+    for name in ("VOC_ROOT", "CUB_ROOT", "SALIENCY"):
+        (tmp_path / name).mkdir()
+        (tmp_path / "some folder" / name).mkdir(parents=True)
     shutil.copytree(ROOM / "scripts", tmp_path / "room" / "scripts")
     for name in ("requirements.txt", "requirements-clip.txt"):
         shutil.copy(ROOM / name, tmp_path / "room")
@@ -70,7 +74,6 @@ def test_a_script_runs_its_published_recipe(system: str, room: Path) -> None:
 
     words = {**WORDS, "BACKBONE": BACKBONES.get(system, WORDS["BACKBONE"])}
     given = [words.get(name, f"some folder/{name}") for name in names]  # relative to where it is called
-    (room.parent / "some folder").mkdir()
     told = call(room, system, *given, "--seed", "7", "--run", "a b")
     assert told.returncode == 0, told.stderr
     driver, *flags = told.stdout[told.stdout.index("run_sample.py") :].splitlines()
@@ -98,9 +101,16 @@ def test_a_script_names_the_commands_of_the_released_weights(system: str, room: 
         assert (cfg.cam.released or cfg.seg.released) and cfg.steps and expected
 
 
+def test_a_data_set_that_is_not_there_is_refused_before_anything_is_installed(room: Path) -> None:
+    shutil.rmtree(room / ".venv")
+    told = call(room, "seam", "VOC_ROTO", "pretrained")
+    assert told.returncode == 2 and told.stderr == "error: VOC_ROTO: there is no such folder.\n" and not told.stdout
+    assert not (room / ".venv").exists()
+
+
 @pytest.mark.parametrize("name", ["vitb_hybrid", "vitb", "deit", "deit_distilled"])
 def test_getam_takes_the_authors_names_of_its_backbones(name: str, room: Path) -> None:
-    told = call(room, "getam", name, "root", "saliency").stdout
+    told = call(room, "getam", name, "VOC_ROOT", "SALIENCY").stdout
     cfg = parsing.parse(told[told.index("run_sample.py") :].splitlines()[1:])
     assert cfg.cam.network.dpt.backbone == name.replace("deit", "deitb")
 
@@ -136,14 +146,14 @@ def test_every_system_runs_on_several_gpus(system: str, room: Path, monkeypatch:
     monkeypatch.setenv("GPUS", "2")
     text = (room / "scripts" / f"{system}.sh").read_text()
     names = re.search(rf"command +scripts/{system}\.sh ([A-Z0-9_ ]+) \[flags", text)
-    words = call(room, system, *(WORDS.get(name, "x") for name in names[1].split())).stdout.splitlines()
+    words = call(room, system, *(WORDS.get(name, name) for name in names[1].split())).stdout.splitlines()
     at = words.index("run_sample.py")
     assert words[at - 5 : at] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def test_several_gpus_are_named_before_the_command(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPUS", "4")
-    words = call(room, "seam", "root", "params", "--seed", "7").stdout.splitlines()
+    words = call(room, "seam", "VOC_ROOT", "params", "--seed", "7").stdout.splitlines()
     at = words.index("run_sample.py")
     assert words[at - 5 : at] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     assert words[at + 1 : at + 4] == ["seam", "--preset", "published"] and words[-2:] == ["--seed", "7"]
@@ -186,12 +196,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*one_step.METHODS, *one_step.SEGMENTERS])
+@pytest.mark.parametrize("name", [*one_step.METHODS, *one_step.SEGMENTER_NAMES])
 def test_a_step_of_every_published_recipe_is_asked_for_at_full_size(name: str, data: Path, tmp_path: Path) -> None:
     cfg = parsing.parse(one_step.step_flags(name, data, tmp_path, batch=2))
     job = open_job(cfg)
-    plan.check(job, select(cfg.steps, job.aim))
-    if name in one_step.SEGMENTERS:
+    plan.check_inputs(job, select(cfg.steps, job.aim))
+    if name in one_step.SEGMENTER_NAMES:
         whole = SEGMENTERS[name].recipes["published"]
         assert cfg.seg.network == whole.network and (cfg.seg.fit.steps, cfg.seg.fit.batch_size) == (1, 2)
         return
@@ -235,7 +245,7 @@ def test_one_step_goes_on_after_a_failure_and_leaves_out_what_has_run(
 ) -> None:
     (tmp_path / "run_sample.py").write_text(FAKE)
     monkeypatch.setattr(one_step, "ROOT", tmp_path)
-    options = one_step.Options(
+    options = one_step.OneStepOptions(
         methods=("irn_cam", "transcam", "psa"), out=tmp_path / "out", json=tmp_path / "results.json", limit=2
     )
     assert one_step.main(options) == 1
@@ -256,11 +266,11 @@ def test_one_step_goes_on_after_a_failure_and_leaves_out_what_has_run(
     assert "--machine.device cuda" in capsys.readouterr().out
 
 
-def test_one_step_wants_known_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert one_step.Options(all=True).names() == (*one_step.METHODS, *one_step.SEGMENTERS)
+def test_one_step_wants_known_names(tmp_path: Path) -> None:
+    assert one_step.OneStepOptions(all=True).names() == (*one_step.METHODS, *one_step.SEGMENTER_NAMES)
     for methods in ((), ("nothing",)):
-        assert one_step.main(one_step.Options(methods=methods, out=tmp_path)) == 1
-        assert "There are: " in capsys.readouterr().err
+        with pytest.raises(ValueError, match="There are: "):
+            one_step.main(one_step.OneStepOptions(methods=methods, out=tmp_path))
     assert not list(tmp_path.iterdir())
 
 
@@ -306,3 +316,9 @@ def test_predictions_are_packed_as_the_server_takes_them(tmp_path: Path, capsys:
     with tarfile.open(out) as archive:
         names = archive.getnames()
     assert names == [f"results/VOC2012/Segmentation/comp6_test_cls/{i}.png" for i in ids]
+
+
+@pytest.mark.slow
+def test_a_study_of_a_method_that_is_not_there_ends_with_one_line() -> None:
+    ended = start(["-m", "scripts.study", "nosuch"])
+    assert ended.returncode == 2 and "There is no method 'nosuch'." in ended.stderr and "Traceback" not in ended.stderr

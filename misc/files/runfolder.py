@@ -172,9 +172,8 @@ class RunFolder:
                 "--out folder. (Parts of the images can be made at the same time: --shard.)"
             )
         if refused and not force:
-            lines = "\n".join(refused)
             raise OtherConfiguration(
-                f"{self.root} holds a run of another configuration (its run.json):\n{lines}\n"
+                f"{self.root} holds a run of another configuration (its run.json):\n{_shortened(refused)}\n"
                 "Use another --out folder, give the recorded settings, or say --force to go on in it (finished steps "
                 "are kept as they are)."
             )
@@ -232,7 +231,7 @@ class RunFolder:
         decisive = [k for k in wanted if k in ("method", "seed") or k.startswith(("cam.", "data."))]
         differing = [k for k in decisive if there.get(k) != wanted[k]]
         if differing:
-            lines = "\n".join(f"  {k}: {there.get(k)!r} there, {wanted[k]!r} now" for k in differing)
+            lines = _shortened([f"  {k}: {there.get(k)!r} there, {wanted[k]!r} now" for k in differing])
             raise OtherConfiguration(
                 f"--cams {self.root}: its CAMs have other settings or data:\n{lines}\nGive the settings that they were "
                 "made with, or make CAMs of this run's own: leave --cams out."
@@ -310,6 +309,12 @@ class RunFolder:
         made_by = {} if self._step is None else {"step": self._step}
         with self._locked():
             store.write_json(self.root / "scores.json", {**self.scores(), name: {**score, **made_by}})
+
+
+def _shortened(lines: Sequence[str], most: int = 10) -> str:
+    """The first lines, and how many more there are."""
+    more = [f"  and {len(lines) - most} more"] if len(lines) > most else []
+    return "\n".join([*lines[:most], *more])
 
 
 def _versions() -> dict[str, str]:

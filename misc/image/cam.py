@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+
+from misc.image.pixels import resize_maps
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Cam:
 
     def full_maps(self) -> np.ndarray:
         """The maps at image size: (K, H, W) float32, bilinear with align_corners False."""
-        return _resize_maps(self.maps, self.size)
+        return _resized(self.maps, self.size)
 
     def at_image_size(self) -> Cam:
         """The same CAMs with their maps at image size, as refiners take them."""
@@ -42,17 +43,13 @@ class Cam:
         bilinear with align_corners False."""
         if self.coarse is not None and self.coarse.shape[1:] == tuple(size):
             return self.coarse
-        return _resize_maps(self.maps, size)
+        return _resized(self.maps, size)
 
 
-def _resize_maps(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize maps (K, h, w), K may be 0 -> (K, H, W) float32."""
-    if len(maps) == 0:
-        return np.zeros((0, *size), np.float32)
+def _resized(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if maps.shape[1:] == tuple(size):
         return maps
-    planes = torch.from_numpy(np.asarray(maps, np.float32))[None]  # (1, K, h, w)
-    return F.interpolate(planes, size=size, mode="bilinear", align_corners=False)[0].numpy()
+    return resize_maps(torch.from_numpy(np.asarray(maps, np.float32)), size).numpy()
 
 
 def otsu_threshold(maps: Iterable[np.ndarray], bins: int = 200) -> float:

@@ -128,6 +128,16 @@ def resize_masks(masks: Tensor, size: Sequence[int]) -> Tensor:
     return masks[:, rows[:, None], columns]
 
 
+def resize_maps(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Class maps or logits, bilinear with align_corners False and without antialiasing: (B, K, h, w) or (K, h, w), K
+    may be 0 -> (..., K, H, W) float32; ``size`` is (H, W)."""
+    if maps.ndim == 3:
+        return resize_maps(maps[None], size)[0]
+    if maps.shape[1] == 0:
+        return maps.new_zeros((*maps.shape[:2], *size), dtype=torch.float32)
+    return F.interpolate(maps.float(), size=tuple(size), mode="bilinear", align_corners=False)
+
+
 def box_mask(box: Tensor, size: Sequence[int]) -> Tensor:
     """(B, 4) integers top, bottom, left, right, half-open -> (B, H, W) bool, true inside; ``size`` is (H, W)."""
     top, bottom, left, right = box[:, :, None, None].unbind(1)  # (B, 1, 1) each

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from misc.image.labels import IGNORE
+from misc.image.pixels import resize_maps
 from misc.infer.cams import MAP_MERGES, scale_by_span
 from misc.propagate.par import PAR, PixelAdaptive
 
@@ -23,11 +23,6 @@ def present_classes(tags: Tensor) -> tuple[Tensor, Tensor]:
     count = max(1, int(tags.sum(1).max()))
     real, keys = tags.sort(dim=1, descending=True, stable=True)
     return keys[:, :count], real[:, :count] > 0
-
-
-def resize_maps(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, K, h, w) -> (B, K, H, W) float32, bilinear with align_corners False and without antialiasing."""
-    return F.interpolate(maps.float(), size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def merge_batch_maps(

@@ -188,7 +188,7 @@ class VisionTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """CLIP's text tower. Its names are not below a name of their own in the official files.
+    """CLIP's text tower. In the official files its tensors have no prefix of their own.
 
     Args:
         width: channels of a token, 64 times the heads. layers: number of blocks. context: longest text in tokens.

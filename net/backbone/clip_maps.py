@@ -1,5 +1,5 @@
 """A frozen CLIP that knows the texts of classes, and the class maps that its last block's gradients give (CLIP-ES, Lin
-et al., 2023; clipes.md section 4). WeCLIP stands on the same maps.
+et al., 2023; clipes.md section 4). WeCLIP uses the same maps.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class FrozenClip(nn.Module):
         return f"{report}; {len(texts.classes)} classes and {len(texts.background)} background words encoded"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """The number of background words is the file's."""
+        """Load; the file decides the number of background words."""
         features = state_dict.get(f"{prefix}background_features")
         if features is not None and features.shape[1:] == self.background_features.shape[1:]:
             self.background_features = self.background_features.new_zeros(features.shape)
@@ -129,7 +129,7 @@ class FrozenClip(nn.Module):
             count = int(rank.max()) if rank.numel() else 0
             for k in range(1, count + 1):
                 chosen = rank == k
-                value = probabilities[:, :classes][chosen].sum()  # an image's probabilities hang on its own tokens only
+                value = probabilities[:, :classes][chosen].sum()  # an image's depend on its own tokens only
                 (gradient,) = torch.autograd.grad(value, normalised, retain_graph=k < count)
                 weights[chosen] = gradient[chosen.any(1), 1:].mean(1)
         return ClassGradients(logits.detach(), probabilities.detach(), normalised.detach()[:, 1:], weights)

@@ -40,17 +40,17 @@ _VOC_NAMES = {
 
 @dataclass(frozen=True)
 class Texts:
-    """What CLIP is asked for."""
+    """The texts that CLIP compares an image with."""
 
     classes: tuple[str, ...]
-    """A text for each class."""
+    """The text of each class."""
     background: tuple[str, ...]
     """What else may be in an image."""
     templates: tuple[str, ...]
     """Sentences with {} where the text stands; the features of all are averaged."""
 
     def record(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """As an object of a JSON file."""
         return {name: list(value) for name, value in asdict(self).items()}
 
 
@@ -60,7 +60,7 @@ class TextOptions(Checked):
 
     published: bool = False
     """Take the published words for classes of VOC and COCO (person: person with clothes,people,human); else the text of
-    a class is its name, with spaces for underscores. A text of one's own goes before both."""
+    a class is its name, with spaces for underscores. A text that the data set gives takes precedence."""
     background: tuple[str, ...] = BACKGROUND
     """Words for what else may be in an image. Those that occur in a class's text are left out: a class must not compete
     with itself."""
@@ -110,7 +110,8 @@ def tokenise(texts: Sequence[str], context: int) -> Tensor:
     """Token ids of texts by CLIP's byte pair encoding: (n, context) int64, padded with 0.
 
     Raises:
-        ValueError: open_clip is not installed; a text has more than ``context`` tokens, the marks of both ends too.
+        ValueError: open_clip is not installed; a text has more than ``context`` tokens, start and end marks
+            included.
     """
     try:
         from open_clip.tokenizer import SimpleTokenizer

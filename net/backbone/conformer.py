@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from misc.checked import Checked, Count, DropProbability, Positive, Range, Weight, check
 from net.backbone.transformer import See, TransformerBlock, Visit, start_local
+from net.foreign.loading import load_tensors
+from net.foreign.reading import read_tensors
 
 # of all norms except the stem's batch norm and the final layer norm, which have PyTorch's 1e-5 (transcam.md section 8,
 # trap 3)
@@ -63,6 +65,11 @@ class ConformerOptions(Checked):
         if self.base * self.ratio % 4:
             raise ValueError(f"base x ratio must be a multiple of 4, got {self.base} x {self.ratio}.")
         check(self.width % self.heads == 0, "width", self.width, f"a multiple of heads = {self.heads}")
+
+    def check_one_grid(self) -> None:
+        """Raises ValueError if the map and the tokens have different grids."""
+        if self.last_stride != 1:
+            raise ValueError("backbone.last_stride must be 1: the map and the tokens share a grid.")
 
 
 SAMPLE_CONFORMER = ConformerOptions(
@@ -183,6 +190,8 @@ class Conformer(nn.Module):
     """
 
     normalisation = "imagenet"
+    heads: tuple[str, str]
+    """Names of a method's two heads; that of the map, a convolution, first."""
 
     def __init__(self, options: ConformerOptions | None = None) -> None:
         super().__init__()
@@ -233,6 +242,18 @@ class Conformer(nn.Module):
             if isinstance(head, nn.Conv2d) and self.head_std is not None:
                 nn.init.trunc_normal_(head.weight, std=self.head_std)
                 nn.init.zeros_(head.bias)
+
+    def load_weights(self, weights: str) -> str:
+        """Conformer's ImageNet weights without their heads (``Conformer_small_patch16.pth``), or a method's whole
+        checkpoint, which must fit completely. A checkpoint's first head is a convolution."""
+        head = read_tensors(weights).get(f"{self.heads[0]}.weight")
+        if head is not None and head.ndim == 4:
+            return str(load_tensors(self, weights))
+
+        def rename(name: str) -> str | None:
+            return None if name.startswith(("conv_cls_head", "trans_cls_head")) else name
+
+        return str(load_tensors(self, weights, rename=rename, allow_missing=self.heads))
 
     def whole_patches(self, images: Tensor) -> Tensor:
         """Stretch images to the next multiples of the patch; images that fit are unchanged.

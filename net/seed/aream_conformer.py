@@ -14,8 +14,6 @@ from misc.config import Augment, CamInference, Fit
 from net.backbone.conformer import SAMPLE_CONFORMER, Conformer, ConformerOptions
 from net.backbone.transformer import Visit
 from net.contract import Network, Recipe, SeedRecipe
-from net.foreign.loading import load_tensors
-from net.foreign.reading import read_tensors
 from net.groups import Group, decay_groups
 from net.registry import seed
 from net.shared.aream import PUBLISHED_REFINE, Aream, AreamOptions
@@ -50,14 +48,6 @@ class AreamConformer(Conformer, Aream):
         """Weight decay on matrices only, except the class token; the heads have 10 times the rate."""
         return decay_groups(self, ("cls_token",), self.heads)
 
-    def load_weights(self, weights: str) -> str:
-        """Conformer's ImageNet weights without their heads (``Conformer_small_patch16.pth``), or a whole checkpoint of
-        AReAM, which has a ``cnn_head`` and must fit completely."""
-        if "cnn_head.weight" in read_tensors(weights):
-            return str(load_tensors(self, weights))
-        return str(load_tensors(self, weights, rename=lambda name: None if "head" in name else name,
-                        allow_missing=self.heads))  # fmt: skip
-
 
 # ------------------------------------------------------------------------------------- options
 
@@ -73,8 +63,7 @@ class AreamConformerOptions(AreamOptions):
     def cross_check(self) -> None:
         """Raises ValueError for a backbone whose map and tokens have different grids."""
         super().cross_check()
-        if self.backbone.last_stride != 1:
-            raise ValueError("backbone.last_stride must be 1: the map and the tokens share a grid.")
+        self.backbone.check_one_grid()
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> AreamConformer:
         """The network for ``num_classes`` foreground classes."""

@@ -13,41 +13,32 @@ S is A made doubly stochastic and symmetric:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from misc.checked import Count, Fraction, check
-from misc.config import CamInference, Fit, override
+from misc.config import Fit, override
 from misc.loop.trainable import Batch
 from misc.precision import full_precision
 from misc.propagate.caa import refine_by_attention, scale_to_unit
 from net.backbone.clip import ClipOptions
-from net.backbone.clip_maps import FrozenClip
-from net.backbone.clip_text import TextOptions, Texts
+from net.backbone.clip_text import TextOptions
 from net.backbone.transformer import AttentionSums
-from net.contract import Network, Options, Recipe, SeedNetwork, SeedRecipe
-from net.foreign.openai import read_clip
+from net.contract import Network, Recipe, SeedRecipe
 from net.registry import seed
+from net.shared.texted import TEXTED_INFER, TextedNetwork, TextedOptions
 from net.start_weights import PRETRAINED
 
 
 @seed("clipes")
-class Clipes(SeedNetwork):
-    """A frozen image tower and the features of texts. Its file needs neither text tower nor tokeniser."""
+class Clipes(TextedNetwork):
+    """A frozen image tower and the features of texts; there is nothing to train."""
 
     published_scores = "70.8 / 75.0 / 71.1"
     normalisation = "clip"
-    map_needs_gradient = True
-
-    def __init__(self, options: ClipesOptions, num_classes: int) -> None:
-        super().__init__()
-        self.options = options
-        self.texts = Texts((), (), options.texts.templates)
-        self.encoder = FrozenClip(options.clip, num_classes)
+    options: ClipesOptions
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """Never called: there is nothing to train."""
@@ -66,54 +57,14 @@ class Clipes(SeedNetwork):
             image[present] = scale_to_unit(refine_by_attention(image[present], affinity, self.options.cut))
         return maps
 
-    def set_class_texts(self, names: Sequence[str], own: Mapping[str, str]) -> None:
-        """Choose the texts; until weights are loaded their features are random directions."""
-        self.texts = self.options.texts.choose(names, own)
-        self.encoder.draw_texts(len(self.texts.background))
-
-    def notes(self) -> dict[str, Any]:
-        """The texts that were encoded."""
-        return {"texts": self.texts.record()}
-
-    def pretrained_names(self) -> tuple[str, ...]:
-        """The whole CLIP of ``options.clip``, as open_clip has it."""
-        return (f"open_clip:{self.options.clip.pretrained}",)
-
-    def load_weights(self, weights: str) -> str:
-        """A whole CLIP: a file, or ``open_clip:NAME``. Its text tower encodes the texts."""
-        return self.encoder.load_clip(read_clip(weights), self.texts, weights)
-
-    def classify(self, images: Tensor, num_classes: int) -> Tensor:
-        """Scaled cosines with the classes' texts: (B, 3, H, W) -> (B, C)."""
-        return self.encoder.text_logits(images)[:, :num_classes]
 
 
 # ------------------------------------------------------------------------------------- options
 
 
 @dataclass(frozen=True)
-class ClipesOptions(Options):
-    """CLIP, its texts and the map; the defaults are the published ones for VOC."""
-
-    clip: ClipOptions = field(default_factory=ClipOptions)
-    """Size of the image tower."""
-    texts: TextOptions = field(default_factory=TextOptions)
-    """Texts of classes and background."""
-    cut: Fraction = 0.4
-    """Share of a map's maximum above which its parts lie in the rectangles that it spreads from. Published: 0.4 for
-    VOC, 0.7 for COCO."""
-    blocks: Count = 8
-    """Number of last blocks whose attention is averaged."""
-    reads_class_texts = True
-
-    def cross_check(self) -> None:
-        """Raises ValueError for more blocks than there are."""
-        check(self.blocks <= self.clip.layers, "blocks", self.blocks, f"at most the network's {self.clip.layers}")
-
-    @property
-    def keeps_start_weights(self) -> bool:
-        """Nothing is trained."""
-        return True
+class ClipesOptions(TextedOptions):
+    """Options of CLIP-ES: CLIP, its texts and the map."""
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> Clipes:
         """CLIP-ES for ``num_classes`` foreground classes."""
@@ -122,9 +73,8 @@ class ClipesOptions(Options):
 
 # ------------------------------------------------------------------------------ recipes (clipes.md sections 4 to 8)
 
-_INFER = CamInference(scales=(1.0,), flip=False, stretch=16, normalise="none")
 _CONFIDENT = {"ignore_below": 0.95}
-"""The segmentation network is not trained where the CRF is less sure than this."""
+"""Pixels whose probability after the CRF is below this are ignored when the segmentation network is trained."""
 
 _PUBLISHED = Recipe(
     cam=SeedRecipe(
@@ -132,7 +82,7 @@ _PUBLISHED = Recipe(
         fit=Fit(steps=0),
         weights=PRETRAINED,
         init="clip",
-        infer=_INFER,
+        infer=TEXTED_INFER,
     ),
     refiner="crf",
     refine=_CONFIDENT,
@@ -164,7 +114,7 @@ _SAMPLE = Recipe(
     cam=SeedRecipe(
         network=ClipesOptions(clip=ClipOptions(image_size=112, width=64, layers=4, embed=32), blocks=3),
         fit=Fit(steps=0),
-        infer=_INFER,
+        infer=TEXTED_INFER,
     ),
     refiner="crf",
     segmenter="deeplabv2",

@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.checked import Count, Positive, Probability, Range, check
-from misc.config import Augment, CamInference, Fit, SegInference
+from misc.config import Augment, CamInference, SegInference
 from misc.crf.dense import CRFSettings
 from misc.crf.energy import DenseOptions
 from misc.image.labels import IGNORE
-from misc.infer.online import resize_maps, threshold_label
+from misc.image.pixels import resize_maps
+from misc.infer.online import threshold_label
 from misc.loop.trainable import Batch, sample_streams
 from misc.precision import full_precision
 from net.backbone.auxiliary_vit import AuxiliaryViT
@@ -34,7 +35,16 @@ from net.foreign.pytorch import State
 from net.groups import Group
 from net.losses import multilabel_soft_margin
 from net.registry import seed
-from net.shared.self_training import SelfTrainedOptions, SelfTrainedViT, Term, patch_contrast
+from net.shared.self_training import (
+    PUBLISHED_FIT,
+    SAMPLE_FIT,
+    SAMPLE_INFER,
+    SAMPLE_TEST,
+    SelfTrainedOptions,
+    SelfTrainedViT,
+    Term,
+    patch_contrast,
+)
 from net.start_weights import PRETRAINED
 
 _SPARE = 4
@@ -85,7 +95,7 @@ class More(SelfTrainedViT):
         }
 
     def cam(self, images: Tensor, tags: Tensor) -> Tensor:
-        """The map that the options name."""
+        """The map that ``options.map`` names, class maps or LAM."""
         return self.attention_maps(images) if self.settings.map == "lam" else super().cam(images, tags)
 
     def class_tokens(self, tokens: Tensor, patches: Tensor) -> Tensor:
@@ -100,8 +110,8 @@ class More(SelfTrainedViT):
     # ----------------------------------------------------------------------------------- training
 
     def prepare(self, batch: Batch, progress: float) -> Batch:
-        """Labels from the maps of this moment: ``token_label``, ``certain_label`` (B, h, w) int64 for ptc and cle,
-        ``taken`` (B, h, w) float32 for une; with the decoder's terms ``label`` (B, S, S) int64."""
+        """Labels from the class maps of the present weights: ``token_label``, ``certain_label`` (B, h, w) int64 for ptc
+        and cle, ``taken`` (B, h, w) float32 for une; with the decoder's terms ``label`` (B, S, S) int64."""
         options = self.settings
         (maps, auxiliary), keys, real = self.online_maps(batch)
         grid = [side // options.backbone.patch for side in maps.shape[-2:]]
@@ -121,7 +131,7 @@ class More(SelfTrainedViT):
         return made
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """As of the base, and the number of tokens that une takes."""
+        """The counts of the base class, and the number of tokens that une takes."""
         return {**super().counts(batch), "taken": batch["taken"].sum()}
 
     def param_groups(self) -> list[Group]:
@@ -152,7 +162,7 @@ class GraphModule(nn.Module):
 
     Args:
         width: D.
-        neighbours: k, of the tokens.
+        neighbours: number k of nearest tokens from which a class token is rebuilt.
     """
 
     def __init__(self, width: int, neighbours: int) -> None:
@@ -234,7 +244,7 @@ def draw_uncertain(label: Tensor, permutation: Callable[[int], np.ndarray], cent
     taken = torch.zeros(label.shape, dtype=torch.float32, device=label.device)
     rows, columns = (side - _WINDOW for side in label.shape)
     if min(rows, columns) < 1:
-        return taken  # published: fails
+        return taken  # the published code fails here
     middle = mask[_MARGIN : _MARGIN + rows, _MARGIN : _MARGIN + columns]
     means = F.avg_pool2d(mask[None, None].float(), _WINDOW, 1)[0, 0, :rows, :columns]
     kept = ((middle == 1) & (means >= _LEAST_MEAN)).nonzero()
@@ -291,15 +301,15 @@ class MoreOptions(SelfTrainedOptions):
     late_low: Probability = 0.35
     """After the switch: map value up to which cle and une take a token to be background."""
     mct: Term = field(default_factory=lambda: Term(1.0))
-    """Class tokens apart."""
+    """The loss that pushes class tokens apart."""
     mct_with_mean: bool = False
     """Half of mct is a soft margin loss on the tokens' means, as COCO's published log was made."""
     ptc: Term = field(default_factory=lambda: Term(0.3))
     """Patch token contrast. COCO: begins after 0.1."""
     cle: Term = field(default_factory=lambda: Term(0.2))
-    """Certain patches and class tokens. COCO: 0.1, begins after 0.15."""
+    """The loss that pulls class tokens to certain patches. COCO: 0.1, begins after 0.15."""
     une: Term = field(default_factory=lambda: Term(0.1))
-    """Uncertain patches and class tokens. COCO: 0.01, begins after 0.15."""
+    """The loss that pulls uncertain patches to the tokens of present classes. COCO: 0.01, begins after 0.15."""
     seg: Term = field(default_factory=lambda: Term(0.12, 0.1))
     """Cross entropy of the decoder. COCO: begins after 0.2."""
     reg: Term = field(default_factory=lambda: Term(0.05, 0.1))
@@ -320,10 +330,6 @@ class MoreOptions(SelfTrainedOptions):
 
 # ------------------------------------------------------------------------------------ recipes (more.md sections 3 to 7)
 
-_FIT = Fit(
-    steps=20000, batch_size=4, optimiser="adamw", lr=6e-5, weight_decay=0.01,
-    schedule="warmup_poly", warmup_steps=1500, warmup_ratio=1e-6, power=0.9,
-)
 _CRF = CRFSettings(
     iterations=10, gauss_sxy=1, gauss_weight=3, bilateral_sxy=67, bilateral_srgb=3, bilateral_weight=4
 )
@@ -335,7 +341,7 @@ _INFER = CamInference(
 _PUBLISHED = Recipe(
     cam=SeedRecipe(
         network=MoreOptions(),
-        fit=_FIT,
+        fit=PUBLISHED_FIT,
         augment=Augment(
             order=("resized_crop", "flip", "jitter", "normalize"), area=(0.32, 1.0), jitter=(0.4, 0.4, 0.2, 0.1),
             jitter_probability=0.5, crop=448,
@@ -364,7 +370,7 @@ _COCO = replace(
             scales=(1.0, 0.5, 0.75, 1.25, 1.5), high=0.65, temperature=0.1, switch=0.625, ptc=Term(0.3, 0.1),
             cle=Term(0.1, 0.15), une=Term(0.01, 0.15), seg=Term(0.12, 0.2), reg=Term(0.05, 0.2),
         ),
-        fit=replace(_FIT, steps=80000, batch_size=8),
+        fit=replace(PUBLISHED_FIT, steps=80000, batch_size=8),
         augment=Augment(
             order=("jitter", "scale", "flip", "crop", "normalize"), jitter=(0.4, 0.4, 0.2, 0.1), jitter_probability=0.8,
             scale=(0.32, 1.0), scale_filter="bilinear", crop=448,
@@ -390,25 +396,17 @@ _SAMPLE = Recipe(
             map_merge="max", high=0.3, low=0.15, certain_high=0.3, late_high=0.3, late_low=0.15,
             seg=Term(0.3, 0.5), reg=Term(0.05, 0.5), ptc=Term(0.3, 0.5), cle=Term(0.2, 0.5), une=Term(0.1, 0.5),
         ),
-        fit=Fit(
-            epochs=24, batch_size=16, optimiser="adamw", lr=1.5e-3, weight_decay=0.05, schedule="warmup_poly",
-            warmup_steps=30,
-        ),
+        fit=replace(SAMPLE_FIT, epochs=24),
         augment=Augment(
             order=("resized_crop", "flip", "jitter", "normalize"), area=(0.4, 1.0), jitter=(0.2, 0.2, 0.2, 0.02),
             crop=112,
         ),
         amp="fast",
-        infer=CamInference(scales=(0.5, 1.0), merge="max", normalise="span"),
+        infer=SAMPLE_INFER,
     ),
     refiner="psa",
     segmenter="own",
-    own=SegmentTest(
-        infer=SegInference(
-            scales=(1.0, 1.25), flip=True, resize="bilinear", merge="sum_max_logits", align_corners=False,
-            crf=CRFSettings(iterations=5, bilateral_sxy=32),
-        )
-    ),
+    own=SAMPLE_TEST,
 )  # fmt: skip
 
 More.recipes = {"published": _PUBLISHED, "published_coco": _COCO, "sample": _SAMPLE}

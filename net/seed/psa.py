@@ -139,9 +139,9 @@ class CamOptions(Options):
     resnet38: Annotated[ResNet38Options, When("backbone", "resnet38")] = field(
         default_factory=lambda: ResNet38Options(frozen="b2")
     )
-    """ResNet38."""
+    """Options of the ResNet38 backbone."""
     vgg16: Annotated[VGG16Options, When("backbone", "vgg16")] = field(default_factory=VGG16Options)
-    """VGG16."""
+    """Options of the VGG16 backbone."""
     timm: Annotated[TimmOptions, ON_TIMM] = field(default_factory=TimmOptions)
     """CNN of timm."""
     dropout: DropProbability = 0.5

@@ -374,7 +374,7 @@ class SeamOptions(Options):
     resnet38: Annotated[ResNet38Options, When("backbone", "resnet38")] = field(
         default_factory=lambda: ResNet38Options(frozen="b2")
     )
-    """ResNet38."""
+    """Options of the ResNet38 backbone."""
     timm: Annotated[TimmOptions, ON_TIMM] = field(default_factory=TimmOptions)
     """CNN of timm."""
     dropout: DropProbability = 0.5

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from misc.checked import Count, Positive, Range, check
-from misc.config import Augment, CamInference, Fit, SegInference, View
+from misc.config import Augment, CamInference, SegInference, View
 from misc.crf.dense import CRFSettings
 from misc.crf.energy import DenseOptions
 from misc.image.labels import IGNORE
-from misc.image.pixels import box_mask
-from misc.infer.online import region_of_interest, resize_maps, threshold_label
+from misc.image.pixels import box_mask, resize_maps
+from misc.infer.online import region_of_interest, threshold_label
 from misc.loop.trainable import Batch, MomentumCopy, sample_streams
 from misc.precision import full_precision
 from net.backbone.auxiliary_vit import AuxiliaryViT, ProjectionHead
@@ -34,7 +34,17 @@ from net.contract import Network, Recipe, SeedRecipe, SegmentTest
 from net.groups import Group
 from net.losses import multilabel_soft_margin
 from net.registry import seed
-from net.shared.self_training import VIT_B, SelfTrainedOptions, SelfTrainedViT, Term, patch_contrast
+from net.shared.self_training import (
+    PUBLISHED_FIT,
+    SAMPLE_FIT,
+    SAMPLE_INFER,
+    SAMPLE_TEST,
+    VIT_B,
+    SelfTrainedOptions,
+    SelfTrainedViT,
+    Term,
+    patch_contrast,
+)
 from net.start_weights import PRETRAINED
 
 _SMOOTHING = 1e-4
@@ -88,7 +98,7 @@ class Toco(SelfTrainedViT):
     # ----------------------------------------------------------------------------------- labels
 
     def prepare(self, batch: Batch, progress: float) -> Batch:
-        """Labels and crops from the maps of this moment.
+        """Labels and crops from the class maps of the present weights.
 
         ``token_label`` (B, h, w) int64 for ptc; ``crops`` (B, n, 3, c, c) and ``flags`` (B, 2 + n) bool for ctc; with
         the decoder's terms ``label`` (B, S, S) int64.
@@ -163,12 +173,12 @@ class Toco(SelfTrainedViT):
 
 
 def crop_candidates(region: Tensor, side: int, count: int) -> Tensor:
-    """Where local crops may begin: those whose centre is no object; all positions where these are fewer than wanted.
+    """Possible top left corners of local crops: those whose centre is not an object, or all where these are too few.
 
     Args:
         region: (S, S) of ``region_of_interest``.
-        side: of a crop.
-        count: crops that are wanted.
+        side: side of a crop, in pixels.
+        count: number of crops wanted.
 
     Returns:
         (P, 2) int64 rows and columns of top left corners, row-major.
@@ -186,12 +196,12 @@ def crop_candidates(region: Tensor, side: int, count: int) -> Tensor:
 
 
 def cut_crops(picture: Tensor, corners: Tensor, side: int) -> Tensor:
-    """Squares of (c, S, S) whose top left corners are (n, 2): (n, c, side, side)."""
+    """Cut squares out of an image: (c, S, S), top left corners (n, 2) -> (n, c, side, side)."""
     return torch.stack([picture[..., r : r + side, q : q + side] for r, q in corners.tolist()])
 
 
 def crop_flags(region: Tensor, corners: Tensor, side: int) -> Tensor:
-    """(n,) bool: whether a crop is a positive: the mean of the region (objects count 2) is above 0.2."""
+    """Which crops are positives, (n,) bool: where the mean of the region (objects count 2) is above 0.2."""
     return cut_crops(region[None].float(), corners, side).mean((1, 2, 3)) > _NEGATIVE_MEAN
 
 
@@ -218,7 +228,7 @@ def class_contrast(teacher: Tensor, student: Tensor, flags: Tensor, temperature:
         smoothing = products.new_full((*products.shape[:2], 1), np.log(_SMOOTHING))
         rest = torch.cat([negatives, smoothing], 2).logsumexp(2, keepdim=True)  # (B, 2, 1)
         errors = torch.logaddexp(products, rest) - products
-        # published: once more for every view of the teacher, with a product of 0 (an else behind a for)
+        # published: once more for every view of the teacher, with a product of 0 (the else branch of a for loop)
         last = torch.logaddexp(torch.zeros_like(rest), rest)
         total = (errors * positive).sum((1, 2)) + last.sum((1, 2))  # (B,)
         return (total / 2 / (flags.sum(1) + _SMOOTHING)).mean()
@@ -238,7 +248,7 @@ class TocoOptions(SelfTrainedOptions):
     crop_side: Count = 96
     """Side of a local crop. Pixels."""
     momentum: Annotated[float, Range(least=0, below=1)] = 0.9
-    """How much of itself the teacher's projection head keeps in an update."""
+    """Momentum of the teacher's projection head: the fraction of its weights that an update keeps."""
     projection: Annotated[int, Range(least=4)] = 1024
     """Outputs of the projection heads, which are twice as wide inside."""
     ptc: Term = field(default_factory=lambda: Term(0.2))
@@ -254,7 +264,7 @@ class TocoOptions(SelfTrainedOptions):
     train_positions: bool = False
     """Train the position embedding. Published: it stays as it was loaded."""
     mirrored_box: bool = False
-    """Where the image lies in the crop. Off, published: the box of before the last mirror, on the wrong side in half of
+    """Where the image lies in the crop. Off, published: the box before the last mirroring, on the wrong side in half of
     the padded samples. On: the true one."""
     token_box: bool = False
     """Which token labels lie in the image. Off, published: the box in pixels on the grid of patches, which drops images
@@ -281,7 +291,7 @@ _COLOURS = {"jitter": (0.4, 0.4, 0.2, 0.1), "jitter_probability": 0.8, "grey": 0
 
 @dataclass(frozen=True)
 class TocoRecipe(SeedRecipe):
-    """Three pictures of a sample, two of them from one crop; the defaults are the published ones."""
+    """Three views of a sample, two of them of the same crop; the defaults are the published ones."""
 
     image_view: View = field(
         default_factory=lambda: View(start="shared", order=("flip", "jitter", "grey", "blur", "normalize"), **_COLOURS)
@@ -302,16 +312,12 @@ class TocoRecipe(SeedRecipe):
     """The second global view."""
 
     def views(self) -> Mapping[str, View]:
-        """By the names that the network reads."""
+        """The three views, by the names under which the network reads them."""
         return {"image": self.image_view, "local": self.local_view, "global": self.global_view}
 
 
 _AUGMENT = Augment(
     order=("scale", "flip", "crop", "normalize"), scale=(0.5, 2.0), scale_filter="bilinear", flip=0.5, crop=448
-)
-_FIT = Fit(
-    steps=20000, batch_size=4, optimiser="adamw", lr=6e-5, weight_decay=0.01,
-    schedule="warmup_poly", warmup_steps=1500, warmup_ratio=1e-6, power=0.9,
 )
 _INFER = CamInference(
     scales=(1.0, 0.5, 1.5), squash=448, resize="linear", truncate=True, merge="max_relu", normalise="span"
@@ -325,7 +331,7 @@ _TEST = SegInference(
 
 _PUBLISHED = Recipe(
     cam=TocoRecipe(
-        network=TocoOptions(), fit=_FIT, augment=_AUGMENT, weights=PRETRAINED, infer=_INFER,
+        network=TocoOptions(), fit=PUBLISHED_FIT, augment=_AUGMENT, weights=PRETRAINED, infer=_INFER,
     ),
     refiner="psa",
     segmenter="own",
@@ -340,7 +346,7 @@ _COCO = replace(
             high=0.65, temperature=1.0, aux_labels_until=0.15, ptc=Term(0.2, 0.15), ctc=Term(0.5, 0.15),
             seg=Term(0.1, 0.1), reg=Term(0.05, 0.1),
         ),
-        fit=replace(_FIT, steps=80000, batch_size=8),
+        fit=replace(PUBLISHED_FIT, steps=80000, batch_size=8),
     ),
     data="coco14",
     # squashed to a square first
@@ -363,10 +369,7 @@ _SAMPLE = Recipe(
             ptc=Term(0.3, 0.5), ctc=Term(0.1, 0.5), seg=Term(0.3, 0.5), reg=Term(0.05, 0.5),
             dense=DenseOptions(weight=1e-6),
         ),
-        fit=Fit(
-            epochs=20, batch_size=16, optimiser="adamw", lr=1.5e-3, weight_decay=0.05, schedule="warmup_poly",
-            warmup_steps=30,
-        ),
+        fit=replace(SAMPLE_FIT, epochs=20),
         augment=Augment(order=("long_side", "flip", "crop", "normalize"), long_side=(112, 160), crop=112),
         image_view=View(**_SAMPLE_COLOURS),
         local_view=View(**_SAMPLE_COLOURS),
@@ -375,21 +378,16 @@ _SAMPLE = Recipe(
             jitter=(0.2, 0.2, 0.2, 0.02),
         ),
         amp="fast",
-        infer=CamInference(scales=(0.5, 1.0), merge="max", normalise="span"),
+        infer=SAMPLE_INFER,
     ),
     refiner="psa",
     segmenter="own",
-    own=SegmentTest(
-        infer=SegInference(
-            scales=(1.0, 1.25), flip=True, resize="bilinear", merge="sum_max_logits", align_corners=False,
-            crf=CRFSettings(iterations=5, bilateral_sxy=32),
-        )
-    ),
+    own=SAMPLE_TEST,
 )  # fmt: skip
 
 
 def _on_deit(recipe: Recipe) -> Recipe:
-    """The same from DeiT-B."""
+    """The same recipe, starting from DeiT-B."""
     backbone = replace(VIT_B, pretrained="deit_base_patch16_224.fb_in1k")
     return replace(recipe, cam=replace(recipe.cam, network=replace(recipe.cam.network, backbone=backbone)))
 

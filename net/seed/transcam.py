@@ -18,8 +18,6 @@ from misc.config import Augment, CamInference, Fit
 from net.backbone.conformer import SAMPLE_CONFORMER, Conformer, ConformerOptions
 from net.backbone.transformer import QueryKey, spread_maps
 from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
-from net.foreign.loading import load_tensors
-from net.foreign.reading import read_tensors
 from net.losses import multilabel_soft_margin
 from net.registry import seed
 from net.start_weights import REQUIRED
@@ -28,7 +26,7 @@ Method = Literal["transcam", "convcam", "clsattn", "attnagg"]
 
 
 @seed("transcam")
-class TransCam(SeedNetwork, Conformer):
+class TransCam(Conformer, SeedNetwork):
     """Conformer with two heads, of C + 1 outputs each: ``conv_cls_head`` on the map, ``trans_cls_head`` on the class
     token. The first output stands for the background, is never supervised and is dropped everywhere.
 
@@ -36,7 +34,6 @@ class TransCam(SeedNetwork, Conformer):
     """
 
     published_scores = "64.9 / 70.2 / 69.3"
-    normalisation = Conformer.normalisation
     heads = ("conv_cls_head", "trans_cls_head")
 
     def __init__(self, options: TransCamOptions, num_classes: int) -> None:
@@ -78,18 +75,6 @@ class TransCam(SeedNetwork, Conformer):
         convolution, token = self.class_logits(images)
         return (convolution + token)[:, 1:]
 
-    def load_weights(self, weights: str) -> str:
-        """Conformer's ImageNet weights without their heads (``Conformer_small_patch16.pth``), or a whole TransCAM
-        checkpoint (``TransCAM.pth``), which must fit completely.
-
-        They are distinguished by the head of the convolution branch: a linear layer, or a convolution.
-        """
-        head = read_tensors(weights).get("conv_cls_head.weight")
-        if head is not None and head.ndim == 4:
-            return str(load_tensors(self, weights))
-        return str(load_tensors(self, weights, rename=lambda name: None if name.startswith(self.heads) else name,
-                        allow_missing=self.heads))  # fmt: skip
-
 
 def refine_map(maps: Tensor, attention: Tensor, method: Method) -> Tensor:
     """A class map after the attention (transcam.md section 3).
@@ -129,8 +114,7 @@ class TransCamOptions(Options):
     def cross_check(self) -> None:
         """Raises ValueError for a backbone whose map and tokens have different grids."""
         super().cross_check()
-        if self.backbone.last_stride != 1:
-            raise ValueError("backbone.last_stride must be 1: the map and the tokens share a grid.")
+        self.backbone.check_one_grid()
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> TransCam:
         """TransCAM for ``num_classes`` foreground classes."""

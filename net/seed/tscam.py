@@ -19,8 +19,6 @@ from net.backbone.conformer import SAMPLE_CONFORMER, Conformer, ConformerOptions
 from net.backbone.transformer import AttentionSums, Visit
 from net.backbone.vit import SAMPLE_VIT, SemanticViT, ViTOptions
 from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecipe
-from net.foreign.loading import load_tensors
-from net.foreign.reading import read_tensors
 from net.groups import Group, decay_groups
 from net.losses import ClassLoss, class_loss
 from net.registry import seed
@@ -103,15 +101,6 @@ class TsCamConformer(Conformer, TsCam):
         sums = AttentionSums(1, [1.0] * self.depth, [0.0] * self.depth)
         maps, _ = self.forward_heads(images, sums)
         return maps * sums.to_patches.unflatten(2, maps.shape[-2:])
-
-    def load_weights(self, weights: str) -> str:
-        """Conformer's ImageNet weights without their heads (``conformer_small_patch16.pth``), or a whole TS-CAM
-        checkpoint, whose token head is a convolution, and which must fit completely."""
-        head = read_tensors(weights).get("trans_cls_head.weight")
-        if head is not None and head.ndim == 4:
-            return str(load_tensors(self, weights))
-        return str(load_tensors(self, weights, rename=lambda name: None if name.startswith(self.heads) else name,
-                        allow_missing=self.heads))  # fmt: skip
 
 
 @dataclass(frozen=True)

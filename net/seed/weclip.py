@@ -1,7 +1,7 @@
 """WeCLIP: a light decoder on a frozen CLIP, which labels its own training crops (Zhang et al., 2024; weclip.md).
 
 F = fused tokens of all blocks but the last; the decoder predicts masks from F, and P = sigmoid(F F^T) says which cells
-belong together. Class maps are CLIP-ES' (net/seed/clipes.py), spread by attention that P chooses and weighs:
+belong together. Class maps are those of CLIP-ES (net/seed/clipes.py), spread by attention that P chooses and weighs:
 
     R = P * mean of the layers l with d_l <= mean of d,   d_l = sum over i, j of (P_ij - A_l,ij)
 
@@ -13,55 +13,53 @@ and refined by the crop's colours (PAR) they label the crop, with which both are
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from misc.checked import Count, DropProbability, Fraction, Range, Weight, check
-from misc.config import Augment, CamInference, Fit, SegInference, override
+from misc.checked import Count, DropProbability, Range, Weight, check
+from misc.config import Augment, Fit, SegInference, override
 from misc.crf.dense import CRFSettings
 from misc.image.labels import IGNORE
+from misc.image.pixels import resize_maps
 from misc.loop.trainable import Batch
 from misc.precision import full_precision
 from misc.propagate.caa import refine_by_attention, scale_to_unit
 from misc.propagate.par import PAR, PixelAdaptive
 from net.backbone.clip import ClipOptions, ClipTransformer
-from net.backbone.clip_maps import FrozenClip
-from net.backbone.clip_text import TextOptions, Texts
+from net.backbone.clip_text import TextOptions
 from net.backbone.transformer import QueryKey, Visit
 from net.backbone.vit import Grid
-from net.contract import Network, Options, Recipe, SeedRecipe, SegmentTest, SingleStage
+from net.contract import Network, Recipe, SeedRecipe, SegmentTest, SingleStage
 from net.foreign.loading import load_tensors
-from net.foreign.openai import OPEN_CLIP, read_clip
+from net.foreign.openai import OPEN_CLIP
 from net.foreign.reading import read_tensors
 from net.groups import Group
 from net.losses import balanced_cross_entropy, count_label_kinds
 from net.registry import seed
+from net.shared.texted import TEXTED_INFER, TextedNetwork, TextedOptions
 from net.start_weights import PRETRAINED
 
 SWITCH = {"published": 9144 / 30000, "mended": 0.5}
-"""Share of the training after which maps are refined with P. The published code counts forward passes; those of its
+"""Fraction of the training after which maps are refined with P. The published code counts forward passes; those of its
 validations on VOC are counted too, so that it switches long before the middle (weclip.md section 3)."""
 
 
 @seed("weclip")
-class Weclip(SingleStage):
+class Weclip(TextedNetwork, SingleStage):
     """Frozen CLIP, fusing head and decoder, under the names of the official checkpoints."""
 
     published_scores = "– / – / 76.4"
     normalisation = "imagenet"  # published, not CLIP's
-    map_needs_gradient = True
+    options: WeclipOptions
 
     def __init__(self, options: WeclipOptions, num_classes: int) -> None:
-        super().__init__()
-        self.options = options
+        super().__init__(options, num_classes)
         clip = options.clip
-        self.texts = Texts((), (), options.texts.templates)
-        self.encoder = FrozenClip(clip, num_classes)
         self.decoder_fts_fuse = FusingHead(clip.layers - 1, clip.width, options.width, options.dropout)
         self.decoder = MaskDecoder(options.width, options.decoder_heads, options.decoder_layers, num_classes + 1)
 
@@ -74,8 +72,7 @@ class Weclip(SingleStage):
         logits, affinity = self.decoder(fused), cell_affinity(fused)
         counts = [batch[f"counts/{name}"] for name in ("background", "foreground", "same", "different")]
         with full_precision(fused.device.type):
-            size = batch["label"].shape[1:]
-            logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+            logits = resize_maps(logits, batch["label"].shape[1:])
             return {
                 "seg": balanced_cross_entropy(logits, batch["label"], *counts[:2]),
                 "affinity": self.options.affinity_weight * affinity_loss(affinity, batch["pairs"], *counts[2:]),
@@ -91,19 +88,6 @@ class Weclip(SingleStage):
         tokens, _, grid = self._frozen(images)
         return self.decoder(self.decoder_fts_fuse(tokens, grid))
 
-    def set_class_texts(self, names: Sequence[str], own: Mapping[str, str]) -> None:
-        """Choose the texts; until weights are loaded their features are random directions."""
-        self.texts = self.options.texts.choose(names, own)
-        self.encoder.draw_texts(len(self.texts.background))
-
-    def notes(self) -> dict[str, Any]:
-        """The texts that were encoded."""
-        return {"texts": self.texts.record()}
-
-    def pretrained_names(self) -> tuple[str, ...]:
-        """The whole CLIP of ``options.clip``, as open_clip has it."""
-        return (f"open_clip:{self.options.clip.pretrained}",)
-
     def load_weights(self, weights: str) -> str:
         """A whole CLIP (a file, or ``open_clip:NAME``) for the frozen part, or a WeCLIP checkpoint.
 
@@ -111,7 +95,7 @@ class Weclip(SingleStage):
         """
         state = {} if weights.startswith(OPEN_CLIP) else read_tensors(weights)
         if "decoder.linear_pred.weight" not in state:
-            return self.encoder.load_clip(read_clip(weights), self.texts, weights)
+            return super().load_weights(weights)
         trained = {name: value for name, value in state.items() if name.startswith("decoder")}
         report = load_tensors(self, trained, allow_missing=["encoder"], label=weights)
         clip = {name.removeprefix("encoder."): v.float() for name, v in state.items() if name.startswith("encoder.")}
@@ -159,15 +143,11 @@ class Weclip(SingleStage):
             maps[index, present] = scale_to_unit(spread)
         return maps, tokens, grid
 
-    def classify(self, images: Tensor, num_classes: int) -> Tensor:
-        """Scaled cosines with the classes' texts: (B, 3, H, W) -> (B, C)."""
-        return self.encoder.text_logits(images)[:, :num_classes]
-
     # ---------------------------------------------------------------------------------------------- training
 
     def prepare(self, batch: Batch, progress: float) -> Batch:
-        """``label`` (B, S, S) int64 of the maps of this moment, ``pairs`` (B, N, N) uint8 of ``affinity_label``, and
-        CLIP's patch ``tokens`` (B, L, N, D), so that it runs once an update."""
+        """``label`` (B, S, S) int64 from the class maps of the present weights, ``pairs`` (B, N, N) uint8 of
+        ``affinity_label``, and CLIP's patch ``tokens`` (B, L, N, D), so that it runs once an update."""
         images, tags, options = batch["image"], batch["tags"], self.options
         maps, tokens, grid = self._maps(images, tags, progress >= SWITCH[options.switch])
         with torch.no_grad():
@@ -193,7 +173,7 @@ class TokenMlp(nn.Module):
         self.proj_2 = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Plain."""
+        """The tokens after both layers."""
         return self.proj_2(F.relu(self.proj(x)))
 
 
@@ -213,7 +193,7 @@ class FusingHead(nn.Module):
         return self.linear_fuse(joined.reshape(joined.shape[0], -1, *grid))  # of (B, L E, h, w)
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """``combine``, and in training whole channels left out."""
+        """``combine``, followed in training by channel dropout."""
         return self.dropout(self.combine(tokens, grid))
 
 
@@ -226,7 +206,7 @@ class MaskDecoder(nn.Module):
         self.linear_pred = nn.Conv2d(width, outputs, 1)
 
     def forward(self, fused: Tensor) -> Tensor:
-        """Background first."""
+        """Logits, background first."""
         x = self.transformer(fused.flatten(2).transpose(1, 2))  # (B, N, E)
         return self.linear_pred(x.transpose(1, 2).reshape(fused.shape))  # of (B, E, h, w)
 
@@ -277,20 +257,13 @@ def label_crops(maps: Tensor, tags: Tensor, images: Tensor, iterations: int) -> 
     planes, values = [], []
     for image, present in zip(maps, tags > 0, strict=True):
         keys = present.nonzero()[:, 0]
-        high = _resized(image[keys], images.shape[2:])
+        high = resize_maps(image[keys], images.shape[2:])
         background = 1 - torch.cat([torch.zeros_like(images[:1, 0]), high]).amax(0, keepdim=True)
         # planes of 0 behind those of fewer classes: PAR leaves them at 0, and the first of equal scores counts
         planes.append(F.pad(torch.cat([background, high]), (0, 0, 0, 0, 0, most - len(keys))))
         values.append(F.pad(keys + 1, (1, most - len(keys))))
     found = PixelAdaptive(images, PAR)(torch.stack(planes), iterations).argmax(1)  # (B, H, W), of most + 1 planes
     return torch.stack(values).gather(1, found.flatten(1)).view_as(found)
-
-
-def _resized(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """(K, h, w), K may be 0 -> (K, H, W), bilinear with align_corners False."""
-    if not len(maps):
-        return maps.new_zeros((0, *size))
-    return F.interpolate(maps[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
 
 
 # ------------------------------------------------------------------------------ losses (weclip.md section 4)
@@ -308,7 +281,8 @@ def affinity_label(label: Tensor, grid: Grid, radius: int) -> Tensor:
 
 
 def affinity_loss(affinity: Tensor, pairs: Tensor, same: Tensor, different: Tensor) -> Tensor:
-    """Linear in P: (B, N, N) against ``affinity_label`` (B, N, N); the numbers of pairs, plus 1, divide the sums."""
+    """Affinity loss, linear in P: (B, N, N) against ``affinity_label`` (B, N, N); the numbers of pairs, plus 1, divide
+    the sums."""
     positive = (1 - affinity)[pairs == 1].sum() / (same + 1)
     return (positive + affinity[pairs == 0].sum() / (different + 1)) / 2
 
@@ -317,13 +291,9 @@ def affinity_loss(affinity: Tensor, pairs: Tensor, same: Tensor, different: Tens
 
 
 @dataclass(frozen=True)
-class WeclipOptions(Options):
+class WeclipOptions(TextedOptions):
     """CLIP, texts, decoder and labels; the defaults are the published ones for VOC."""
 
-    clip: ClipOptions = field(default_factory=ClipOptions)
-    """Size of the image tower."""
-    texts: TextOptions = field(default_factory=TextOptions)
-    """Texts of classes and background."""
     width: Count = 256
     """Channels of the fused map and the decoder."""
     decoder_layers: Count = 3
@@ -332,12 +302,8 @@ class WeclipOptions(Options):
     """Attention heads of the decoder; they divide the width."""
     dropout: DropProbability = 0.1
     """Probability that a channel of the fused map is left out in training."""
-    cut: Fraction = 0.4
-    """Share of a map's maximum above which its parts lie in the rectangles that it spreads from. COCO: 0.7."""
-    blocks: Count = 8
-    """Last blocks whose attention is averaged before the switch."""
     candidates: Count = 6
-    """Last blocks among which P chooses after it. COCO: 10."""
+    """Number of last blocks among which P chooses after the switch. COCO: 10."""
     switch: Literal["published", "mended"] = "published"
     """When P takes part in the maps. published: after 30.5 % of the training, as the published code comes to do on VOC.
     mended: after half of it, as it was meant."""
@@ -347,19 +313,13 @@ class WeclipOptions(Options):
     """Cells whose rows and columns differ by no more than this are neighbours in the affinity loss."""
     affinity_weight: Weight = 0.1
     """Weight of the affinity loss."""
-    reads_class_texts = True
 
     def cross_check(self) -> None:
         """Raises ValueError for values that make no network together."""
+        super().cross_check()
         check(self.width % self.decoder_heads == 0, "width", self.width, f"a multiple of {self.decoder_heads} heads")
-        for name in ("blocks", "candidates"):
-            value, layers = getattr(self, name), self.clip.layers
-            check(value <= layers, name, value, f"at most the network's {layers}")
-
-    @property
-    def keeps_start_weights(self) -> bool:
-        """CLIP is frozen."""
-        return True
+        layers = self.clip.layers
+        check(self.candidates <= layers, "candidates", self.candidates, f"at most the network's {layers}")
 
     def build(self, num_classes: int, earlier: Mapping[str, Network]) -> Weclip:
         """WeCLIP for ``num_classes`` foreground classes."""
@@ -367,8 +327,6 @@ class WeclipOptions(Options):
 
 
 # ------------------------------------------------------------------------------ recipes (weclip.md sections 5 and 6)
-
-_INFER = CamInference(scales=(1.0,), flip=False, stretch=16, normalise="none")
 
 _PUBLISHED = Recipe(
     cam=SeedRecipe(
@@ -383,7 +341,7 @@ _PUBLISHED = Recipe(
         ),
         weights=PRETRAINED,
         init="clip",
-        infer=_INFER,
+        infer=TEXTED_INFER,
     ),
     refiner="crf",
     segmenter="own",
@@ -419,7 +377,7 @@ _SAMPLE = Recipe(
         augment=Augment(
             order=("scale", "flip", "crop", "normalize"), scale=(0.75, 1.25), scale_filter="bilinear", crop=112
         ),
-        infer=_INFER,
+        infer=TEXTED_INFER,
     ),
     refiner="crf",
     segmenter="own",

@@ -68,7 +68,7 @@ class LargeFOVOptions(Options):
     # deeplab.md B.1
 
     resnet38: ResNet38Options = field(default_factory=lambda: ResNet38Options(freeze_bn=True, frozen="conv1a"))
-    """ResNet38."""
+    """Options of the ResNet38 backbone."""
     fov_channels: Count = 512
     """Channels between the two convolutions of the head."""
     fov_dilation: Count = 12
@@ -80,6 +80,10 @@ class LargeFOVOptions(Options):
         """The network for ``num_classes`` foreground classes."""
         return LargeFOV(num_classes, self)
 
+
+_CRF = CRFSettings(
+    iterations=10, gauss_sxy=4, gauss_weight=3, bilateral_sxy=83, bilateral_srgb=5, bilateral_weight=3
+)
 
 LargeFOV.recipes = {
     "published": SegmentRecipe(
@@ -112,14 +116,7 @@ LargeFOV.recipes = {
             resize="linear",
             merge="max_softmax",
             align_corners=False,
-            crf=CRFSettings(
-                iterations=10,
-                gauss_sxy=4,
-                gauss_weight=3,
-                bilateral_sxy=83,
-                bilateral_srgb=5,
-                bilateral_weight=3,
-            ),
+            crf=_CRF,
         ),
     ),
     "sample": SegmentRecipe(
@@ -140,14 +137,7 @@ LargeFOV.recipes = {
             resize="linear",
             merge="max_softmax",
             align_corners=False,
-            crf=CRFSettings(
-                iterations=10,
-                gauss_sxy=4,
-                gauss_weight=3,
-                bilateral_sxy=83,
-                bilateral_srgb=5,
-                bilateral_weight=3,
-            ),
+            crf=_CRF,
         ),
     ),
 }

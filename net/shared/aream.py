@@ -20,7 +20,7 @@ from torch import Tensor
 
 from misc.checked import Probability, Range, Weight, When, check
 from misc.image.labels import IGNORE
-from misc.image.pixels import box_mask, find_normalisation, truncated_size
+from misc.image.pixels import box_mask, find_normalisation, resize_maps, truncated_size
 from misc.infer.cams import scale_rectified
 from misc.precision import full_precision
 from misc.propagate.par import PixelAdaptive
@@ -100,8 +100,8 @@ class Aream(SeedNetwork):
         total = 0
         for scale in self.options.scales:
             scaled = truncated_size(size, scale)
-            x = images if scaled == size else _resize(images, scaled)
-            plain, mirrored = _resize(self._spread_map(torch.cat([x, x.flip(-1)]), weights), size).chunk(2)
+            x = images if scaled == size else resize_maps(images, scaled)
+            plain, mirrored = resize_maps(self._spread_map(torch.cat([x, x.flip(-1)]), weights), size).chunk(2)
             total = total + plain + mirrored.flip(-1)
         return scale_rectified(total)
 
@@ -153,10 +153,6 @@ def scale_entropy(entropy: Sequence[float]) -> list[float]:
 # ------------------------------------------------------------------------------------- labels (aream.md section 6)
 
 
-def _resize(maps: Tensor, size: Sequence[int]) -> Tensor:
-    return F.interpolate(maps.float(), size=tuple(size), mode="bilinear", align_corners=False)
-
-
 @torch.no_grad()
 def pseudo_labels(
     colours: Tensor, cams: Tensor, tags: Tensor, backgrounds: Sequence[float], box: Tensor | None = None
@@ -183,10 +179,10 @@ def pseudo_labels(
     classes = (tags > 0).float().argsort(stable=True, dim=1, descending=True)[:, :most]  # (B, K)
     absent = torch.arange(most, device=tags.device) >= count[:, None]  # (B, K)
     planes = cams.gather(1, classes[:, :, None, None].expand(-1, -1, *size))
-    planes = _resize(planes, half).masked_fill(absent[:, :, None, None], -torch.inf)  # (B, K, H/2, W/2)
+    planes = resize_maps(planes, half).masked_fill(absent[:, :, None, None], -torch.inf)  # (B, K, H/2, W/2)
     stacks = [F.pad(planes, (0, 0, 0, 0, 1, 0), value=score).softmax(1) for score in backgrounds]
-    refined = PixelAdaptive(_resize(colours, half))(torch.cat(stacks, 1))  # (B, S (K + 1), H/2, W/2)
-    place = _resize(refined, size).unflatten(1, (len(backgrounds), most + 1)).argmax(2)  # (B, S, H, W)
+    refined = PixelAdaptive(resize_maps(colours, half))(torch.cat(stacks, 1))  # (B, S (K + 1), H/2, W/2)
+    place = resize_maps(refined, size).unflatten(1, (len(backgrounds), most + 1)).argmax(2)  # (B, S, H, W)
     labels = F.pad(classes + 1, (1, 0)).gather(1, place.flatten(1)).view_as(place)
     if box is not None:
         labels = labels.masked_fill(~box_mask(box, size)[:, None], IGNORE)

@@ -1,4 +1,4 @@
-"""The background's score beside class maps: a power of what they leave, or a constant."""
+"""The background's score beside class maps: a power of (1 - largest map), or a constant."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class BackgroundOptions(Checked):
     """constant: the background score. None: the one that make_cam found best for the CAMs."""
 
     def stack(self, maps: np.ndarray) -> np.ndarray:
-        """``stack_background`` by this rule, whose threshold is known by now."""
+        """``stack_background`` by this rule; a threshold must have been set."""
         assert self.threshold is not None
         return stack_background(maps, self.background, self.alpha, self.threshold)
 

@@ -212,7 +212,8 @@ def propagate_scores(scores: Tensor, boundary: Tensor, radius: int, beta: float,
     weights.
 
     The scores are damped by (1 - boundary) first; any size of grid, all pairs nearer than the radius (irnet.md section
-    10.1). Published squares dense matrices of (h w)^2.
+    10.1). The published code squares dense matrices of (h w)^2
+    entries.
 
     Args:
         scores: (K, h, w).

@@ -17,15 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from misc.checked import Checked, Count, Positive, Probability, Range, Weight, check
+from misc.config import CamInference, Fit, SegInference
+from misc.crf.dense import CRFSettings
 from misc.crf.energy import DenseOptions, dense_energy
 from misc.image.labels import IGNORE
 from misc.image.picture import restore_values, truncate_values
+from misc.image.pixels import resize_maps
 from misc.infer.online import merge_batch_maps, present_classes, refined_label
 from misc.loop.trainable import Batch
 from misc.precision import full_precision
 from net.backbone.auxiliary_vit import AuxiliaryViT, LargeFovHead, MaxClassifier
 from net.backbone.vit import ViTOptions
-from net.contract import Options, SingleStage
+from net.contract import Options, SegmentTest, SingleStage
 from net.foreign.loading import load_tensors
 from net.foreign.reading import read_tensors
 from net.groups import Group
@@ -115,7 +118,7 @@ class SelfTrainedViT(SingleStage):
             return {"seg": nothing, "reg": nothing.detach()}
         label, images = batch["label"], batch["image"]
         with full_precision(images.device.type):
-            logits = F.interpolate(logits.float(), size=label.shape[-2:], mode="bilinear", align_corners=False)
+            logits = resize_maps(logits, label.shape[-2:])
             seg = balanced_cross_entropy(logits, label, batch["counts/background"], batch["counts/foreground"])
             colours = restore_values(images, self.normalisation)
             reg = dense_energy(logits, label, colours, inside, self.settings.dense)
@@ -154,7 +157,7 @@ class Term(Checked):
     """Weight of a loss term and when it starts."""
 
     weight: Weight
-    """Weight. 0: the term is not used."""
+    """Weight of the term. 0: it is not used."""
     start: Annotated[float, Range(least=0, below=1)] = 0.0
     """Fraction of the training after which it counts; before, it is multiplied by 0, so that its parameters decay but
     do not learn. 0: from the first update on."""
@@ -250,3 +253,23 @@ class SelfTrainedOptions(Options):
         depth = self.backbone.depth
         check(-depth <= self.aux_layer < depth, "aux_layer", self.aux_layer, f"one of {depth} blocks (the depth)")
         check(self.low <= self.high, "low", self.low, f"at most high = {self.high}")
+
+
+# ------------------------------------------------------------------------------------- recipes
+
+PUBLISHED_FIT = Fit(
+    steps=20000, batch_size=4, optimiser="adamw", lr=6e-5, weight_decay=0.01,
+    schedule="warmup_poly", warmup_steps=1500, warmup_ratio=1e-6, power=0.9,
+)  # fmt: skip
+"""Both trainings on VOC (toco.md section 7, more.md section 5)."""
+SAMPLE_FIT = Fit(
+    batch_size=16, optimiser="adamw", lr=1.5e-3, weight_decay=0.05, schedule="warmup_poly", warmup_steps=30
+)
+SAMPLE_INFER = CamInference(scales=(0.5, 1.0), merge="max", normalise="span")
+"""Not clipped at 0: the maximum is trained on marks, bodies lie below zero but above the background."""
+SAMPLE_TEST = SegmentTest(
+    infer=SegInference(
+        scales=(1.0, 1.25), flip=True, resize="bilinear", merge="sum_max_logits", align_corners=False,
+        crf=CRFSettings(iterations=5, bilateral_sxy=32),
+    )
+)  # fmt: skip

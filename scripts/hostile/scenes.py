@@ -156,7 +156,7 @@ def read_only_folder(rig: Rig, scenario: Scenario, base: Path) -> list[str]:
             subprocess.run(["mount", "-o", "remount,ro", str(cwd / "run")], check=True)
             ending = rig.call(scenario.script, scenario.argv, cwd, log)
             print(f"read-only run folder ({kind}): status {ending.status}, {tail(log, 250)!r}", flush=True)
-            if has_traceback(log) or (kind != "finished" and ending.status != 1):
+            if has_traceback(log) or (kind != "finished" and ending.status not in (1, 2)):
                 problems.append(f"read-only run folder ({kind}): status {ending.status}, {tail(log, 700)}")
     return problems
 
@@ -215,7 +215,7 @@ def _goes_on(
     again = rig.call(scenario.script, scenario.argv, cwd, log)
     seen = scenario.differences(cwd)
     print(f"{what}: status {ending.status}, {text[-230:]!r}; with space: status {again.status}, {seen}", flush=True)
-    if traced or again.status or seen or ending.status not in (0, 1):
+    if traced or again.status or seen or ending.status not in (0, 1, 2):
         trace = "(traceback)" if traced else ""
         return [f"{what}: status {ending.status} {trace}, then {again.status} {seen}: {text}"]
     return []

@@ -19,7 +19,7 @@ def good_table(bench: Bench) -> str:
 
 
 def table_cases(bench: Bench) -> Iterator[HostileFile]:
-    """labels.csv."""
+    """Cases of labels.csv."""
     tag, table = bench.tag, good_table(bench)
     rows: dict[str, str | Data] = {
         "climbing name": f"{table}../../../../etc/passwd,{tag}\n",
@@ -58,7 +58,7 @@ def table_cases(bench: Bench) -> Iterator[HostileFile]:
 
 
 def class_list_cases(bench: Bench) -> Iterator[HostileFile]:
-    """classes.txt."""
+    """Cases of classes.txt."""
     tag, other = bench.tag, bench.names[1]
     rows: list[tuple[str, str | bytes, Must]] = [
         ("300 classes", "".join(f"c{i}\n" for i in range(300)), "refuse"),

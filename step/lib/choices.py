@@ -17,11 +17,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from misc import commandline
+from net.names import OWN
 
 ROOM = Path(__file__).resolve().parents[2]
 INDEX = ROOM / ".cache" / "flags.json"
-OWN = "own"
-"""The segmenter's name for the CAM network itself (net.registry.OWN)."""
 
 PHOTOS_DATA = "folder"
 """The data set whose default preset is photos."""
@@ -54,15 +53,6 @@ OPTIONS = (
     ("--machine.workers N", "processes that read images"),
 )
 """Options in the short help; --help-all shows all of them with values and ranges."""
-
-
-class WrongWord(ValueError):
-    """A word of the command line that is not a known method, preset, refiner, segmenter, data set (``status`` 1) or
-    flag (2)."""
-
-    def __init__(self, told: str, status: int = 1):
-        super().__init__(told)
-        self.status = status
 
 
 @functools.cache
@@ -140,7 +130,7 @@ def preset_of(argv: Sequence[str], presets: Collection[str]) -> str:
 
 
 def check_words(argv: Sequence[str]) -> None:
-    """Raises WrongWord for the first unknown name or flag."""
+    """Raises WrongCall for the first unknown name or flag."""
     method = method_of(argv)
     if "net.registry" not in sys.modules:  # else the registry is loaded, and may know methods registered elsewhere
         _check_names(method, {name: value(argv, f"--{name}") for name in ("preset", "refiner", "segmenter", "data")})
@@ -148,7 +138,8 @@ def check_words(argv: Sequence[str]) -> None:
     for flag in commandline.given_flags(argv):
         if known and flag not in (*known, "--help-all"):
             hint = commandline.did_you_mean(flag, known)
-            raise WrongWord(f"{method} has no flag {flag}.{hint} All: python run_sample.py {method} --help-all", 2)
+            told = f"{method} has no flag {flag}.{hint} All: python run_sample.py {method} --help-all"
+            raise commandline.WrongCall(told)
 
 
 def _check_names(method: str, given: Mapping[str, str | None]) -> None:
@@ -161,7 +152,7 @@ def _check_names(method: str, given: Mapping[str, str | None]) -> None:
         if name is None or name in names or not names or (ROOM / "net" / rooms.get(what, "") / f"{name}.py").exists():
             continue
         told = {"preset": f"{method} has no preset {name!r}.", "data set": f"--data {name}: there is no such data set."}
-        raise WrongWord(f"{told.get(what, f'There is no {what} {name!r}.')} There are: {', '.join(names)}.")
+        raise commandline.WrongCall(f"{told.get(what, f'There is no {what} {name!r}.')} There are: {', '.join(names)}.")
 
 
 def known_flags(method: str) -> list[str]:
@@ -195,18 +186,19 @@ def _sources_key() -> str:
     return digest.hexdigest()
 
 
-def help_text() -> str:
-    """The short help, one screen."""
+def help_text(argv: Sequence[str] = ()) -> str:
+    """The short help, one screen, with the presets of the METHOD of a command line."""
     from step import STEPS
 
     listed = ", ".join(f"{i} {s.name}" for i, s in enumerate(STEPS, 1))
-    presets = dict.fromkeys(preset for names in methods().values() for preset in names)
+    method = method_of(argv)
+    presets = methods().get(method, ())
     names = (
         ("METHOD", ", ".join(methods())),
         ("--refiner", ", ".join(refiners())),
         ("--segmenter", ", ".join(segmenters())),
         ("--data", ", ".join(data_sets())),
-        ("--preset", ", ".join(presets)),
+        ("--preset", f"of {method}: {', '.join(presets)}; of another: python run_sample.py METHOD --help"),
     )
     return "\n".join(
         [

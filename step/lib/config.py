@@ -20,6 +20,7 @@ from misc.config import Machine
 from misc.files import store
 from misc.files.runfolder import RunFolder
 from net import contract, registry
+from net.names import OWN
 from net.start_weights import StartWeights
 from step.lib import sizes
 from voc12.catalog import Catalog, load_data_sets, open_catalog
@@ -176,7 +177,7 @@ def default_config(method: str, preset: str, refiner: str | None = None, segment
     recipe = registry.find_recipe(registry.find_method(registry.SEEDS, method, "method"), preset)
     refiner, segmenter = refiner or recipe.refiner, segmenter or recipe.segmenter
     aff = registry.find_recipe(registry.find_method(registry.REFINERS, refiner, "refiner"), preset, recipe.base)
-    if segmenter == registry.OWN:
+    if segmenter == OWN:
         if recipe.own is None:
             names = ", ".join(sorted(registry.SEGMENTERS))
             raise ValueError(f"--segmenter own: {method} predicts no masks itself. There are: {names}.")
@@ -277,7 +278,7 @@ class Job:
     @property
     def single_stage(self) -> bool:
         """Whether the CAM network is also the segmenter."""
-        return self.cfg.segmenter == registry.OWN
+        return self.cfg.segmenter == OWN
 
     @property
     def aim(self) -> str:

@@ -16,7 +16,7 @@ from step.lib.config import Job
 from step.lib.networks import load_cam_network
 
 
-def run(job: Job, device: torch.device) -> list[float]:
+def measure_entropy(job: Job, device: torch.device) -> list[float]:
     """Mean entropy in bits of every layer over the training list; also written to layer_entropy.json in the run folder.
 
     Images are stretched to the square of the training crop; those without a tag are left out. Raises ValueError if the

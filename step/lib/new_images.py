@@ -33,7 +33,7 @@ from misc.loop.each import EachFailed, each
 from misc.precision import place
 from net.contract import AffinityNetwork, Phase, SeedNetwork, Segmenter, SegmentRecipe, SingleStage
 from net.model import Model, as_segmenter, released_model
-from net.registry import OWN
+from net.names import OWN
 from step.lib.config import default_config
 from step.lib.inference import infer_class_scores, predict_cam, walk_cam
 from step.lib.tagged_images import MaskRule

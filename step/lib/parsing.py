@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import tyro
-
 from misc import commandline
 from net import registry
+from net.names import OWN
 from step.lib import choices
 from step.lib.config import Config, default_config
 from voc12.catalog import load_data_sets
@@ -17,8 +16,7 @@ from voc12.generated.sets import LAYOUTS
 
 def parse(argv: Sequence[str]) -> Config:
     """The configuration of a command line. METHOD, if given, comes first; --preset, --refiner and --segmenter determine
-    the defaults of the other flags. Raises ValueError for unknown names. A value that tyro rejects ends the process
-    with status 2."""
+    the defaults of the other flags. Raises ValueError for unknown names and impossible values."""
     choices.check_words(argv)
     method = choices.method_of(argv)
     registry.load_methods()
@@ -27,7 +25,7 @@ def parse(argv: Sequence[str]) -> Config:
     base = default_config(method, choices.preset_of(argv, presets), refiner, segmenter)
     if choices.value(argv, "--voc12-root") and not choices.value(argv, "--data"):
         base = dataclasses.replace(base, data="voc12")
-    cfg = tyro.cli(Config, default=base, args=list(argv), prog="run_sample.py", add_help=False)
+    cfg = commandline.parse_options(Config, argv, default=base, prog="run_sample.py", add_help=False)
     if not cfg.steps and "--steps" in argv:
         raise ValueError("--steps needs numbers, names or ranges: --steps 2-4 report. Without it, all steps run.")
     if cfg.method != method:
@@ -40,7 +38,7 @@ def help_all(argv: Sequence[str]) -> str:
     cfg = parse([word for word in argv if word != "--help-all"])
     boxes = load_data_sets()[cfg.data].aim == "boxes"
     hidden = ["method"] + ([] if boxes else ["cam.boxes."])
-    if boxes or cfg.segmenter == registry.OWN:
+    if boxes or cfg.segmenter == OWN:
         hidden += ["aff."] + (["seg.", "cam.infer.coarse"] if boxes else [])
     if cfg.data not in LAYOUTS or cfg.root is not None:
         hidden += ["sample."]

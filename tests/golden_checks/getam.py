@@ -6,6 +6,7 @@ Whatever differs between cases of a family is read from the case: kind, image na
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -64,7 +65,7 @@ def network(case: Any) -> Getam:
     else:
         kind = "deitb_distilled" if "distilled" in text else "deitb" if "DeiT" in text else "vitb"
     depth = len(case.meta["scaled"])
-    classes = int(re.search(r"(\d+) classes", text)[1])
+    classes = _classes(case)
     features = int(re.search(r"(\d+) decoder features", text)[1])
     net = Getam(GetamOptions(dpt=DPTOptions(backbone=kind, depth=depth, features=features)), classes).eval()
     stated = re.search(r"blocks ([\d,]+) ?(?:and (\d+))?", text)
@@ -81,10 +82,15 @@ def network(case: Any) -> Getam:
     return net
 
 
+def _classes(case: Any) -> int:
+    """Number C of foreground classes."""
+    return int(re.search(r"(\d+) classes", case.meta["constructor"])[1])
+
+
 def present(case: Any, key: str) -> tuple[list[list[int]], Tensor]:
-    """Class indices of each image as the case lists them, and as tags (B, 20)."""
-    rows = case.meta["input"][key]
-    return rows, torch.stack([torch.zeros(20).index_fill_(0, torch.tensor(row), 1.0) for row in rows])
+    """Class indices of each image as the case lists them, and as tags (B, C)."""
+    rows, none = case.meta["input"][key], torch.zeros(_classes(case))
+    return rows, torch.stack([none.index_fill(0, torch.tensor(row), 1.0) for row in rows])
 
 
 def check_getam_forward(case: Any) -> None:
@@ -164,9 +170,10 @@ def check_getam_pseudo_label(case: Any) -> None:
 
 
 @cache
-def _small() -> Getam:
+def _small(classes: int) -> Getam:
+    """A network whose losses are those of any."""
     dpt = DPTOptions(backbone="vitb", width=16, depth=4, heads=2, patch=16, features=8)
-    return Getam(GetamOptions(dpt=dpt, start_layer=1), 20)
+    return Getam(GetamOptions(dpt=dpt, start_layer=1), classes)
 
 
 def check_getam_losses(case: Any) -> None:
@@ -181,7 +188,7 @@ def check_getam_losses(case: Any) -> None:
     )
     salient = torch.from_numpy((case.input("saliency") > 0).astype(np.uint8))
     batch = {"label": label, "salient": salient, "image": torch.zeros_like(colours), "box": torch.zeros(len(label), 4)}
-    net, terms = _small(), {}
+    net, terms = _small(logits.shape[1] - 1), {}
     batch |= {f"counts/{name}": count for name, count in net.counts(batch).items()}
     for rule in ("published", "intended"):
         net.options = override(net.options, {"saliency_loss": rule, "dense.weight": 0.0})
@@ -218,7 +225,7 @@ def check_getam_poly_sgd(case: Any) -> None:
         float(re.search(pattern + _NUMBER, text)[1])
         for pattern in ("lr ", r"'weight_decay' argument ", "max_step ", "cls_step ", "seg_lr_scale ")
     )
-    net, total = _small(), int(total)
+    net, total = _small(1), int(total)
     net.options = override(net.options, {"cls_share": share, "seg_lr": factor})
     assert "no weight decay" in text
     recipe = Fit(lr=lr, momentum=decay, weight_decay=0.0, power=Getam.recipes["published"].cam.fit.power)
@@ -247,8 +254,10 @@ def check_getam_test_merge(case: Any) -> None:
         case.meta["crf"],
     ).groups()
     own = Getam.recipes["published"].own.infer
-    assert own.crf == CRFSettings(int(numbers[-1]), *map(float, numbers[:-1])) and own.square
-    infer: SegInference = override(own, {"scales": tuple(logits)})
+    crf = CRFSettings(int(numbers[-1]), *map(float, numbers[:-1]))
+    case.expect_published(crf, own.crf)
+    infer: SegInference = replace(own, scales=tuple(logits), crf=crf)
+    assert infer.square
     picture = case.input("image")
     asked = []
 

@@ -43,6 +43,8 @@ from net.seed.irn_cam import IRNCam, IRNCamOptions
 from net.shared.edge import EdgeNetwork, enlarge_cells, hard_label, propagate_scores, two_threshold_label
 from voc12.transforms import TrainSample, crop_sample
 
+NO_CLASSES = 1
+"""What the boundary and displacement network is built for: none of its layers depends on the classes."""
 _SAMPLED = re.compile(r"sampled \[(.*?)\]")
 
 
@@ -105,8 +107,14 @@ def check_irn_cam_net(case: Any) -> None:
 
 def check_irn_make_cam(case: Any) -> None:
     """Merged maps at image size and on the coarse grid, by the published inference settings."""
-    infer = IRNCam.recipes["published"].cam.infer
-    assert list(infer.scales) == case.meta["input"]["scales"]
+    published, outputs = IRNCam.recipes["published"].cam.infer, case.meta["outputs"]
+    stride = int(re.search(r"ceil\(hs/(\d+)\)", case.meta["inputs_stored"]["cam_scale0"]["meaning"])[1])
+    infer = override(published, {
+        "scales": tuple(case.meta["input"]["scales"]),
+        "round_up": int(re.search(r"up to a multiple of (\d+)", case.meta["description"])[1]),
+        "coarse": int(re.search(r"ceil\(h/(\d+)\)", outputs["cam"]["meaning"])[1]),
+    })  # fmt: skip
+    case.expect_published(infer, published)
     height, width = size = tuple(case.meta["input"]["image_size"])
     keys = case.meta["input"]["label_indices (0-based foreground classes)"]
     case.compare("keys", keys)
@@ -116,7 +124,7 @@ def check_irn_make_cam(case: Any) -> None:
     def network(images: Tensor, _: Tensor) -> Tensor:
         # the stored maps are the sums of both mirrors
         total = torch.from_numpy(next(pictures))
-        assert total.shape[1:] == tuple(-(-side // 16) for side in images.shape[-2:])
+        assert total.shape[1:] == tuple(-(-side // stride) for side in images.shape[-2:])
         return torch.stack([total, torch.zeros_like(total)])
 
     image = np.zeros((height, width, 3), np.uint8)
@@ -134,7 +142,7 @@ def _geometry(case: Any) -> tuple[dict[str, list[int]], dict[str, str]]:
 
 def check_irn_edge_displacement(case: Any) -> None:
     """Boundary and displacement of the pair on its canvas, and of the whole batch without one, in both modes."""
-    network = IRNOptions().build(20, {}).eval()
+    network = IRNOptions().build(NO_CLASSES, {}).eval()
     load_official(network, *_geometry(case), case)
     image = _image(case)
     canvas = int(re.search(r"crop_size=(\d+)", case.meta["constructor"])[1])
@@ -154,7 +162,7 @@ def check_irn_edge_displacement(case: Any) -> None:
 def check_irn_aff_displacement_loss(case: Any) -> None:
     """Pair affinities, all terms and gradients of the training forward."""
     given = case.meta["input"]
-    network = IRNOptions(radius=given["radius"]).build(20, {}).train()
+    network = IRNOptions(radius=given["radius"]).build(NO_CLASSES, {}).train()
     keys, aliases = _geometry(case)
     # the file of a training holds buffers besides, which are functions of the settings
     load_official(network, keys, aliases, case)
@@ -205,7 +213,7 @@ def check_irn_poly_optimizer(case: Any) -> None:
     lr, decay, total = float(found[1]), float(found[2]), int(found[3])
     momentum = case.meta["effective_momentum"][0]
     published = IRNCam.recipes["published"].cam.fit
-    assert (published.lr, published.momentum, published.weight_decay) == (lr, momentum, decay)
+    case.expect_published((lr, momentum, decay), (published.lr, published.momentum, published.weight_decay))
     w, v = (torch.nn.Parameter(torch.from_numpy(case.input(f"{name}0").copy())) for name in "wv")
     groups = [Group([p], lr_scale=g["lr"] / lr) for p, g in zip((w, v), case.meta["input"]["groups"], strict=True)]
     recipe = Fit(lr=lr, momentum=momentum, weight_decay=decay)
@@ -360,7 +368,7 @@ def check_irn_sem_seg(case: Any) -> None:
     options = override(IRN.recipes["published"].walk, {**walk, "threshold": case.meta["input"]["sem_seg_bg_thres"]})
     walked = propagate_scores(torch.from_numpy(cam.coarse), boundary, options.radius, options.beta, 2**options.logt)
     case.compare("rw", walked[:, None], absolute=case.meta["tolerance"]["rw"])
-    network = IRNOptions().build(20, {})
+    network = IRNOptions().build(NO_CLASSES, {})
     scores = network.walk_scores(Picture(np.zeros((*size, 3), np.uint8), torch.zeros(3, *size)), cam, boundary, options)
     _mostly(case, "label", np.array([0, *(cam.keys + 1)])[scores.argmax(0)], case.meta["tolerance"]["label"])
     assert enlarge_cells(walked, size).shape == (len(cam.keys), *size)

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from misc.crf.dense import DenseCRF
+from misc.image.pixels import resize_maps
 from misc.infer.cams import scale_by_span
-from misc.infer.online import merge_batch_maps, present_classes, resize_maps, threshold_label
+from misc.infer.online import merge_batch_maps, present_classes, threshold_label
 from net.backbone.vit import ViTOptions
 from net.losses import balanced_cross_entropy, count_label_kinds
 from net.seed.more import (
@@ -34,10 +35,9 @@ from net.shared.self_training import Term
 
 from .toco import (
     CRF_SHARE,
-    Training,
     backbone_of,
-    check_test_scores,
     close,
+    compare_test_scores,
     crf_of,
     drawn,
     filled,
@@ -47,6 +47,7 @@ from .toco import (
     wrapped_rgb,
     wrapping,
 )
+from .toco_training import Training
 
 
 def more(case: Any, **options: Any) -> More:
@@ -233,4 +234,4 @@ def check_more_test_merge(case: Any) -> None:
     network = more(case)
     infer = replace(own, scales=tuple(int(case.meta["side"] * scale) for scale in case.meta["scales"]))
     for number in range(len(case.meta["input"])):
-        check_test_scores(case, network, number, "", str(number), infer)
+        compare_test_scores(case, network, number, "", str(number), infer)

@@ -32,8 +32,9 @@ from net.shared.background import stack_background
 _NUMBER = r"(\d+(?:\.\d+)?)"
 
 
-def _network(case: Any, backbone: str, classes: int = 20) -> PSA:
-    """The network with the case's weights, in evaluation mode; its state dict must be the official one."""
+def _network(case: Any, backbone: str, classes: int = 1) -> PSA:
+    """The network with the case's weights, in evaluation mode; its state dict must be the official one; no
+    layer depends on the classes."""
     network = PSAOptions(backbone=backbone).build(classes, {})
     if case.meta["keys"]:
         assert list(case.fill.keys_of(network).items()) == list(case.meta["keys"].items())

@@ -85,14 +85,14 @@ def described_label(case: Any) -> Tensor:
     return label
 
 
-def check_groups(case: Any, network: nn.Module) -> None:
+def compare_groups(case: Any, network: nn.Module) -> None:
     """The parameter groups, in the order that the case states."""
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     groups = [[names[id(parameter)] for parameter in group.params] for group in network.param_groups()]
     assert groups == case.meta["parameter_groups"]
 
 
-def check_gradient_norms(case: Any, network: nn.Module) -> None:
+def compare_gradient_norms(case: Any, network: nn.Module) -> None:
     """The norm of every gradient."""
     parameters = dict(network.named_parameters())
     assert parameters.keys() == case.meta["grad_norms"].keys()
@@ -107,7 +107,7 @@ def check_deeplabv3plus_train(case: Any) -> None:
     recipe = DeepLabV3Plus.recipes["published"].fit
     factor, total = re.search(r"t/(\d+)\)\^([\d.]+)", stated["schedule"]).groups()[::-1]
     assert (recipe.momentum, recipe.nesterov, recipe.power) == (stated["momentum"], stated["nesterov"], float(factor))
-    check_groups(case, network)
+    compare_groups(case, network)
     optimiser = make_optimiser(network.param_groups(), recipe, torch.device("cpu"))
     assert [group["weight_decay"] for group in optimiser.param_groups] == stated["weight_decay_of_groups"]
     np.testing.assert_allclose([group["lr"] for group in optimiser.param_groups], stated["lr_of_groups"], rtol=1e-12)
@@ -125,7 +125,7 @@ def check_deeplabv3plus_train(case: Any) -> None:
         loss.backward()
         losses.append(loss.item())
         if step == 0:
-            check_gradient_norms(case, network)
+            compare_gradient_norms(case, network)
             parameters = dict(network.named_parameters())
             for name in case.meta["outputs"]:
                 if name.startswith("grad_"):

@@ -18,13 +18,11 @@ from net.contract import SeedNetwork
 from net.seed import seam
 from net.seed.psa import PlainCam
 
-CLASSES = 20
-"""Foreground classes where a case lists no keys: that of its "constructor" ("21 output channels", "as seam_net")."""
-
 
 def _classes(case: Any) -> int:
-    """Rows of the classifier."""
-    return case.meta["keys"]["fc8.weight"][0]
+    """Rows of the classifier, of a case without keys those of the case that its constructor names ("as seam_net")."""
+    described = case if case.meta.get("keys") else case.other(re.match(r"as (\w+)", case.meta["constructor"])[1])
+    return described.meta["keys"]["fc8.weight"][0]
 
 
 def _tags(labels: list[list[int]], classes: int) -> Tensor:
@@ -34,7 +32,7 @@ def _tags(labels: list[list[int]], classes: int) -> Tensor:
 
 def _filled(case: Any, network: SeedNetwork) -> SeedNetwork:
     """The network with the case's weights, in evaluation mode; its state dict must be the official one."""
-    if case.meta["keys"]:
+    if case.meta.get("keys"):
         assert case.fill.keys_of(network) == case.meta["keys"]
     case.fill.fill_(network)
     text = case.meta["input"]["weights"]
@@ -49,7 +47,7 @@ def _filled(case: Any, network: SeedNetwork) -> SeedNetwork:
     return network
 
 
-def _seam(case: Any, classes: int = CLASSES) -> SeedNetwork:
+def _seam(case: Any, classes: int) -> SeedNetwork:
     """The published network with every dropout off."""
     options = override(seam.SeamOptions(), {"resnet38.dropout": (0.0, 0.0), "dropout": 0.0})
     return _filled(case, options.build(classes, {}))
@@ -119,7 +117,7 @@ def check_seam_train_step(case: Any) -> None:
     losses = network({"image": image, "tags": tags}, 0.0)
     sum(losses.values()).backward()
 
-    sizes = (image.shape[-2:], tuple(int(side * 0.3) for side in image.shape[-2:]))
+    sizes = (image.shape[-2:], tuple(int(side * network.second_scale) for side in image.shape[-2:]))
     maps = [seam._resize(m.detach(), size) for pair, size in zip(seen, sizes, strict=True) for m in pair]
     _check_terms(case, maps, tags, losses)
     assert set(named.values()) == set(case.meta["grad_norms"])
@@ -135,15 +133,19 @@ def check_seam_train_step(case: Any) -> None:
 
 def check_seam_infer(case: Any) -> None:
     """Network inputs and merged, normalised maps of one image by the published inference settings."""
-    network = _seam(case)
-    infer = network.recipes["published"].cam.infer
+    total = _classes(case) - 1
+    network = _seam(case, total)
+    published = network.recipes["published"].cam.infer
+    scales = tuple(float(s) for s in re.search(r"scales ([\d./]+\d)", case.meta["description"])[1].split("/"))
+    case.expect_published(scales, published.scales)
+    infer = override(published, {"scales": scales})
     image = case.input("image")
     inputs = list(cams.scaled_inputs(image, infer, network.normalisation))
     for name in case.meta["outputs"]:
         if match := re.fullmatch(r"scale(\d+)_input", name):
             case.check(name, inputs[int(match[1])][0])
     classes = case.meta["input"]["classes"]
-    tags = _tags([classes], CLASSES)[0].numpy()
+    tags = _tags([classes], total)[0].numpy()
     with torch.inference_mode():
         maps = cams.infer_cam(network.cam, image, tags, infer, network.normalisation).maps
     case.check("cam", maps[np.argsort(np.argsort(classes))])

@@ -241,10 +241,10 @@ def check_semformer_forward_train(case: Case) -> None:
         close(case, name, values[name], loose if name.startswith("grad_") and name != "grad_mask" else None)
     assert similarity_loss(values["seg_sim"], labels).isclose(losses["similarity"])
     assert all(p.grad is None for p in guide.parameters())
-    check_groups(case, network)
+    compare_groups(case, network)
 
 
-def check_groups(case: Case, network: SemFormer) -> None:
+def compare_groups(case: Case, network: SemFormer) -> None:
     """The published groups, without what is never used."""
     unused = set(case.meta["parameters_without_gradient"])
     named = {parameter: name for name, parameter in network.named_parameters()}
@@ -261,9 +261,11 @@ def check_groups(case: Case, network: SemFormer) -> None:
 def check_semformer_cam_merge(case: Case) -> None:
     """Network inputs, logits, attention and map of a scale, and both merged maps of an image."""
     described = case.meta["input"]
-    infer = CamInference(scales=tuple(described["scales"]), stretch=16, round_up=16, coarse=4)
     published = SemFormer.recipes["published"].cam
-    assert (infer, published.network.map_layers) == (published.infer, described["cra_layers"])
+    multiple = int(re.search(r"ceil(\d+)", described["resize"])[1])
+    coarse = int(re.search(r"stride-(\d+)", case.meta["outputs"]["cam"]["meaning"])[1])
+    infer = CamInference(scales=tuple(described["scales"]), stretch=multiple, round_up=multiple, coarse=coarse)
+    case.expect_published((infer, described["cra_layers"]), (published.infer, published.network.map_layers))
     meta = reference(case, "semformer_forward_train")
     classes, _, dim = meta["keys"]["segmentor.cls_head.weight"]
     tiny = SemFormer.recipes["sample"].cam.caae.network  # nothing is judged here
@@ -428,7 +430,7 @@ def check_semformer_random_walk(case: Case) -> None:
     radius, beta, squarings = map(int, re.search(
         r"radius (\d+), beta (\d+), (\d+) squarings", case.meta["description"]).groups())  # fmt: skip
     options = EdgeOnly.recipes["published"].walk
-    assert (options.radius, options.beta, options.logt) == (radius, beta, squarings)
+    case.expect_published((radius, beta, squarings), (options.radius, options.beta, options.logt))
     maps, boundary = torch.from_numpy(case.input("cam")), torch.from_numpy(case.input("edge"))[0]
     walked = propagate_scores(maps, boundary, radius, beta, 2**squarings)
     close(case, "rw", walked[:, None])
@@ -460,8 +462,11 @@ def check_semformer_pseudo_label(case: Case) -> None:
     threshold, iterations = re.search(
         r"background ([\d.]+), argmax, label-unary CRF with (\d+)", case.meta["description"]
     ).groups()  # fmt: skip
-    options = EdgeOnly.recipes["published"].walk
-    assert (options.threshold, options.crf.iterations) == (float(threshold), int(iterations))
+    published = EdgeOnly.recipes["published"].walk
+    options = replace(
+        published, threshold=float(threshold), crf=replace(published.crf, iterations=int(iterations))
+    )
+    case.expect_published(options, published)
     image, maps, keys = (case.input(name) for name in ("image", "rw", "keys"))
     network = EdgeOnly.recipes["sample"].network.build(len(keys), {})
     x = Picture.of_rgb(image, network.normalisation)

@@ -188,7 +188,8 @@ def check_transcam_random_walk(case: Any) -> None:
     affinity = torch.from_numpy(case.input("in_aff"))  # (N, N)
     source, target = torch.triu(affinity, 1).nonzero().T
     step = transition(source, target, affinity[source, target], len(affinity), options.beta)
-    network = PSA.recipes["sample"].network.build(20, {})
+    labels = _psa().label.crf_labels  # of the published CRF, absent ones too; the case does not state it
+    network = PSA.recipes["sample"].network.build(labels - 1, {})
     network.make_transition = lambda image, options: step
     keys = np.array(case.meta["input"]["present_classes"])
     x = Picture.of_rgb(case.input("in_image"), network.normalisation)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from golden_checks.resnest import check_gradient_norms, check_groups, described_label
+from golden_checks.resnest import compare_gradient_norms, compare_groups, described_label
 
 from misc.config import override
 from misc.loop.fit import divide, lr_factor, make_optimiser
@@ -33,7 +33,7 @@ def check_transcam_deeplab_train(case: Any) -> None:
                 parameter.mul_(float(by_name))
             if name in heads.split(" and "):
                 parameter.mul_(float(by_head))
-    check_groups(case, network)
+    compare_groups(case, network)
     stated = case.meta["optimiser"]
     optimiser = make_optimiser(network.param_groups(), recipe.fit, torch.device("cpu"))
     scales = [group.lr_scale for group in network.param_groups()]
@@ -56,7 +56,7 @@ def check_transcam_deeplab_train(case: Any) -> None:
     loss.backward()
     case.check("logits", logits[0])
     case.check("loss", loss)
-    check_gradient_norms(case, network)
+    compare_gradient_norms(case, network)
     optimiser.step()
     parameters, after = dict(network.named_parameters()), network.state_dict()
     unchanged = [name for name in parameters if torch.equal(after[name], before[name])]

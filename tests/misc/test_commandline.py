@@ -38,6 +38,40 @@ def test_each_end_has_its_status(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert commandline.command(lambda: None, (), "") == 0
     assert raising(ValueError("say so")) == 1 and capsys.readouterr().err == "\nerror: say so\n"
+    assert raising(commandline.WrongCall("not so")) == 2 and capsys.readouterr().err == "\nerror: not so\n"
+    assert commandline.command(lambda: 3) == 3
+    with pytest.raises(commandline.WrongCall, match="no data"), commandline.before_work((OSError,)):
+        raise FileNotFoundError("no data")
     assert raising(KeyboardInterrupt()) == 130 and "interrupted: call again." in capsys.readouterr().err
     with pytest.raises(KeyError):  # a defect shows where it is
         raising(KeyError("x"))
+
+
+def test_a_script_ends_with_one_line_and_a_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(images: int, root: str = ".") -> int:
+        """Count.
+
+        Args:
+            images: How many.
+            root: Where.
+        """
+        if images > 5:
+            raise ValueError("too many")
+        print(images, root)
+        return images
+
+    def ended(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["count", *words])
+        with pytest.raises(SystemExit) as end:
+            commandline.run_script(main, prog="count")
+        return end.value.code, *capsys.readouterr()
+
+    assert ended("--images", "3", "--root", "x") == (3, "3 x\n", "")
+    assert ended("--images", "6") == (1, "", "\nerror: too many\n")
+    status, out, err = ended("--images", "many")
+    assert status == 2 and not out and err.startswith("\nerror: --images: ") and err.count("\n") == 2
+    assert ended() == (2, "", "\nerror: --images is required.\n")
+    status, out, _ = ended("--help")
+    assert status == 0 and "How many." in out

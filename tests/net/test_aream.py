@@ -430,4 +430,4 @@ def test_other_methods_have_no_entropy(tmp_path: Path) -> None:
     job = open_job(parsing.parse(["seam", "--root", str(make_set(tmp_path / "data", images=2, val=1))]))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="seam has no layer entropy"):
         patch.setattr(entropy, "load_cam_network", lambda *_: Plain())
-        entropy.run(job, torch.device("cpu"))
+        entropy.measure_entropy(job, torch.device("cpu"))

@@ -187,7 +187,7 @@ def test_two_weight_files_are_checked_before_any_work(tmp_path: Path, capsys: py
     there.write_bytes(b"x")
     flags = ["--root", str(tmp_path / "set"), "--out", str(tmp_path / "out"), "--steps", "1"]
     generate(tmp_path / "set", images=2, val=1, classes=2, long_side=(64, 70))
-    assert run_sample.main(["crt", *flags, "--cam.weights", f"{there},{tmp_path / 'nothing.pth'}"]) == 1
+    assert run_sample.main(["crt", *flags, "--cam.weights", f"{there},{tmp_path / 'nothing.pth'}"]) == 2
     assert f"{tmp_path / 'nothing.pth'}: there is no such file" in capsys.readouterr().err
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+from training import segmenter_batch, snapshot, train_step
 
 from misc.config import override
 from net.backbone.resnet38 import ResNet38, ResNet38Options
@@ -25,29 +26,6 @@ def network(cls: type[Segmenter], preset: str = "published", **changes: object) 
     """The recipe's network, narrow and shallow, everything else as it is."""
     torch.manual_seed(0)
     return override(cls.recipes[preset].network, {**SMALL, **changes}).build(CLASSES, {})
-
-
-def batch(net: Segmenter, images: int = 2, size: tuple[int, int] = (40, 51)) -> dict[str, Tensor]:
-    torch.manual_seed(1)
-    made = {"image": torch.randn(images, 3, *size), "mask": torch.randint(0, CLASSES + 1, (images, *size))}
-    made["mask"][:, :7] = 255
-    return {**made, **{f"counts/{name}": count for name, count in net.counts(made).items()}}
-
-
-def step(net: Segmenter, lr: float = 0.1) -> None:
-    """One plain gradient step on the parameter groups."""
-    groups = net.param_groups()
-    optimiser = torch.optim.SGD([{"params": g.params, "lr": lr * g.lr_scale} for g in groups], lr=lr)
-    net(batch(net), 0.0)["ce"].backward()
-    optimiser.step()
-
-
-def moved(net: Segmenter, before: dict[str, Tensor]) -> set[str]:
-    return {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
-
-
-def snapshot(net: Segmenter) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in net.state_dict().items()}
 
 
 def test_names_on_the_command_line() -> None:
@@ -98,25 +76,19 @@ def test_form_a_trains_on_batch_statistics_and_leaves_the_affine_alone() -> None
     net = network(DeepLabV1).train()
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     assert all(norm.training and norm.momentum == 0.0003 for norm in norms)
-    before = snapshot(net)
-    step(net)
-    changed = moved(net, before)
+    changed = train_step(net, segmenter_batch(net, CLASSES))
     assert {"backbone.conv1a.weight", "bn_fov.running_mean", "backbone.bn7.running_var", "cls_conv.bias"} <= changed
     assert not {name for name in changed if "bn" in name and name.endswith(("weight", "bias"))}
 
 
 def test_form_a_trains_the_affine_where_asked() -> None:
     net = network(DeepLabV1, train_affine=True).train()
-    before = snapshot(net)
-    step(net)
-    assert {"backbone.bn7.weight", "bn_fov.bias"} <= moved(net, before)
+    assert {"backbone.bn7.weight", "bn_fov.bias"} <= train_step(net, segmenter_batch(net, CLASSES))
 
 
 def test_form_b_keeps_conv1a_and_all_batch_norm() -> None:
     net = network(LargeFOV).train()
-    before = snapshot(net)
-    step(net)
-    changed = moved(net, before)
+    changed = train_step(net, segmenter_batch(net, CLASSES))
     assert not {name for name in changed if "bn" in name or name.startswith("conv1a")}
     assert {"b2.conv_branch2a.weight", "fc8_seg_conv1.bias", "fc8_seg_conv2.weight"} <= changed
 
@@ -170,7 +142,7 @@ def test_published_recipe_of_form_b() -> None:
 def test_the_sample_recipe_learns_from_random_weights(cls: type[Segmenter]) -> None:
     assert cls.recipes["sample"].weights == "none"
     net = network(cls, "sample", **{"fov_channels": 32}).train()
-    made = batch(net, 4, (48, 48))
+    made = segmenter_batch(net, CLASSES, 4, (48, 48))
     made["image"] = nn.functional.avg_pool2d(made["image"], 9, 1, 4) * 9  # smooth
     made["mask"] = (made["image"][:, 0] > 0).long()  # foreground is what is red
     made["counts/pixels"] = net.counts(made)["pixels"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from training import segmenter_batch, snapshot, train_step
 
 from misc.config import override
 from misc.image.pixels import resize_mask, resize_masks
@@ -24,26 +25,6 @@ def network(preset: str = "published", **changes: object) -> DeepLabV2:
     """The recipe's network, narrow and shallow, everything else as it is."""
     torch.manual_seed(0)
     return override(DeepLabV2.recipes[preset].network, {**SMALL, **changes}).build(CLASSES, {})
-
-
-def batch(net: DeepLabV2, images: int = 2, size: tuple[int, int] = (40, 51)) -> dict[str, Tensor]:
-    torch.manual_seed(1)
-    made = {"image": torch.randn(images, 3, *size), "mask": torch.randint(0, CLASSES + 1, (images, *size))}
-    made["mask"][:, :7] = 255
-    return {**made, **{f"counts/{name}": count for name, count in net.counts(made).items()}}
-
-
-def snapshot(net: DeepLabV2) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in net.state_dict().items()}
-
-
-def step(net: DeepLabV2) -> set[str]:
-    """Names of what one plain gradient step on the parameter groups, and the forward pass, change."""
-    before = snapshot(net)
-    optimiser = torch.optim.SGD([{"params": g.params, "lr": 0.1 * g.lr_scale} for g in net.param_groups()], lr=0.1)
-    sum(net(batch(net), 0.0).values()).backward()
-    optimiser.step()
-    return {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
 
 
 def test_name_on_the_command_line() -> None:
@@ -135,14 +116,16 @@ def test_rates(preset: str) -> None:
 
 
 def test_batch_norm_stays_as_loaded() -> None:
-    changed = step(network().train())
+    net = network().train()
+    changed = train_step(net, segmenter_batch(net, CLASSES))
     assert not {name for name in changed if ".bn." in name}
     assert {"base.layer1.conv1.conv.weight", "base.layer5.block1.increase.conv.weight", "base.aspp.c1.bias"} <= changed
 
 
 def test_batch_norm_learns_where_asked() -> None:
     net = network(freeze_bn=False).train()
-    assert {"base.layer1.conv1.bn.weight", "base.layer4.block1.reduce.bn.running_mean"} <= step(net)
+    changed = train_step(net, segmenter_batch(net, CLASSES))
+    assert {"base.layer1.conv1.bn.weight", "base.layer4.block1.reduce.bn.running_mean"} <= changed
     assert all(m.momentum == 0.001 for m in net.modules() if isinstance(m, nn.BatchNorm2d))
 
 
@@ -246,7 +229,7 @@ def test_options_refuse_impossible_values(wrong: dict[str, object]) -> None:
 def test_the_sample_recipe_learns_from_random_weights() -> None:
     assert DeepLabV2.recipes["sample"].weights == "none"
     net = network("sample").train()
-    made = batch(net, 4, (48, 48))
+    made = segmenter_batch(net, CLASSES, 4, (48, 48))
     made["image"] = nn.functional.avg_pool2d(made["image"], 9, 1, 4) * 9  # smooth
     made["mask"] = (made["image"][:, 0] > 0).long()  # foreground is what is red
     made.update({f"counts/{name}": count for name, count in net.counts(made).items()})

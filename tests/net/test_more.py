@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from training import check_division, mean_terms
 
 from net.backbone.vit import ViTOptions
 from net.seed.more import More, MoreOptions, certain_patches, draw_uncertain
 from net.shared.self_training import Term, patch_contrast
 
-CLASSES, SIDE, BATCH = 3, 64, 4
+CLASSES, SIDE = 3, 64
 SMALL = MoreOptions(
     backbone=ViTOptions(32, 8, 16, 3, 2, drop_path=0.0), aux_layer=-2, fov_channels=8, fov_dilation=1,
     scales=(1.0, 0.5), seg=Term(0.12, 0.25), reg=Term(0.05, 0.25),
@@ -36,22 +37,9 @@ def batch_of(start: int, count: int) -> dict[str, Tensor]:
     return {"image": torch.stack(images), "tags": torch.stack(tags), "seed": torch.arange(start, start + count)}
 
 
-def terms_of(net: More, batches: list[dict[str, Tensor]], progress: float) -> dict[str, float]:
-    """Mean terms of micro-batches, whose counts are shared as the loop does."""
-    prepared = [{**batch, **net.prepare(batch, progress)} for batch in batches]
-    counts = [net.counts(batch) for batch in prepared]
-    for batch in prepared:
-        batch |= {f"counts/{k}": sum(c[k] for c in counts) / len(counts) for k in counts[0]}
-    found = [net(batch, progress) for batch in prepared]
-    return {k: sum(terms[k].item() for terms in found) / len(found) for k in found[0]}
-
-
 @pytest.mark.parametrize("progress", [0.0, 0.4, 0.75])
 def test_terms_are_the_same_however_the_batch_is_divided(progress: float) -> None:
-    net = network()
-    whole = terms_of(net, [batch_of(0, BATCH)], progress)
-    assert whole == pytest.approx(terms_of(net, [batch_of(0, 2), batch_of(2, 2)], progress), rel=1e-5, abs=1e-7)
-    assert whole == pytest.approx(terms_of(net, [batch_of(i, 1) for i in range(BATCH)], progress), rel=1e-5, abs=1e-7)
+    whole = check_division(network(), batch_of, progress)
     assert (whole["seg"] != 0) == (progress > 0.25)
 
 
@@ -65,8 +53,8 @@ def test_one_is_added_to_the_pair_counts_of_a_gpu_s_images() -> None:
     counts = torch.tensor(8.0), torch.tensor(0.0)
     for images, added in ((2, 2), (4, 1)):
         assert patch_contrast(patches, label, *counts, images).item() == pytest.approx((1 - 8 / (8 + added)) / 2)
-    net, batch = network(replace(SMALL, images_per_gpu=1)), batch_of(0, BATCH)
-    assert terms_of(net, [batch], 0.4)["ptc"] != pytest.approx(terms_of(network(), [batch], 0.4)["ptc"], rel=1e-6)
+    net, batch = network(replace(SMALL, images_per_gpu=1)), batch_of(0, 4)
+    assert mean_terms(net, [batch], 0.4)["ptc"] != pytest.approx(mean_terms(network(), [batch], 0.4)["ptc"], rel=1e-6)
 
 
 def test_labels_come_from_the_final_maps_after_the_switch() -> None:

@@ -50,7 +50,7 @@ def test_a_new_file_runs_through_all_steps_and_a_broken_one_is_named(copy: Path)
     assert "ThreeLayers.recipes has no recipe" in said
     assert len(list((copy / "run" / "seg").glob("*.png"))) >= 2 and (copy / "run" / "report.html").exists()
     status, said = run(copy, "broken", "--root", str(copy / "set"), "--out", str(copy / "broken"))
-    assert status == 1 and "net/seed/broken.py does not import: ImportError" in said and "Traceback" not in said
+    assert status == 2 and "net/seed/broken.py does not import: ImportError" in said and "Traceback" not in said
 
 
 @pytest.mark.slow
@@ -63,5 +63,5 @@ def test_a_mistake_is_reported_before_any_work_starts(copy: Path) -> None:
     finally:
         file.write_text(whole)
     told = "net/seed/three_layers.py: ThreeLayers: a training step on two images of 64 x 64 pixels fails with KeyError"
-    assert status == 1 and told in said and "Traceback" not in said
+    assert status == 2 and told in said and "Traceback" not in said
     assert not (copy / "slip" / "weights").exists()

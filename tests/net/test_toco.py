@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from training import check_division
 
 from misc.config import Fit, Machine
 from misc.loop.fit import fit, make_rules, move_copies
@@ -46,22 +47,9 @@ def batch_of(start: int, count: int) -> dict[str, Tensor]:
     return {name: torch.stack(values) for name, values in made.items()}
 
 
-def terms_of(net: Toco, batches: list[dict[str, Tensor]], progress: float) -> dict[str, float]:
-    """Mean terms of micro-batches, whose counts are shared as the loop does."""
-    prepared = [{**batch, **net.prepare(batch, progress)} for batch in batches]
-    counts = [net.counts(batch) for batch in prepared]
-    for batch in prepared:
-        batch |= {f"counts/{k}": sum(c[k] for c in counts) / len(counts) for k in counts[0]}
-    found = [net(batch, progress) for batch in prepared]
-    return {k: sum(terms[k].item() for terms in found) / len(found) for k in found[0]}
-
-
 @pytest.mark.parametrize("progress", [0.0, 0.75])
 def test_terms_are_the_same_however_the_batch_is_divided(progress: float) -> None:
-    net = network()
-    whole = terms_of(net, [batch_of(0, BATCH)], progress)
-    assert whole == pytest.approx(terms_of(net, [batch_of(0, 2), batch_of(2, 2)], progress), rel=1e-5, abs=1e-7)
-    assert whole == pytest.approx(terms_of(net, [batch_of(i, 1) for i in range(BATCH)], progress), rel=1e-5, abs=1e-7)
+    whole = check_division(network(), batch_of, progress)
     assert (whole["seg"] != 0) == (progress > 0.5)
 
 

@@ -10,6 +10,7 @@ from running import start
 
 import run_sample
 from net import registry
+from net.names import OWN
 from step.lib import choices
 from voc12.catalog import load_data_sets
 
@@ -47,7 +48,7 @@ def test_names_read_from_the_sources_are_those_that_are_registered() -> None:
         name: set(method.recipes) for name, method in registry.SEEDS.items()
     }
     assert set(choices.refiners()) == set(registry.REFINERS)
-    assert set(choices.segmenters()) == {*registry.SEGMENTERS, registry.OWN}
+    assert set(choices.segmenters()) == {*registry.SEGMENTERS, OWN}
     assert set(choices.data_sets()) == set(load_data_sets())
 
 

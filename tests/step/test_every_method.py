@@ -13,6 +13,7 @@ import run_sample
 from misc.files.camfiles import read_cam
 from misc.files.images import read_image, read_mask
 from net import registry
+from net.names import OWN
 from step.lib.config import default_config
 from voc12.catalog import open_catalog
 from voc12.prepare.__main__ import main as prepare
@@ -38,7 +39,7 @@ def short(method: str) -> list[str]:
     trained = ["cam" if name == "cam" else f"cam.{name}" for name, phase in cfg.cam.phases() if phase.fit.steps != 0]
     flags = {"machine.workers": "0", "machine.device": "cpu", "cam.infer.scales": str(cfg.cam.infer.scales[0])}
     refined = registry.REFINERS[cfg.refiner].is_trained
-    parts = [*trained, *(["aff"] if refined else []), *([] if cfg.segmenter == registry.OWN else ["seg"])]
+    parts = [*trained, *(["aff"] if refined else []), *([] if cfg.segmenter == OWN else ["seg"])]
     for part in parts:
         flags |= {f"{part}.fit.steps": "2", f"{part}.fit.batch-size": "3"}
     flags |= {"aff.walk.crf.iterations": "0", "aff.walk.threshold": "0"}
@@ -63,7 +64,7 @@ def test_every_step_of_every_method(method: str, data: str, roots: dict[str, Pat
         cam = read_cam(out / "cam" / f"{image_id}.npz")
         assert cam.keys.tolist() == np.flatnonzero(catalog.tags(image_id)).tolist()
     folders = {"seg": catalog.ids("val")}
-    if default_config(method, "sample").segmenter != registry.OWN:
+    if default_config(method, "sample").segmenter != OWN:
         folders["label"] = catalog.ids("train")
     for folder, ids in folders.items():
         for image_id in ids:

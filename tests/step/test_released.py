@@ -80,7 +80,7 @@ def test_a_part_of_a_network_is_refused_and_nothing_is_written(
     torch.save(state, path)
     assert run_sample.main([*argv, *common, "--force", "--cam.released", str(path)]) == 1
     assert "not finite" in capsys.readouterr().err
-    assert run_sample.main([*argv, *common, "--cam.released", "nowhere.pth"]) == 1
+    assert run_sample.main([*argv, *common, "--cam.released", "nowhere.pth"]) == 2
     assert "--cam.released nowhere.pth: there is no such file" in capsys.readouterr().err
     assert not (tmp_path / "run" / "weights" / "cam.pt").exists()
 

@@ -63,10 +63,10 @@ def lists(root: Path, name: str) -> Path:
     return root / "ImageSets" / "Segmentation" / f"{name}.txt"
 
 
-def refused(capsys: pytest.CaptureFixture[str], data: Path, out: Path, *flags: str) -> str:
-    """The message of a run that must end with status 1."""
+def refused(capsys: pytest.CaptureFixture[str], data: Path, out: Path, *flags: str, status: int = 2) -> str:
+    """The message of a run that must be refused before any work (status 2), or fail in it (1)."""
     capsys.readouterr()
-    assert run(data, out, *flags) == 1
+    assert run(data, out, *flags) == status
     error = capsys.readouterr().err
     assert "Traceback" not in error
     return error.rpartition("\nerror: ")[2]
@@ -183,7 +183,11 @@ def test_steps_can_be_done_one_after_the_other(
 
 def test_a_step_without_what_it_needs_names_it(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = refused(capsys, data, tmp_path / "new", "--steps", "make_cam")
-    assert "cam.pt does not exist: run the step that trains it first" in told
+    assert "make_cam needs the files of train_cam, and there are none in" in told
+    assert "--steps train_cam-make_cam" in told
+    told = refused(capsys, data, tmp_path / "new", "--steps", "5")
+    assert "random_walk needs the files of make_cam and train_aff," in told and "--steps train_cam-random_walk" in told
+    assert not (tmp_path / "new").exists()
     assert "random_walk" in refused(capsys, data, tmp_path / "new", "--steps", "train_seg")
     flags = ("--steps", "train_seg", "--masks", "truth", "--seg.weights", "cam")
     assert "cam.pt does not exist. Run train_cam first" in refused(capsys, data, tmp_path / "truth", *flags)
@@ -266,6 +270,8 @@ def test_another_configuration_is_refused_unless_forced(
     told = refused(capsys, data, out, "--cam.fit.lr", "0.5", "--aff.walk.beta", "2")
     assert "cam.fit.lr: 0.01 there, 0.5 now" in told and "aff.walk.beta: 8.0 there, 2.0 now" in told
     assert str(out) in told and "--force" in told and "cam.fit.steps" not in told
+    many = refused(capsys, data, out, "--preset", "published", "--cam.weights", "none")
+    assert len(many.splitlines()) <= 14 and re.search(r"\n  and \d+ more\n", many)
     said(capsys, data, out, "--aff.walk.beta", "2", "--force", "--redo", "--steps", "random_walk")
     after = digests(out, *MADE)
     assert after == {k: v for k, v in before.items() if k in after} or after != before
@@ -320,9 +326,9 @@ def test_other_data_is_another_configuration(
 def test_a_checkpoint_of_another_network_is_refused(out: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (out / "cam" / f"{IDS[0]}.npz").unlink()
     shutil.copy(out / "weights" / "seg.pt", out / "weights" / "cam.pt")
-    assert re.search(r"cam\.pt belongs to another network .*--redo", refused(capsys, data, out))
+    assert re.search(r"cam\.pt belongs to another network .*--redo", refused(capsys, data, out, status=1))
     store.write_weights(out / "other.pt", {"blocks.0.weight": torch.zeros(3)})
-    told = refused(capsys, data, out.with_name("new"), "--cam.weights", str(out / "other.pt"))
+    told = refused(capsys, data, out.with_name("new"), "--cam.weights", str(out / "other.pt"), status=1)
     assert "other.pt" in told and not (out.with_name("new") / "weights" / "cam.pt").exists()
 
 
@@ -354,7 +360,7 @@ def test_a_resume_point_of_other_settings_is_refused(
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", interrupted)
         assert run(data, out) == 130
-    told = refused(capsys, data, out, "--cam.fit.lr", "0.5", "--force")
+    told = refused(capsys, data, out, "--cam.fit.lr", "0.5", "--force", status=1)
     assert "cam.resume.pt is the resume point of another training (fit.lr was 0.01, is 0.5)" in told
     said(capsys, data, out, "--cam.fit.lr", "0.5", "--redo", "--steps", "train_cam")
 
@@ -397,10 +403,10 @@ def test_a_wrong_true_mask_spares_what_is_finished(
     bad = mask[:-3] if kind == "size" else np.where(mask == 0, 9, mask)
     write_mask(path, bad)
     out = tmp_path / "out"
-    told = refused(capsys, own, out)
+    told = refused(capsys, own, out, status=1)
     assert IDS[1] in told and ("9" in told if kind == "value" else str(mask.shape[0] - 3) in told)
     assert digests(out, "cam/*") == digests(finished, "cam/*")
-    told = refused(capsys, own, tmp_path / "truth", "--masks", "truth", "--steps", "train_seg")
+    told = refused(capsys, own, tmp_path / "truth", "--masks", "truth", "--steps", "train_seg", status=1)
     assert IDS[1] in told
     path.write_bytes(whole)
     said(capsys, own, out, "--steps", "1-2")
@@ -412,7 +418,7 @@ def test_a_truncated_image_stops_training_by_name(
 ) -> None:
     spoil_jpeg(own, IDS[2])
     for workers in ("0", "2"):
-        told = refused(capsys, own, tmp_path / "new", "--machine.workers", workers)
+        told = refused(capsys, own, tmp_path / "new", "--machine.workers", workers, status=1)
         assert re.search(rf"{IDS[2]}\.jpg cannot be read .*replace it, or take it off the list", told)
 
 
@@ -423,7 +429,7 @@ def test_failing_images_cost_no_other_and_the_same_command_goes_on(
     out = tmp_path / "out"
     said(capsys, own, out, "--steps", "1")
     whole = {i: spoil_jpeg(own, i) for i in IDS[1:3]}
-    told = refused(capsys, own, out)
+    told = refused(capsys, own, out, status=1)
     assert "make_cam: 2 of 8 images failed" in told and f"{IDS[1]}.jpg cannot be read" in told and IDS[2] in told
     assert {p.stem for p in (out / "cam").iterdir()} == set(IDS) - set(whole)
     record = json.loads((out / "run.json").read_text())
@@ -442,7 +448,7 @@ def test_a_cam_file_cut_short_is_named_and_made_again_once_deleted(
     (out / "aff_label" / f"{IDS[5]}.png").unlink()
     (out / "aff_label" / f"{IDS[5]}.npz").unlink()
     for workers in ("0", "2"):
-        told = refused(capsys, data, out, "--machine.workers", workers)
+        told = refused(capsys, data, out, "--machine.workers", workers, status=1)
         assert re.search(rf"make_aff_label: 1 of 1 .*\n.*{IDS[5]}\.npz cannot be read .*delete it", told)
     path.unlink()
     said(capsys, data, out)
@@ -481,7 +487,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_message(
 ) -> None:
     out = tmp_path / "out"
     flags = ("--cam.fit.lr", "1e30", "--machine.checkpoint-every", "1", "--cam.network.resnet38.freeze-bn")
-    told = refused(capsys, data, out, *flags)
+    told = refused(capsys, data, out, *flags, status=1)
     assert "cam: the loss is not finite at update" in told and "smaller --cam.fit.lr" in told
     kept = torch.load(out / "log" / "cam_nonfinite_rank0.pt", weights_only=True)
     assert kept[0]["image"].shape == (4, 3, 48, 48)
@@ -500,7 +506,7 @@ def test_a_full_disk_ends_the_run_with_a_message_and_keeps_what_is_finished(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
-        told = refused(capsys, data, out)
+        told = refused(capsys, data, out, status=1)
     assert f"No disk space left while writing {out / 'cam' / IDS[4]}.npz. Free some" in told
     assert len(list((out / "cam").iterdir())) == 4
     said(capsys, data, out, "--steps", "1-2")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from layouts import write
 from PIL import Image
 
 from misc.files.ids import id_of_file
@@ -20,11 +21,6 @@ from voc12.tags import DataError, encode_tags, names_from_xml
 def xml(*names: str) -> str:
     things = "".join(f"<object><name>{name}</name><difficult>1</difficult></object>" for name in names)
     return f"<annotation><filename>x.jpg</filename>{things}</annotation>"
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
 
 
 def picture(root: Path, image_id: str, value: int = 0, suffix: str = ".jpg") -> None:

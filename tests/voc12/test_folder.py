@@ -6,11 +6,11 @@ import pickle
 import unicodedata
 from pathlib import Path
 
-import numpy as np
 import pytest
+from layouts import mask, write
 from PIL import Image
 
-from misc.files.images import read_image, write_mask
+from misc.files.images import read_image
 from voc12.catalog import Catalog, open_catalog
 from voc12.lists import NoSuchList
 from voc12.tags import DataError
@@ -20,17 +20,6 @@ def picture(path: Path, size: tuple[int, int] = (6, 4), value: int = 90) -> None
     """An image of ``size`` (width, height) in the format of its ending."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (value, 10, 200)).save(path)
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-
-
-def mask(path: Path, *values: int) -> None:
-    pixels = np.zeros((4, 6), np.uint8)
-    pixels.flat[: len(values)] = values
-    write_mask(path, pixels)
 
 
 def opened(root: Path) -> Catalog:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.io
 import scipy.sparse
-from layouts import as_coco, as_folder
+from layouts import as_coco, as_folder, write
 from PIL import Image
 from pycocotools import mask as rle
 from running import digests, make_set
@@ -32,11 +32,6 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
     return status, captured.out + captured.err
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------- SBD

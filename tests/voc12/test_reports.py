@@ -9,28 +9,16 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from layouts import mask, write
 from PIL import Image
 
 import evaluation
-from misc.files.images import read_image, read_mask, write_mask
+from misc.files.images import read_image, read_mask
 from misc.image.draw import palette
 from voc12.catalog import open_catalog
 from voc12.prepare.__main__ import main
 from voc12.prepare.folder import _draw_lists
 from voc12.tags import DataError
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-
-
-def mask(path: Path, *values: int) -> None:
-    """A 4 x 6 mask that begins with these values, else 0."""
-    pixels = np.zeros((4, 6), np.uint8)
-    pixels.flat[: len(values)] = values
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_mask(path, pixels)
 
 
 def folder(root: Path, table: str, *, names: str = "abc", classes: str = "") -> Path:

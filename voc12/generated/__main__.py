@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import tyro
+import functools
+from typing import Any
 
+from misc import commandline
 from voc12.generated.sets import generate
 
 _HELP = """Write the generated sample set; a finished set of the same parameters is left as it is.
@@ -14,11 +16,14 @@ text files. An interrupted run is done again; a folder that holds anything else 
 
 
 def main() -> None:
-    """The command line of `generate`."""
-    try:
-        tyro.cli(generate, prog="python -m voc12.generated", description=_HELP)
-    except (ValueError, FileExistsError) as error:
-        raise SystemExit(f"error: {error}") from error
+    """The command line of `generate`; ends the process."""
+
+    @functools.wraps(generate)
+    def checked(*args: Any, **parameters: Any) -> None:
+        with commandline.before_work((ValueError, FileExistsError)):
+            generate(*args, **parameters)
+
+    commandline.run_script(checked, prog="python -m voc12.generated", description=_HELP)
 
 
 if __name__ == "__main__":

@@ -41,17 +41,13 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    ended: list[int] = []
 
-    def work() -> None:
-        ended.append(
-            tyro.extras.subcommand_cli_from_dict(
-                COMMANDS, args=argv, prog="python -m voc12.prepare", description=__doc__
-            )
+    def work() -> int:
+        return tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, args=argv, prog="python -m voc12.prepare", description=__doc__
         )
 
-    status = commandline.command(work, (ValueError, OSError, WorkerDied), "start the same command again to go on.")
-    return status or ended[0]
+    return commandline.command(work, (ValueError, OSError, WorkerDied), "start the same command again to go on.")
 
 
 if __name__ == "__main__":
