@@ -16,7 +16,7 @@ from misc.files.images import png_bytes, read_image, read_mask
 from misc.image import draw, pixels
 from misc.tables import ResultTable
 from step.lib.config import Job
-from step.lib.report import story
+from step.lib.report import page, story
 from step.lib.report.judge import PREDICTION, PSEUDO, RunImages
 from step.lib.scoring import why_unscored
 
@@ -28,6 +28,8 @@ def run(job: Job, device: torch.device) -> None:
     if not distributed.is_main():
         return
     store.write_bytes(job.run.report, story.make_page(job, _unscored(job)).encode())
+    if not page.load_library():
+        distributed.say(page.NO_CHARTS)
     sheet = _sheet(job)
     if sheet is not None:
         store.write_bytes(job.run.root / "pictures.png", png_bytes(sheet))

@@ -94,6 +94,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.slow
 @pytest.mark.skipif(find_browser() is None, reason="Chromium is not installed (Debian: chromium)")
 def test_a_browser_shows_the_comparison(runs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vl_convert")
     assert compare.main([*(str(runs / name) for name in "abc"), "--out", str(tmp_path)]) == 0
     with Browser(tmp_path / "compare.html", 390, 800) as browser:
         assert browser.errors == [] and browser.requests == []

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from misc.files.runfolder import RunFolder
 from misc.image import draw
 from step.lib.report import choose, findings, gallery, judge
 from step.lib.report.curves import read_curves
+from step.lib.report.page import NO_CHARTS, load_library
 from voc12.catalog import open_catalog
 
 NEEDS_BROWSER = pytest.mark.skipif(find_browser() is None, reason="Chromium is not installed (Debian: chromium)")
@@ -247,6 +249,7 @@ def test_steps_are_told_by_their_largest_loss() -> None:
 @pytest.mark.slow
 @NEEDS_BROWSER
 def test_a_browser_shows_the_page(finished: Path) -> None:
+    pytest.importorskip("vl_convert")
     report = finished / "report.html"
     charts = report.read_text().count("<div class=vega ")
     with Browser(report) as browser:
@@ -292,6 +295,26 @@ def test_the_browser_sees_errors_and_requests(tmp_path: Path) -> None:
     with Browser(bad) as browser:
         assert any("no" in e for e in browser.errors) and any("nothing" in e for e in browser.errors)
         assert browser.requests == ["https://example.invalid/x"]
+
+
+def test_without_the_package_of_the_charts_the_page_says_so(
+    finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "vl_convert", None)  # its import fails
+    load_library.cache_clear()
+    try:
+        flags = ("--cam.selection", "train_miou", "--cam.fit.epochs", "2", "--steps", "report", "--redo")
+        assert run(data, out, *flags) == 0
+    finally:
+        load_library.cache_clear()
+    assert NO_CHARTS in capsys.readouterr().out
+    page = out / "report.html"
+    assert page.stat().st_size < (finished / "report.html").stat().st_size - 500_000
+    if find_browser():
+        with Browser(page) as browser:
+            assert browser.errors == []
+            assert browser.evaluate("document.querySelector('.vega').textContent") == NO_CHARTS
 
 
 def test_thumbnails_are_small(page: str) -> None:

@@ -26,7 +26,8 @@ def render(template: str, numbers: Mapping[str, Any], **values: Any) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
     )  # fmt: skip
-    environment.globals.update(number=functools.partial(number, numbers), library=lambda: Markup(load_library()))
+    environment.globals.update(number=functools.partial(number, numbers), library=lambda: Markup(load_library()),
+                               no_charts=NO_CHARTS)  # fmt: skip
     return environment.get_template(template).render(**values)
 
 
@@ -38,6 +39,12 @@ def number(scores: Any, path: tuple[str | int, ...], digits: int = 2) -> Markup:
         if value is None:
             return Markup("–")
     return Markup('<span data-score="{}">{:.{}f}</span>').format(json.dumps(path), value, digits)
+
+
+NO_CHARTS = (
+    "Charts are left out: the package vl-convert-python was not installed where this page was made. Install it (python "
+    "-m pip install -r requirements.txt), then make the page again: --steps report --redo."
+)
 
 
 class Charts:
@@ -57,15 +64,13 @@ class Charts:
 def load_library() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script without other files, which defines ``vegaEmbed``.
 
-    The package puts it together, which takes seconds, so it is kept in the user's cache folder. Raises ValueError
-    where the package is missing.
+    The package puts it together, which takes seconds, so it is kept in the user's cache folder. Empty where the package
+    is missing: a run must not fail for it at its end, and the page says in place of each chart what is missing.
     """
     try:
         import vl_convert
     except ImportError:
-        raise ValueError(
-            "The report's charts need the package vl-convert-python: python -m pip install -r requirements.txt"
-        ) from None
+        return ""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tag2mask"
     kept = cache / f"vega-{vl_convert.get_vegalite_versions()[-1]}-{vl_convert.__version__}.js"
     try:
