@@ -77,24 +77,6 @@ class DeepLabBase(nn.Sequential):
             block.increase.conv.weight.mul_(len(blocks) ** -0.5)
 
 
-class TimmBase(nn.Module):
-    """The network of one size on a CNN of timm: (B, 3, H, W) -> (B, cout, H, W), every cell in its place."""
-
-    def __init__(self, options: DeepLabV2Options, cout: int) -> None:
-        super().__init__()
-        self.backbone = TimmCNN(options.backbone, options.timm)
-        self.aspp = ASPP(self.backbone.channels["layer4"], cout, options.rates)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """The forward pass, as described for the class."""
-        return self.backbone.enlarge(self.aspp(self.backbone(images)), images.shape[-2:])
-
-    @staticmethod
-    def logits_size(height: int, width: int) -> tuple[int, int]:
-        """That of the input."""
-        return height, width
-
-
 @segmenter("deeplabv2")
 class DeepLabV2(Segmenter):
     """DeepLab v2 with multi-scale inputs; state-dict names are those of the official checkpoint, ``base.*``.
@@ -214,6 +196,24 @@ class DeepLabV2(Segmenter):
 
 
 # ---------------------------------------------------------------------------------------------- layers (deeplab.md C.1)
+
+
+class TimmBase(nn.Module):
+    """The network of one size on a CNN of timm: (B, 3, H, W) -> (B, cout, H, W), every cell in its place."""
+
+    def __init__(self, options: DeepLabV2Options, cout: int) -> None:
+        super().__init__()
+        self.backbone = TimmCNN(options.backbone, options.timm)
+        self.aspp = ASPP(self.backbone.channels["layer4"], cout, options.rates)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The forward pass, as described for the class."""
+        return self.backbone.enlarge(self.aspp(self.backbone(images)), images.shape[-2:])
+
+    @staticmethod
+    def logits_size(height: int, width: int) -> tuple[int, int]:
+        """That of the input."""
+        return height, width
 
 
 class ConvBn(nn.Sequential):
