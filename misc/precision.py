@@ -94,10 +94,10 @@ def _keep_small_layers(module: nn.Module) -> None:
     convolutions = [m for m in layers if isinstance(m, nn.Conv2d)]
     linear = [m for m in layers if isinstance(m, nn.Linear)]
     grouped = isinstance(module, nn.Conv2d) and module.groups > 1
-    narrow = not convolutions and linear and all(min(m.in_features, m.out_features) < _NARROW for m in linear)
-    if grouped or (narrow and not isinstance(module, nn.ModuleList)):
-        if "forward" not in vars(module):  # not yet
-            module.forward = _in_float32(module.forward)
+    if grouped or (not convolutions and linear and all(min(m.in_features, m.out_features) < _NARROW for m in linear)):
+        for layer in layers:  # a list of blocks may be called block by block
+            if "forward" not in vars(layer):  # not yet
+                layer.forward = _in_float32(layer.forward)
         return
     for child in module.children():
         _keep_small_layers(child)

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from misc.config import Machine
 from misc.loop.trainable import Batch
+from misc.precision import place
 from net import registry
 from net.contract import Network, Phase
 
@@ -43,12 +45,13 @@ def tasks(preset: str) -> Iterator[Task]:
         yield Task(name, segmenter.recipes[preset])
 
 
-def build(task: Task, device: torch.device) -> Network:
-    """The task's network with random weights from a fixed seed."""
+def build(task: Task, device: torch.device, machine: Machine | None = None) -> Network:
+    """The task's network with random weights from a fixed seed, on earlier ones that are placed as in a run."""
     torch.manual_seed(0)
     made: dict[str, Network] = {}
     for name, phase in task.earlier:
-        made[name] = phase.network.build(CLASSES, made).to(device).eval().requires_grad_(False)
+        made[name] = phase.network.build(CLASSES, made).eval().requires_grad_(False)
+        place(made[name], machine or Machine(amp="off"), device)
     network = task.phase.network.build(CLASSES, made)
     network.set_class_texts([f"class {number}" for number in range(CLASSES)], {})
     return network.to(device)

@@ -158,7 +158,7 @@ def main(options: SpeedOptions) -> int:
         if task.name not in registry.SEEDS:
             del made["CAM"]
         for what, form in made.items():
-            networks = {amp: build(task, torch.device("cpu")) for amp in COMPARED}
+            networks = {amp: build(task, device, Machine(amp=amp)) for amp in COMPARED}
             found = measure_both(lambda m, f=form, n=networks: f(n[m.amp], task, options, m), options)  # noqa: B023
             results[f"{task.name} {what}"] = found
             rows.append(speed_row(task.name, what, found, rates))

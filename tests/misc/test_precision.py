@@ -83,6 +83,14 @@ def test_each_kind_of_layer_has_its_precision_on_the_cpu(has_bf16: bool) -> None
     assert {value.dtype for value in after.values()} == {torch.float32}
 
 
+def test_narrow_blocks_are_float32_one_by_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("misc.config.has_fast_bf16", lambda kind: True)
+    blocks, machine = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), Machine(amp="fast")
+    place(blocks, machine, CPU)
+    with autocast(machine, CPU):
+        assert blocks(torch.ones(1, 8)).dtype == blocks[1](torch.ones(1, 8)).dtype == torch.float32
+
+
 def test_full_precision_is_float32_without_tf32_and_ends() -> None:
     a = torch.randn(4, 4)
     with autocast(Machine(amp="fast"), CPU), torch.autocast("cpu", torch.bfloat16):
