@@ -55,7 +55,7 @@ def test_pseudo_masks_without_an_affinity_network(tmp_path: Path, capsys: pytest
 def test_segments_choose_their_classes_in_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, out = make_set(tmp_path / "data"), tmp_path / "run"
     flags = ("--refiner", "sam", "--aff.walk.threshold", "0.4", "--steps", "1-5")
-    assert run(data, out, *flags) == 1
+    assert run(data, out, *flags) > 0
     told = " ".join(capsys.readouterr().err.split())
     assert "8 have no segments in" in told and f"python -m voc12.segments --root {data}" in told
     assert not (out / "cam").exists()
@@ -85,7 +85,7 @@ def test_segments_choose_their_classes_in_a_run(tmp_path: Path, capsys: pytest.C
     image, tag = str(data / "JPEGImages" / f"{path.stem}.jpg"), (data / "classes.txt").read_text().split()
     words = [image, "--run", str(out), "--tags", ",".join(tag[key] for key in cam.keys), "--out", str(tmp_path / "new"),
              "--machine.device", "cpu"]  # fmt: skip
-    assert predict.main(words) == 1 and "give --segments DIR" in capsys.readouterr().err
+    assert predict.main(words) > 0 and "give --segments DIR" in capsys.readouterr().err
     assert predict.main([*words, *given]) == 0
     assert np.array_equal(read_mask(tmp_path / "new" / "masks" / path.name), mask)
 
@@ -102,15 +102,15 @@ def test_other_words_for_classes_or_other_classes_are_another_run(
     for words in (f"{first},another thing\n", f"{first},round thing\n{second},x\n", ""):
         (data / "texts.csv").write_text(words, encoding="utf-8")
         capsys.readouterr()
-        assert run(data, out, "--steps", "5") == 1
+        assert run(data, out, "--steps", "5") > 0
         told = capsys.readouterr().err
         assert f"data.texts: {{'{first}': 'round thing'}} there" in told and "Use another --out folder" in told
-        assert run(data, tmp_path / "other", "--cams", str(out), "--steps", "5") == 1
+        assert run(data, tmp_path / "other", "--cams", str(out), "--steps", "5") > 0
         assert "its CAMs have other settings or data" in capsys.readouterr().err
     assert not (out / "label").exists()
     (data / "texts.csv").write_text(f"{first},round thing\n", encoding="utf-8")
     (data / "classes.txt").write_text(f"{second}\n{first}\n", encoding="utf-8")
-    assert run(data, out, "--steps", "5") == 1 and "data.train" in capsys.readouterr().err
+    assert run(data, out, "--steps", "5") > 0 and "data.train" in capsys.readouterr().err
     # step 1 again
     assert run(data, tmp_path / "new", "--steps", "1") == 0
 
