@@ -1,7 +1,7 @@
 """Runs side by side: ``python scripts/compare.py RUN...`` (also ``python -m scripts.compare``).
 
-Writes one self-contained page, compare.html, and one Markdown table, compare.md: method x refiner x segmenter, mean and
-standard deviation over the seeds, time, memory, and the published figures in a column of their own; then the same
+Writes one self-contained page, compare.html, and beside it the table in Markdown: method x refiner x segmenter, mean
+and standard deviation over the seeds, time, memory, and the published figures in a column of their own; then the same
 images through all runs.
 """
 
@@ -196,7 +196,7 @@ def compare_arguments(
 
     Args:
         runs: Run folders.
-        out: Folder for compare.html and compare.md.
+        out: Folder for compare.html and the table in Markdown.
         root: Folder of the data set of all runs, if it is no longer where it was.
         pictures: Show the same images through all runs, which needs the data set.
     """
@@ -216,13 +216,13 @@ def compare_runs(argv: Sequence[str]) -> None:
         raise commandline.WrongCall("Name one run folder or more.")
     runs = distinct_names([read_run(folder) for folder in folders])
     table = make_table(runs).markdown()
-    notes = [f"- {warning}" for warning in find_warnings(runs)]
-    store.write_bytes(out / "compare.md", "\n".join([table, "", *notes]).strip().encode() + b"\n")
-    store.write_bytes(out / "compare.html", make_comparison(runs, root, pictures).encode())
+    notes, page_file = [f"- {warning}" for warning in find_warnings(runs)], out / "compare.html"
+    store.write_bytes(page_file.with_suffix(".md"), "\n".join([table, "", *notes]).strip().encode() + b"\n")
+    store.write_bytes(page_file, make_comparison(runs, root, pictures).encode())
     print(table)
     for line in notes:
         print(line)
-    print(f"files: {out / 'compare.html'}, {out / 'compare.md'}")
+    print(f"files: {page_file}, {page_file.with_suffix('.md')}")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def test_a_row_is_a_mean_over_seeds_and_published_figures_stand_apart(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert compare.main([*(str(runs / name) for name in "abc"), "--out", str(tmp_path)]) == 0
-    text = (tmp_path / "compare.md").read_text()
+    text = (tmp_path / "compare").with_suffix(".md").read_text()
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[:4]]
     assert len(rows) == 2 and head[-1].startswith("published") and head[:3] == ["method", "refiner", "segmenter"]
     both, alone = ({**dict(zip(head, row, strict=True))} for row in rows)
