@@ -29,7 +29,7 @@ COSINE = When("schedule", "cosine", "timm_cosine")
 Precision = Literal["off", "bf16", "fp16", "fast"]
 """off: float32 everywhere, without TF32. bf16, fp16: mixed precision; matrix products and convolutions of the forward
 pass in this type (fp16 with loss scaling). fast: bf16 where the hardware is fast at it (GPUs with bf16, processors with
-AMX), else float32; also TF32 and the channels-last memory format."""
+AMX), else float32; also TF32 on GPUs, and on those processors the channels-last memory format."""
 
 
 @dataclass(frozen=True)
@@ -366,7 +366,7 @@ class Machine(Checked):
     gives other weights than without; mixing both in one training is harmless."""
     channels_last: bool | None = None
     """Keep the weights of convolutions, and with them all maps, in the channels-last memory format, which is often
-    faster. None: where the precision is fast and the hardware has bf16."""
+    faster. None: on processors that are fast at bf16, where the precision is fast; not on GPUs."""
     checkpoint_every: Annotated[int | None, Range(least=1)] = None
     """Updates between two resume points. None: twenty resume points per training."""
 
@@ -389,7 +389,7 @@ class Machine(Checked):
         """Whether networks are in the channels-last memory format on a device."""
         if self.channels_last is not None:
             return self.channels_last
-        return self.amp == "fast" and self.amp_dtype(device) is not None
+        return device.type == "cpu" and self.amp == "fast" and self.amp_dtype(device) is not None
 
     def precision(self, device: torch.device) -> str:
         """The precision to use on a device, in words."""

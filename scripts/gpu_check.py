@@ -68,7 +68,7 @@ class Check:
     def __init__(self, out: Path, minutes: float, device: torch.device, tiny: bool) -> None:
         self.out, self.device, self.tiny = out.resolve(), device, tiny
         self.gpu = device.type == "cuda"
-        self.end = time.monotonic() + 60 * minutes
+        self.deadline = time.monotonic() + 60 * minutes
         self.size = (90, 120) if tiny else (375, 500)
         self.results: dict[str, dict[str, Any]] = {}
         self.networks: dict[str, Network] = {}
@@ -78,7 +78,7 @@ class Check:
 
     def left(self) -> float:
         """Seconds until the time is up."""
-        return self.end - time.monotonic()
+        return self.deadline - time.monotonic()
 
     def record(self, part: str, name: str, measure: Callable[[], Result]) -> None:
         """Run one measurement: its figures, or why it failed, are printed and kept. Nothing happens if the time is
@@ -207,7 +207,6 @@ class Check:
         """A few updates to warm up, the first as at the start of a training (some terms begin late), then those that
         are timed."""
         machine = Machine(amp=amp)
-        torch.backends.cudnn.benchmark = amp == "fast"
         network = self.networks.get(task.name) or build(task, CPU)
         if self.gpu and not compiled:
             self.networks[task.name] = network
@@ -238,7 +237,6 @@ class Check:
             found["GiB"] = torch.cuda.max_memory_allocated() / 2**30
         found |= {"warm-up s": warm} if compiled else self.busy(update)
         network.zero_grad(set_to_none=True)
-        torch.backends.cudnn.benchmark = False
         return found
 
     def infer(self, task: Task, amp: Precision) -> Result:
@@ -309,7 +307,7 @@ class Check:
             measured = partial(self.sample_run, self.device.type, *FEW_UPDATES, launcher=launcher)
             self.record("torchrun", "1 process", measured)
         if self.gpu and self.device.type in beside:  # what follows is timed
-            self.end(beside, self.device.type)
+            self.collect(beside, self.device.type)
         if "operators" in parts:
             for name, make, argument in (
                 ("walk, stride 8, 256 steps", self.walk_on, 8), ("walk, stride 4, 256 steps", self.walk_on, 4),
@@ -333,7 +331,7 @@ class Check:
                 if task.name in registry.SEEDS:
                     self.record("cams", f"{task.name} off", partial(self.infer, task, "off"))
         for kind in list(beside):
-            self.end(beside, kind)
+            self.collect(beside, kind)
 
     def train_all(self, preset: str, amp: Precision) -> None:
         """Updates of every network that is trained, in one precision."""
@@ -348,7 +346,7 @@ class Check:
             environment = {**os.environ, "OMP_NUM_THREADS": "4", "PYTHONPATH": str(ROOT)}
             return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=environment)
 
-    def end(self, beside: dict[str, subprocess.Popen[bytes]], kind: str) -> None:
+    def collect(self, beside: dict[str, subprocess.Popen[bytes]], kind: str) -> None:
         """Wait for a process that runs beside as long as there is time, and record what it found."""
         process = beside.pop(kind)
         with contextlib.suppress(subprocess.TimeoutExpired):

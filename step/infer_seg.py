@@ -12,7 +12,7 @@ from misc.infer.masks import segment_inputs
 from misc.loop.each import Rest, each
 from step.lib import overlays
 from step.lib.config import Job
-from step.lib.inference import ahead, infer_class_scores
+from step.lib.inference import infer_class_scores
 from step.lib.networks import load_segmentation_network
 from step.lib.scoring import precisions, score_masks, start_weights
 from step.lib.sizes import write_full_masks
@@ -26,7 +26,7 @@ def run(job: Job, device: torch.device) -> None:
 
     def prepare(image_id: str) -> tuple[np.ndarray, list[Tensor]]:
         image = read_image(job.catalog.image_path(image_id))
-        return image, ahead(segment_inputs(image, infer, network.normalisation), device)
+        return image, list(segment_inputs(image, infer, network.normalisation))
 
     def work(image_id: str, prepared: tuple[np.ndarray, list[Tensor]]) -> Rest:
         image, inputs = prepared

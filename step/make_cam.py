@@ -13,7 +13,7 @@ from misc.files.images import read_image
 from misc.infer.cams import scaled_inputs
 from misc.loop.each import Rest, Together, each
 from step.lib.config import Job
-from step.lib.inference import ahead, predict_cam, predict_cams
+from step.lib.inference import predict_cam, predict_cams
 from step.lib.networks import load_cam_network
 from step.lib.scoring import score_cams
 
@@ -38,7 +38,7 @@ def infer_list(job: Job, device: torch.device, ids: list[str], kind: str = "") -
     def prepare(image_id: str) -> tuple[np.ndarray, np.ndarray, list[Tensor]]:
         image, tags = read_image(job.catalog.image_path(image_id)), job.catalog.tags(image_id)
         inputs = scaled_inputs(image, infer, network.normalisation) if tags.any() else iter(())
-        return image, tags, ahead(inputs, device)
+        return image, tags, list(inputs)
 
     def work(image_id: str, prepared: tuple[np.ndarray, np.ndarray, list[Tensor]]) -> Rest:
         image, tags, inputs = prepared

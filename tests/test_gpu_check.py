@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,14 @@ def test_nothing_begins_when_the_time_is_up(tmp_path: Path) -> None:
     check = Check(tmp_path, 0.0, CPU, tiny=True)
     check.record("agree", "a", lambda: pytest.fail("it began"))
     assert check.results == {}
+
+
+def test_what_runs_beside_is_collected(tmp_path: Path) -> None:
+    check = Check(tmp_path, 1, CPU, tiny=True)
+    beside = {"cpu": check.begin([sys.executable, "-c", "raise SystemExit('no run')"], tmp_path / "run_cpu")}
+    check.collect(beside, "cpu")
+    (failure,) = check.failures()
+    assert not beside and "exit status 1" in failure and "no run" in failure
 
 
 def test_unknown_parts_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -200,7 +200,7 @@ def infer_raw_maps(
     row = torch.tensor(tags, dtype=torch.float32, device=device)  # (C,)
     inputs = scaled_inputs(image, infer, normalisation) if inputs is None else inputs
     for inner, images in zip(input_sizes(size, infer), inputs, strict=True):
-        maps = cam(images.to(device, non_blocking=True), row.expand(len(images), -1))  # (1 or 2, C, h', w')
+        maps = cam(images.to(device), row.expand(len(images), -1))  # (1 or 2, C, h', w')
         maps = maps.detach()[:, keys]
         yield unpad_maps(maps, inner, infer) if infer.multiple > 1 else maps
 

@@ -214,7 +214,6 @@ def fit(
     every = machine.checkpoint_every or max(1, total // 20)
     stream = iter(batches(start))
     with (
-        _fastest_kernels(machine),
         Watch(log, name, start, pictures) as watch,
         Progress(total=total, initial=start, desc=name, unit="update", disable=not main) as bar,
     ):
@@ -273,16 +272,6 @@ def _take(stream: Iterator[Batch], count: int) -> list[Batch]:
             "A worker process that reads images died (often: out of memory). Start the same command again, with fewer "
             "--machine.workers if it happens again."
         ) from None
-
-
-@contextlib.contextmanager
-def _fastest_kernels(machine: Machine) -> Iterator[None]:
-    """In the precision fast cuDNN tries its kernels for each convolution once: all batches have the same size."""
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, machine.amp == "fast"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 @contextlib.contextmanager

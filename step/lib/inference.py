@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,11 +27,6 @@ from voc12.lists import pick_evenly
 
 _OTSU_IMAGES = 400
 """CAMs from which a background score is found without masks."""
-
-
-def ahead(inputs: Iterator[Tensor], device: torch.device) -> list[Tensor]:
-    """Network inputs, made before they are needed; in memory from which a GPU copies them while it computes."""
-    return [values.pin_memory() if device.type == "cuda" else values for values in inputs]
 
 
 def predict_cam(
