@@ -343,7 +343,8 @@ class Check:
         """Start a process that runs beside the other parts, on four cores; its output goes to log.txt."""
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "log.txt", "w") as log:
-            environment = {**os.environ, "OMP_NUM_THREADS": "4", "PYTHONPATH": str(ROOT)}
+            path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+            environment = {**os.environ, "OMP_NUM_THREADS": "4", "PYTHONPATH": path}
             return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=environment)
 
     def collect(self, beside: dict[str, subprocess.Popen[bytes]], kind: str) -> None:
