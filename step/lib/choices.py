@@ -40,6 +40,7 @@ OPTIONS = (
     ("--force", "continue in a run folder that has other settings"),
     ("--train-list LIST", "training images, a list of the data set or a file"),
     ("--val-list LIST", "images that the segmentation network is tested on"),
+    ("--long-side N", "larger images are worked on as smaller copies; masks come at full size too"),
     ("--masks truth", "train the segmentation network on true masks, for the upper bound"),
     ("--overlays", "also write the masks drawn over their images"),
     ("--cams RUN", "use the CAMs of another run folder"),

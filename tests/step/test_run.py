@@ -241,6 +241,17 @@ def test_voc12_root_chooses_the_data_set(data: Path) -> None:
     assert parsing.parse(["seam", "--root", str(data)]).data == "sample"
 
 
+def test_a_folder_of_ones_own_needs_no_other_word(tmp_path: Path) -> None:
+    cfg = parsing.parse(["--data", "folder", "--root", str(tmp_path)])
+    assert (cfg.method, cfg.preset, cfg.data, cfg.long_side) == ("irn_cam", "photos", "folder", 1024)
+    networks = (cfg.cam.network, cfg.seg.network)
+    assert {network.backbone for network in networks} == {"timm/tf_efficientnet_lite0.in1k"}
+    assert cfg.cam.weights == "pretrained" and cfg.seg.weights == "cam"  # no FILE anywhere
+    assert parsing.parse(["seam", "--data", "folder", "--root", "x"]).preset == "photos"
+    assert parsing.parse(["mctformer", "--data", "folder", "--root", "x"]).preset == "sample"  # it has no photos
+    assert parsing.parse(["seam", "--data", "folder", "--root", "x", "--preset", "published"]).preset == "published"
+
+
 def test_an_interrupted_run_says_so_and_leaves_nothing_half(
     data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
