@@ -38,7 +38,7 @@ PHOTOS = "timm/tf_efficientnet_lite0.in1k"
 """The backbone of the recipes photos: small, quick on CPUs, its weights fetch themselves (18 MB)."""
 _NEAR = 0.1
 """Cells that are moved by less than this fraction of themselves stay where they are."""
-_PROBE = 256
+_PROBE = 224
 _GATES = re.compile(r"SE[A-Z]|Squeeze|Eca|Cbam|Context|GatherExcite|Attn|Attention|ResponseNorm")
 """Class names of layers that weigh channels or places by what is elsewhere in the map."""
 
@@ -261,22 +261,24 @@ def find_geometry(name: str, stride: int) -> Geometry:
         return _find_geometry(name, stride)
 
 
+@torch.no_grad()
 def _find_geometry(name: str, stride: int) -> Geometry:
     try:
-        with torch.device("meta"):
-            model = _create(name, stride)
+        model = _create(name, stride).eval()
         if not hasattr(model, "forward_intermediates"):
             raise ValueError(f"a {type(model).__name__} of timm has no feature taps")
-        last, maps = model.eval().forward_intermediates(torch.zeros(1, 3, _PROBE, _PROBE, device="meta"))
+        _make_linear(model)
+        side = 8 * max(stride, 32)
+        ramp = (torch.arange(side, dtype=torch.float32) + 0.5).expand(3, side, side)
+        last, maps = model.forward_intermediates(torch.stack([torch.ones_like(ramp), ramp]))
         maps = [*maps[:-1], last]
-        found = [_PROBE / x.shape[-1] for x in maps]
+        found = [side / x.shape[-1] for x in maps]
         if len(maps) not in (4, 5) or found[-4:-2] != [4, 8] or found[-1] != stride or found[0] not in (2, 4):
             raise ValueError(f"its maps have the strides {', '.join(f'{s:g}' for s in found)}")
-        centres = _measure_centres(name, stride, [int(s) for s in found])
         missing = len(STAGES) - len(maps)
         by_stage = [
             dict(zip(STAGES, [values[0]] * missing + values, strict=True))
-            for values in ([x.shape[1] for x in maps], [int(s) for s in found], centres)
+            for values in ([x.shape[1] for x in maps], [int(s) for s in found], [_centre(x, side) for x in maps])
         ]
         return _with_lead(Geometry(*by_stage, lead=0))  # type: ignore[arg-type]
     except TypeError as error:
@@ -293,10 +295,8 @@ def _find_geometry(name: str, stride: int) -> Geometry:
 
 def _has_taps(name: str) -> bool:
     """Whether a network has maps at strides 4 and 8 where nothing is asked of its last one."""
-    with torch.device("meta"):
-        model = _create(name, 32).eval()
     try:
-        _, maps = model.forward_intermediates(torch.zeros(1, 3, _PROBE, _PROBE, device="meta"))
+        _, maps = _create(name, 32).eval().forward_intermediates(torch.zeros(1, 3, _PROBE, _PROBE))
     except Exception:  # each family of timm fails in its own way
         return False
     return {_PROBE // 4, _PROBE // 8} <= {x.shape[-1] for x in maps}
@@ -314,30 +314,24 @@ def _with_lead(geometry: Geometry) -> Geometry:
     raise ValueError(f"the cells of its maps seem to lie at {', '.join(f'{c:g}' for c in geometry.centres.values())}")
 
 
-@torch.no_grad()
-def _measure_centres(name: str, stride: int, strides: list[int]) -> list[float]:
-    """Centre of the first cell of each map, in pixels: the mean place of what a cell is made of.
+def _centre(maps: Tensor, side: int) -> float:
+    """Centre of the first cell of a map, in pixels: the mean place of what a cell is made of.
 
-    The network is made linear: convolutions of stride 1 take the pixel under the middle of their kernel, those of a
-    larger stride (or with no pixel in the middle) are means, other layers do nothing. A ramp then gives places.
+    Args:
+        maps: (2, C, h, w) of a linear network (``_make_linear``), of an image of ones and of one whose pixels are their
+            places in their rows.
+        side: of the image.
     """
-    model = _create(name, stride).eval()
-    _make_linear(model)
-    side = 8 * max(stride, 32)
-    ramp = (torch.arange(side, dtype=torch.float32) + 0.5).expand(3, side, side)
-    last, maps = model.forward_intermediates(torch.stack([torch.ones_like(ramp), ramp]))
-    centres = []
-    for x, step in zip([*maps[:-1], last], strides, strict=True):
-        cell = x.shape[-1] // 2
-        one, place = x[:, :, cell, cell].double().sum(1).tolist()
-        if not (math.isfinite(one) and one > 0):
-            raise ValueError("where the cells of its maps lie can't be measured")
-        centres.append(round(2 * (place / one - step * cell)) / 2)
-    return centres
+    cell = maps.shape[-1] // 2
+    one, place = maps[:, :, cell, cell].double().sum(1).tolist()
+    if not (math.isfinite(one) and one > 0):
+        raise ValueError("where the cells of its maps lie can't be measured")
+    return round(2 * (place / one - cell * side / maps.shape[-1])) / 2
 
 
 def _make_linear(model: nn.Module) -> None:
-    """Change a network as ``_measure_centres`` says."""
+    """Make a network linear: convolutions of stride 1 take the pixel under the middle of their kernel, those of a
+    larger stride (or with no pixel in the middle) are means, poolings too; other layers do nothing."""
     from timm.layers import AvgPool2dSame, Conv2dSame
 
     for parameter in model.parameters():
