@@ -257,7 +257,8 @@ def find_geometry(name: str, stride: int) -> Geometry:
 
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}: give a name of timm.list_models(), as {PREFIX}NAME.")
-    with torch.random.fork_rng(devices=[]):  # the run's random numbers must not depend on whether this is remembered
+    # the run's random numbers must not depend on whether this is remembered; a network may be built without memory
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         return _find_geometry(name, stride)
 
 

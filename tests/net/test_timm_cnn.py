@@ -242,6 +242,13 @@ def test_the_edge_network_averages_a_stem_of_stride_2() -> None:
     assert logits.shape == (1, 1, 16, 24)
 
 
+def test_a_network_may_be_built_without_memory() -> None:
+    find_geometry.cache_clear()
+    with torch.device("meta"):
+        assert all(p.is_meta for p in _build("irn_cam").parameters())
+    assert find_geometry(NAME, 16).centres["layer4"] == find_geometry("efficientnet_b0", 16).centres["layer4"]
+
+
 def test_an_unknown_backbone_is_refused() -> None:
     options = registry.SEEDS["irn_cam"].recipes["published"].cam.network
     with pytest.raises(ValueError, match="backbone = 'resnet51' is not possible: it must be one of resnet, timm/NAME"):
