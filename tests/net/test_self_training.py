@@ -12,7 +12,6 @@ from net.seed.more import More
 from net.seed.toco import Toco
 from net.shared.self_training import SelfTrainedViT
 from net.start_weights import PRETRAINED
-from net.verify import verify_seed
 
 PRESETS = [(cls, name) for cls in (Toco, More) for name in cls.recipes if name.startswith("published")]
 
@@ -41,10 +40,3 @@ def test_a_published_network_has_the_official_tensors_and_takes_the_recipe_s_cro
         maps, auxiliary = network.raw_maps(images)
         assert maps.shape == auxiliary.shape == (2, classes, *grid)
         assert network.logits(images).shape == (2, classes + 1, *grid)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("cls", "preset"), PRESETS)
-def test_a_published_network_passes_the_trial_batch(cls: type[SelfTrainedViT], preset: str) -> None:
-    """Losses of all stages of the training, maps and masks."""
-    verify_seed(cls.recipes[preset].cam.phases(), 80 if "coco" in preset else 20)
