@@ -106,9 +106,7 @@ def open_plan(cfg: Config) -> Plan:
     distributed.barrier()
     job = open_job(cfg)
     used = [i for name in _lists(job) for i in job.catalog.ids(name)]
-    if distributed.is_main():
-        make_copies(job, dict.fromkeys(used))
-    distributed.barrier()
+    make_copies(job, dict.fromkeys(used))
     listed = select(cfg.steps, job.aim)
     steps = [step for step in listed if not _is_for_trained_refiners(step) or job.refine_method().is_trained]
     if not steps:

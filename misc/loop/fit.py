@@ -34,6 +34,7 @@ from misc.precision import autocast, full_precision, place
 class OutOfMemory(RuntimeError):
     """The GPU's memory is too small for the images of a micro-batch. The last resume point is kept."""
 
+
 class NonFiniteLoss(RuntimeError):
     """A loss term became NaN or infinite. Training has stopped; the last resume point is kept."""
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from misc import distributed
 from misc.files import store
 from misc.files.ids import checked_id
 from misc.files.images import jpeg_bytes, read_image, read_mask, write_mask
@@ -70,19 +71,42 @@ class _Copy:
 
 
 def make_copies(job: Job, ids: Iterable[str]) -> None:
-    """Make the copies of these images that are missing, in worker processes."""
+    """Make the copies of these images that are missing or older than their files, in worker processes. All processes
+    must call it."""
     wanted = [i for i in ids if i in job.large]
-    if any(not job.catalog.image_path(i).exists() for i in wanted):
+    if distributed.joined([i for i in wanted if not _is_current(job, i)]):  # the same answer in all processes
         each(
-            "smaller copies", wanted, _Copy(job), done=lambda i: job.catalog.image_path(i).exists(),
-            workers=job.cfg.machine.workers,
+            "smaller copies", wanted, _Copy(job), done=lambda i: _is_current(job, i), workers=job.cfg.machine.workers
         )
 
 
-def write_full_masks(job: Job, mask: Callable[[str], Path], ids: Iterable[str]) -> None:
-    """Masks of large images at the size of their files too: label_full/ID.png, seg_full/ID.png (nearest neighbour)."""
-    for image_id in ids:
-        target = job.run.full(mask(image_id))
-        if image_id in job.large and not target.exists():
-            height, width = read_image(job.large[image_id][0], _MEGAPIXELS).shape[:2]
-            write_mask(target, resize_mask(read_mask(mask(image_id)), (height, width)))
+def _is_current(job: Job, image_id: str) -> bool:
+    """Whether an image's copy is there and no older than the files of image and mask."""
+    copy = job.catalog.image_path(image_id)
+    files = [path for path in job.large[image_id] if path is not None and path.exists()]
+    return copy.exists() and all(copy.stat().st_mtime >= path.stat().st_mtime for path in files)
+
+
+@dataclass(frozen=True)
+class _Enlarge:
+    """Writes the mask of one large image at the size of its file; picklable for worker processes."""
+
+    job: Job
+    mask: Callable[[str], Path]
+
+    def __call__(self, image_id: str) -> None:
+        mask = self.mask(image_id)
+        size = read_image(self.job.large[image_id][0], _MEGAPIXELS).shape[:2]
+        write_mask(self.job.run.full(mask), resize_mask(read_mask(mask), size))
+
+
+def write_full_masks(job: Job, mask: Callable[[str], Path], ids: Sequence[str]) -> None:
+    """Masks of large images at the size of their files too: label_full/ID.png, seg_full/ID.png (nearest neighbour), of
+    the images of this job's part."""
+    part, parts = job.cfg.shard_part()
+    large = [i for i in ids[part::parts] if i in job.large]
+    if large:
+        each(
+            "masks at full size", large, _Enlarge(job, mask), done=lambda i: job.run.full(mask(i)).exists(),
+            workers=job.cfg.machine.workers,
+        )

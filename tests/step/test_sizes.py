@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
-from running import make_set, run
+from running import arguments, make_set, run, start
 
 from misc.files.images import read_mask
 from misc.files.runfolder import RunFolder
@@ -38,3 +40,37 @@ def test_images_of_the_right_size_are_used_as_they_are(tmp_path: Path) -> None:
     catalog = open_catalog("voc12", data)
     before = dict(catalog.images)
     assert sizes.use_copies(catalog, RunFolder(tmp_path / "run"), 4000) == {} and catalog.images == before
+
+
+def test_parts_write_their_own_masks_at_full_size(tmp_path: Path) -> None:
+    data, out = make_set(tmp_path / "data"), tmp_path / "out"
+    ids = (data / "ImageSets" / "Segmentation" / "train.txt").read_text().split()
+    flags = ("--long-side", "60")  # all images are larger
+    assert run(data, out, *flags, "--steps", "1-4") == 0
+    for part, made in (("0/2", ids[::2]), ("1/2", ids)):
+        assert run(data, out, *flags, "--steps", "random_walk", "--shard", part) == 0
+        assert {p.stem for p in (out / "label_full").iterdir()} == set(made)
+
+
+def test_a_copy_is_made_again_when_its_mask_changes(tmp_path: Path) -> None:
+    data, out = make_set(tmp_path / "data"), tmp_path / "out"
+    flags = ("--long-side", "60", "--steps", "train_cam")
+    assert run(data, out, *flags) == 0
+    mask, copy = data / "SegmentationClass" / f"{LARGE}.png", out / "smaller-60" / "masks" / f"{LARGE}.png"
+    with Image.open(mask) as image:
+        edited = Image.fromarray(np.full((image.height, image.width), 2, np.uint8))
+    edited.save(mask)
+    later = mask.stat().st_mtime + 5
+    os.utime(mask, (later, later))
+    assert run(data, out, *flags) == 0
+    assert (read_mask(copy) == 2).all()
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_copies_out(tmp_path: Path) -> None:
+    data, out = make_set(tmp_path / "data"), tmp_path / "out"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["run_sample.py", *arguments(data, out, "--long-side", "60", "--steps", "train_cam")]
+    ended = start([*torchrun, *command])
+    assert ended.returncode == 0, ended.stderr
+    assert len(list((out / "smaller-60" / "images").iterdir())) == 11  # 8 of train, 3 of val
