@@ -144,10 +144,16 @@ class PredictionOptions:
         elif self.method is not None:
             if self.run is not None or self.export or not self.tagged:
                 raise ValueError("--method needs --tags or --tags-from, and neither --run nor --export. Give it those.")
+            if self.refine != "auto" or self.threshold is not None:
+                raise ValueError("--method makes masks by its recipe: leave out --refine and --threshold.")
         elif (self.weights is None) == (self.run is None):
             raise ValueError("Give either --weights FILE, --run RUNFOLDER or --released FILE.")
         elif self.tagged and (self.run is None or self.export):
             raise ValueError("--tags needs a CAM network: give --run RUNFOLDER or --method clipes, and no --export.")
+        if self.method is None and (self.preset is not None or self.texts is not None):
+            raise ValueError("--preset and --texts go with --method. Leave them out.")
+        if self.classes is not None and self.released is None:
+            raise ValueError("--classes goes with --released. Leave it out.")
         if self.tags is not None and self.tags_from is not None:
             raise ValueError("Give either --tags or --tags-from.")
         if bool(self.images) == bool(self.export):

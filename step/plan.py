@@ -21,6 +21,7 @@ from net import registry, verify
 from net.contract import Phase
 from step import STEPS, Step, report, select
 from step.lib.config import Config, Job, open_job
+from step.lib.inference import rests_on_all_cams
 from step.lib.sizes import make_copies
 from voc12 import loader
 from voc12.generated import sets
@@ -59,7 +60,8 @@ class Plan:
 
     def waits(self, step: Step) -> bool:
         """Whether a step must wait for the parts of the images in other jobs."""
-        return self.parts > 1 and not step.per_image and any(made.per_image for made in self.made)
+        whole = not step.per_image or (step.name == "random_walk" and rests_on_all_cams(self.job.cfg.aff.walk))
+        return self.parts > 1 and whole and any(made.per_image for made in self.made)
 
     def recording(self, step: Step, device: torch.device) -> AbstractContextManager[None]:
         """Record in run.json that a step is done, with its time and memory, the device and the precision there."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -288,8 +289,12 @@ def test_wrong_words_name_the_remedy(
     ):
         assert message in told(capsys, out, *words)
     for words in ([image], [image, "--run", trained, "--weights", "x"], [image, "--weights", "x", "--tags", "a"],
-                  ["--run", trained], [image, "--run", trained, "--export", "onnx"]):  # fmt: skip
-        assert call(out, *words) == 2 and "ive" in capsys.readouterr().err
+                  ["--run", trained], [image, "--run", trained, "--export", "onnx"],
+                  [image, "--method", "clipes", "--tags", "a", "--threshold", "0.5"],
+                  [image, "--method", "clipes", "--tags", "a", "--refine", "crf"],
+                  [image, "--run", trained, "--preset", "sample"], [image, "--run", trained, "--texts", "x"],
+                  [image, "--run", trained, "--classes", "x"]):  # fmt: skip
+        assert call(out, *words) == 2 and re.search("[Gg]ive |[Ll]eave ", capsys.readouterr().err)
     assert not (out / "masks").exists()
 
 

@@ -114,7 +114,8 @@ def _listed(content: Any, size: tuple[int, int]) -> Segments:
 
 def _truth(values: np.ndarray) -> np.ndarray:
     """Of an array of truth values, or of two numbers the lower of which is 0: the same shape, bool."""
-    if values.dtype.kind not in "bui" or (values.dtype.kind != "b" and len(np.unique(values)) > 2) or values.min() < 0:
+    found = [] if values.dtype.kind == "b" else np.unique(values).tolist()
+    if values.dtype.kind not in "bui" or len(found) > 2 or min(found, default=0) < 0 or (len(found) == 2 and found[0]):
         raise ValueError(f"an array of {values.dtype} with more than 0 and 1 in it is no mask")
     return values != 0
 

@@ -89,6 +89,11 @@ def read_full_cam(job: Job, image_id: str, size: tuple[int, int]) -> Cam:
     return cam.at_image_size()
 
 
+def rests_on_all_cams(walk: Any) -> bool:
+    """Whether ``settle_walk`` finds the background score from the run's CAMs or their score."""
+    return getattr(walk, "background", "") == "otsu" or getattr(walk, "threshold", 0.0) is None
+
+
 def settle_walk(walk: Any, run: RunFolder) -> Any:
     """A recipe's ``walk`` with the background score filled in: None becomes the one with the best score of the run's
     CAMs, and the rule otsu gets the one that splits them best (``otsu_threshold`` of some of them). Raises ValueError

@@ -91,6 +91,13 @@ def test_segments_of_a_smaller_copy_are_resized_and_those_of_another_image_refus
         read_segments(tmp_path, "a", (61, 40))
 
 
+@pytest.mark.parametrize("values", [(0, 1, 2), (5, 9), (-1, 0)])
+def test_an_array_of_other_numbers_is_no_mask(values: tuple[int, ...], tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.resize(np.array(values, np.int16), (1, *SIZE)))
+    with pytest.raises(ValueError, match="with more than 0 and 1 in it is no mask"):
+        read_segments(tmp_path, "a", SIZE)
+
+
 def test_no_file_and_several_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="a has no segments .*python -m voc12.segments"):
         read_segments(tmp_path, "a", SIZE)

@@ -52,6 +52,16 @@ def test_pseudo_masks_without_an_affinity_network(tmp_path: Path, capsys: pytest
         assert not (whole == 255).any() and np.array_equal(np.where(cut == 255, whole, cut), whole)
 
 
+def test_a_background_score_found_from_all_cams_waits_for_all_parts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_set(tmp_path / "data")
+    for rule, waits in (("otsu", True), ("constant", False)):
+        out = tmp_path / rule
+        assert run(data, out, "--aff.walk.background", rule, "--shard", "0/2", "--steps", "1-5") == 0
+        assert ("random_walk: needs all 2 parts" in capsys.readouterr().out) == waits == (not (out / "label").exists())
+
+
 def test_segments_choose_their_classes_in_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, out = make_set(tmp_path / "data"), tmp_path / "run"
     flags = ("--refiner", "sam", "--aff.walk.threshold", "0.4", "--steps", "1-5")

@@ -135,6 +135,23 @@ def test_cvat_for_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert data.mask_path("b") is None and [*np.flatnonzero(data.tags("b"))] == [0, 1]
 
 
+def test_cvat_turned_ellipses_and_masks_of_a_corrected_export(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = '<ellipse label="dog" cx="15" cy="10" rx="9" ry="1"{} />'
+    lines = XML.splitlines()
+    xml = lines[0] + lines[1] + '<image name="a.jpg" width="30" height="20">{}</image></annotations>'
+    source, root = tmp_path / "export", tmp_path / "made"
+    picture(source / "a.jpg")
+    masks = []
+    for turned, more in (("", ()), (' rotation="90"', ("--overwrite",))):
+        write(source / "annotations.xml", xml.format(shape.format(turned)))
+        assert convert("cvat", source, root, capsys, *more)[0] == 0
+        masks.append(read_mask(root / "masks" / "a.png"))
+    flat, upright = masks
+    assert flat[10, 22] == 2 and flat[4, 15] == 0 and upright[10, 22] == 0 and upright[4, 15] == 2
+
+
 @pytest.mark.parametrize(
     ("old", "new", "word"),
     [

@@ -91,7 +91,7 @@ def _size(entry: ET.Element, path: Path) -> tuple[int, int]:
 @dataclass(frozen=True)
 class _Drawing:
     """A shape: its kind, mask value, and numbers: points of a polygon, run lengths and box of a mask, or cx, cy, rx, ry
-    of an ellipse."""
+    and degrees, clockwise, of an ellipse."""
 
     kind: str
     value: int
@@ -112,7 +112,8 @@ def _drawings(shapes: list[ET.Element], classes: tuple[str, ...], path: Path) ->
                     raise ValueError("a polygon of fewer than three points")
                 drawings.append(_Drawing(e.tag, value, points))
             elif e.tag == "ellipse":
-                drawings.append(_Drawing(e.tag, value, tuple(float(e.get(k) or "") for k in ("cx", "cy", "rx", "ry"))))
+                sides = tuple(float(e.get(k) or "") for k in ("cx", "cy", "rx", "ry"))
+                drawings.append(_Drawing(e.tag, value, (*sides, float(e.get("rotation") or 0))))
             else:
                 box = tuple(int(e.get(k) or "") for k in ("left", "top", "width", "height"))
                 runs = tuple(float(int(v)) for v in (e.get("rle") or "").split(","))
@@ -141,7 +142,7 @@ class _Mask:
                 cv2.fillPoly(mask, [np.round(np.reshape(n, (-1, 2))).astype(np.int32)], drawing.value)
             elif drawing.kind == "ellipse":
                 centre, radii = (round(n[0]), round(n[1])), (max(0, round(n[2])), max(0, round(n[3])))
-                cv2.ellipse(mask, centre, radii, 0, 0, 360, drawing.value, -1)
+                cv2.ellipse(mask, centre, radii, n[4], 0, 360, drawing.value, -1)
             else:
                 left, top, width, height = drawing.box
                 inside = np.repeat(np.arange(len(n)) % 2 == 1, np.array(n, np.int64)).reshape(height, width)

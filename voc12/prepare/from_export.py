@@ -27,6 +27,7 @@ class _Convert:
     images: dict[str, ExportedImage] = field(repr=False)
     root: Path
     copy: bool
+    overwrite: bool
 
     def files(self, image_id: str) -> tuple[Path, Path]:
         """Image and mask of our folder."""
@@ -34,7 +35,7 @@ class _Convert:
 
     def done(self, image_id: str) -> bool:
         image, mask = self.files(image_id)
-        return image.exists() and (self.images[image_id].mask is None or mask.exists())
+        return image.exists() and (self.images[image_id].mask is None or (mask.exists() and not self.overwrite))
 
     def __call__(self, image_id: str) -> None:
         source = self.images[image_id]
@@ -68,7 +69,8 @@ def prepare_from(
         source: Folder or file of the export.
         root: Folder to make, for --data folder --root DIR.
         copy: Copy the images, so that SRC can be removed.
-        overwrite: Replace labels.csv, classes.txt and lists that are there with other content.
+        overwrite: Replace labels.csv, classes.txt and lists that are there with other content, and draw all masks
+            again.
         workers: Processes.
     """
     formats = load_exports()
@@ -92,7 +94,7 @@ def prepare_from(
         findings.put(root / path, text)
     if findings.count:
         return conclude(findings, [])
-    work = _Convert(images, root, copy)
+    work = _Convert(images, root, copy, overwrite)
     atomic.remove_leftovers([root])
     findings.work("linking images, drawing masks", list(images), work, workers, work.done)
     findings.write()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 RATING = "rating/"
-"""Beginning of the terms of ratings (misc.loop.fit)."""
+"""Beginning of the terms of ratings (misc.loop.watch)."""
 _POINTS = 150
 """Points of a curve on the page: longer ones are averaged over blocks of updates."""
 

@@ -44,7 +44,8 @@ def last_mask(images: RunImages, image_id: str) -> tuple[str, np.ndarray] | None
 
 def _gallery(split: str, runs: Sequence[Entry]) -> Gallery:
     listed = [i.catalog.ids(split) if i.catalog.has_list(split) else [] for _, i in runs]
-    shared = [i for i in listed[0] if all(i in set(ids) for ids in listed[1:])]
+    everywhere = set(listed[0]).intersection(*listed[1:])
+    shared = [i for i in listed[0] if i in everywhere]
     ranks: dict[str, tuple[float, float]] = {}
     names = runs[0][1].catalog.classes
     same = all(images.catalog.classes == names for _, images in runs)
