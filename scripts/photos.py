@@ -333,7 +333,7 @@ class PhotosOptions:
 
 
 def main() -> None:
-    """Command line."""
+    """Command line: options, and after -- further ones of run_sample.py."""
     argv = sys.argv[1:]
     more = argv[argv.index("--") + 1 :] if "--" in argv else []
     argv = argv[: argv.index("--")] if "--" in argv else argv

@@ -138,7 +138,7 @@ def text_features(tower: TextTower, names: Sequence[str], templates: Sequence[st
     """
     context = len(tower.positional_embedding)
     features = [
-        F.normalize(tower(tokenise([template.format(name) for name in names], context)), dim=1)
+        F.normalize(tower(tokenise([template.replace("{}", name) for name in names], context)), dim=1)
         for template in templates
     ]
     return F.normalize(torch.stack(features).mean(0), dim=1)

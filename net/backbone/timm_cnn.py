@@ -33,7 +33,7 @@ from net.foreign.reading import read_tensors
 PREFIX = "timm/"
 """What the option ``backbone`` begins with where it names one of these networks."""
 ON_TIMM = When("backbone", PREFIX)
-"""Of the options ``timm``."""
+"""Marks options that apply to a backbone of timm alone."""
 PHOTOS = "timm/tf_efficientnet_lite0.in1k"
 """The backbone of the recipes photos: small, quick on CPUs, its weights fetch themselves (18 MB)."""
 _NEAR = 0.1

@@ -18,13 +18,13 @@ class NoRefiner(PlainRefiner):
     """Background score and class maps, side by side."""
 
     def refine(self, picture: Picture, cam: Cam, options: BackgroundOptions) -> np.ndarray:
-        """The picture is not looked at."""
+        """Scores (K + 1, H, W) of the background and the K maps as they are; the picture has no effect."""
         return options.stack(cam.maps)
 
 
 @dataclass(frozen=True)
 class NoneRecipe(RefineSettings):
-    """No refinement."""
+    """Class maps as they are, beside the background's score."""
 
     walk: BackgroundOptions = field(default_factory=BackgroundOptions)
     """The background's score."""

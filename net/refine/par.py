@@ -39,7 +39,7 @@ class ParOptions(BackgroundOptions):
 
 @dataclass(frozen=True)
 class ParRecipe(RefineSettings):
-    """Pixel-adaptive refinement."""
+    """Refinement by averaging over pixels nearby that are alike in colour."""
 
     walk: ParOptions = field(default_factory=ParOptions)
     """Background score and iterations."""

@@ -385,7 +385,7 @@ class PSAOptions(Options):
 
 @dataclass(frozen=True)
 class PSALabel(Checked):
-    """Low/high-alpha labels."""
+    """How affinity labels are made of the CAMs: background scores and CRF."""
     # psa.md section 4; TransCAM's: transcam.md sections 5 and 6
 
     background: Literal["power", "constant"] = "power"
@@ -414,7 +414,7 @@ class PSALabel(Checked):
 
 @dataclass(frozen=True)
 class PSAWalk(Checked):
-    """Random walk."""
+    """How affinities spread the CAMs by a random walk."""
     # psa.md section 6
 
     beta: Positive = 8.0

@@ -48,7 +48,7 @@ class IRNCam(SeedNetwork):
         return place_maps(self.resnet50, F.relu(self.classifier(self.resnet50(images)).float()), images.shape[-2:])
 
     def classify(self, images: Tensor, num_classes: int) -> Tensor:
-        """The logits."""
+        """Logits: (B, 3, H, W) -> (B, C) float32."""
         return self.class_logits(images).float()
 
     def param_groups(self) -> list[Group]:

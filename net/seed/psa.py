@@ -42,7 +42,7 @@ class PlainCam(SeedNetwork):
         return {"cls": multilabel_soft_margin(self.class_logits(batch["image"]), batch["tags"])}
 
     def classify(self, images: Tensor, num_classes: int) -> Tensor:
-        """The logits."""
+        """Logits: (B, 3, H, W) -> (B, C) float32."""
         return self.class_logits(images).float()
 
     def param_groups(self) -> list[Group]:

@@ -49,7 +49,7 @@ class TsCam(SeedNetwork):
         return self.coupled_maps(images)
 
     def classify(self, images: Tensor, num_classes: int) -> Tensor:
-        """The logits."""
+        """Logits: (B, 3, H, W) -> (B, C)."""
         return self.class_logits(images)
 
     def param_groups(self) -> list[Group]:
