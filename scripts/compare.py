@@ -29,6 +29,7 @@ from net import registry
 from net.names import OWN
 from step import plan
 from step.lib.report import charts, findings, gallery, judge, page, side_by_side, story
+from step.lib.sizes import use_copies
 from voc12.catalog import open_catalog
 
 SEED_SETTINGS = ("seed", "sample.seed")
@@ -153,7 +154,11 @@ def open_images(run: Run, root: Path | None) -> judge.RunImages:
     place = root or run.record.get("data_root")
     if place is None:
         raise ValueError(f"{run.folder.root} does not say where its data set is: give --root DIR.")
-    return judge.RunImages.of(open_catalog(run.record["config"]["data"], Path(place)), run.folder)
+    config = run.record["config"]
+    catalog = open_catalog(config["data"], Path(place))
+    if long_side := config.get("long_side", 0):
+        use_copies(catalog, run.folder, long_side)
+    return judge.RunImages.of(catalog, run.folder)
 
 
 def make_comparison(runs: Sequence[Run], root: Path | None, with_pictures: bool = True) -> str:

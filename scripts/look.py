@@ -33,6 +33,8 @@ from step.lib.config import Job, open_job, recorded_config
 from step.lib.inference import infer_class_scores, predict_cam, pseudo_mask, settle_walk, walk_cam
 from step.lib.networks import load_cam_network, load_refiner, load_segmentation_network
 from step.lib.report.judge import RunImages
+from step.lib.sizes import make_copies
+from step.lib.tagged_images import split_tags
 from voc12.tags import DataError
 
 LEAST_SHARE = 0.005
@@ -44,14 +46,18 @@ _LETTERS = 15
 
 
 def find_image(job: Job, name: str) -> tuple[str | None, Path]:
-    """Id (None for a file outside the data set) and file of an image. Raises FileNotFoundError."""
-    if name in job.catalog.images:
-        return name, job.catalog.image_path(name)
-    path = Path(name)
-    if not path.is_file():
+    """Id (None for a file outside the data set) and file of an image, of a large one the run's copy. Raises
+    FileNotFoundError."""
+    path, image_id = Path(name), name if name in job.catalog.images else None
+    if image_id is None and not path.is_file():
         raise FileNotFoundError(f"{name} is neither a file nor an image of {job.catalog.root}.")
-    inside = (i for i, place in job.catalog.images.items() if (job.catalog.root / place).samefile(path))
-    return next(inside, None) if path.stem in job.catalog.images else None, path
+    if image_id is None and path.stem in job.catalog.images:
+        files = ((i, job.large[i][0] if i in job.large else job.catalog.image_path(i)) for i in job.catalog.images)
+        image_id = next((i for i, file in files if file.is_file() and file.samefile(path)), None)
+    if image_id is None:
+        return None, path
+    make_copies(job, [image_id])
+    return image_id, job.catalog.image_path(image_id)
 
 
 def find_tags(job: Job, image_id: str | None, tags: str | None, mask: np.ndarray | None) -> tuple[np.ndarray, str]:
@@ -59,7 +65,7 @@ def find_tags(job: Job, image_id: str | None, tags: str | None, mask: np.ndarray
     none and no ``mask`` (H, W) of a prediction to take them from."""
     classes = job.catalog.classes
     if tags is not None:
-        names = [name.strip() for name in tags.split(",") if name.strip()]
+        names = split_tags(tags, classes)
         if unknown := [name for name in names if name not in classes]:
             raise ValueError(f"--tags: there is no class {', '.join(unknown)}. There are: {', '.join(classes)}.")
         return np.array([name in names for name in classes], np.float32), "tags as given"
@@ -140,8 +146,8 @@ def look_arguments(
         image: Id of an image of the run's data set, or an image file.
         run: Run folder.
         out: Path of the picture. Default: look_ID.png.
-        tags: Classes in the image, separated by commas. Default: those of the data set, else those that the
-            segmentation network finds.
+        tags: Classes in the image, separated by commas, or by semicolons where names hold commas. Default: those of the
+            data set, else those that the segmentation network finds.
         root: Folder of the data set, if it is no longer where it was.
         columns: Pictures in a row.
         height: Height of each picture. Pixels.

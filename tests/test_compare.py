@@ -138,6 +138,19 @@ def test_one_image_through_all_steps(runs: Path, data: Path, tmp_path: Path) -> 
     assert (made == read_mask(runs / "a" / "seg" / "2025_000001.png")).mean() > 0.99
 
 
+@pytest.mark.slow
+def test_runs_on_copies_of_large_images(data: Path, tmp_path: Path) -> None:
+    flags, name = ("--long-side", "60", "--steps", "1-2"), "2025_000001"
+    assert run(data, tmp_path / "run", *flags) == 0
+    assert compare.main([str(tmp_path / "run"), "--out", str(tmp_path)]) == 0
+    assert name in (tmp_path / "compare.html").read_text()
+    job = open_job(recorded_config(RunFolder(tmp_path / "run")))
+    copy = tmp_path / "run" / "smaller-60" / "images" / f"{name}.jpg"
+    for word in (name, str(data / "JPEGImages" / f"{name}.jpg")):
+        assert look.find_image(job, word) == (name, copy)
+    assert look.main([name, "--run", str(tmp_path / "run"), "--out", str(tmp_path / "x.png")]) == 0
+
+
 def test_an_image_that_the_run_has_never_seen(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)).save(tmp_path / "new.jpg")
     out = tmp_path / "new.png"

@@ -124,8 +124,9 @@ def tell_pictures(catalog: Catalog, findings: Findings) -> None:
         widest = max(large, key=lambda i: large[i][0] * large[i][1])
         findings.note(
             f"{len(large)} images have more than {_LARGE_MEGAPIXELS:g} megapixels (the largest, {widest}: "
-            f"{large[widest][0]} x {large[widest][1]}). Memory and time grow with the pixels: make a smaller "
-            f"copy first by python -m voc12.prepare shrink --root {shlex.quote(str(catalog.root))} --out DIR."
+            f"{large[widest][0]} x {large[widest][1]}). Memory and time grow with the pixels: the preset photos "
+            "works on smaller copies (others with --long-side 1024); or make a smaller folder by "
+            f"python -m voc12.prepare shrink --root {shlex.quote(str(catalog.root))} --out DIR."
         )
 
 
