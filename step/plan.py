@@ -159,8 +159,11 @@ _LATER = {
 
 
 def _free_settings(job: Job) -> list[str]:
-    """Beginnings of names of settings with which nothing was made yet in the run folder: those of the segmentation
-    network where its steps have left no file, then those of the refiner."""
+    """Beginnings of names of settings with which nothing was made yet in the run folder: all of them where no step has
+    left a file, as after a start that found no weights; else those of the segmentation network where its steps have
+    left no file, then those of the refiner."""
+    if job.cfg.shard_part()[1] == 1 and not any(_has_left_files(job, step) for step in STEPS):
+        return [""]
     free: list[str] = []
     groups = (("infer_seg", ("seg.", "segmenter", "masks", "val_list")), ("random_walk", ("aff.", "refiner")))
     for last, settings in groups:

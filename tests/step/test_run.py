@@ -300,6 +300,23 @@ def test_settings_of_later_steps_may_change_until_these_have_made_something(
     said(capsys, data, out, "--aff.walk.beta", "2", "--seg.fit.lr", "0.25", "--steps", "4")
 
 
+def test_all_settings_may_change_while_nothing_was_made(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error of a start without weights says to give a file: that works in the same folder."""
+    out = tmp_path / "out"
+
+    def unreachable(*_: object) -> None:
+        raise ValueError("no weights here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("step.train_cam.build_network", unreachable)
+        assert run(data, out, "--steps", "1") == 1
+    assert "no weights here" in capsys.readouterr().err and (out / "run.json").exists()
+    said(capsys, data, out, "--cam.fit.lr", "0.5", "--steps", "1")
+    assert "cam.fit.lr" in refused(capsys, data, out, "--cam.fit.lr", "0.25", "--steps", "1")
+
+
 def test_cams_of_a_longer_list_serve_a_part_of_it(
     out: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
