@@ -147,7 +147,7 @@ class PredictionOptions:
             if self.refine != "auto" or self.threshold is not None:
                 raise ValueError("--method makes masks by its recipe: leave out --refine and --threshold.")
         elif (self.weights is None) == (self.run is None):
-            raise ValueError("Give either --weights FILE, --run RUNFOLDER or --released FILE.")
+            raise ValueError("Give --weights FILE, --run RUNFOLDER, --released FILE, or --method clipes with --tags.")
         elif self.tagged and (self.run is None or self.export):
             raise ValueError("--tags needs a CAM network: give --run RUNFOLDER or --method clipes, and no --export.")
         if self.method is None and (self.preset is not None or self.texts is not None):

@@ -120,7 +120,11 @@ def _in_one_line(text: str) -> str:
         return f"{found[1]} needs {'a value' if found[2] == '1' else f'{found[2]} values'}."
     if found := re.fullmatch(r"Missing from [^:]*: (-*\S+).*", told):
         return f"{found[1]} is required."
-    return told.removeprefix("Error parsing ")
+    if found := re.match(r"Error parsing (\S+): no type matching (.+) could be instantiated from \[(.*?)\]\.", told):
+        given = found[3].replace("'", "").replace(",", "")
+        kinds = found[2].replace("{None}", "None").replace("|", " or ")
+        return f"{found[1]} {given} is not possible: it must be {kinds}."
+    return re.sub(r"^\w+Options: ", "", told.removeprefix("Error parsing "))
 
 
 def run_script(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 if not __package__:  # called as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -131,7 +132,7 @@ def show_steps(job: Job, image_id: str | None, image: np.ndarray, tags: str | No
 
 
 def look_arguments(
-    image: tyro.conf.Positional[str],
+    image: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")],
     run: Path,
     out: Path | None = None,
     tags: str | None = None,

@@ -50,12 +50,13 @@ def test_each_end_has_its_status(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_script_ends_with_one_line_and_a_status(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def main(images: int, root: str = ".") -> int:
+    def main(images: int, root: str = ".", limit: int | None = None) -> int:
         """Count.
 
         Args:
             images: How many.
             root: Where.
+            limit: No more.
         """
         if images > 5:
             raise ValueError("too many")
@@ -73,5 +74,7 @@ def test_a_script_ends_with_one_line_and_a_status(
     status, out, err = ended("--images", "many")
     assert status == 2 and not out and err.startswith("\nerror: --images: ") and err.count("\n") == 2
     assert ended() == (2, "", "\nerror: --images is required.\n")
+    said = "--limit three is not possible: it must be None or INT."
+    assert ended("--images", "3", "--limit", "three") == (2, "", f"\nerror: {said}\n")
     status, out, _ = ended("--help")
     assert status == 0 and "How many." in out

@@ -50,8 +50,8 @@ def prepare_coco14(
     Reading train2014's annotations takes some GB of memory; everything after it works image by image.
 
     Args:
-        root: DirOption with train2014 and val2014 (or images/train2014 ...).
-        annotations: DirOption of the JSON files; left out: annotations below root.
+        root: Folder with train2014 and val2014 (or images/train2014 ...).
+        annotations: Folder of the JSON files; left out: annotations below root.
         masks: Draw the masks (needed for scores only). Masks that are there are kept.
         crowd_tags: An image whose only object of a class is a crowd has its tag.
         crowd_masks: What a crowd region is in the masks: background (ReCAM's rule) or ignored (255).

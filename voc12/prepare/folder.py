@@ -35,7 +35,7 @@ def prepare_folder(
     """Your own images: checks images/, labels.csv, classes.txt, masks/ and splits/ (docs/your_data.md).
 
     Args:
-        root: DirOption with images/ and labels.csv.
+        root: Folder with images/ and labels.csv.
         val_share: Fraction of the tagged images that splits/val.txt gets, chosen at random (the same on every call);
             the others go to splits/train.txt. 0: no lists are written.
         decode: Read every image and mask; otherwise only look whether the files are there.

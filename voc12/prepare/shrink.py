@@ -43,8 +43,8 @@ def shrink_folder(
     """A copy of your own images in which no side is longer than a limit: photographs need much memory at full size.
 
     Args:
-        root: DirOption with images/ and labels.csv.
-        out: DirOption of the copy, laid out like root; images turned upright, as JPEG of quality 95.
+        root: Folder with images/ and labels.csv.
+        out: Folder of the copy, laid out like root; images turned upright, as JPEG of quality 95.
         long_side: Greatest length of a side, pixels; smaller images keep their size.
         overwrite: Replace lists, classes.txt and labels.csv that are there with other content.
         workers: Processes.
