@@ -64,12 +64,11 @@ def command(work: Callable[[], int | None], problems: tuple[type[Exception], ...
     """
     status = 0
     try:
-        if signal.getsignal(signal.SIGINT) is _end_interrupted:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            status = work() or 0
-        finally:
-            sys.stdout.flush()
+        with _raising_interrupts():
+            try:
+                status = work() or 0
+            finally:
+                sys.stdout.flush()
     except BrokenPipeError as error:
         if not _unread():
             print(f"\nerror: {error}", file=sys.stderr)
@@ -146,6 +145,20 @@ def begin(name: str) -> None:
         signal.signal(signal.SIGINT, _end_interrupted)
     elif name == "__mp_main__":
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _raising_interrupts() -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt within the block; what ``begin`` set up holds again after it, since a program may
+    import more between two pieces of work."""
+    while_importing = signal.getsignal(signal.SIGINT) is _end_interrupted
+    if while_importing:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if while_importing:
+            signal.signal(signal.SIGINT, _end_interrupted)
 
 
 def _end_interrupted(number: int, frame: object) -> None:
