@@ -40,7 +40,7 @@ OPTIONS = (
     ("--force", "continue in a run folder that has other settings"),
     ("--train-list LIST", "training images, a list of the data set or a file"),
     ("--val-list LIST", "images that the segmentation network is tested on"),
-    ("--long-side N", "larger images are worked on as smaller copies; masks come at full size too"),
+    ("--long-side N", "work on smaller copies of larger images; masks come at full size too"),
     ("--masks truth", "train the segmentation network on true masks, for the upper bound"),
     ("--overlays", "also write the masks drawn over their images"),
     ("--cams RUN", "use the CAMs of another run folder"),
@@ -50,7 +50,7 @@ OPTIONS = (
     ("--cam.fit.batch-size N", "images per update, over all GPUs"),
     ("--cam.fit.lr RATE", "learning rate"),
     ("--machine.device NAME", "auto, cpu or cuda"),
-    ("--machine.amp KIND", "mixed precision: auto, off, bf16, fp16"),
+    ("--machine.amp KIND", "precision: recipe, off (float32), bf16, fp16, fast"),
     ("--machine.workers N", "processes that read images"),
 )
 """Options in the short help; --help-all shows all of them with values and ranges."""

@@ -57,7 +57,8 @@ def test_every_step_of_every_method(method: str, data: str, roots: dict[str, Pat
     out = tmp_path / "out"
     wanted = any(phase.network.wants_saliency for _, phase in default_config(method, "sample").cam.phases())
     saliency = ["--saliency", str(roots["voc12"] / "Saliency")] if wanted else []
-    flags = ["--data", data, "--root", str(roots[data]), "--out", str(out), *short(method), *saliency]
+    flags = ["--preset", "sample", "--data", data, "--root", str(roots[data]), "--out", str(out)]
+    flags += [*short(method), *saliency]
     assert run_sample.main([method, *flags]) == 0
     catalog = open_catalog(data, roots[data])
     for image_id in catalog.ids("train"):
