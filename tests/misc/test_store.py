@@ -193,6 +193,12 @@ def test_a_truncated_image_is_named_with_a_remedy(suffix: str, tmp_path: Path) -
         read_image(tmp_path / "nowhere.jpg")
 
 
+def test_a_file_that_is_no_picture_is_told_in_words(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_text("no picture")
+    with pytest.raises(ValueError, match=r"a\.jpg cannot be read \(cannot identify image file\): replace it"):
+        read_image(tmp_path / "a.jpg")
+
+
 def test_masks_keep_their_indices(tmp_path: Path) -> None:
     mask = np.array([[0, 1, 20], [255, 3, 0]], np.uint8)
     write_mask(tmp_path / "mask.png", mask)
