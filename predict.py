@@ -98,8 +98,9 @@ class PredictionOptions:
     classes: Path | None = None
     """With --released: text file of the names of the classes, one a line, in the file's order. Default: VOC's 20."""
     method: str | None = None
-    """With --released: METHOD of run_sample.py that the file belongs to. Without: make maps with a method that is not
-    trained, without a run: clipes. Its classes are those of --tags, or of the table and the classes.txt beside it."""
+    """METHOD of run_sample.py: with --released the one that the file belongs to, else one that is not trained, such as
+    clipes, to make maps without a run. Its classes are those of --tags, or of the table and the classes.txt beside
+    it."""
     preset: str | None = None
     """With --method: its recipe. Default: photos where an untrained method has one, else published."""
     texts: Path | None = None

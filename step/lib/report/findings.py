@@ -94,13 +94,13 @@ def tell_provenance(score: Mapping[str, Any]) -> str:
 def _meaning(title: str, score: Mapping[str, Any]) -> str:
     if title == "CAM":
         searched = str(score.get("threshold_choice", "")).startswith("searched")
-        hint = ", at the threshold that suits the truth of these images best: a little too good" if searched else ""
+        hint = ", at the threshold that suits the truth of these images best: slightly optimistic" if searched else ""
         return f"How well the classifier's maps alone cover the objects{hint}."
     if title == "pseudo mask":
         return "How good the masks are that were made from the tags; the segmentation network learns from them."
     seen = score.get("seen_in_training", 0)
     if seen:
-        return f"Masks without tags, but {seen} of these images were trained on: a little too good."
+        return f"Masks without tags, but {seen} of these images were trained on: slightly optimistic."
     return "Masks of images that no network was trained on, without tags: the figure to compare."
 
 
