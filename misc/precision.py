@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,8 +84,10 @@ def place(network: nn.Module, machine: Machine, device: torch.device) -> None:
     network.to(device)
     if machine.uses_channels_last(device):
         network.to(memory_format=torch.channels_last)
-    if device.type == "cpu" and machine.amp == "fast" and machine.amp_dtype(device) is not None:
-        _keep_small_layers(network)
+    if device.type == "cpu" and machine.amp_dtype(device) is not None:
+        if machine.amp == "fast":
+            _keep_small_layers(network)
+        _guard_narrow_inputs(network)
 
 
 def _keep_small_layers(module: nn.Module) -> None:
@@ -103,15 +106,24 @@ def _keep_small_layers(module: nn.Module) -> None:
         _keep_small_layers(child)
 
 
-def _in_float32(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A layer's ``forward`` without autocast, its bf16 tensors converted to float32."""
+def _guard_narrow_inputs(network: nn.Module) -> None:
+    """Let convolutions with strides compute in float32 where an image is hardly wider than the stride: PyTorch's bf16
+    kernels on CPUs (2.14 with oneDNN at least) then read memory that nobody wrote, and give any numbers or NaN."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d) and max(layer.stride) > 1 and "forward" not in vars(layer):
+            layer.forward = _in_float32(layer.forward, 2 * max(layer.stride))
+
+
+def _in_float32(forward: Callable[..., Any], at_most: float = math.inf) -> Callable[..., Any]:
+    """A layer's ``forward`` without autocast, its bf16 tensors converted to float32; of inputs whose shorter side has
+    at most so many pixels."""
 
     def convert(value: Any) -> Any:
         return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
 
     @functools.wraps(forward)
     def full(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_autocast_enabled("cpu"):
+        if not torch.is_autocast_enabled("cpu") or (at_most < math.inf and min(args[0].shape[-2:]) > at_most):
             return forward(*args, **kwargs)
         with torch.autocast("cpu", enabled=False):
             return forward(*map(convert, args), **{name: convert(value) for name, value in kwargs.items()})

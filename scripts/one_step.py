@@ -35,6 +35,7 @@ SPECIAL = {
     "crt:published_cub": "--cam.fit.steps 2 --cam.fit.lr 1e-30 --cam.network.agreement-from 0.5",
     "clipes": "--cam.fit.steps 0",  # nothing is trained
     "weclip": "--cam.fit.steps 3",  # the decoder takes part in the maps from the second step on
+    "weclip:published_coco": "--cam.fit.steps 3",
     "getam": "--cam.fit.steps 3 --saliency {saliency}",  # the third step is in the second half of the training
     "getam:published:without_saliency": "--cam.fit.steps 3 --cam.network.label.no-saliency",
     "getam:published:vitb": "--cam.fit.steps 3 --saliency {saliency} --cam.network.dpt.backbone vitb",

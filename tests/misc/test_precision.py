@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -129,3 +131,18 @@ def test_published_trainings_say_their_precision_and_sample_ones_are_fast() -> N
             assert amp == ("fp16" if method == "mctformer" else "off"), (method, preset, name)
         else:
             assert amp == "fast", (method, preset, name)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fast"])
+def test_images_of_two_pixels_width_get_numbers(amp: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strided convolutions in bf16 read unwritten memory there."""
+    monkeypatch.setattr("misc.config.has_fast_bf16", lambda kind: True)
+    torch.manual_seed(0)
+    machine, device = Machine(device="cpu", amp=amp), torch.device("cpu")
+    layer, x = nn.Conv2d(16, 128, 3, stride=2, padding=1), torch.randn(1, 16, 125, 2)
+    expected = layer(x)
+    precision.place(layer, machine, device)
+    junk = torch.full((3_000_000,), math.nan, dtype=torch.bfloat16)  # what an allocation of that memory holds
+    del junk
+    with torch.inference_mode(), precision.autocast(machine, device):
+        assert torch.allclose(layer(x).float(), expected, atol=0.05)

@@ -23,7 +23,8 @@ from voc12.prepare.__main__ import main as prepare
 
 def run(data: str, root: Path, out: Path, *flags: str) -> int:
     """Exit status of a tiny run on a data set."""
-    return run_sample.main(["psa", "--data", data, "--root", str(root), "--out", str(out), *TINY, *flags])
+    words = ["psa", "--preset", "sample", "--data", data, "--root", str(root), "--out", str(out)]
+    return run_sample.main([*words, *TINY, *flags])
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,8 @@ def test_the_sheet_shows_a_field_at_several_values(
     out = tmp_path / "out"
     assert run("folder", own, out, "--steps", "1-4") == 0
     before = digests(out, "**/*")
-    common = ["psa", "--data", "folder", "--root", str(own), "--out", str(out), *TINY, "--rows", "2", "--count", "3"]
+    common = ["psa", "--preset", "sample", "--data", "folder", "--root", str(own), "--out", str(out)]
+    common += [*TINY, "--rows", "2", "--count", "3"]
     for field, values in (("background", ("0", "1")), ("aff.label.alpha_low", ("1", "9")), ("aff.walk.beta", ("1",))):
         picture = tmp_path / "sheets" / f"{field}.png"
         capsys.readouterr()
