@@ -6,6 +6,7 @@ Plain ``python`` is the case of one process, ``torchrun`` that of several; gloo 
 from __future__ import annotations
 
 import os
+import re
 from datetime import timedelta
 from typing import TypeVar
 
@@ -128,3 +129,11 @@ def quiet_threads() -> None:
     """Use one thread in this process. For worker processes, which share the cores among themselves."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
+
+
+def parse_shard(shard: str) -> tuple[int, int]:
+    """(i, n) from "i/n": the i-th of n parts of the images, i from 0. Raises ValueError if it has another form."""
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if not match or not int(match[1]) < int(match[2]):
+        raise ValueError(f"--shard {shard} is not i/n with 0 <= i < n.")
+    return int(match[1]), int(match[2])

@@ -11,7 +11,6 @@ an image failed.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,10 +70,7 @@ class SegmentOptions(Checked):
 
     def part(self) -> tuple[int, int]:
         """(i, n) from ``shard``. Raises ValueError if it has another form."""
-        match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
-        if not match or not int(match[1]) < int(match[2]):
-            raise ValueError(f"--shard {self.shard} is not i/n with 0 <= i < n.")
-        return int(match[1]), int(match[2])
+        return distributed.parse_shard(self.shard)
 
     def catalog(self) -> Catalog:
         """The data set."""

@@ -22,6 +22,7 @@ from net.backbone.timm_cnn import PHOTOS, PREFIX
 from net.contract import Network, RefineRecipe
 from net.registry import refiner
 from net.shared.edge import EdgeLabel, EdgeNetwork, EdgeOptions, EdgeWalk
+from net.shared.photos import PHOTOS_EDGE_AUGMENT, PHOTOS_EDGE_FIT, PHOTOS_EDGE_LABEL
 from net.start_weights import CAM, PRETRAINED
 
 
@@ -95,14 +96,10 @@ EdgeOnly.recipes = {
     "photos": EdgeRecipe(
         amp="fast",
         network=EdgeOnlyOptions(backbone=PHOTOS, align_corners=False),
-        fit=Fit(epochs=4, batch_size=16, optimiser="adamw", lr=1e-3, weight_decay=1e-4),
-        augment=Augment(order=("long_side", "flip", "jitter", "normalize", "crop"), long_side=(320, 512), crop=352),
+        fit=PHOTOS_EDGE_FIT,
+        augment=PHOTOS_EDGE_AUGMENT,
         weights=CAM,
-        label=EdgeLabel(
-            threshold_fg=0.55,
-            threshold_bg=0.30,
-            crf=CRFSettings(iterations=5, bilateral_sxy=50.0, bilateral_srgb=5.0),
-        ),
+        label=PHOTOS_EDGE_LABEL,
         walk=EdgeWalk(background="otsu", logt=6, crf=_CRF),
     ),
 }

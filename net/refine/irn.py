@@ -42,6 +42,7 @@ from net.shared.edge import (
     make_projection,
     propagate_scores,
 )
+from net.shared.photos import PHOTOS_EDGE_AUGMENT, PHOTOS_EDGE_FIT, PHOTOS_EDGE_LABEL
 from net.start_weights import CAM, PRETRAINED
 
 _EPS = 1e-5
@@ -399,14 +400,10 @@ IRN.recipes = {
     "photos": IRNRecipe(
         amp="fast",
         network=IRNOptions(backbone=PHOTOS),
-        fit=Fit(epochs=4, batch_size=16, optimiser="adamw", lr=1e-3, weight_decay=1e-4),
-        augment=Augment(order=("long_side", "flip", "jitter", "normalize", "crop"), long_side=(320, 512), crop=352),
+        fit=PHOTOS_EDGE_FIT,
+        augment=PHOTOS_EDGE_AUGMENT,
         weights=CAM,
-        label=EdgeLabel(
-            threshold_fg=0.55,
-            threshold_bg=0.30,
-            crf=CRFSettings(iterations=5, bilateral_sxy=50.0, bilateral_srgb=5.0),
-        ),
+        label=PHOTOS_EDGE_LABEL,
         walk=IRNWalk(background="otsu", logt=6, instances=False),
     ),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecip
 from net.groups import Group
 from net.losses import multilabel_soft_margin
 from net.registry import seed
+from net.shared.photos import PHOTOS_CAMS, make_photos_recipe
 from net.start_weights import PRETRAINED
 
 
@@ -118,26 +119,8 @@ _SAMPLE = Recipe(
     segment={"weights": "cam"},
 )
 
-# for people's own pictures: a small network that has seen ImageNet
-_PHOTOS = Recipe(
-    cam=SeedRecipe(
-        amp="fast",
-        network=IRNCamOptions(backbone=PHOTOS),
-        fit=Fit(epochs=12, batch_size=16, optimiser="adamw", lr=2e-4, weight_decay=0.01),
-        augment=Augment(
-            order=("long_side", "flip", "jitter", "normalize", "crop"),
-            long_side=(320, 512),
-            jitter=(0.3, 0.3, 0.3, 0.05),
-            crop=352,
-        ),
-        weights=PRETRAINED,
-        init="imagenet",
-        infer=CamInference(scales=(0.5, 1.0, 1.5, 2.0), flip=True, normalise="max", search_to=0.79, coarse=4),
-    ),
-    refiner="crf",
-    segmenter="deeplabv3plus",
-    long_side=1024,
-    data="folder",
-)
-
-IRNCam.recipes = {"published": _PUBLISHED, "sample": _SAMPLE, "photos": _PHOTOS}
+IRNCam.recipes = {
+    "published": _PUBLISHED,
+    "sample": _SAMPLE,
+    "photos": make_photos_recipe(IRNCamOptions(backbone=PHOTOS), replace(PHOTOS_CAMS, coarse=4)),
+}

@@ -20,7 +20,8 @@ from net.foreign.loading import load_tensors
 from net.groups import Group, conv_groups
 from net.losses import multilabel_soft_margin
 from net.registry import seed
-from net.start_weights import PRETRAINED, REQUIRED
+from net.shared.photos import make_photos_recipe
+from net.start_weights import REQUIRED
 
 
 @seed("psa")
@@ -214,26 +215,9 @@ _SAMPLE = Recipe(
     segment={"weights": "cam"},
 )
 
-# for people's own pictures: a small network that has seen ImageNet
-_PHOTOS = Recipe(
-    cam=SeedRecipe(
-        amp="fast",
-        network=CamOptions(backbone=PHOTOS, dropout=0.2),
-        fit=Fit(epochs=12, batch_size=16, optimiser="adamw", lr=2e-4, weight_decay=0.01),
-        augment=Augment(
-            order=("long_side", "flip", "jitter", "normalize", "crop"),
-            long_side=(320, 512),
-            jitter=(0.3, 0.3, 0.3, 0.05),
-            crop=352,
-        ),
-        weights=PRETRAINED,
-        init="imagenet",
-        infer=CamInference(scales=(0.5, 1.0, 1.5, 2.0), flip=True, normalise="max", search_to=0.79),
-    ),
-    refiner="crf",
-    segmenter="deeplabv3plus",
-    long_side=1024,
-    data="folder",
-)
-
-PlainCam.recipes = {"published": _PUBLISHED, "published_vgg16": _PUBLISHED_VGG16, "sample": _SAMPLE, "photos": _PHOTOS}
+PlainCam.recipes = {
+    "published": _PUBLISHED,
+    "published_vgg16": _PUBLISHED_VGG16,
+    "sample": _SAMPLE,
+    "photos": make_photos_recipe(CamOptions(backbone=PHOTOS, dropout=0.2)),
+}

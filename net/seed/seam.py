@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import torch
@@ -26,7 +26,8 @@ from net.foreign.loading import load_tensors
 from net.groups import Group, conv_groups
 from net.losses import multilabel_soft_margin
 from net.registry import seed
-from net.start_weights import PRETRAINED, REQUIRED
+from net.shared.photos import PHOTOS_CAMS, make_photos_recipe
+from net.start_weights import REQUIRED
 
 _EPSILON = 1e-5
 _BLOCK = 512
@@ -446,26 +447,10 @@ _SAMPLE = Recipe(
     segment={"weights": "cam"},
 )
 
-# for people's own pictures: a small network that has seen ImageNet
-_PHOTOS = Recipe(
-    cam=SeedRecipe(
-        amp="fast",
-        network=SeamOptions(backbone=PHOTOS, dropout=0.2, second_scale=0.5),
-        fit=Fit(epochs=12, batch_size=16, optimiser="adamw", lr=2e-4, weight_decay=0.01),
-        augment=Augment(
-            order=("long_side", "flip", "jitter", "normalize", "crop"),
-            long_side=(320, 512),
-            jitter=(0.3, 0.3, 0.3, 0.05),
-            crop=352,
-        ),
-        weights=PRETRAINED,
-        init="imagenet",
-        infer=CamInference(scales=(0.5, 1.0, 1.5, 2.0), flip=True, normalise="shifted", search_to=0.79),
+Seam.recipes = {
+    "published": _PUBLISHED,
+    "sample": _SAMPLE,
+    "photos": make_photos_recipe(
+        SeamOptions(backbone=PHOTOS, dropout=0.2, second_scale=0.5), replace(PHOTOS_CAMS, normalise="shifted")
     ),
-    refiner="crf",
-    segmenter="deeplabv3plus",
-    long_side=1024,
-    data="folder",
-)
-
-Seam.recipes = {"published": _PUBLISHED, "sample": _SAMPLE, "photos": _PHOTOS}
+}

@@ -24,7 +24,8 @@ from net.foreign.loading import load_tensors
 from net.foreign.mxnet import resnet38_from_mxnet
 from net.groups import Group, conv_groups
 from net.registry import segmenter
-from net.start_weights import CAM, REQUIRED
+from net.shared.photos import make_photos_segment_recipe
+from net.start_weights import REQUIRED
 
 
 @segmenter("deeplabv1")
@@ -196,22 +197,7 @@ DeepLabV1.recipes = {
             crf=CRFSettings(iterations=1, bilateral_sxy=32),
         ),
     ),
-    "photos": SegmentRecipe(
-        amp="fast",
-        network=DeepLabV1Options(backbone=PHOTOS, fov_channels=256, fov_dilation=6, dropout=0.1, train_affine=True),
-        fit=Fit(epochs=16, batch_size=16, optimiser="adamw", lr=2e-4, weight_decay=0.01),
-        augment=Augment(
-            order=("hsv", "flip", "scale", "normalize", "crop"), scale=(0.6, 1.4), scale_filter="linear", crop=352
-        ),
-        weights=CAM,
-        infer=SegInference(
-            scales=(0.75, 1.0, 1.25),
-            flip=True,
-            resize="bicubic",
-            align_corners=False,
-            crf=CRFSettings(
-                iterations=5, gauss_sxy=1, gauss_weight=3, bilateral_sxy=67, bilateral_srgb=3, bilateral_weight=4
-            ),
-        ),
+    "photos": make_photos_segment_recipe(
+        DeepLabV1Options(backbone=PHOTOS, fov_channels=256, fov_dilation=6, dropout=0.1, train_affine=True)
     ),
 }

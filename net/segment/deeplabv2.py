@@ -27,54 +27,11 @@ from net.foreign.loading import load_tensors
 from net.foreign.reading import read_tensors
 from net.groups import Group, conv_groups
 from net.registry import segmenter
-from net.start_weights import CAM, REQUIRED
+from net.shared.photos import make_photos_segment_recipe
+from net.start_weights import REQUIRED
 
 Form = Literal["caffe", "torchvision"]
 RESNET = When("backbone", "resnet")
-
-
-class DeepLabBase(nn.Sequential):
-    """The network of one size, (B, 3, H, W) -> (B, cout, h, w) with (h, w) = ``logits_size``: ``layer1`` to ``layer5``
-    and ``aspp``. Names are those of the official checkpoints."""
-
-    def __init__(self, options: DeepLabV2Options, cout: int) -> None:
-        super().__init__()
-        channels = scaled_channels(64, options.width)
-        stem = OrderedDict(conv1=ConvBn(3, channels, 7, 2), pool=nn.MaxPool2d(3, 2, 1, ceil_mode=True))
-        self.layer1 = nn.Sequential(stem)
-        # stride and dilation of each stage
-        fourth, fifth = options.dilations
-        stages = {"layer2": (1, 1), "layer3": (2, 1), "layer4": (1, fourth), "layer5": (1, fifth)}
-        for number, (name, (stride, dilation)) in enumerate(stages.items()):
-            middle, wide = (scaled_channels(c << number, options.width) for c in (64, 256))
-            blocks = nn.Sequential()
-            for block in range(options.depth[number]):
-                project = block == 0
-                made = DeepLabBottleneck(
-                    channels, middle, wide, stride=stride if project else 1, dilation=dilation, project=project,
-                    form=options.form,
-                )
-                blocks.add_module(f"block{block + 1}", made)
-                channels = wide
-            self.add_module(name, blocks)
-        self._initialise()
-        self.aspp = ASPP(channels, cout, options.rates)
-
-    @staticmethod
-    def logits_size(height: int, width: int) -> tuple[int, int]:
-        """``logits_size`` of this file."""
-        return logits_size(height, width)
-
-    @torch.no_grad()
-    def _initialise(self) -> None:
-        """Random weights that keep the scale of the activations through the depth, also with frozen, untrained batch
-        normalisation. Not published: the published network starts from trained weights."""
-        blocks = [module for module in self.modules() if isinstance(module, DeepLabBottleneck)]
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        for block in blocks:
-            block.increase.conv.weight.mul_(len(blocks) ** -0.5)
 
 
 @segmenter("deeplabv2")
@@ -196,6 +153,50 @@ class DeepLabV2(Segmenter):
 
 
 # ---------------------------------------------------------------------------------------------- layers (deeplab.md C.1)
+
+
+class DeepLabBase(nn.Sequential):
+    """The network of one size, (B, 3, H, W) -> (B, cout, h, w) with (h, w) = ``logits_size``: ``layer1`` to ``layer5``
+    and ``aspp``. Names are those of the official checkpoints."""
+
+    def __init__(self, options: DeepLabV2Options, cout: int) -> None:
+        super().__init__()
+        channels = scaled_channels(64, options.width)
+        stem = OrderedDict(conv1=ConvBn(3, channels, 7, 2), pool=nn.MaxPool2d(3, 2, 1, ceil_mode=True))
+        self.layer1 = nn.Sequential(stem)
+        # stride and dilation of each stage
+        fourth, fifth = options.dilations
+        stages = {"layer2": (1, 1), "layer3": (2, 1), "layer4": (1, fourth), "layer5": (1, fifth)}
+        for number, (name, (stride, dilation)) in enumerate(stages.items()):
+            middle, wide = (scaled_channels(c << number, options.width) for c in (64, 256))
+            blocks = nn.Sequential()
+            for block in range(options.depth[number]):
+                project = block == 0
+                made = DeepLabBottleneck(
+                    channels, middle, wide, stride=stride if project else 1, dilation=dilation, project=project,
+                    form=options.form,
+                )
+                blocks.add_module(f"block{block + 1}", made)
+                channels = wide
+            self.add_module(name, blocks)
+        self._initialise()
+        self.aspp = ASPP(channels, cout, options.rates)
+
+    @staticmethod
+    def logits_size(height: int, width: int) -> tuple[int, int]:
+        """``logits_size`` of this file."""
+        return logits_size(height, width)
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Random weights that keep the scale of the activations through the depth, also with frozen, untrained batch
+        normalisation. Not published: the published network starts from trained weights."""
+        blocks = [module for module in self.modules() if isinstance(module, DeepLabBottleneck)]
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        for block in blocks:
+            block.increase.conv.weight.mul_(len(blocks) ** -0.5)
 
 
 class TimmBase(nn.Module):
@@ -452,22 +453,5 @@ DeepLabV2.recipes = {
             ),
         ),
     ),
-    "photos": SegmentRecipe(
-        amp="fast",
-        network=DeepLabV2Options(backbone=PHOTOS, rates=(3, 6, 9, 12), scales=(0.75,)),
-        fit=Fit(epochs=16, batch_size=16, optimiser="adamw", lr=2e-4, weight_decay=0.01),
-        augment=Augment(
-            order=("hsv", "flip", "scale", "normalize", "crop"), scale=(0.6, 1.4), scale_filter="linear", crop=352
-        ),
-        weights=CAM,
-        infer=SegInference(
-            scales=(0.75, 1.0, 1.25),
-            flip=True,
-            resize="bicubic",
-            align_corners=False,
-            crf=CRFSettings(
-                iterations=5, gauss_sxy=1, gauss_weight=3, bilateral_sxy=67, bilateral_srgb=3, bilateral_weight=4
-            ),
-        ),
-    ),
+    "photos": make_photos_segment_recipe(DeepLabV2Options(backbone=PHOTOS, rates=(3, 6, 9, 12), scales=(0.75,))),
 }

@@ -24,7 +24,8 @@ from net.backbone.timm_cnn import ON_TIMM, PHOTOS, PREFIX, TimmCNN, TimmOptions,
 from net.contract import Network, Options, Segmenter, SegmentRecipe
 from net.groups import Group, name_groups
 from net.registry import segmenter
-from net.start_weights import CAM, PRETRAINED
+from net.shared.photos import make_photos_segment_recipe
+from net.start_weights import PRETRAINED
 
 
 @segmenter("deeplabv3plus")
@@ -274,24 +275,7 @@ DeepLabV3Plus.recipes = {
             crf=CRFSettings(iterations=1, bilateral_sxy=32),
         ),
     ),
-    "photos": SegmentRecipe(
-        amp="fast",
-        network=DeepLabV3PlusOptions(
-            backbone=PHOTOS, rates=(3, 6, 9), channels=128, low_channels=32, dropout=(0.1, 0.1, 0.1)
-        ),
-        fit=Fit(epochs=16, batch_size=16, optimiser="adamw", lr=2e-4, weight_decay=0.01),
-        augment=Augment(
-            order=("hsv", "flip", "scale", "normalize", "crop"), scale=(0.6, 1.4), scale_filter="linear", crop=352
-        ),
-        weights=CAM,
-        infer=SegInference(
-            scales=(0.75, 1.0, 1.25),
-            flip=True,
-            resize="bicubic",
-            align_corners=False,
-            crf=CRFSettings(
-                iterations=5, gauss_sxy=1, gauss_weight=3, bilateral_sxy=67, bilateral_srgb=3, bilateral_weight=4
-            ),
-        ),
+    "photos": make_photos_segment_recipe(
+        DeepLabV3PlusOptions(backbone=PHOTOS, rates=(3, 6, 9), channels=128, low_channels=32, dropout=(0.1, 0.1, 0.1))
     ),
 }

@@ -4,7 +4,6 @@ the command line before any work starts."""
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from misc import commandline
+from misc import commandline, distributed
 from misc import config as settings
 from misc.checked import Checked, Count, Range
 from misc.config import Machine
@@ -122,10 +121,7 @@ class Config(Checked):
 
     def shard_part(self) -> tuple[int, int]:
         """(i, n) from ``shard``. Raises ValueError if it has another form."""
-        match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
-        if not match or not int(match[1]) < int(match[2]):
-            raise ValueError(f"--shard {self.shard} is not i/n with 0 <= i < n.")
-        return int(match[1]), int(match[2])
+        return distributed.parse_shard(self.shard)
 
     def data_root(self) -> Path:
         """Folder of the data set. Raises ValueError if it is missing and has no default, or for an unknown data set."""
