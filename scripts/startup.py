@@ -14,9 +14,9 @@ from pathlib import Path
 from step.lib import choices
 
 ROOT = Path(__file__).resolve().parents[1]
-REPEATS = 3
+_CALLS = 3
 
-PROGRAMS = (
+STARTED_COMMANDS = (
     "run_sample.py --help",
     "run_sample.py seam --cam.fit.lrr 0.1",
     "run_sample.py nosuch",
@@ -28,9 +28,9 @@ PROGRAMS = (
 
 
 def quickest_call(command: str) -> float:
-    """Seconds of the quickest of ``REPEATS`` calls."""
+    """Seconds of the quickest of ``_CALLS`` calls."""
     times = []
-    for _ in range(REPEATS):
+    for _ in range(_CALLS):
         start = time.perf_counter()
         subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True)
         times.append(time.perf_counter() - start)
@@ -42,7 +42,7 @@ def main() -> None:
     start = time.perf_counter()
     choices.known_flags("seam")
     print(f"{time.perf_counter() - start:7.2f} s  the list of flags: made after a change of a source, else read")
-    for command in PROGRAMS:
+    for command in STARTED_COMMANDS:
         print(f"{quickest_call(command):7.2f} s  python {command}", flush=True)
 
 
