@@ -9,11 +9,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+from scripts import ROOT
 from step.lib import choices
 
-ROOT = Path(__file__).resolve().parents[1]
 _CALLS = 3
 
 STARTED_COMMANDS = (
