@@ -21,6 +21,7 @@ from net import registry, verify
 from net.contract import Phase
 from step import STEPS, Step, report, select
 from step.lib.config import Config, Job, open_job
+from step.lib.image_check import check_images, keep_checked
 from step.lib.inference import rests_on_all_cams
 from step.lib.sizes import make_copies
 from voc12 import loader
@@ -118,8 +119,9 @@ def open_plan(cfg: Config) -> Plan:
     source = None if cfg.cams is None else RunFolder(cfg.cams)
     adopted = ("train_cam", "make_cam") if source else ()
     todo = [s for s in steps if s.name not in adopted and (cfg.redo or not finished(job, s))]
-    check_inputs(job, todo)
+    read = check_inputs(job, todo)
     check_needs(job, todo, adopted)
+    whole = check_images(job, read)
     verify_networks(job, todo)
     lists: dict[str, Any] = {name: job.catalog.fingerprint(name) for name in _lists(job)}
     if cfg.cam.network.reads_class_texts and job.texts():
@@ -131,6 +133,7 @@ def open_plan(cfg: Config) -> Plan:
         cfg.recorded(), flatten(cfg.machine), lists, cfg.force, job.catalog.root, _free_settings(job),
         shared=cfg.shard_part()[1] > 1,
     )
+    keep_checked(job.run, whole)
     if changed:
         _remove_unfinished(job)
     if cfg.redo:
@@ -225,8 +228,12 @@ def not_applying(step: Step, job: Job) -> str | None:
     return f"does not apply: {job.cfg.method} predicts the masks itself (--segmenter own)."
 
 
-def check_inputs(job: Job, steps: Sequence[Step]) -> None:
-    """Check everything that can be checked before work starts. Raises ValueError or FileNotFoundError."""
+def check_inputs(job: Job, steps: Sequence[Step]) -> list[str]:
+    """Check settings, and that the files exist that are read, before work starts.
+
+    Returns the ids of all images that the steps read, where one of them is a training: it would meet a damaged one
+    late. (Steps of single images tell it and go on.) Raises ValueError or FileNotFoundError.
+    """
     cfg = job.cfg
     if cfg.shard_part()[1] > 1 and cfg.redo:
         raise ValueError("--redo with --shard would also remove the other parts: run --redo once without --shard.")
@@ -270,6 +277,8 @@ def check_inputs(job: Job, steps: Sequence[Step]) -> None:
     for split, needs in lists.items():
         for warning in job.catalog.check(split, **needs):
             distributed.say(f"Note ({split}): {warning}")
+    trains = any(not phase.released and phase.fit.steps != 0 for _, phase in phases)
+    return list(dict.fromkeys(i for split in lists for i in job.catalog.ids(split))) if trains else []
 
 
 def needed(step: Step, job: Job) -> list[Step]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -31,16 +32,20 @@ def _opened(path: Path, largest: float) -> Iterator[tuple[Image.Image, bytes]]:
     checksums are wrong (a damaged one can decode to other pixels)."""
     data = Path(path).read_bytes()
     with Image.open(io.BytesIO(data)) as image:
-        megapixels = image.size[0] * image.size[1] / 1e6
-        if megapixels > largest:
-            raise ValueError(
-                f"it has {megapixels:.0f} megapixels, more than {largest:g}: make a smaller copy by python -m "
-                "voc12.prepare shrink"
-            )
+        _check_size(image, largest)
         if image.format == "PNG":
             _check_png(data)
         image.load()
         yield image, data
+
+
+def _check_size(image: Image.Image, largest: float) -> None:
+    megapixels = image.size[0] * image.size[1] / 1e6
+    if megapixels > largest:
+        raise ValueError(
+            f"it has {megapixels:.0f} megapixels, more than {largest:g}: make a smaller copy by python -m "
+            "voc12.prepare shrink"
+        )
 
 
 def _check_png(data: bytes) -> None:
@@ -65,7 +70,7 @@ def read_image(path: Path, largest: float = LARGEST_MEGAPIXELS) -> np.ndarray:
     Raises FileNotFoundError; ValueError for a damaged file, one of more than ``largest`` megapixels, and pixels whose
     range nobody knows (floating-point or negative numbers, more than 16 bits).
     """
-    with reading(path, "Image", "", "replace it, or take it off the list"), _opened(path, largest) as (image, data):
+    with _reading_image(path), _opened(path, largest) as (image, data):
         if image.mode == "F":
             raise ValueError("its pixels are floating-point numbers, save it with 8 or 16 bits")
         turned = image.getexif().get(_ORIENTATION)
@@ -76,6 +81,36 @@ def read_image(path: Path, largest: float = LARGEST_MEGAPIXELS) -> np.ndarray:
         if turned is not None:
             image.getexif()[_ORIENTATION] = turned
         return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def _reading_image(path: Path) -> AbstractContextManager[None]:
+    return reading(path, "Image", "", "replace it, or take it off the list")
+
+
+def check_image(path: Path) -> None:
+    """Raise as ``read_image`` for what the head and the end of an image file show: no image, too large, cut short.
+
+    A file that does not end as its format (JPEG, PNG, WebP) ends is decoded, and so are those of other formats. Damage
+    between head and end is not found: this is for thousands of files, of which next to none is decoded.
+    """
+    with _reading_image(path), open(path, "rb") as file, Image.open(file) as image:
+        _check_size(image, LARGEST_MEGAPIXELS)
+        whole = _ends_whole(file, image.format)
+    if not whole:
+        read_image(path)
+
+
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+
+
+def _ends_whole(file: BinaryIO, form: str | None) -> bool:
+    """Whether an image file is known to end where its format says."""
+    size = file.seek(0, io.SEEK_END)
+    if form == "WEBP":
+        file.seek(4)
+        return int.from_bytes(file.read(4), "little") + 8 <= size
+    file.seek(max(0, size - 16))
+    return form in _ENDS and file.read().endswith(_ENDS[form])
 
 
 _ORIENTATION = 0x0112

@@ -105,6 +105,11 @@ class RunFolder:
         return self.root / "log"
 
     @property
+    def checked_images(self) -> Path:
+        """Images that were found whole before a training, so that they are not looked at again."""
+        return self.root / "checked_images.json"
+
+    @property
     def report(self) -> Path:
         """The report page."""
         return self.root / "report.html"

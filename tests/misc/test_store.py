@@ -19,7 +19,7 @@ from PIL import Image
 from misc.files import atomic, store
 from misc.files.camfiles import read_cam, write_cam
 from misc.files.ids import checked_id, read_ids
-from misc.files.images import read_image, read_mask, write_mask
+from misc.files.images import check_image, read_image, read_mask, write_mask
 from misc.image.cam import Cam
 
 
@@ -180,6 +180,25 @@ def test_an_image_is_turned_as_its_exif_says(tmp_path: Path) -> None:
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     Image.fromarray(picture()).save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(read_image(tmp_path / "a.png"), np.rot90(picture(), -1))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "tif"])
+def test_a_quick_look_finds_a_truncated_image(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(picture(200, 300)).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-900])
+    with pytest.raises(ValueError, match=rf"a\.{suffix} cannot be read .*replace it, or take it off the list"):
+        check_image(path)
+    path.write_bytes(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "load", lambda image: pytest.fail("decoded"))
+        if suffix in ("jpg", "png", "webp"):
+            check_image(path)
+    path.write_bytes(whole + b"\0" * 20)  # as some cameras and archives do
+    check_image(path)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from running import digests
-from test_run import IDS, MADE, data, finished, lists, no_default_folders, out, own, refused, said
+from test_run import IDS, MADE, VAL, data, finished, lists, no_default_folders, out, own, refused, said
 
 from misc.files.camfiles import read_cam
 from misc.files.images import read_mask, write_mask
@@ -64,13 +64,35 @@ def test_a_wrong_true_mask_spares_what_is_finished(
     assert (out / "scores.json").exists()
 
 
-def test_a_truncated_image_stops_training_by_name(
+def test_a_truncated_image_is_told_before_training(
     own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Of every list that a step reads, at every start until it is whole."""
+    whole, out = spoil_jpeg(own, VAL[1]), tmp_path / "new"
+    told = refused(capsys, own, out)
+    assert "1 images of this run's lists" in told and not out.exists()
+    assert re.search(rf"{VAL[1]}\.jpg cannot be read .*replace it, or take it off the list", told)
+    (own / "JPEGImages" / f"{VAL[1]}.jpg").write_bytes(whole)
+    said(capsys, own, out, "--steps", "1")
+    assert set(json.loads((out / "checked_images.json").read_text())) == set(IDS)
     spoil_jpeg(own, IDS[2])
+    assert f"{IDS[2]}.jpg cannot be read" in refused(capsys, own, out, "--steps", "1", "--redo")
+    assert (out / "weights" / "cam.pt").exists()
+
+
+def test_damage_within_an_image_stops_training_by_name(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The end of the file is as it should be: only the loader sees it."""
+    path = own / "JPEGImages" / f"{IDS[2]}.jpg"
+    Image.open(path).save(path.with_suffix(".png"))
+    path.unlink()
+    damaged = bytearray(path.with_suffix(".png").read_bytes())
+    damaged[len(damaged) // 2] ^= 255
+    path.with_suffix(".png").write_bytes(damaged)
     for workers in ("0", "2"):
         told = refused(capsys, own, tmp_path / "new", "--machine.workers", workers, status=1)
-        assert re.search(rf"{IDS[2]}\.jpg cannot be read .*replace it, or take it off the list", told)
+        assert re.search(rf"{IDS[2]}\.png cannot be read .*replace it, or take it off the list", told)
 
 
 @pytest.mark.slow
