@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from step import STEPS, Step, report, select
 from step.lib.config import Config, Job, open_job
 from step.lib.image_check import check_images, keep_checked
 from step.lib.inference import rests_on_all_cams
+from step.lib.networks import try_weights
 from step.lib.sizes import make_copies
 from voc12 import loader
 from voc12.generated import sets
@@ -123,6 +124,7 @@ def open_plan(cfg: Config) -> Plan:
     check_needs(job, todo, adopted)
     whole = check_images(job, read)
     verify_networks(job, todo)
+    check_start(job, todo)
     lists: dict[str, Any] = {name: job.catalog.fingerprint(name) for name in _lists(job)}
     if cfg.cam.network.reads_class_texts and job.texts():
         lists["texts"] = job.texts()  # a changed texts.csv is another run
@@ -238,29 +240,26 @@ def check_inputs(job: Job, steps: Sequence[Step]) -> list[str]:
     if cfg.shard_part()[1] > 1 and cfg.redo:
         raise ValueError("--redo with --shard would also remove the other parts: run --redo once without --shard.")
     names = {s.name for s in steps}
-    phases = [("cam." if n == "cam" else f"cam.{n}.", p) for n, p in cfg.cam.needed_phases()]
-    phases = phases if "train_cam" in names else []
-    phases += [("aff.", cfg.aff)] if "train_aff" in names else []
-    if "train_seg" in names:
-        if job.single_stage:
-            raise ValueError(
-                "train_seg: with --segmenter own the CAM network predicts the masks, so nothing else is trained. "
-                f"Name a segmenter: {', '.join(sorted(registry.SEGMENTERS))}."
-            )
-        phases += [("seg.", cfg.seg)]
+    phases = _phases(job, names)
+    if "train_seg" in names and job.single_stage:
+        raise ValueError(
+            "train_seg: with --segmenter own the CAM network predicts the masks, so nothing else is trained. "
+            f"Name a segmenter: {', '.join(sorted(registry.SEGMENTERS))}."
+        )
     if job.single_stage and cfg.masks == "truth":
         raise ValueError("--masks truth: with --segmenter own nothing is trained on masks. Name a segmenter.")
-    for prefix, phase in phases:
+    for name, phase in phases.items():
         if phase.released:
             for file in phase.released_files:
                 if not Path(file).is_file():
-                    raise FileNotFoundError(f"--{prefix}released {file}: there is no such file.")
+                    raise FileNotFoundError(f"--{_section(name)}.released {file}: there is no such file.")
             continue
         if phase.fit.steps != 0:
             divide(phase.fit, distributed.world())
         cam = (job.run if cfg.cams is None else RunFolder(cfg.cams)).weights("cam")
-        phase.start.check(f"--{prefix}weights", None if "train_cam" in names else cam)
-    saliency = job.saliency_folder() if any(p.network.wants_saliency and not p.released for _, p in phases) else None
+        phase.start.check(f"--{_section(name)}.weights", None if "train_cam" in names else cam)
+    wants_saliency = any(phase.network.wants_saliency and not phase.released for phase in phases.values())
+    saliency = job.saliency_folder() if wants_saliency else None
     lists: dict[str, dict[str, Any]] = {
         job.train_list: {"need_masks": cfg.masks == "truth" and "train_seg" in names, "saliency": saliency}
     }
@@ -277,8 +276,37 @@ def check_inputs(job: Job, steps: Sequence[Step]) -> list[str]:
     for split, needs in lists.items():
         for warning in job.catalog.check(split, **needs):
             distributed.say(f"Note ({split}): {warning}")
-    trains = any(not phase.released and phase.fit.steps != 0 for _, phase in phases)
+    trains = any(not phase.released and phase.fit.steps != 0 for phase in phases.values())
     return list(dict.fromkeys(i for split in lists for i in job.catalog.ids(split))) if trains else []
+
+
+def _phases(job: Job, names: Collection[str]) -> dict[str, Phase]:
+    """What the steps of these names train or adopt, by the names of the weights files."""
+    phases = dict(job.cfg.cam.needed_phases()) if "train_cam" in names else {}
+    for part, phase in (("aff", job.cfg.aff), ("seg", job.cfg.seg)):
+        if f"train_{part}" in names and isinstance(phase, Phase):
+            phases[part] = phase
+    return phases
+
+
+def _section(name: str) -> str:
+    """Beginning of a phase's options, by the name of its weights file."""
+    return name if name in ("cam", "aff", "seg") else f"cam.{name}"
+
+
+def check_start(job: Job, steps: Sequence[Step]) -> None:
+    """Load what the trainings of these steps start from or adopt (step.lib.networks.try_weights), so that weights that
+    are damaged, do not fit or can't be fetched are told now and not when their step begins.
+
+    Raises ValueError with the option and the cause.
+    """
+    for name, phase in _phases(job, {s.name for s in steps}).items():
+        if job.cfg.redo or not job.run.weights(name).exists():
+            option = "released" if phase.released else "weights"
+            try:
+                try_weights(job, name, phase)
+            except (ValueError, OSError) as error:
+                raise ValueError(f"--{_section(name)}.{option}: {error}") from error
 
 
 def needed(step: Step, job: Job) -> list[Step]:

@@ -81,6 +81,5 @@ def _fetched(name: str) -> State:
     except Exception as error:  # no connection, a proxy, a full disk: each layer of the download has its own
         raise ValueError(
             f"CLIP's weights can't be fetched ({type(error).__name__}: {str(error)[:200]}). Is there a way to the "
-            f"internet? If not, bring the file {_OPENAI} and give its path as the weights (run_sample.py: "
-            "--cam.weights FILE, predict.py: --weights FILE)."
+            f"internet? If not, bring the file {_OPENAI} and give its path as the weights."
         ) from error

@@ -85,7 +85,7 @@ def read_timm(name: str) -> State:
     if config is None or not config.has_weights:
         raise ValueError(f"timm has no weights of {name!r}. Give a name of timm.list_pretrained(), or a file.")
     file = f"model.safetensors of {_hub()}/{config.hf_hub_id}" if config.hf_hub_id else config.url
-    remedy = f"bring {file} and give its path as the weights (--cam.weights FILE) instead of 'pretrained'."
+    remedy = f"bring {file} and give its path as the weights, in place of 'pretrained'."
     if config.hf_hub_id and not _is_cached(config.hf_hub_id) and (reason := _unreachable(_hub())):
         told = f"timm's weights {name} are not on this machine, and {_hub()} can't be reached ({reason})"
         raise ValueError(f"{told}: {remedy}")

@@ -9,6 +9,8 @@ import torch
 from misc.precision import place
 from net.contract import AffinityNetwork, Network, Phase, Refiner, SeedNetwork, Segmenter, SingleStage
 from net.model import load_state
+from net.released import load_released
+from net.start_weights import PRETRAINED
 from step.lib.config import Job
 
 
@@ -49,6 +51,23 @@ def build_earlier(job: Job, phases: Sequence[tuple[str, Phase]]) -> dict[str, Ne
     for name, phase in phases:
         earlier[name] = build_network(job, phase, earlier)
     return earlier
+
+
+def try_weights(job: Job, name: str, phase: Phase) -> None:
+    """Load the files that a phase starts from or adopts into a network that is discarded. Weights of the name 'cam'
+    are left out: the CAM network may not be trained yet.
+
+    Raises ValueError or FileNotFoundError if they are damaged, do not fit or can't be fetched.
+    """
+    if not (phase.released or phase.start.files or phase.start.word == PRETRAINED):
+        return
+    phases = job.cfg.cam.phases()
+    before = [n for n, _ in phases].index(name) if name in dict(phases) else 0
+    network = build_network(job, phase, build_earlier(job, phases[:before]))
+    if phase.released:
+        load_released(network, phase.released_files)
+    else:
+        phase.start.load(network, job.run.weights("cam"))
 
 
 def load_refiner(job: Job, device: torch.device) -> Refiner:

@@ -8,11 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from running import make_set
+import torch
+from running import TINY, make_set
 
 import run_sample
 from net import registry
 from net.contract import Phase, SeedRecipe
+from net.foreign import reading
 from net.start_weights import PRETRAINED, StartWeights
 from step.lib.scoring import start_weights
 
@@ -80,3 +82,24 @@ def test_a_segmenter_that_starts_from_the_cam_network(tmp_path: Path, capsys: py
     assert "3 images; trained from CAM network (from random)" in told
     assert re.search(r"seg: starts from .*cam.pt: .*0 of another shape", told)
     assert re.search(r"score +mIoU .* trained from", told)
+
+
+def test_weights_of_later_steps_are_tried_before_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A damaged file, one of another network, and what can't be fetched."""
+    data, file, other = make_set(tmp_path / "data"), tmp_path / "a.pth", tmp_path / "other.pth"
+    file.write_bytes(b"PK\x03\x04 cut")
+    torch.save({"some.weight": torch.zeros(3)}, other)
+    monkeypatch.setattr(reading, "_is_cached", lambda repository: False)
+    monkeypatch.setattr(reading, "_unreachable", lambda address: "no way out")
+    pretrained = "--segmenter deeplabv2 --seg.network.form torchvision --seg.weights pretrained".split()
+    for flags, told in (
+        ([*TINY, "--seg.weights", str(file)], rf"--seg.weights: {file}: can't be read"),
+        ([*TINY, "--aff.weights", str(other)], rf"--aff.weights: .*{other}"),
+        ([*TINY, "--aff.released", str(other)], rf"--aff.released: {other}: "),
+        ([*TINY[: TINY.index("--seg.weights")], *pretrained], "--seg.weights: timm's weights .*be reached .no way out"),
+    ):
+        assert run_sample.main(["psa", "--root", str(data), "--out", str(tmp_path / "run"), *flags]) == 2
+        assert re.search(told, capsys.readouterr().err)
+        assert not (tmp_path / "run").exists()

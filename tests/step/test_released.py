@@ -74,11 +74,11 @@ def test_a_part_of_a_network_is_refused_and_nothing_is_written(
     path, state, argv = release("cam", "psa", tmp_path)
     common = ["--data", "voc12", "--root", str(data), "--out", str(tmp_path / "run"), "--steps", "train_cam"]
     torch.save({key: value for key, value in state.items() if not key.startswith("fc8")}, path)
-    assert run_sample.main([*argv, *common, "--force", "--cam.released", str(path)]) == 1
+    assert run_sample.main([*argv, *common, "--force", "--cam.released", str(path)]) == 2
     assert "it lacks fc8.weight" in capsys.readouterr().err
     state["fc8.weight"][0, 0] = torch.inf
     torch.save(state, path)
-    assert run_sample.main([*argv, *common, "--force", "--cam.released", str(path)]) == 1
+    assert run_sample.main([*argv, *common, "--force", "--cam.released", str(path)]) == 2
     assert "not finite" in capsys.readouterr().err
     assert run_sample.main([*argv, *common, "--cam.released", "nowhere.pth"]) == 2
     assert "--cam.released nowhere.pth: there is no such file" in capsys.readouterr().err
@@ -109,7 +109,7 @@ def test_parts_that_were_released_one_by_one(data: Path, tmp_path: Path) -> None
         files.append(tmp_path / f"{part}.pth")
         torch.save({k.removeprefix(f"{part}."): v for k, v in state.items() if k.startswith(f"{part}.")}, files[-1])
     common = ["--data", "voc12", "--root", str(data), "--steps", "train_cam"]
-    assert run_sample.main([*argv, *common, "--out", str(tmp_path / "one"), "--cam.released", str(files[0])]) == 1
+    assert run_sample.main([*argv, *common, "--out", str(tmp_path / "one"), "--cam.released", str(files[0])]) == 2
     both = ",".join(map(str, files))
     assert run_sample.main([*argv, *common, "--out", str(tmp_path / "two"), "--cam.released", both]) == 0
     written, _ = store.read_model(tmp_path / "two" / "weights" / "cam.pt")
