@@ -183,8 +183,9 @@ def fit(
         description: plain values that describe the network in the weights file.
         score: ratings of the network in evaluation mode, by name; called by the main process after every epoch
             (1 / epochs of the updates). The weights of the epoch with the best first rating are written to ``weights``,
-            those with the best of each further one to ``beside(weights, NAME)``, the first in a tie; those after the
-            last update to ``beside(weights, "last")``. None: the last ones to ``weights``.
+            those with the best of each further one to ``beside(weights, NAME)``, the first in a tie (where all are NaN,
+            the last weights); those after the last update to ``beside(weights, "last")``. None: the last ones to
+            ``weights``.
         finish: called by the main process after the last update, with the network in evaluation mode and without
             gradients, before the weights are written (Network.calibrate).
         pictures: draws for TensorBoard; called by the main process ``PICTURES`` times, evenly over the updates, with
@@ -247,7 +248,7 @@ def fit(
     if score is None:
         keep(network, device, machine, weights, description, finish)
     else:
-        keep_rated(network, device, machine, weights, description, finish, ratings)
+        keep_rated(network, device, machine, weights, description, finish, ratings, name)
     if main:
         remove_points(weights)
     distributed.barrier()

@@ -60,8 +60,9 @@ def keep(
 def keep_best(
     weights: Path, network: Trainable, score: Callable[[], Mapping[str, float]], name: str
 ) -> dict[str, float]:
-    """Rate the network, and save its weights for each rating that is the best so far. A resumed training rates some
-    epochs again, whose weights are saved already. Returns the ratings in the main process, nothing in others."""
+    """Rate the network, and save its weights for each rating that is the best so far; one that is NaN is no rating. A
+    resumed training rates some epochs again, whose weights are saved already. Returns the ratings in the main process,
+    nothing in others."""
     ratings: dict[str, float] = {}
     if distributed.is_main():
         network.eval()
@@ -70,7 +71,8 @@ def keep_best(
         for rating, value in ratings.items():
             path = beside(weights, f"{rating}.best")
             better = value > (float(store.read_weights(path)["score"]) if path.exists() else -math.inf)
-            distributed.say(f"{name}: {rating} of the epoch {value:.4f}" + (", the best so far" if better else ""))
+            told = ", the best so far" if better else ": the epoch is not chosen" if math.isnan(value) else ""
+            distributed.say(f"{name}: {rating} of the epoch {value:.4f}{told}")
             if better:
                 store.write_weights(path, {"network": network.state_dict(), "score": value})
     distributed.barrier()
@@ -79,16 +81,22 @@ def keep_best(
 
 def keep_rated(
     network: Trainable, device: torch.device, machine: Machine, weights: Path, description: Mapping[str, Any],
-    finish: Callable[[], None] | None, ratings: Mapping[str, float],
+    finish: Callable[[], None] | None, ratings: Mapping[str, float], name: str,
 ) -> None:
     """Write the last weights and the best ones by each rating; the file of the first, which says that the training is
-    done, at the end."""
+    done, at the end. Where a rating was NaN in every epoch, its file gets the last weights, which is said."""
     first, *further = distributed.joined(list(ratings))  # known in the main process
+    told: dict[str, float | None] = {n: None if math.isnan(value) else value for n, value in ratings.items()}
     for rating in ("last", *further, first):
-        kept = {"last": ratings.get(first)}
-        if rating != "last" and distributed.is_main():
-            best = store.read_weights(beside(weights, f"{rating}.best"))
-            network.load_state_dict(best["network"])
-            kept = {"last": ratings[rating], "selected": float(best["score"])}
+        kept = {"last": told.get(first if rating == "last" else rating)}
+        best = beside(weights, f"{rating}.best")
+        if distributed.is_main() and best.exists():
+            stored = store.read_weights(best)
+            network.load_state_dict(stored["network"])
+            kept["selected"] = float(stored["score"])
+        elif distributed.is_main() and rating != "last":
+            reason = f"{rating} is not a number (NaN) in any epoch, so none is chosen"
+            distributed.say(f"{name}: {reason}: the last weights are kept.")
+            network.load_state_dict(store.read_model(beside(weights, "last"))[0])
         path = weights if rating == first else beside(weights, rating)
         keep(network, device, machine, path, {**description, "rating": kept}, finish)

@@ -78,7 +78,10 @@ def selection(job: Job, kind: str = "") -> dict[str, Any]:
         return {"selection": "that of its authors", "selection_rating": None}
     chosen = {"last": "last", "loc_top1": "val_boxes, by Loc Top-1"}.get(kind, job.cfg.cam.selection)
     _, description = read_model(job.run.weights(f"cam.{kind}" if kind else "cam"))
-    return {"selection": chosen, "selection_rating": description.get("rating")}
+    rating = description.get("rating")
+    if chosen != "last" and rating and "selected" not in rating:
+        chosen = f"last ({chosen} was no number in any epoch)"
+    return {"selection": chosen, "selection_rating": rating}
 
 
 FURTHER = {"": "", "last": ", last weights", "loc_top1": ", weights of the best Loc Top-1"}

@@ -447,6 +447,24 @@ def test_the_best_rated_epochs_and_the_last_one_are_kept(ratings: list[float], b
     }
 
 
+@pytest.mark.parametrize("ratings, best", [([math.nan] * 4, 8), ([math.nan, 0.3, math.nan, 0.2], 4)])
+def test_ratings_that_are_no_numbers_choose_no_epoch(
+    ratings: list[float], best: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = Fit(**{**vars(RECIPE), "epochs": 4, "warmup_epochs": 0})
+    network = Counting()
+    assert train(tmp_path, recipe, network, score=rated(network, ratings, []))["updates"] == best
+    found = {p.name: read_model(p) for p in (tmp_path / "weights").iterdir()}
+    assert {n: int(state["updates"]) for n, (state, _) in found.items()} == {
+        "toy.pt": best, "toy.second.pt": 2, "toy.last.pt": 8,
+    }  # fmt: skip
+    told, rating = capsys.readouterr().out, found["toy.pt"][1]["rating"]
+    assert told.count("first of the epoch nan: the epoch is not chosen") == sum(map(math.isnan, ratings))
+    none = "toy: first is not a number (NaN) in any epoch, so none is chosen: the last weights are kept."
+    assert (none in told) == (best == 8)
+    assert rating == ({"last": None} if best == 8 else {"last": 0.2, "selected": 0.3})
+
+
 @pytest.mark.parametrize("at", [1, 5, 7])
 def test_an_interrupted_selection_keeps_what_an_undisturbed_one_keeps(at: int, tmp_path: Path) -> None:
     recipe = Fit(**{**vars(RECIPE), "epochs": 4, "warmup_epochs": 0})

@@ -132,6 +132,17 @@ def test_published_selections_look_at_tags_alone() -> None:
         assert default_config(method, "published").cam.selection == "last"
 
 
+def test_a_selection_without_a_number_is_recorded_as_the_last_epoch(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("step.train_cam.val_map", lambda *_: float("nan"))
+    flags = ["--cam.selection", "val_tags", "--cam.fit.epochs", "1", "--cam.fit.steps", "1", "--steps", "1-2"]
+    assert run_sample.main(arguments(data, tmp_path / "run", *flags)) == 0
+    score = json.loads((tmp_path / "run" / "scores.json").read_text())["CAM"]
+    assert score["selection"] == "last (val_tags was no number in any epoch)"
+    assert score["selection_rating"] == {"last": None}
+
+
 def test_the_best_epoch_on_the_tags_of_val_is_kept_and_both_ratings_are_recorded(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
