@@ -5,6 +5,7 @@ Plain ``python`` is the case of one process, ``torchrun`` that of several; gloo 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from datetime import timedelta
@@ -35,12 +36,29 @@ def start(device: str) -> torch.device:
     allow_tf32(False)  # misc.precision.autocast allows it where the precision is fast
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    elif chosen.type == "cpu":
+        keep_freed_memory()
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
         # gloo too: processes that wait for each other by NCCL keep their GPU and a core busy
         on_gpu = {"backend": "cpu:gloo,cuda:nccl", "device_id": chosen}
         settings = on_gpu if chosen.type == "cuda" else {"backend": "gloo"}
         dist.init_process_group(timeout=_LONGEST_WAIT, **settings)  # type: ignore[arg-type]
     return chosen
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep the memory of freed tensors for the next ones; returns whether it can (glibc).
+
+    By default it gives large blocks back at once, and the system clears every page of the next ones: a quarter to a
+    third of the time of a training step on large images on a CPU. The process then stays as large as it has been.
+    """
+    mmap_max, trim_threshold, top_pad = -4, -1, -2  # from glibc's malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return False
+    wanted = ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 64 << 20))
+    return all([mallopt(ctypes.c_int(which), ctypes.c_int(value)) == 1 for which, value in wanted])
 
 
 def _choose_device(device: str) -> torch.device:

@@ -34,6 +34,7 @@ SPECIAL = {
     "crt": "--cam.fit.steps 2 --cam.fit.lr 1e-30",
     "crt:published_cub": "--cam.fit.steps 2 --cam.fit.lr 1e-30 --cam.network.agreement-from 0.5",
     "clipes": "--cam.fit.steps 0",  # nothing is trained
+    "clipes:published_coco": "--cam.fit.steps 0",
     "weclip": "--cam.fit.steps 3",  # the decoder takes part in the maps from the second step on
     "weclip:published_coco": "--cam.fit.steps 3",
     "getam": "--cam.fit.steps 3 --saliency {saliency}",  # the third step is in the second half of the training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,20 @@ def test_a_missing_gpu_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="There are 2 GPUs but more processes: lower --nproc-per-node"):
         distributed.start("auto")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
+def test_freed_memory_is_used_again() -> None:
+    lines = (
+        "import resource, torch",
+        "from misc import distributed",
+        "distributed.start('cpu')",
+        "for _ in range(40):",  # the first ones find their places
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt",
+        "    torch.ones(32 << 20)",
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)",
+    )
+    ended = start(["-c", "\n".join(lines)])
+    assert ended.returncode == 0, ended.stderr
+    assert int(ended.stdout) < 1000, "of some 32,800 pages"
