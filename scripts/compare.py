@@ -51,11 +51,13 @@ class Run:
         """Data set, preset, method, refiner, segmenter and what masks it trains on, "own" or "-" for parts that the
         run has not."""
         config = self.record["config"]
-        boxes = any("value" in s for s in self.scores.values())
-        parts = ("-", "-") if boxes else (config["refiner"], config["segmenter"])
-        refiner = "-" if config["segmenter"] == OWN else parts[0]
-        truth = " (true masks)" if config["masks"] == "truth" else ""
-        return config["data"], config["preset"], config["method"], refiner, parts[1] + truth
+        names = ("data", "preset", "method", "refiner", "segmenter")
+        data, preset, method, refiner, segmenter = (str(config.get(name, "?")) for name in names)
+        if any("value" in s for s in self.scores.values()):
+            refiner = segmenter = "-"
+        refiner = "-" if segmenter == OWN else refiner
+        truth = " (true masks)" if config.get("masks") == "truth" else ""
+        return data, preset, method, refiner, segmenter + truth
 
     @property
     def seeds(self) -> str:
@@ -67,7 +69,8 @@ class Run:
     def figures(self) -> dict[str, float]:
         """Column -> score in percent."""
         found = {title: self.scores[name]["miou"] for title, name in findings.mask_scores(self.scores).items()}
-        return found | {h.title: self.scores[h.path[0]][h.path[1]] for h in findings.find_headlines(self.scores)}
+        found |= {h.title: self.scores[h.path[0]][h.path[1]] for h in findings.find_headlines(self.scores)}
+        return {title: figure for title, figure in found.items() if figure is not None}
 
     @property
     def seconds(self) -> float:
@@ -155,7 +158,7 @@ def open_images(run: Run, root: Path | None) -> judge.RunImages:
     if place is None:
         raise ValueError(f"{run.folder.root} does not say where its data set is: give --root DIR.")
     config = run.record["config"]
-    catalog = open_catalog(config["data"], Path(place))
+    catalog = open_catalog(str(config.get("data")), Path(place))
     if long_side := config.get("long_side", 0):
         use_copies(catalog, run.folder, long_side)
     return judge.RunImages.of(catalog, run.folder)
@@ -165,7 +168,7 @@ def make_comparison(runs: Sequence[Run], root: Path | None, with_pictures: bool 
     """The page compare.html; ``root``: folder of the data set of all runs, None: the recorded ones."""
     drawn, classes = page.Charts(), {}
     for run in runs:
-        stages = findings.mask_scores(run.scores)
+        stages = {t: n for t, n in findings.mask_scores(run.scores).items() if run.scores[n]["classes"]}
         if stages:
             title, name = list(stages.items())[-1]
             classes[f"{run.name}: {title}"] = {c["name"]: c["iou"] for c in run.scores[name]["classes"]}

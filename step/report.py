@@ -16,7 +16,7 @@ from misc.files.images import png_bytes, read_image, read_mask
 from misc.image import draw, pixels
 from misc.tables import ResultTable
 from step.lib.config import Job
-from step.lib.report import page, story
+from step.lib.report import findings, page, story
 from step.lib.report.judge import PREDICTION, PSEUDO, RunImages
 from step.lib.scoring import why_unscored
 
@@ -71,9 +71,8 @@ def score_table(scores: dict[str, dict[str, Any]]) -> str:
 
 
 def _main(score: dict[str, Any]) -> str:
-    if "miou" in score:
-        return f"{score['miou']:.2f}"
-    return f"{score['ap50']:.2f} AP50" if "ap50" in score else f"{score['value']:.2f} %"
+    key, unit = findings.main_number(score)
+    return "-" if score.get(key) is None else f"{score[key]:.2f}{unit}"
 
 
 def _sheet(job: Job) -> Any:

@@ -17,7 +17,9 @@ from misc.files.images import read_image, read_mask
 from misc.files.runfolder import RunFolder
 from net.registry import SEEDS, load_methods
 from scripts import compare, look
+from step import report
 from step.lib.config import default_config, open_job, recorded_config
+from step.lib.report import story
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,46 @@ def test_settings_that_differ_and_other_data_are_told(runs: Path, tmp_path: Path
     (warning,) = compare.find_warnings(found)
     assert warning.startswith("The list val is not the same")
     assert [r.name for r in compare.distinct_names([found[0], compare.read_run(runs / "a")])] == [str(runs / "a")] * 2
+
+
+PARTIAL = {
+    "nothing but a number": lambda score: {"miou": score["miou"]},
+    "no number": lambda score: {"split": "val"},
+    "no number but null": lambda score: {**score, "miou": None, "threshold": None},
+    "no tables": lambda score: {k: v for k, v in score.items() if k not in ("classes", "confusion", "predicted_void")},
+    "classes without IoU": lambda score: {**score, "classes": [{"name": c["name"]} for c in score["classes"]]},
+    "no predicted_void": lambda score: {k: v for k, v in score.items() if k != "predicted_void"},
+}
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_files_that_lack_optional_fields_are_shown_as_far_as_they_go(name: str, runs: Path, tmp_path: Path) -> None:
+    for place in ("first", "all") if name == "no tables" else ("all",):
+        out = tmp_path / place
+        shutil.copytree(runs / "a", out)
+        scores, record = (json.loads((out / f"{file}.json").read_text()) for file in ("scores", "run"))
+        changed = {n: PARTIAL[name](s) if place == "all" or s is scores["CAM"] else s for n, s in scores.items()}
+        (out / "scores.json").write_text(json.dumps(changed))
+        kept = ("config", "data", "data_root")
+        (out / "run.json").write_text(json.dumps({k: record[k] for k in kept}))
+        job = open_job(recorded_config(RunFolder(out)))
+        assert "<h2>All scores</h2>" in story.make_page(job, [])
+        report.show(job)
+        assert compare.main([str(out), str(runs / "b"), "--out", str(tmp_path), "--no-pictures"]) == 0
+        (out / "run.json").write_text(json.dumps({"config": {}, "data": {}, "data_root": record["data_root"]}))
+        assert compare.main([str(out), str(runs / "b"), "--out", str(tmp_path), "--no-pictures"]) == 0
+        with pytest.raises(ValueError, match=r"run\.json is damaged: its config has no method, preset"):
+            recorded_config(RunFolder(out))
+
+
+def test_a_confusion_of_other_classes_is_told(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "a", tmp_path / "d")
+    path = tmp_path / "d" / "scores.json"
+    scores = json.loads(path.read_text())
+    scores["CAM"]["confusion"].pop()
+    path.write_text(json.dumps(scores))
+    with pytest.raises(ValueError, match=r"scores\.json cannot be read \(the confusion of 'CAM' .*delete it"):
+        RunFolder(tmp_path / "d").scores()
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

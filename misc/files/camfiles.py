@@ -94,7 +94,7 @@ def _foreign_cam(path: Path, stored: Any, num_classes: int) -> Cam:
             keys = keys[1:] - 1  # SemFormer's keys start with the background and count from 1 (semformer.md 6)
     else:
         coarse = None
-        if not all(isinstance(key, int | np.integer) for key in stored):
+        if not all(isinstance(key, int | np.integer) and not isinstance(key, bool) for key in stored):
             raise ValueError(f"{path}: its classes {list(stored)!r:.60} must be whole numbers.")
         keys = np.asarray(sorted(stored), dtype=None if stored else np.int64)
         each = [_numbers(path, stored[key]) for key in keys]

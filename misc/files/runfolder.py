@@ -26,7 +26,7 @@ except ImportError:  # Windows
 from misc import distributed
 from misc.files import atomic, store
 from misc.files.ids import result_path
-from misc.files.schema import Each, Number
+from misc.files.schema import Each, Number, Usual, fill
 
 _OCCUPIED: dict[Path, IO[str]] = {}
 """Open lock files of the run folders in which this process works."""
@@ -120,9 +120,9 @@ class RunFolder:
     # --- run.json -------------------------------------------------------------------------------------------------
 
     def record(self) -> dict[str, Any]:
-        """Content of run.json ({} for a new folder)."""
+        """Content of run.json ({} for a new folder); what it lacks is empty."""
         path = self.root / "run.json"
-        return store.read_json(path, _RECORD) if path.exists() else {}
+        return fill(store.read_json(path, _RECORD), _RECORD) if path.exists() else {}
 
     def begin(
         self, config: dict[str, Any], machine: dict[str, Any], data: dict[str, Any], force: bool,
@@ -266,7 +266,7 @@ class RunFolder:
             record = self.record()
             if record.get("steps", {}).pop(step, None):
                 store.write_json(self.root / "run.json", record)
-            scores = self.scores()
+            scores = self._stored_scores()
             kept = {name: score for name, score in scores.items() if score.get("step") != step}
             if len(kept) < len(scores):
                 store.write_json(self.root / "scores.json", kept)
@@ -305,15 +305,27 @@ class RunFolder:
     # --- scores.json ----------------------------------------------------------------------------------------------
 
     def scores(self) -> dict[str, dict[str, Any]]:
-        """Every recorded score by name."""
+        """Every recorded score by name. What a score lacks is empty, or "?". ValueError for a damaged file."""
+        return fill(self._stored_scores(), _SCORES)
+
+    def _stored_scores(self) -> dict[str, dict[str, Any]]:
         path = self.root / "scores.json"
-        return store.read_json(path, _SCORES) if path.exists() else {}
+        scores = store.read_json(path, _SCORES) if path.exists() else {}
+        for name, score in scores.items():
+            tables = score.get("confusion", []), score.get("predicted_void", [])
+            sizes = {len(table) for table in (*tables, *tables[0]) if table}
+            if sizes - {len(score.get("classes", []))}:
+                raise ValueError(
+                    f"{path} cannot be read (the confusion of {name!r} is not one of its classes): delete it and run "
+                    "again."
+                )
+        return scores
 
     def add_score(self, name: str, score: dict[str, Any]) -> None:
         """Record a score with its provenance, and the step that runs, under a name (replacing one of the same name)."""
         made_by = {} if self._step is None else {"step": self._step}
         with self._locked():
-            store.write_json(self.root / "scores.json", {**self.scores(), name: {**score, **made_by}})
+            store.write_json(self.root / "scores.json", {**self._stored_scores(), name: {**score, **made_by}})
 
 
 def _shortened(lines: Sequence[str], most: int = 10) -> str:
@@ -358,17 +370,23 @@ def _peak() -> dict[str, float]:
     return peak
 
 
-_STEP = {"?done": bool, "seconds": Number(0), "?peak_memory_mb": Number(0)}
+_STEP = {"?done": bool, "seconds": Number(0), "?peak_memory_mb": Number(0), "?peak_gpu_memory_mb": Number(0)}
 _RECORD = {
-    "config": dict, "data": dict, "?machine": dict, "?steps": Each(_STEP), "?command": [str], "?versions": Each(str),
-    "?git_commit": str, "?data_root": str,
+    "config": dict, "data": dict, "?machine": dict, "steps": Usual(Each(_STEP), {}), "command": Usual([str], []),
+    "versions": Usual(Each(str), {}), "git_commit": Usual(str, "unknown"), "?data_root": str,
+    "world_size": Usual(Number(1, whole=True), 1),
 }  # fmt: skip
 _PERCENT = Number(0, 100, none=True)
-_CLASS = {"name": str, "?iou": _PERCENT, "?precision": _PERCENT, "?recall": _PERCENT, "?boundary_iou": _PERCENT}
+_CLASS = {
+    "name": str, "iou": Usual(_PERCENT, None), "?precision": _PERCENT, "?recall": _PERCENT, "?boundary_iou": _PERCENT
+}
+_COUNT = Number(0, whole=True)
 _SCORES = Each(
     {
-        "?step": str, "?split": str, "?images": Number(0, whole=True), "?threshold": Number(0, 1, none=True),
-        "?miou": _PERCENT, "?boundary_miou": _PERCENT, "?classes": [_CLASS], "?confusion": [[Number(0, whole=True)]],
+        "?step": str, "split": Usual(str, "?"), "images": Usual(_COUNT, "?"), "tags": Usual(str, "?"),
+        "threshold": Usual(Number(0, 1, none=True), None), "threshold_choice": Usual(None, "?"),
+        "?miou": _PERCENT, "?boundary_miou": _PERCENT, "?ap50": _PERCENT, "?value": _PERCENT,
+        "classes": Usual([_CLASS], []), "confusion": Usual([[_COUNT]], []), "predicted_void": Usual([_COUNT], []),
         "?curve": [{"threshold": Number(0, 1), "miou": _PERCENT}],
     }
 )  # fmt: skip

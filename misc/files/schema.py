@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -24,14 +25,24 @@ class Each:
     form: Any
 
 
+@dataclass(frozen=True)
+class Usual:
+    """Of a key that an object may lack: what ``fill`` puts there."""
+
+    form: Any
+    value: Any
+
+
 Schema = Any
-"""A type; a Number; [form]: a list of these; {key: form}: an object with these keys (``?key``: it may lack it) and any
-others; an Each; None: anything."""
+"""A type; a Number; [form]: a list of these; {key: form}: an object with these keys (``?key``, and those of a Usual: it
+may lack them) and any others; an Each; None: anything."""
 
 
 def find_fault(value: Any, form: Schema, where: str = "") -> str | None:
     """What is wrong with a value that JSON gave, as "FIELD is ..., not ...", or None."""
     name = where or "the whole"
+    if isinstance(form, Usual):
+        form = form.form
     if form is None:
         return None
     if isinstance(form, Number):
@@ -52,12 +63,28 @@ def find_fault(value: Any, form: Schema, where: str = "") -> str | None:
         if isinstance(form, Each):
             pairs = [(key, form.form) for key in value]
         else:
-            lacking = [key for key in form if not key.startswith("?") and key not in value]
+            needed = [key for key, inner in form.items() if not key.startswith("?") and not isinstance(inner, Usual)]
+            lacking = [key for key in needed if key not in value]
             if lacking:
                 return f"{name} lacks {lacking[0]!r}"
             pairs = [(key.removeprefix("?"), inner) for key, inner in form.items() if key.removeprefix("?") in value]
         return next((f for k, inner in pairs if (f := find_fault(value[k], inner, f"{where}.{k}".lstrip(".")))), None)
     return None if isinstance(value, form) else f"{name} is {_shown(value)}, not {form.__name__}"
+
+
+def fill(value: Any, form: Schema) -> Any:
+    """A value without fault, with the usual values of the keys that its objects lack."""
+    if isinstance(form, Usual):
+        form = form.form
+    if isinstance(form, list):
+        return [fill(inner, form[0]) for inner in value]
+    if isinstance(form, Each):
+        return {key: fill(inner, form.form) for key, inner in value.items()}
+    if not isinstance(form, dict):
+        return value
+    filled = {key: fill(inner, form.get(key, form.get(f"?{key}"))) for key, inner in value.items()}
+    usual = {key: inner.value for key, inner in form.items() if isinstance(inner, Usual) and key not in value}
+    return {**filled, **copy.deepcopy(usual)}
 
 
 def _shown(value: Any) -> str:

@@ -325,7 +325,10 @@ def recorded_config(run: RunFolder, root: Path | None = None) -> Config:
     flat = {k: v for k, v in record["config"].items() if k.rpartition(".")[2] not in ("weights", "released", "texts")}
     if root is None and "data_root" not in record:
         raise ValueError(f"{run.root} does not say where its data set is: give --root DIR.")
-    names = (flat.pop(name) for name in ("method", "preset", "refiner", "segmenter"))
+    known = ("method", "preset", "refiner", "segmenter")
+    if lacking := [name for name in (*known, "data") if not isinstance(flat.get(name), str)]:
+        raise ValueError(f"{run.root}/run.json is damaged: its config has no {', '.join(lacking)}.")
+    names = (flat.pop(name) for name in known)
     usual = dataclasses.replace(default_config(*names), run=run.root, root=root or Path(record["data_root"]))
     try:
         return settings.restored(usual, flat)

@@ -142,10 +142,23 @@ class ClassFinding:
         return told + "."
 
 
+def main_number(score: Mapping[str, Any]) -> tuple[str, str]:
+    """Key of a score's main number, and the unit that is shown with it; of none "miou"."""
+    units = {"miou": "", "ap50": " AP50", "value": " %"}
+    key = next((key for key in units if key in score), "miou")
+    return key, units[key]
+
+
+def _tables(score: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Confusion matrix (n, n) of a score and pixels predicted as no class (n,); empty where it has none."""
+    matrix = np.array(score["confusion"], float)
+    return matrix, np.array(score["predicted_void"] or [0] * len(matrix), float)
+
+
 def examine_class(score: Mapping[str, Any], number: int) -> ClassFinding:
     """What becomes of the class with this row in a score's confusion matrix (rows: truth)."""
     names = [c["name"] for c in score["classes"]]
-    matrix, void = np.array(score["confusion"], float), np.array(score["predicted_void"], float)
+    matrix, void = _tables(score)
     true, called = matrix[number].sum() + void[number], matrix[:, number].sum()
     lost = [(names[j], matrix[number, j] / true) for j in range(len(names)) if j != number] if true else []
     lost += [("no class", void[number] / true)] if true else []
@@ -160,8 +173,12 @@ def examine_class(score: Mapping[str, Any], number: int) -> ClassFinding:
 
 
 def extreme_classes(score: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Numbers of the worst and the best foreground class that occurs in the truth; None if none does."""
-    there = (np.array(score["confusion"]).sum(1) + np.array(score["predicted_void"]))[1:] > 0
+    """Numbers of the worst and the best foreground class that occurs in the truth; None if none does, or if there is no
+    confusion matrix."""
+    matrix, void = _tables(score)
+    if not len(matrix):
+        return None
+    there = (matrix.sum(1) + void)[1:] > 0
     ious = [(c["iou"], n) for n, c in enumerate(score["classes"]) if n and c.get("iou") is not None and there[n - 1]]
     return (min(ious)[1], max(ious)[1]) if ious else None
 
@@ -169,7 +186,9 @@ def extreme_classes(score: Mapping[str, Any]) -> tuple[int, int] | None:
 def row_shares(score: Mapping[str, Any]) -> tuple[list[str], list[list[float]], list[str]]:
     """Names of the classes with true pixels, what share of them is taken for each class in percent, names of what they
     are taken for: all classes, and where a mask left pixels out, "no class"."""
-    matrix, void = np.array(score["confusion"], float), np.array(score["predicted_void"], float)
+    matrix, void = _tables(score)
+    if not len(matrix):
+        return [], [], []
     names = [c["name"] for c in score["classes"]]
     full = np.concatenate([matrix, void[:, None]], 1) if void.any() else matrix
     columns = [*names, "no class"] if void.any() else names

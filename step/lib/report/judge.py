@@ -40,7 +40,7 @@ class RunImages:
     def of(cls, catalog: Catalog, run: RunFolder) -> RunImages:
         """With the background score of the run's CAM score, of its published recipe, or else ``USUAL_THRESHOLD``."""
         score, fixed = run.scores().get("CAM"), run.record().get("config", {}).get("cam.infer.fixed_background")
-        if score is not None:
+        if score is not None and score["threshold"] is not None:
             return cls(catalog, run, float(score["threshold"]), score["threshold_choice"])
         if fixed is not None:
             return cls(catalog, run, float(fixed), "the published one")

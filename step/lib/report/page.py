@@ -35,7 +35,8 @@ def number(scores: Any, path: tuple[str | int, ...], digits: int = 2) -> Markup:
     """The number at a path of keys in scores.json, or a dash, marked with the path."""
     value = scores
     for key in path:
-        value = value[key] if isinstance(value, list) else value.get(key)
+        inside = range(len(value)) if isinstance(value, list) else value
+        value = value[key] if key in inside else None
         if value is None:
             return Markup("–")
     return Markup('<span data-score="{}">{:.{}f}</span>').format(json.dumps(path), value, digits)

@@ -26,8 +26,8 @@ def make_galleries(runs: Sequence[Entry]) -> list[tuple[str, Gallery]]:
     masks of the same images."""
     found = []
     for kind in ("val_list", "score_list"):
-        splits = {images.run.record()["config"][kind] for _, images in runs}
-        if len(splits) == 1 and all(images.catalog.aim == "masks" for _, images in runs):
+        splits = {images.run.record()["config"].get(kind) for _, images in runs}
+        if len(splits) == 1 and None not in splits and all(images.catalog.aim == "masks" for _, images in runs):
             (split,) = splits
             made = _gallery(split, runs)
             if made.cards:

@@ -140,7 +140,8 @@ def _findings(scores: findings.ScoreFile, stages: dict[str, str]) -> list[findin
     found = []
     for word, number in (("Worst", worst), ("Best", best)):
         seen = findings.examine_class(scores[name], number)
-        ious = [(t, scores[n]["classes"][number]["iou"]) for t, n in stages.items()]
+        rows = {t: scores[n]["classes"][number : number + 1] for t, n in stages.items()}
+        ious = [(t, row[0]["iou"]) for t, row in rows.items() if row]
         reason = f": {seen.reason}" if word == "Worst" else ""
         texts = [f"In the {title}: {seen.sentence()}", findings.tell_steps(ious) if word == "Worst" else ""]
         numbers = [(t, (n, "classes", number, "iou")) for t, n in stages.items()]
@@ -155,7 +156,11 @@ def _findings(scores: findings.ScoreFile, stages: dict[str, str]) -> list[findin
 def _class_part(scores: findings.ScoreFile, stages: dict[str, str], drawn: page.Charts) -> dict[str, Any]:
     """Charts and table of the classes."""
     ious = {title: {c["name"]: c["iou"] for c in scores[name]["classes"]} for title, name in stages.items()}
-    title, name = list(stages.items())[-1]
+    ious = {title: by_class for title, by_class in ious.items() if by_class}
+    if not ious:
+        return {"class_chart": None, "class_label": "", "confusion_charts": [], "classes": None}
+    title = list(ious)[-1]
+    name = stages[title]
     rows, shares, columns = findings.row_shares(scores[name])
     label = f"Confusion of the {title}: what the pixels of a true class are taken for, % of the row"
     return {
@@ -169,7 +174,7 @@ def _class_part(scores: findings.ScoreFile, stages: dict[str, str], drawn: page.
 def _class_table(scores: findings.ScoreFile) -> ResultTable:
     """IoU per class, with one column per score of masks."""
     columns = [name for name, score in scores.items() if "miou" in score]
-    names = [c["name"] for c in scores[columns[0]]["classes"]]
+    names = [c["name"] for c in max((scores[column]["classes"] for column in columns), key=len)]
     rows = [(n, *(page.number(scores, (c, "classes", i, "iou")) for c in columns)) for i, n in enumerate(names)]
     return ResultTable(("IoU %", *columns), rows, numbers=range(1, len(columns) + 1))
 
@@ -190,8 +195,7 @@ def _score_table(scores: dict[str, dict[str, Any]]) -> ResultTable:
 
 
 def _main_number(scores: dict[str, dict[str, Any]], name: str) -> Markup:
-    key = next(k for k in ("miou", "ap50", "value") if k in scores[name])
-    unit = {"miou": "", "ap50": " AP50", "value": " %"}[key]
+    key, unit = findings.main_number(scores[name])
     return page.number(scores, (name, key)) + unit
 
 
@@ -252,7 +256,7 @@ def tell_time(seconds: float) -> str:
 def _threshold_charts(scores: findings.ScoreFile, drawn: page.Charts) -> list[tuple[str, str]]:
     shown = []
     for name, score in scores.items():
-        if "curve" in score:
+        if "curve" in score and score["threshold"] is not None:
             chosen = float(score["threshold"])
             label = f"{name}: mIoU at each background score on {score['split']}; chosen: {chosen:.2f}"
             shown.append((drawn.add(charts.threshold_chart(score["curve"], chosen)), label))
