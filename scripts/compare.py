@@ -5,7 +5,6 @@ and standard deviation over the seeds, time, memory, and the published figures i
 images through all runs.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import sys
@@ -14,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # called as a file
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    import as_file  # noqa: F401
 
 import numpy as np
 import tyro
@@ -181,7 +180,7 @@ def make_comparison(runs: Sequence[Run], root: Path | None, with_pictures: bool 
         runs=[(run.name, run.folder.root, [(h, (run.name, *h.path)) for h in findings.find_headlines(run.scores)])
               for run in runs],
         galleries=side_by_side.make_galleries(images) if images else [],
-        mistakes=[(n, gallery.css_colour(c)) for n, c in draw.MISTAKES.items()], charts=drawn,
+        mistakes=gallery.css_legend(draw.mistake_entries()), charts=drawn,
     )  # fmt: skip
 
 

@@ -5,7 +5,6 @@ the run's networks, so it may be a photograph that the run has never seen; steps
 Tags are those of the data set, or --tags, or else the classes that the segmentation network finds.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import sys
@@ -13,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-if not __package__:  # called as a file
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    import as_file  # noqa: F401
 
 import numpy as np
 import torch
@@ -41,7 +40,7 @@ from voc12.tags import DataError
 LEAST_SHARE = 0.005
 """Share of the pixels of a prediction from which a class counts as found, where there are no tags."""
 
-Panels = list[tuple[str, np.ndarray, list[tuple[str, tuple[int, ...]]]]]
+Panels = list[tuple[str, np.ndarray, draw.Legend]]
 """Captions, pictures (H, W, 3) uint8, and the entries of their legends."""
 _LETTERS = 15
 
@@ -127,7 +126,7 @@ def show_steps(job: Job, image_id: str | None, image: np.ndarray, tags: str | No
     if truth is not None and len(masks) > 1:
         caption, last = list(masks.items())[-2]
         wrong = draw.lay_over(image, draw.mistake_layer(last, masks["truth"]))
-        panels.append((f"mistakes of the {caption}", wrong, list(draw.MISTAKES.items())))
+        panels.append((f"mistakes of the {caption}", wrong, draw.mistake_entries()))
     return panels
 
 

@@ -28,10 +28,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[1]
-if str(PROJECT) not in sys.path:
-    sys.path.insert(0, str(PROJECT))  # started as a file, Python's path begins with the folder scripts
+if not __package__:
+    import as_file  # noqa: F401
 
+from scripts import ROOT
 from scripts.hostile import fuzz, kills, scenes
 from scripts.hostile.children import Rig
 
@@ -39,7 +39,7 @@ from scripts.hostile.children import Rig
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--project", type=Path, default=PROJECT, help="checkout to torture; default: this one")
+    add("--project", type=Path, default=ROOT, help="checkout to torture; default: this one")
     add("--python", type=Path, default=Path(sys.executable), help="its interpreter; default: this one")
     add("--kills", type=int, default=30, help="kill runs of the pipeline, with as many of the other programs; 0: none")
     add("--fuzz", type=int, default=750, help="hostile inputs, a fifth or more of them damaged bytes; 0: none")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from misc import distributed
@@ -79,30 +80,39 @@ def _sheet(job: Job) -> Any:
     """The picture pictures.png: a few images with what each step made of them; None before any step has."""
     images = RunImages.of(job.catalog, job.run)
     shown = [i for i in job.shown_ids() if job.run.cam(i).exists()] if job.aim != "boxes" else []
-    rows = [_sheet_row(images, image_id) for image_id in shown[:_SHEET_ROWS]]
+    masks = {image_id: _sheet_masks(images, image_id) for image_id in shown[:_SHEET_ROWS]}
+    rows = [_sheet_row(images, image_id, of_image) for image_id, of_image in masks.items()]
     if rows:
         headings = tuple(rows[0]) if all(row.keys() == rows[0].keys() for row in rows) else ()
-        colours = draw.class_colours(job.catalog.num_classes)
-        legend = [(n, tuple(c.tolist())) for n, c in zip(job.catalog.classes[:10], colours, strict=False)]
         sheet = draw.tile([list(row.values()) for row in rows], height=150, headings=headings)
-        return draw.append_legend(sheet, legend, size=14)
+        values = [np.unique(mask) for of_image in masks.values() for mask in of_image.values()]
+        entries = draw.legend_entries(np.concatenate(values), job.catalog.classes) if values else []
+        return draw.append_legend(sheet, entries, size=14)
     done = [i for i in job.listed(job.cfg.val_list) if job.run.box(i).exists()][: 2 * _SHEET_ROWS]
     boxed = [_boxed_row(images, image_id) for image_id in done]
+    if len(boxed) < 2:
+        return None
     # rows of boxes are short: two per line
-    return draw.tile([a + b for a, b in zip(boxed[::2], boxed[1::2], strict=False)], height=150) if done[1:] else None
+    sheet = draw.tile([a + b for a, b in zip(boxed[::2], boxed[1::2], strict=False)], height=150)
+    return draw.append_legend(sheet, draw.box_entries(), size=14)
 
 
-def _sheet_row(images: RunImages, image_id: str) -> dict[str, Any]:
+def _sheet_masks(images: RunImages, image_id: str) -> dict[str, np.ndarray]:
+    """Heading -> mask (H, W) of an image, in the order of the steps."""
+    stages, masks = images.stages(image_id), {}
+    if images.run.aff_label(image_id).exists():
+        masks["affinity label"] = read_mask(images.run.aff_label(image_id))
+    masks |= {stage: stages[stage] for stage in (PSEUDO, PREDICTION) if stage in stages}
+    truth = images.truth(image_id)
+    return masks if truth is None else {**masks, "truth": truth}
+
+
+def _sheet_row(images: RunImages, image_id: str, masks: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Heading -> picture of an image."""
     image = read_image(images.catalog.image_path(image_id))
     cam = read_cam(images.run.cam(image_id)).at_image_size()
     row = {"image": image, "CAM": draw.heat(image, cam.maps.max(0, initial=0.0))}
-    masks = images.stages(image_id)
-    if images.run.aff_label(image_id).exists():
-        row["affinity label"] = draw.overlay(image, read_mask(images.run.aff_label(image_id)))
-    row |= {stage: draw.overlay(image, masks[stage]) for stage in (PSEUDO, PREDICTION) if stage in masks}
-    truth = images.truth(image_id)
-    return row if truth is None else {**row, "truth": draw.overlay(image, truth)}
+    return row | {heading: draw.overlay(image, mask) for heading, mask in masks.items()}
 
 
 def _boxed_row(images: RunImages, image_id: str) -> list[Any]:

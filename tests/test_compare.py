@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from browser import Browser, find_browser
 from PIL import Image
-from running import ROOM, make_set, run, start
+from running import ROOM, run
 
 from misc.files.images import read_image, read_mask
 from misc.files.runfolder import RunFolder
@@ -23,15 +23,10 @@ from step.lib.report import story
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_set(tmp_path_factory.mktemp("data") / "set")
-
-
-@pytest.fixture(scope="module")
-def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(data: Path, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of three finished runs: a and b differ in their seeds, c in its refiner; not to be changed."""
     folder = tmp_path_factory.mktemp("runs")
-    assert run(data, folder / "a") == 0
+    shutil.copytree(finished, folder / "a")
     assert run(data, folder / "b", "--seed", "3") == 0
     shutil.copytree(folder / "a", folder / "c")
     for name in ("run.json", "scores.json", "report.html"):
@@ -203,10 +198,3 @@ def test_an_image_that_the_run_has_never_seen(runs: Path, tmp_path: Path, capsys
     assert look.main(call) == 0  # the classes of the prediction
     assert look.main([*call, "--tags", "unicorn"]) == 1 and "no class unicorn" in capsys.readouterr().err
     assert look.main(["nothing", "--run", str(runs / "a")]) == 1 and "neither a file" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("script", ["compare", "look"])
-def test_the_scripts_are_called_as_files_too(script: str) -> None:
-    for command in ([f"scripts/{script}.py", "--help"], ["-m", f"scripts.{script}", "--help"]):
-        told = start(command)
-        assert told.returncode == 0 and "--out" in told.stdout, told.stderr

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import digests, make_set, run
+from running import digests
 from test_single_stage import command
 
 import predict
@@ -27,23 +27,10 @@ from step.lib.config import default_config
 CPU = ("--machine.device", "cpu", "--machine.workers", "2")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_set(tmp_path_factory.mktemp("data") / "set")
-
-
-@pytest.fixture(scope="module")
-def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run; not to be changed."""
-    out = tmp_path_factory.mktemp("runs") / "run"
-    assert run(data, out, "--steps", "1-7") == 0
-    return out
-
-
 @pytest.fixture
-def seg(trained: Path, tmp_path: Path) -> Path:
+def seg(finished: Path, tmp_path: Path) -> Path:
     """The trained segmentation network's file alone, far from its run folder."""
-    return Path(shutil.copy(trained / "weights" / "seg.pt", tmp_path / "moved.pt"))
+    return Path(shutil.copy(finished / "weights" / "seg.pt", tmp_path / "moved.pt"))
 
 
 def call(out: Path, *words: str | Path) -> int:
@@ -63,11 +50,11 @@ def told(capsys: pytest.CaptureFixture[str], out: Path, *words: str | Path) -> s
 
 
 @pytest.mark.slow
-def test_a_file_alone_predicts_what_the_run_predicted(trained: Path, data: Path, seg: Path, tmp_path: Path) -> None:
+def test_a_file_alone_predicts_what_the_run_predicted(finished: Path, data: Path, seg: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert call(out, data / "JPEGImages" / "2026_*.jpg", "--weights", seg) == 0
-    assert digests(out / "masks", "*") == digests(trained / "seg", "2026_*.png") and len(digests(out, "masks/*")) == 3
-    assert call(tmp_path / "run", data / "JPEGImages" / "2026_*.jpg", "--run", trained) == 0
+    assert digests(out / "masks", "*") == digests(finished / "seg", "2026_*.png") and len(digests(out, "masks/*")) == 3
+    assert call(tmp_path / "run", data / "JPEGImages" / "2026_*.jpg", "--run", finished) == 0
     assert digests(tmp_path / "run", "masks/*") == digests(out, "masks/*")
     record = json.loads((out / "predict.json").read_text())
     classes = [line.strip() for line in (data / "classes.txt").read_text().splitlines()]
@@ -186,7 +173,7 @@ def test_only_what_is_missing_or_older_than_its_image_is_made_again(
 
 
 def test_results_of_another_model_or_settings_are_not_mixed(
-    trained: Path, seg: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, seg: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image, out = data / "JPEGImages" / "2026_000001.jpg", tmp_path / "out"
     assert call(out, image, "--weights", seg, "--fast") == 0
@@ -225,42 +212,42 @@ def names(data: Path) -> list[str]:
 
 
 def test_tags_give_the_runs_own_maps_and_masks(
-    trained: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cam = next(p for p in sorted((trained / "cam").iterdir()) if len(read_cam(p).keys) == 1)
+    cam = next(p for p in sorted((finished / "cam").iterdir()) if len(read_cam(p).keys) == 1)
     tag = names(data)[int(read_cam(cam).keys[0])]
-    assert call(tmp_path / "out", data / "JPEGImages" / f"{cam.stem}.jpg", "--run", trained, "--tags", tag) == 0
+    assert call(tmp_path / "out", data / "JPEGImages" / f"{cam.stem}.jpg", "--run", finished, "--tags", tag) == 0
     assert "masks made by the random walk of the run's refiner psa" in capsys.readouterr().out
-    assert digests(tmp_path / "out" / "maps", "*.npz") == {cam.name: digests(trained, f"cam/{cam.name}").popitem()[1]}
+    assert digests(tmp_path / "out" / "maps", "*.npz") == {cam.name: digests(finished, f"cam/{cam.name}").popitem()[1]}
     assert (tmp_path / "out" / "maps" / f"{cam.stem}_{tag}.jpg").exists()
-    label = (trained / "label" / f"{cam.stem}.png").read_bytes()
+    label = (finished / "label" / f"{cam.stem}.png").read_bytes()
     assert (tmp_path / "out" / "masks" / f"{cam.stem}.png").read_bytes() == label
 
 
 def test_without_a_refiner_a_crf_or_a_threshold_is_used_and_reported(
-    trained: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     part = tmp_path / "part"
     (part / "weights").mkdir(parents=True)
-    shutil.copy(trained / "weights" / "cam.pt", part / "weights")
+    shutil.copy(finished / "weights" / "cam.pt", part / "weights")
     image, tags = data / "JPEGImages" / "2025_000001.jpg", ",".join(names(data))
     assert call(tmp_path / "a", image, "--run", part, "--tags", tags) == 0
     assert "masks made by a dense CRF from the background score 0.3 (no refiner was used)" in capsys.readouterr().out
-    words = ("--run", trained, "--tags", f" {tags} ,", "--refine", "threshold", "--threshold", "0.5")
+    words = ("--run", finished, "--tags", f" {tags} ,", "--refine", "threshold", "--threshold", "0.5")
     assert call(tmp_path / "b", image, *words) == 0
     cam = read_cam(tmp_path / "b" / "maps" / "2025_000001.npz")
     assert list(cam.keys) == [0, 1]
     wanted = np.where(cam.maps.max(0) > 0.5, cam.maps.argmax(0) + 1, 0)
     assert (read_mask(tmp_path / "b" / "masks" / "2025_000001.png") == wanted).all()
-    found = json.loads((trained / "scores.json").read_text())["CAM"]["threshold"]
-    assert call(tmp_path / "c", image, "--run", trained, "--tags", tags, "--refine", "crf") == 0
+    found = json.loads((finished / "scores.json").read_text())["CAM"]["threshold"]
+    assert call(tmp_path / "c", image, "--run", finished, "--tags", tags, "--refine", "crf") == 0
     assert f"background score {found:g} (no refiner" in capsys.readouterr().out
     assert "no trained refiner" in told(capsys, tmp_path / "d", image, "--run", part, "--tags", tags, "--refine=walk")
 
 
-def test_odd_images_with_tags(trained: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_odd_images_with_tags(finished: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = odd_images(tmp_path / "odd", data)
-    error = told(capsys, tmp_path / "out", tmp_path / "odd", "--run", trained, "--tags", names(data)[0], "--fast")
+    error = told(capsys, tmp_path / "out", tmp_path / "odd", "--run", finished, "--tags", names(data)[0], "--fast")
     assert "3 of 13 images failed" in error
     assert {p.stem: read_mask(p).shape for p in (tmp_path / "out" / "masks").iterdir()} == sizes
     assert read_cam(tmp_path / "out" / "maps" / "large.npz").size == sizes["large"]
@@ -270,37 +257,37 @@ def test_odd_images_with_tags(trained: Path, data: Path, tmp_path: Path, capsys:
 
 
 def test_wrong_words_name_the_remedy(
-    trained: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image, out = data / "JPEGImages" / "2026_000001.jpg", tmp_path / "out"
     empty = tmp_path / "empty"
     empty.mkdir()
     part = tmp_path / "part" / "weights"
     part.mkdir(parents=True)
-    shutil.copy(trained / "weights" / "cam.pt", part)
+    shutil.copy(finished / "weights" / "cam.pt", part)
     for words, message in (
-        ((image, "--run", trained, "--tags", "yeti"), "there is no class yeti in this network. It knows: " ),
-        ((image, "--run", trained, "--tags", " ,"), "no class (none named)"),
-        ((image, "--weights", trained / "weights" / "cam.pt"), "is a CAM network, a segmentation network is needed"),
+        ((image, "--run", finished, "--tags", "yeti"), "there is no class yeti in this network. It knows: " ),
+        ((image, "--run", finished, "--tags", " ,"), "no class (none named)"),
+        ((image, "--weights", finished / "weights" / "cam.pt"), "is a CAM network, a segmentation network is needed"),
         ((image, "--run", part.parent), "or give --tags to make masks with its CAM network"),
         ((image, "--weights", tmp_path / "no.pt"), "no.pt does not exist"),
         ((image, "--weights", image), "): give another file, or, if"),
-        ((empty, "--run", trained), "There is no image in"),
+        ((empty, "--run", finished), "There is no image in"),
     ):
         assert message in told(capsys, out, *words)
-    for words in ([image], [image, "--run", trained, "--weights", "x"], [image, "--weights", "x", "--tags", "a"],
-                  ["--run", trained], [image, "--run", trained, "--export", "onnx"],
+    for words in ([image], [image, "--run", finished, "--weights", "x"], [image, "--weights", "x", "--tags", "a"],
+                  ["--run", finished], [image, "--run", finished, "--export", "onnx"],
                   [image, "--method", "clipes", "--tags", "a", "--threshold", "0.5"],
                   [image, "--method", "clipes", "--tags", "a", "--refine", "crf"],
-                  [image, "--run", trained, "--preset", "sample"], [image, "--run", trained, "--texts", "x"],
-                  [image, "--run", trained, "--classes", "x"]):  # fmt: skip
+                  [image, "--run", finished, "--preset", "sample"], [image, "--run", finished, "--texts", "x"],
+                  [image, "--run", finished, "--classes", "x"]):  # fmt: skip
         assert call(out, *words) == 2 and re.search("[Gg]ive |[Ll]eave ", capsys.readouterr().err)
     assert not (out / "masks").exists()
 
 
-def test_a_network_leaves_as_onnx(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_network_leaves_as_onnx(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxruntime")
-    assert call(tmp_path / "out", "--run", trained, "--export", "onnx") == 0
+    assert call(tmp_path / "out", "--run", finished, "--export", "onnx") == 0
     assert "differs from PyTorch by at most" in capsys.readouterr().out
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["seg.onnx"]
 

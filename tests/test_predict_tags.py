@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from running import digests, make_set
+from running import digests
 from test_clip import whole_clip
 
 import predict
@@ -20,11 +20,6 @@ from net.seed.clipes import Clipes
 from step.lib.tagged_images import read_image_tags, split_tags
 
 CPU = ("--machine.device", "cpu", "--machine.workers", "0")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_set(tmp_path_factory.mktemp("data") / "set")
 
 
 @pytest.fixture(scope="module")

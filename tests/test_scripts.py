@@ -190,11 +190,6 @@ def test_every_script_of_a_system_uses_the_launcher() -> None:
     assert len(launched) > 10 and launched <= {*SEEDS, "$method"}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_set(tmp_path_factory.mktemp("set"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*one_step.METHODS, *one_step.SEGMENTER_NAMES])
 def test_a_step_of_every_published_recipe_is_asked_for_at_full_size(name: str, data: Path, tmp_path: Path) -> None:
@@ -322,3 +317,18 @@ def test_predictions_are_packed_as_the_server_takes_them(tmp_path: Path, capsys:
 def test_a_study_of_a_method_that_is_not_there_ends_with_one_line() -> None:
     ended = start(["-m", "scripts.study", "nosuch"])
     assert ended.returncode == 2 and "There is no method 'nosuch'." in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_scripts_that_are_named_as_files_take_the_path_from_one_place() -> None:
+    texts = [p.read_text() for p in [ROOM / "README.md", *(ROOM / "docs").glob("*.md"), *ROOM.glob("scripts/*.py")]]
+    named = set(re.findall(r"python\s+scripts/(\w+)\.py", "\n".join(texts)))
+    scripts = {path.stem: path.read_text() for path in (ROOM / "scripts").glob("*.py")}
+    assert named == {name for name, text in scripts.items() if "import as_file" in text} >= {"compare", "look"}
+    assert [name for name, text in scripts.items() if "sys.path" in text] == ["as_file"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["compare", "look", "torture"])
+def test_a_script_is_called_as_a_file(name: str) -> None:
+    told = start([f"scripts/{name}.py", "--help"], PYTHONPATH="")
+    assert told.returncode == 0 and "usage" in told.stdout, told.stderr

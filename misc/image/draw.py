@@ -4,7 +4,8 @@ A *layer* is a picture of one thing to be laid over the greyed image: (H, W, 4) 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import cv2
 import numpy as np
@@ -40,6 +41,12 @@ ninth, sixth and eighth of ``CLASS_COLOURS``, which few pictures show as classes
 BOX_COLOURS = {"truth": (51, 187, 238), "found": (238, 136, 102)}
 """Colours of true boxes and of those that a run found."""
 _VEIL = (255, 255, 255)
+_MISTAKE_ALPHA = 215
+
+Swatch = Callable[[int], np.ndarray]
+"""side -> (side, side, 3) uint8: the square of a legend, which looks as the thing does on a middle grey picture."""
+Legend = list[tuple[str, Swatch]]
+"""Names and squares."""
 
 
 def class_colours(count: int) -> np.ndarray:
@@ -96,7 +103,7 @@ def mistake_layer(mask: np.ndarray, truth: np.ndarray) -> np.ndarray:
     kinds = ((given == 0) & (truth > 0), (given > 0) & (truth == 0), (given > 0) & (truth > 0) & (given != truth))
     layer = np.zeros((*mask.shape, 4), np.uint8)
     for kind, colour in zip(kinds, MISTAKES.values(), strict=True):
-        layer[kind & scored] = (*colour, 215)
+        layer[kind & scored] = (*colour, _MISTAKE_ALPHA)
     return layer
 
 
@@ -113,34 +120,64 @@ def overlay(image: np.ndarray, mask: np.ndarray, classes: Sequence[str] = ()) ->
     return append_legend(picture, legend_entries(mask, classes)) if classes else picture
 
 
-def legend_entries(mask: np.ndarray, classes: Sequence[str]) -> list[tuple[str, tuple[int, ...]]]:
-    """Name and colour of every class in a mask, and of ignored pixels if it has any."""
-    colours = class_colours(len(classes))
+def legend_entries(mask: np.ndarray, classes: Sequence[str]) -> Legend:
+    """Name and square of every class in a mask of any shape, and of ignored pixels if it has any."""
     values = np.unique(mask).tolist()
-    found = [(classes[v - 1], tuple(colours[v - 1].tolist())) for v in values if 0 < v <= len(classes)]
-    return found + [("not labelled", _VEIL)] * (IGNORE in values)
+    found: Legend = [(classes[v - 1], partial(label_swatch, v)) for v in values if 0 < v <= len(classes)]
+    return found + [("not labelled", partial(label_swatch, IGNORE))] * (IGNORE in values)
 
 
-def append_legend(
-    picture: np.ndarray, entries: Sequence[tuple[str, tuple[int, ...]]], size: int | None = None
-) -> np.ndarray:
-    """The picture (H, W, 3) uint8 with lines of coloured squares and names below it, of ``size`` pixels (by default in
+def mistake_entries() -> Legend:
+    """Name and square of each kind of ``MISTAKES``."""
+    return [(name, partial(mistake_swatch, name)) for name in MISTAKES]
+
+
+def box_entries() -> Legend:
+    """Name and square of each kind of ``BOX_COLOURS``."""
+    return [(name, partial(box_swatch, name)) for name in BOX_COLOURS]
+
+
+def label_swatch(value: int, side: int) -> np.ndarray:
+    """A square of the mask value, with its tint and outline, or hatched, as ``overlay`` shows it: (side, side, 3)."""
+    mask = np.pad(np.full((side, side), value, np.uint8), 0 if value == IGNORE else 1)
+    layer = mask_layer(mask)
+    return _on_grey(layer if value == IGNORE else layer[1:-1, 1:-1])
+
+
+def mistake_swatch(name: str, side: int) -> np.ndarray:
+    """A square of a kind of ``MISTAKES``, as ``mistake_layer`` shows it: (side, side, 3) uint8."""
+    return _on_grey(np.full((side, side, 4), (*MISTAKES[name], _MISTAKE_ALPHA), np.uint8))
+
+
+def box_swatch(name: str, side: int) -> np.ndarray:
+    """A square of a kind of ``BOX_COLOURS`` with the black edge that ``draw_box`` gives it: (side, side, 3) uint8."""
+    square = np.zeros((side, side, 3), np.uint8)
+    square[1:-1, 1:-1] = BOX_COLOURS[name]
+    return square
+
+
+def _on_grey(layer: np.ndarray) -> np.ndarray:
+    return lay_over(np.full((*layer.shape[:2], 3), 128, np.uint8), layer)
+
+
+def append_legend(picture: np.ndarray, entries: Legend, size: int | None = None) -> np.ndarray:
+    """The picture (H, W, 3) uint8 with lines of squares and names below it, of ``size`` pixels (by default in
     proportion to the picture); as it is without entries."""
     if not entries:
         return picture
     size = size or max(11, round(max(picture.shape[:2]) / 32))
     font, gap, right = ImageFont.load_default(size), size // 2, picture.shape[1]
     places, x, y = [], gap, gap
-    for name, colour in entries:
+    for name, swatch in entries:
         wide = size + gap + int(font.getlength(name)) + 2 * gap
         if x > gap and x + wide > right:
             x, y = gap, y + size + gap
-        places.append((x, y, name, colour))
+        places.append((x, y, name, swatch))
         x += wide
     strip = Image.new("RGB", (right, y + size + gap), "white")
     pen = ImageDraw.Draw(strip)
-    for x, y, name, colour in places:
-        pen.rectangle((x, y, x + size, y + size), fill=colour, outline="black")
+    for x, y, name, swatch in places:
+        strip.paste(Image.fromarray(swatch(size)), (x, y))
         pen.text((x + size + gap, y + size / 2), name, "black", font, anchor="lm")
     return np.concatenate([picture, np.asarray(strip)])
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from misc import distributed
+from misc.loop.terms import IMAGES_PER_SECOND, LEARNING_RATE, RATING
 
 PICTURES = 10
 """How many times a training draws pictures for TensorBoard."""
@@ -69,14 +70,14 @@ class Watch:
 
     def add_update(self, step: int, terms: Mapping[str, float], lr: float, images: int) -> None:
         """The loss terms of an update, its learning rate, and the speed at which its images were processed."""
-        values = {**terms, "lr": lr, "images_per_second": self.speed.count(images)}
+        values = {**terms, LEARNING_RATE: lr, IMAGES_PER_SECOND: self.speed.count(images)}
         for term, value in values.items() if self._writer is not None else ():
             self._writer.add_scalar(f"{self.name}/{term}", value, step)
 
     def add_ratings(self, step: int, ratings: Mapping[str, float]) -> None:
         """What epochs are selected by, under NAME/rating."""
         for rating, value in ratings.items() if self._writer is not None else ():
-            self._writer.add_scalar(f"{self.name}/rating/{rating}", value, step)
+            self._writer.add_scalar(f"{self.name}/{RATING}{rating}", value, step)
         self.speed.restart()
 
     def add_pictures(self, step: int, network: nn.Module) -> None:

@@ -80,8 +80,8 @@ def test_a_legend_names_the_classes_in_the_mask_alone() -> None:
     assert [name for name, _ in draw.legend_entries(mask, classes)] == ["bee"]
     shown, plain = draw.overlay(image, mask, classes), draw.overlay(image, mask)
     assert (shown[:64] == plain).all() and shown.shape[0] > 64
-    square = (shown[64:] == draw.class_colours(2)[1]).all(2)
-    assert square.sum() > 50 and not (shown[64:] == draw.class_colours(1)[0]).all(2).any()
+    square = (shown[64:] == draw.class_colours(2)[1]).all(2)  # the outline of its square
+    assert square.sum() >= 40 and not (shown[64:] == draw.class_colours(1)[0]).all(2).any()
     mask[50:, 5:60] = 255
     assert [name for name, _ in draw.legend_entries(mask, classes)] == ["bee", "not labelled"]
 
@@ -94,3 +94,24 @@ def test_mistakes_are_missed_false_and_confused() -> None:
     assert (layer[0, :, 3] > 0).tolist() == [False, True, False, True, True, False, True, False]
     found = [tuple(layer[0, i, :3].tolist()) for i in (1, 3, 4, 6)]
     assert found == [false, missed, confused, missed]
+
+
+def colours_of(picture: np.ndarray) -> set[tuple[int, ...]]:
+    return {tuple(colour) for colour in picture.reshape(-1, 3).tolist()}
+
+
+def test_the_squares_of_a_legend_have_the_colours_of_the_pictures() -> None:
+    grey, truth = picture(120, 160, 128), np.zeros((120, 160), np.uint8)
+    for value in (1, 2, 12, draw.IGNORE):
+        mask = truth.copy()
+        mask[30:90, 40:120] = value
+        shown = colours_of(draw.overlay(grey, mask)) - {tuple(draw.greyed(grey)[0, 0])}
+        ((name, swatch),) = draw.legend_entries(mask, [f"c{n}" for n in range(12)])
+        square = colours_of(swatch(14)) - {tuple(draw.greyed(grey)[0, 0])}
+        assert square == shown, name
+    truth[:60], mask = 1, np.roll(truth, 20, axis=1)
+    mask[30:90, :40], mask[:, 100:] = 2, 1
+    wrong = colours_of(draw.lay_over(grey, draw.mistake_layer(mask, truth))) - {tuple(draw.greyed(grey)[0, 0])}
+    assert set().union(*(colours_of(swatch(14)) for _, swatch in draw.mistake_entries())) == wrong and len(wrong) == 3
+    boxed = colours_of(draw.draw_boxes(grey, np.array([[1, 1, 9, 9]]), np.array([12, 12, 20, 20]), 24))
+    assert set().union(*(colours_of(swatch(14)) for _, swatch in draw.box_entries())) == boxed - {(128, 128, 128)}

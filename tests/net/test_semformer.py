@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from running import digests, make_set
+from running import digests
 from torch import Tensor
 
 import run_sample
@@ -325,11 +325,6 @@ FLAGS = """
 --cam.network.backbone.width 12 --cam.network.backbone.depth 2 --cam.network.backbone.image-size 48
 --cam.fit.steps 6 --cam.fit.epochs 3 --cam.fit.batch-size 4 --cam.augment.crop 48 --cam.augment.long-side 48 64
 """.split()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_set(tmp_path_factory.mktemp("data") / "set")
 
 
 def arguments(data: Path, out: Path, *flags: str) -> list[str]:

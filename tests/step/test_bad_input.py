@@ -1,6 +1,5 @@
 """Bad input in a run: it is told by name, and costs nothing that is finished."""
 
-# ruff: noqa: F401, F811 (fixtures are imported, and named again by the tests' arguments)
 from __future__ import annotations
 
 import json
@@ -13,10 +12,12 @@ import pytest
 import torch
 from PIL import Image
 from running import digests
-from test_run import IDS, MADE, VAL, data, finished, lists, no_default_folders, out, own, refused, said
+from test_run import IDS, MADE, VAL, lists, refused, said
 
 from misc.files.camfiles import read_cam
 from misc.files.images import read_mask, write_mask
+
+pytestmark = pytest.mark.usefixtures("no_default_folders")
 
 
 def spoil_jpeg(own: Path, image_id: str) -> bytes:

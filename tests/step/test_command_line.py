@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running import make_set, start
+from running import start
 
 import run_sample
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_set(tmp_path_factory.mktemp("data") / "set")
-
-
-@pytest.fixture(autouse=True)
-def no_default_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever a run would write to its default places lands in the test's folder."""
-    monkeypatch.chdir(tmp_path)
-    yield
+pytestmark = pytest.mark.usefixtures("no_default_folders")
 
 
 def test_help_is_one_screen_and_help_all_shows_what_has_an_effect(capsys: pytest.CaptureFixture[str]) -> None:

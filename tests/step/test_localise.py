@@ -52,11 +52,6 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture
-def out(finished: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(finished, tmp_path / "out")
-
-
 def test_boxes_take_three_steps(finished: Path) -> None:
     record = json.loads((finished / "run.json").read_text())
     assert list(record["steps"]) == ["train_cam", "localise", "report"]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from browser import Browser, find_browser
 from PIL import Image
-from running import make_set, run
+from running import run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from misc.files.images import layer_bytes, read_mask, write_mask
@@ -28,11 +28,6 @@ from voc12.catalog import open_catalog
 NEEDS_BROWSER = pytest.mark.skipif(find_browser() is None, reason="Chromium is not installed (Debian: chromium)")
 """Mark of tests that need it."""
 NUMBER = re.compile(r'<span data-score="([^"]+)">([^<]+)</span>')
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_set(tmp_path_factory.mktemp("data") / "set")
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from running import TINY, arguments, digests, make_set, run
+from running import TINY, arguments, digests, run
 
 from misc.files import store
 from misc.files.camfiles import read_cam
@@ -25,38 +24,7 @@ from step.lib import parsing
 MADE = ("weights/*.pt", "cam/*", "aff_label/*", "label/*", "seg/*")
 IDS = [f"2025_{i:06d}" for i in range(1, 9)]
 VAL = [f"2026_{i:06d}" for i in range(1, 4)]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_set(tmp_path_factory.mktemp("data") / "set")
-
-
-@pytest.fixture(scope="module")
-def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run; not to be changed."""
-    out = tmp_path_factory.mktemp("runs") / "finished"
-    assert run(data, out) == 0
-    return out
-
-
-@pytest.fixture
-def out(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run."""
-    return shutil.copytree(finished, tmp_path / "out")
-
-
-@pytest.fixture
-def own(data: Path, tmp_path: Path) -> Path:
-    """A copy of the data set, to be damaged."""
-    return shutil.copytree(data, tmp_path / "own")
-
-
-@pytest.fixture(autouse=True)
-def no_default_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever a run would write to its default places lands in the test's folder."""
-    monkeypatch.chdir(tmp_path)
-    yield
+pytestmark = pytest.mark.usefixtures("no_default_folders")
 
 
 def lists(root: Path, name: str) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from running import ROOM, digests, make_set, start
+from running import ROOM, digests, start
 from test_distributed import TORCHRUN, close, curves
 
 import run_sample
@@ -30,11 +30,6 @@ SEPARATE = """
 --segmenter deeplabv1 --seg.weights none --seg.network.resnet38.width 0.0625 --seg.fit.steps 2 --seg.fit.batch-size 4
 --seg.augment.crop 48 --seg.infer.scales 1.0 --aff.walk.background constant --aff.walk.threshold 0
 """.split()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_set(tmp_path_factory.mktemp("data") / "set")
 
 
 def command(data: Path, out: Path, *flags: str) -> list[str]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-RATING = "rating/"
-"""Beginning of the terms of ratings (misc.loop.watch)."""
+from misc.loop.terms import IMAGES_PER_SECOND, LEARNING_RATE, RATING
+
 _POINTS = 150
 """Points of a curve on the page: longer ones are averaged over blocks of updates."""
 
@@ -21,7 +21,7 @@ class TrainingCurve:
     training: str
     """Name of the training, such as cam."""
     term: str
-    """Loss term, ``lr``, ``images_per_second``, or ``RATING`` and the name of what epochs are selected by."""
+    """Loss term, or one of ``misc.loop.terms``; a rating with the name of what epochs are selected by."""
     updates: list[float]
     values: list[float]
 
@@ -29,6 +29,11 @@ class TrainingCurve:
     def is_rating(self) -> bool:
         """Whether epochs are selected by it."""
         return self.term.startswith(RATING)
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether it is a loss term."""
+        return not self.is_rating and self.term not in (LEARNING_RATE, IMAGES_PER_SECOND)
 
 
 def read_curves(log: Path) -> list[TrainingCurve]:

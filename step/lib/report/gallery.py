@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -52,7 +51,7 @@ class Card:
     size: tuple[int, int]
     """Height and width of the picture."""
     legend: list[tuple[str, str]]
-    """Name and CSS colour of the classes in the pictures."""
+    """``css_legend`` of the classes in the pictures."""
     facts: list[str]
     """Short sentences."""
     panels: list[Panel] = field(default_factory=list)
@@ -83,9 +82,15 @@ def encode_layer(layer: np.ndarray) -> str:
     return base64.b64encode(layer_bytes(layer)).decode()
 
 
-def css_colour(colour: Sequence[int]) -> str:
-    """An RGB colour as CSS writes it."""
-    return f"rgb({', '.join(str(int(v)) for v in colour)})"
+def css_legend(entries: draw.Legend) -> list[tuple[str, str]]:
+    """Names and CSS of the squares of a legend; hatched ones are a class of the page's style, so theirs is empty."""
+    told = []
+    for name, swatch in entries:
+        square = swatch(9)
+        inside = np.unique(square[2:-2, 2:-2].reshape(-1, 3), axis=0)
+        edge, fill = (f"rgb({', '.join(map(str, colour))})" for colour in (square[0, 0], inside[0]))
+        told.append((name, f"background: {fill}; border-color: {edge}" if len(inside) == 1 else ""))
+    return told
 
 
 def make_gallery(title: str, text: str, groups: Groups, make: dict[str, Card]) -> Gallery:
@@ -148,9 +153,7 @@ def mask_card(images: RunImages, judged: Judgement) -> Card:
         small = add("truth", truth)
         if shown is not None:
             panels.append(Panel(f"mistakes of the {last}", encode_layer(draw.mistake_layer(shown, small))))
-    colours = draw.class_colours(catalog.num_classes)
-    legend = [(catalog.classes[v - 1], css_colour(colours[v - 1])) for v in sorted(values) if 0 < v < 255]
-    legend += [("not labelled", "")] * (255 in values)
+    legend = css_legend(draw.legend_entries(np.array(sorted(values)), catalog.classes))
     return Card(image_id, (), jpeg, size, legend, _facts(images, judged, last), panels)
 
 
@@ -187,6 +190,6 @@ def box_card(images: RunImages, image_id: str) -> Card:
         Panel("image"), Panel(f"map of {first}", encode_layer(heat)),
         Panel("boxes", encode_layer(boxes), f"overlap of the true class's box {100 * found['iou'].item():.0f} %"),
     ]  # fmt: skip
-    legend = [(name, css_colour(colour)) for name, colour in draw.BOX_COLOURS.items()]
+    legend = css_legend(draw.box_entries())
     facts = [f"true class: {true}", f"found: {first}", BOX_ERRORS[str(found["error"])]]
     return Card(image_id, (), jpeg, size, legend, facts, panels)

@@ -8,9 +8,8 @@ import numpy as np
 
 from misc.files.images import read_image
 from misc.image import draw, pixels
-from misc.image.labels import IGNORE
 from step.lib.report.choose import FEW, MANY, Groups
-from step.lib.report.gallery import Card, Gallery, Panel, css_colour, encode_layer, encode_thumbnail, make_gallery
+from step.lib.report.gallery import Card, Gallery, Panel, css_legend, encode_layer, encode_thumbnail, make_gallery
 from step.lib.report.judge import CAM_MASK, PREDICTION, PSEUDO, RunImages, agreement_of, class_ious
 from voc12.lists import pick_evenly
 
@@ -95,6 +94,5 @@ def _card(image_id: str, runs: Sequence[Entry]) -> Card:
         panels.append(Panel(name, encode_layer(draw.mask_layer(shown)), note))
         if truth is not None:
             wrong.append(Panel(f"mistakes of {name}", encode_layer(draw.mistake_layer(shown, small))))
-    colours = draw.class_colours(catalog.num_classes)
-    legend = [(catalog.classes[v - 1], css_colour(colours[v - 1])) for v in sorted(values) if 0 < v < IGNORE]
-    return Card(image_id, (), jpeg, size, legend + [("not labelled", "")] * (IGNORE in values), [], panels + wrong)
+    legend = css_legend(draw.legend_entries(np.array(sorted(values)), catalog.classes))
+    return Card(image_id, (), jpeg, size, legend, [], panels + wrong)

@@ -10,11 +10,12 @@ from typing import Any
 from markupsafe import Markup
 
 from misc.image import draw
+from misc.loop.terms import RATING
 from misc.tables import ResultTable
 from step import STEPS, Step, select
 from step.lib.config import Job, default_config
 from step.lib.report import box_part, charts, choose, findings, gallery, judge, page, unscored_part
-from step.lib.report.curves import RATING, TrainingCurve, read_curves
+from step.lib.report.curves import TrainingCurve, read_curves
 from voc12.lists import pick_evenly
 
 
@@ -41,7 +42,7 @@ def make_page(job: Job, unscored: Sequence[str]) -> str:
         pipeline=_pipeline(job, record),
         **classes,
         galleries=galleries,
-        mistakes=[(name, gallery.css_colour(colour)) for name, colour in draw.MISTAKES.items()],
+        mistakes=gallery.css_legend(draw.mistake_entries()),
         threshold_charts=_threshold_charts(scores, drawn),
         searched=any(str(s.get("threshold_choice")).startswith("searched") for s in scores.values()),
         training_charts=_training_charts(job, drawn),
@@ -270,7 +271,7 @@ def _training_charts(job: Job, drawn: page.Charts) -> list[tuple[str, str]]:
     order = [name for name, _ in job.cfg.cam.phases()] + ["aff", "seg"]
     shown = []
     for name in sorted(trainings, key=lambda n: (order.index(n) if n in order else len(order), n)):
-        losses = [c for c in trainings[name] if c.term not in ("lr", "images_per_second") and not c.is_rating]
+        losses = [c for c in trainings[name] if c.is_loss]
         if losses:
             shown.append((drawn.add(charts.training_chart(losses, "loss")), f"Training of {name}: loss terms"))
         for curve in (c for c in trainings[name] if c.is_rating):
