@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 
 from net.foreign.pytorch import State
-from net.foreign.reading import read_tensors
+from net.foreign.reading import read_tensors, why_not_here
 
 OPEN_CLIP = "open_clip:"
 """Before the name of one of open_clip's models, in place of a file."""
 _SETTINGS = ("input_resolution", "context_length", "vocab_size")
 """Integers that OpenAI's archive holds beside the weights."""
+_HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+"""Names that open_clip looks for in a repository of the hub."""
 _OPENAI = (
     "https://openaipublic.azureedge.net/clip/models/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/"
     "ViT-B-16.pt"
@@ -76,10 +78,14 @@ def _fetched(name: str) -> State:
             "CLIP's weights are fetched by open_clip, which is not installed: run  pip install -r "
             f"requirements-clip.txt  , or bring the file {_OPENAI} and give its path in place of 'pretrained'."
         ) from error
+    remedy = f"bring the file {_OPENAI} and give its path as the weights."
+    repository = (open_clip.get_pretrained_cfg(name, "openai") or {}).get("hf_hub", "").rstrip("/")
+    if repository and (reason := why_not_here(repository, _HUB_FILES)):
+        raise ValueError(f"CLIP's weights {reason}: {remedy}")
     try:
         return dict(open_clip.create_model(name, pretrained="openai").state_dict())
     except Exception as error:  # no connection, a proxy, a full disk: each layer of the download has its own
         raise ValueError(
             f"CLIP's weights can't be fetched ({type(error).__name__}: {str(error)[:200]}). Is there a way to the "
-            f"internet? If not, bring the file {_OPENAI} and give its path as the weights."
+            f"internet? If not, {remedy}"
         ) from error

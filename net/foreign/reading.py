@@ -8,7 +8,7 @@ import struct
 import tarfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from net.foreign.caffe import read_caffe
@@ -86,9 +86,8 @@ def read_timm(name: str) -> State:
         raise ValueError(f"timm has no weights of {name!r}. Give a name of timm.list_pretrained(), or a file.")
     file = f"model.safetensors of {_hub()}/{config.hf_hub_id}" if config.hf_hub_id else config.url
     remedy = f"bring {file} and give its path as the weights, in place of 'pretrained'."
-    if config.hf_hub_id and not _is_cached(config.hf_hub_id) and (reason := _unreachable(_hub())):
-        told = f"timm's weights {name} are not on this machine, and {_hub()} can't be reached ({reason})"
-        raise ValueError(f"{told}: {remedy}")
+    if config.hf_hub_id and (reason := why_not_here(config.hf_hub_id, ("model.safetensors", "pytorch_model.bin"))):
+        raise ValueError(f"timm's weights {name} {reason}: {remedy}")
     try:
         return dict(timm.create_model(name, pretrained=True).state_dict())
     except Exception as error:  # no connection, a proxy, a full disk: each raises its own type
@@ -102,17 +101,24 @@ def _hub() -> str:
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
-def _is_cached(repository: str) -> bool:
-    """Whether a weights file of a repository of the hub is in the local cache."""
+def why_not_here(repository: str, files: Sequence[str]) -> str:
+    """Why none of the files of a repository of the hub can be had, in words that follow their name; empty if one is in
+    the local cache, or the hub answers. The hub's own client tries again and again for half a minute or more before it
+    says that it does not."""
+    if _is_cached(repository, files) or not (reason := _unreachable(_hub())):
+        return ""
+    return f"are not on this machine, and {_hub()} can't be reached ({reason})"
+
+
+def _is_cached(repository: str, files: Sequence[str]) -> bool:
+    """Whether one of the files of a repository of the hub is in the local cache."""
     from huggingface_hub import try_to_load_from_cache
 
-    names = ("model.safetensors", "pytorch_model.bin")
-    return any(isinstance(try_to_load_from_cache(repository, name), str) for name in names)
+    return any(isinstance(try_to_load_from_cache(repository, name), str) for name in files)
 
 
 def _unreachable(address: str) -> str:
-    """Why a web address does not answer within a few seconds; empty if it does. The hub's own client tries again and
-    again for a minute before it says so."""
+    """Why a web address does not answer within a few seconds; empty if it does."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return "HF_HUB_OFFLINE is set"
     try:

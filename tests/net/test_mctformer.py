@@ -345,7 +345,7 @@ def test_pretrained_without_internet_says_what_to_do(monkeypatch: pytest.MonkeyP
         raise OSError("no route to host")
 
     monkeypatch.setattr(timm, "create_model", fail)
-    monkeypatch.setattr(reading, "_is_cached", lambda repository: False)
+    monkeypatch.setattr(reading, "_is_cached", lambda repository, files: False)
     monkeypatch.setattr(reading, "_unreachable", lambda address: "no way out")
     with pytest.raises(ValueError, match="deit_small_patch16_224.*can't be reached .no way out.*path as the weights"):
         reading.read_timm("deit_small_patch16_224")  # told at once, without the many attempts of the hub's client
