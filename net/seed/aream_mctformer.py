@@ -1,4 +1,4 @@
-"""AReAM on MCTformer-V2: adaptive re-activation of attention (arXiv 2305.03112; aream.md).
+"""AReAM on MCTformer-V2: adaptive re-activation of attention (arXiv 2023; aream.md).
 
 Idea, losses and map are in net/shared/aream.py.
 """

@@ -1,4 +1,5 @@
-"""CRT: a transformer refined by a convolutional network (Huo, Su and Wu, 2022; crt.md; on CUB: wsol.md section 3).
+"""CRT: a transformer refined by a convolutional network (Huo, Su and Wu, arXiv 2022; crt.md; on CUB: wsol.md
+section 3).
 
 A CNN activates too little of an object, a transformer too much. Both are trained together on the same batch, each by a
 classification loss on its pooled class maps; another term minimises the difference between their raw maps. The final

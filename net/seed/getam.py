@@ -1,5 +1,5 @@
 """GETAM: gradient-weighted attention maps of a transformer, and a decoder that learns from them in the same training
-(Sun et al., 2021; getam.md).
+(Sun et al., arXiv 2021; getam.md).
 
 The attention of the class token times its gradient for a class shows where the transformer saw that class. In the
 second half of the training, each update makes labels from these maps and a saliency map, and trains a decoder on them:

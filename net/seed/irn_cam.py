@@ -1,4 +1,5 @@
-"""IRNet's CAM network: a 1x1 classifier on ResNet-50 (Ahn, Cho and Kwak, CVPR 2019). irnet.md sections 3 to 6."""
+"""IRNet's CAM network: a 1x1 classifier on ResNet-50 (Ahn, Cho and Kwak, CVPR 2019; irnet.md sections 3
+to 6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""PSA's plain CAM networks: a classifier on ResNet38 or VGG16 whose class weights give the maps (psa.md section 2)."""
+"""PSA's plain CAM networks: a classifier on ResNet38 or VGG16 whose class weights give the maps (Ahn and Kwak,
+CVPR 2018; psa.md section 2)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Puzzle-CAM: the class maps of an image's quarters, put back together, should equal that of the whole image (Jo, Yu,
-2021; puzzlecam.md).
+"""Puzzle-CAM: the class maps of an image's quarters, put back together, should equal that of the whole image (Jo and
+Yu, ICIP 2021; puzzlecam.md).
 
 A classifier sees the image and its tiles. Tiles have less context, so their maps are higher on less discriminative
 parts of objects; the reconstruction loss pulls the map of the whole image towards them.

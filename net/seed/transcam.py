@@ -1,5 +1,5 @@
-"""TransCAM: the class map of Conformer's convolution branch, refined by its transformer branch (Li et al., 2022;
-transcam.md).
+"""TransCAM: the class map of Conformer's convolution branch, refined by its transformer branch (Li et al., JVCIR
+2023; transcam.md).
 
 Conformer is trained as a multi-label classifier. The map of the convolution branch's head is multiplied by the
 patch-to-patch attention of the transformer branch, averaged over heads and summed over all layers: shallow layers

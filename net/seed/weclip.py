@@ -1,4 +1,5 @@
-"""WeCLIP: a light decoder on a frozen CLIP, which labels its own training crops (Zhang et al., 2024; weclip.md).
+"""WeCLIP: a light decoder on a frozen CLIP, which labels its own training crops (Zhang et al., CVPR 2024;
+weclip.md).
 
 F = fused tokens of all blocks but the last; the decoder predicts masks from F, and P = sigmoid(F F^T) says which cells
 belong together. Class maps are those of CLIP-ES (net/seed/clipes.py), spread by attention that P chooses and weighs:

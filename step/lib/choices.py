@@ -1,7 +1,8 @@
 """Methods, presets and options of run_sample.py, listed without importing PyTorch.
 
-The names are read from the decorators in the sources (``@seed("seam")``), the presets from the keys of ``recipes``. The
-flags of all recipes are found by importing them once; the list is cached in .cache until a source file changes.
+The names are read from the decorators in the sources (``@seed("seam")``), the presets from the keys of ``recipes``, the
+idea of a method from the docstring of its file. The flags of all recipes and what they train are found by importing
+them once; both are cached in .cache until a source file changes.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import functools
 import hashlib
 import json
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from misc import commandline
 from net.names import OWN
@@ -91,6 +94,18 @@ def methods() -> dict[str, tuple[str, ...]]:
     return _registered("net/seed", "seed")
 
 
+def idea_of(method: str) -> str:
+    """The first sentence of the docstring of a method's file: its idea, authors, venue and year; "" where the file is
+    not one of net/seed."""
+    place = ROOM / "net" / "seed"
+    path = next((p for p in (place / f"{method}.py", place / method / "__init__.py") if p.is_file()), None)
+    if path is None:
+        return ""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    # without the places in docs/spec
+    return re.sub(r"\((.*?)(?:; [^;()]*\w\.md[^;()]*)+\)", r"(\1)", " ".join(text.partition("\n\n")[0].split()))
+
+
 def refiners() -> list[str]:
     """Names of ``--refiner``."""
     return list(_registered("net/refine", "refiner"))
@@ -158,24 +173,34 @@ def _check_names(method: str, given: Mapping[str, str | None]) -> None:
 
 def known_flags(method: str) -> list[str]:
     """All flags of a method with any refiner and segmenter; empty if its file does not import."""
+    return _index()["flags"].get(method, [])
+
+
+def told_presets(method: str) -> dict[str, str]:
+    """Preset -> what it trains, its refiner and segmenter; empty if the method's file does not import."""
+    return _index()["presets"].get(method, {})
+
+
+def _index() -> dict[str, dict[str, Any]]:
+    """What is known of the recipes: "flags" and "presets" by method."""
     key = _sources_key()
     try:
         index = json.loads(INDEX.read_text(encoding="utf-8"))
-        if index["key"] == key:
-            return index["flags"].get(method, [])
-    except (OSError, ValueError, KeyError, TypeError):
+        if index["key"] == key and {"flags", "presets"} <= index.keys():
+            return index
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # no cache yet, or from other sources
-    from step.lib.config import all_flags  # imports PyTorch: once after a change
+    from step.lib.config import all_flags, tell_presets  # imports PyTorch: once after a change
 
-    found = all_flags()
+    index = {"key": key, "flags": all_flags(), "presets": tell_presets()}
     try:
         INDEX.parent.mkdir(exist_ok=True)
         part = INDEX.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps({"key": key, "flags": found}), encoding="utf-8")
+        part.write_text(json.dumps(index), encoding="utf-8")
         part.replace(INDEX)
     except OSError:
         pass  # a read-only checkout: slower, same result
-    return found.get(method, [])
+    return index
 
 
 def _sources_key() -> str:
@@ -188,25 +213,30 @@ def _sources_key() -> str:
 
 
 def help_text(argv: Sequence[str] = ()) -> str:
-    """The short help, one screen, with the presets of the METHOD of a command line."""
+    """The short help, one screen; with a METHOD on the command line also its idea and what its presets train. Raises
+    WrongCall for a METHOD that there is not."""
     from step import STEPS
 
     listed = ", ".join(f"{i} {s.name}" for i, s in enumerate(STEPS, 1))
     method = method_of(argv)
-    presets = methods().get(method, ())
-    names = (
+    _check_names(method, dict.fromkeys(("preset", "refiner", "segmenter", "data")))
+    told = _tell_method(method) if argv and argv[0] == method else []
+    names = [
         ("METHOD", ", ".join(methods())),
         ("--refiner", ", ".join(refiners())),
         ("--segmenter", ", ".join(segmenters())),
         ("--data", ", ".join(data_sets())),
-        ("--preset", f"of {method}: {', '.join(presets)}; of another: python run_sample.py METHOD --help"),
-    )
+    ]
+    if not told:
+        presets = ", ".join(methods().get(method, ()))
+        names.append(("--preset", f"of {method}: {presets}; of another: python run_sample.py METHOD --help"))
     return "\n".join(
         [
             "usage: python run_sample.py [METHOD] [--preset NAME] [--data NAME --root DIR] [--out RUN] [options]",
             "",
             *textwrap.wrap(f"Segmentation masks from image-level tags, in nine steps: {listed}.", commandline.WIDTH),
             "",
+            *told,
             "Available (any method works with any refiner and any segmenter):",
             commandline.columns(names, width=12),
             "",
@@ -219,3 +249,14 @@ def help_text(argv: Sequence[str] = ()) -> str:
             "python run_sample.py METHOD --help-all   every option that has an effect with METHOD, and its value",
         ]
     )
+
+
+def _tell_method(method: str) -> list[str]:
+    """Lines on one method, and an empty one."""
+    told = told_presets(method)
+    return [
+        *textwrap.wrap(f"{method}: {idea_of(method)}", commandline.WIDTH),
+        "Its presets, with the networks that they train (cam, aff, seg), usual refiner and segmenter:",
+        commandline.columns(told.items(), width=max(12, *map(len, told))) if told else "  (its file does not import)",
+        "",
+    ]

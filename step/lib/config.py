@@ -208,6 +208,32 @@ def all_flags() -> dict[str, list[str]]:
     return found
 
 
+def tell_presets() -> dict[str, dict[str, str]]:
+    """Method -> preset -> what is trained, and the usual refiner and segmenter, in words."""
+    registry.load_methods()
+    return {name: {p: _tell_preset(name, p) for p in method.recipes} for name, method in registry.SEEDS.items()}
+
+
+def _tell_preset(method: str, preset: str) -> str:
+    cfg = default_config(method, preset)
+    trained = list(cfg.cam.phases())
+    if load_data_sets()[cfg.data].aim == "boxes":
+        ends = "draws boxes"
+    elif cfg.segmenter == OWN:
+        ends = f"segmenter {OWN} (cam predicts the masks itself)"
+    else:
+        ends = f"refiner {cfg.refiner}, segmenter {cfg.segmenter}"
+        parts = (("aff", cfg.aff), ("seg", cfg.seg))
+        trained += [(name, part) for name, part in parts if isinstance(part, contract.Phase)]
+    return f"{', '.join(f'{name} {_tell_length(phase.fit)}' for name, phase in trained)}; {ends}"
+
+
+def _tell_length(fit: settings.Fit) -> str:
+    if fit.steps is None:
+        return f"{fit.epochs} epochs"
+    return f"{fit.steps} updates" if fit.steps else "not trained (frozen)"
+
+
 @dataclass(frozen=True)
 class Job:
     """The input of a step: the configuration, the data set and the run folder."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
-from running import start
+from running import ROOM, start
 
 import run_sample
 from net import registry
@@ -26,9 +27,9 @@ def test_a_wrong_flag_is_reported_with_the_nearest(flag: str, told: str, capsys:
 
 
 @pytest.mark.parametrize("argv", [
-    ["run_sample", "--help"], ["run_sample", "nosuch"], ["run_sample", "seam", "--preset", "big"],
-    ["run_sample", "seam", "--nosuch", "1"], ["predict", "--help"], ["evaluation", "--help"],
-    ["predict", "--nosuch"], ["evaluation", "--nosuch"],
+    ["run_sample", "--help"], ["run_sample", "clipes", "--help"], ["run_sample", "nosuch"],
+    ["run_sample", "seam", "--preset", "big"], ["run_sample", "seam", "--nosuch", "1"],
+    ["predict", "--help"], ["evaluation", "--help"], ["predict", "--nosuch"], ["evaluation", "--nosuch"],
 ], ids=" ".join)  # fmt: skip
 def test_help_and_wrong_words_need_no_torch(argv: list[str]) -> None:
     choices.known_flags("seam")  # the list of flags is made where it is not there
@@ -50,6 +51,24 @@ def test_names_read_from_the_sources_are_those_that_are_registered() -> None:
     assert set(choices.refiners()) == set(registry.REFINERS)
     assert set(choices.segmenters()) == {*registry.SEGMENTERS, OWN}
     assert set(choices.data_sets()) == set(load_data_sets())
+
+
+def test_help_of_a_method_tells_idea_paper_and_what_its_presets_train(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", (ROOM / "README.md").read_text(), re.M))
+    for name, presets in choices.methods().items():
+        idea = choices.idea_of(name)
+        assert idea.endswith(").") and ".md" not in idea and ": " in idea, name
+        year = re.search(r"(?:CVPR|ICCV|ICIP|AAAI|JVCIR|arXiv) 20\d\d", rows[name])  # "the same" has none
+        assert re.search(r"20\d\d\)", idea) and (year is None or year[0] in idea), name
+        assert choices.told_presets(name).keys() == set(presets)
+    assert run_sample.main(["clipes", "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"clipes: {choices.idea_of('clipes')}" in told and "frozen CLIP" in told
+    assert "sample cam not trained (frozen), seg 2 epochs; refiner crf, segmenter deeplabv2" in told
+    assert choices.told_presets("psa")["sample"].count(" epochs") == 3  # cam, aff, seg
+    assert choices.told_presets("getam")["published"].endswith("; segmenter own (cam predicts the masks itself)")
+    assert choices.told_presets("tscam")["sample"].endswith("; draws boxes")
+    assert run_sample.main(["clippy", "--help"]) == 2 and "There is no method 'clippy'" in capsys.readouterr().err
 
 
 def test_every_option_of_the_short_help_exists() -> None:

@@ -1,5 +1,5 @@
-"""SemFormer: class masks that are evaluated by a frozen autoencoder of class semantics (Chen et al., 2022;
-semformer.md).
+"""SemFormer: class masks that are evaluated by a frozen autoencoder of class semantics (Chen et al.,
+arXiv 2022; semformer.md).
 
 First the class-aware autoencoder (CAAE, net/seed/semformer/autoencoder.py) is trained: it turns an image into one
 vector per class and learns, from the tags, a prototype of each class's vector. Then SemFormer learns a mask for each
