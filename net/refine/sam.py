@@ -4,12 +4,16 @@ own, after the published idea of voting.
 The maps' label L (arg-max over the background's score and the maps, if asked for after a CRF) names a class, the
 segments name borders. Of every segment S the class c of the most pixels that are not background is looked at. S takes c
 
-    where more than half of S is c,   or
-    where S holds most of c's pixels (85 %), and c is at least a tenth of S.
+    where more than half of S is c (segment_share 0.5),   or
+    where S holds most of c's pixels (class_share 0.85), and c is at least a tenth of S (least 0.1).
 
 The second says that a class map sees only the strongest part of an object; its tenth keeps a segment that is the whole
-image from taking the class of a small object in it. Segments that took a class are laid over L, the largest first, so
-that of nested ones the smallest counts. All other pixels keep L.
+image from taking the class of a small object in it. "Most" is 85 % and not half: by this condition S, up to ten times
+as large as what the map shows, becomes c as a whole, so nearly all of the map has to speak for S. At half, a segment of
+the surroundings that cuts through the map would take the class too. Neither value was tried with real segments of SAM.
+
+Segments that took a class are laid over L, the largest first, so that of nested ones the smallest counts. All other
+pixels keep L.
 """
 
 from __future__ import annotations
@@ -87,9 +91,10 @@ class SamOptions(BackgroundOptions):
     segment_share: _Share = 0.5
     """A segment takes the class that covers more than this fraction of it."""
     class_share: _Share = 0.85
-    """A segment also takes a class of whose pixels it holds more than this fraction,"""
+    """A segment also takes a class if it holds more than this fraction of the class's pixels in the image, and they
+    cover at least ``least`` of the segment. 0.5: more than half of them; 1: this condition is off."""
     least: _Share = 0.1
-    """if these cover at least this fraction of the segment."""
+    """Smallest fraction of a segment that a class must cover to take it by ``class_share``."""
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,20 @@ def test_a_map_of_an_objects_head_becomes_the_object() -> None:
     assert np.array_equal(refined(maps, [square(size, 7, 7, 12)]) == 1, head)
 
 
+def test_most_of_a_class_is_85_percent_unless_it_is_set() -> None:
+    size = (20, 20)
+    strip = np.zeros(size, bool)
+    strip[4:7] = True  # 60 pixels, of which a segment of 280 holds 70 %: 15 % of it
+    segment = np.zeros(size, bool)
+    segment[:, :14] = True
+    maps = strip[None].astype(np.float32)
+    assert np.array_equal(refined(maps, [segment]) == 1, strip)
+    assert np.array_equal(refined(maps, [segment], class_share=0.5) == 1, strip | segment)
+    segment[:, :18] = True  # 90 %
+    assert np.array_equal(refined(maps, [segment]) == 1, strip | segment)
+    assert np.array_equal(refined(maps, [segment], class_share=1.0) == 1, strip)
+
+
 def test_nested_segments_the_smallest_counts_and_the_rest_keeps_its_scores() -> None:
     size = (20, 20)
     rider, horse = square(size, 6, 6, 4), square(size, 3, 3, 14)
