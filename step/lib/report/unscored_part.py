@@ -3,10 +3,19 @@ pixel."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import mean, median
+
 from misc.tables import ResultTable
+from net.names import OWN
 from step.lib.config import Job
+from step.lib.inference import settle_walk
 from step.lib.report import charts, judge, page
 from step.lib.report.findings import Finding
+
+MOST_OBJECT, LEAST_OBJECT = 0.85, 0.02
+"""Masks of a list are suspicious where half or more of them have a larger or a smaller share of foreground. Images that
+are known to show no object don't count."""
 
 
 def tell_without_truth(
@@ -37,7 +46,8 @@ def tell_without_truth(
 
 
 def find_unscored_findings(job: Job, judged: dict[str, list[judge.Judgement]]) -> list[Finding]:
-    """How far the stages agree, and the class whose tags most often stay without a pixel."""
+    """Masks that are nearly all object or nearly all background, how far the stages agree, and the class whose tags
+    most often stay without a pixel."""
     texts = []
     for split, of_list in judged.items():
         agreed = [j.agreement for j in of_list if j.agreement is not None]
@@ -58,4 +68,66 @@ def find_unscored_findings(job: Job, judged: dict[str, list[judge.Judgement]]) -
         absent, total = counts[worst]
         text = f"{absent} of {total} images with this tag have not a pixel of it in their last mask."
         found.insert(0, Finding(f"Most often not found: {job.catalog.classes[worst]}", [text], []))
+    return find_odd_shares(job, judged) + found
+
+
+def find_odd_shares(job: Job, judged: dict[str, list[judge.Judgement]]) -> list[Finding]:
+    """A warning for every list and stage whose masks are nearly all object or nearly all background, with what to try:
+    of pseudo masks and predictions; of CAMs, whose cut is for show, where they are the last stage."""
+    found = []
+    for split, of_list in judged.items():
+        last = judge.last_stage(of_list)
+        for stage in (judge.CAM_MASK, judge.PSEUDO, judge.PREDICTION):
+            shares = [j.foreground[stage] for j in of_list if stage in j.foreground and j.tags != ()]
+            kind = "" if stage == judge.CAM_MASK != last else tell_odd_shares(shares)
+            if not kind:
+                continue
+            odd = sum(share > MOST_OBJECT if kind == "object" else share < LEAST_OBJECT for share in shares)
+            limit = f"above {MOST_OBJECT:.0%}" if kind == "object" else f"below {LEAST_OBJECT:.0%}"
+            text = (
+                f"On average {mean(shares):.1%} of an image's pixels are an object; in {odd} of {len(shares)} images "
+                f"the share is {limit}. Such masks are hardly ever right."
+            )
+            title = f"Nearly all {kind}: {stage if stage == judge.CAM_MASK else stage + 's'} of {split}"
+            found.append(Finding(title, [text.replace("%", "\u00a0%"), _remedy(job, stage, kind, found)], []))
     return found
+
+
+def tell_odd_shares(shares: Sequence[float]) -> str:
+    """"object" or "background" where half or more of the masks are nearly all of it; else empty. ``shares``: of the
+    foreground, in [0, 1]."""
+    middle = median(shares) if shares else 0.5
+    return "object" if middle > MOST_OBJECT else "background" if middle < LEAST_OBJECT else ""
+
+
+def _remedy(job: Job, stage: str, kind: str, earlier: Sequence[Finding]) -> str:
+    """What to try, in a sentence."""
+    cfg, more = job.cfg, kind == "object"
+    if stage == judge.CAM_MASK:
+        return (
+            "The CAMs are cut at a background score that no mask chose, for this page alone: make pseudo masks of "
+            "them, or look at other scores (python -m scripts.sheet, --field background; docs/your_data.md, section 4)."
+        )
+    if stage == judge.PREDICTION and cfg.segmenter == OWN:
+        return (
+            "The network labels its own training images: train it longer (--cam.fit.epochs), or change the limits of "
+            f"these labels (--cam.network.label..., as listed by: python run_sample.py {cfg.method} --help-all)."
+        )
+    if stage == judge.PREDICTION:
+        made = any(judge.PSEUDO in finding.title for finding in earlier)
+        rest = "they are what it was trained on." if made else "then train it longer (--seg.fit.epochs)."
+        return f"Look at the pseudo masks of the training images first: {rest}"
+    rule = cfg.aff.walk.background
+    if rule == "power":
+        told = f"a {'smaller' if more else 'larger'} --aff.walk.alpha (it is {cfg.aff.walk.alpha:g})"
+    else:
+        try:
+            known = f" (it is {settle_walk(cfg.aff.walk, job.run).threshold:.2f})"
+        except ValueError:
+            known = ""  # its CAMs are gone
+        told = f"a {'larger' if more else 'smaller'} --aff.walk.threshold{known}"
+        told = f"--aff.walk.background constant and {told}" if rule == "otsu" else told
+    return (
+        f"Make the background {'stronger' if more else 'weaker'}: {told}, with --cams {job.run.root}, which keeps the "
+        "CAMs, and another --out; docs/your_data.md, section 4, shows how to choose it."
+    )
