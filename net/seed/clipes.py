@@ -1,4 +1,4 @@
-"""CLIP-ES: class maps of a frozen CLIP, with nothing trained (Lin et al., 2023; clipes.md).
+"""CLIP-ES: class maps of a frozen CLIP, with nothing trained (Lin et al., CVPR 2023; clipes.md).
 
 CLIP scores an image against the texts of its tags and of background words. The gradient of a tag's probability p_c,
 with respect to the normalised tokens U that enter the last block, weighs their channels:
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from misc.config import Fit, override
+from misc.crf.dense import CRFSettings
 from misc.loop.trainable import Batch
 from misc.precision import full_precision
 from misc.propagate.caa import refine_by_attention, scale_to_unit
@@ -75,6 +76,15 @@ class ClipesOptions(TextedOptions):
 _CONFIDENT = {"ignore_below": 0.95}
 """Pixels whose probability after the CRF is below this are ignored when the segmentation network is trained."""
 
+_PUBLISHED_CRF = {
+    "walk.background": "power",
+    "walk.unary": "scores",
+    "walk.crf": CRFSettings(
+        iterations=10, gauss_sxy=1, gauss_weight=3, bilateral_sxy=67, bilateral_srgb=3, bilateral_weight=4
+    ),
+}
+"""The refiner crf's published recipe, for presets in which it has another of its own."""
+
 _PUBLISHED = Recipe(
     cam=SeedRecipe(
         network=ClipesOptions(texts=TextOptions(published=True)),
@@ -94,19 +104,20 @@ _PUBLISHED = Recipe(
 # segmentation network are in the paper's appendix, which was not seen: VOC's are taken (clipes.md section 11)
 _COCO = override(_PUBLISHED, {"cam.network.cut": 0.7, "data": "coco14"})
 
-# people's own photographs: masks as published; a segmentation network that fits one GPU, from a classifier that timm
-# fetches. Its training was not tried on photographs
+# people's own photographs: maps and masks as published (the CRF's own recipe photos is made for the maps of CNNs); the
+# segmentation network of the recipes photos, but from a classifier that timm fetches, as CLIP is no CNN whose weights
+# it could start from. Attention needs memory by the square of an image's pixels, so large photographs are shrunk as
+# there. The training was not tried on photographs
 _PHOTOS = override(
     _PUBLISHED,
     {
         "data": "folder",
+        "long_side": 1024,
+        "refine": {**_CONFIDENT, **_PUBLISHED_CRF},
         "segmenter": "deeplabv3plus",
-        "segment": {
-            "weights": PRETRAINED, "init": "imagenet", "network.backbone": "resnet", "fit.epochs": 30,
-            "fit.batch_size": 8, "fit.lr": 0.002,
-        },
+        "segment": {"weights": PRETRAINED, "init": "imagenet"},
     },
-)  # fmt: skip
+)
 
 # random weights, because none can be had without the internet: this shows that the pipeline runs, the maps mean nothing
 _SAMPLE = Recipe(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import builtins
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from running import make_set, start
 
@@ -17,12 +19,17 @@ from misc.propagate.caa import doubly_stochastic, rectangle_mask, refine_by_atte
 from net.backbone.clip import ClipOptions, TextTower
 from net.backbone.clip_maps import FrozenClip
 from net.backbone.clip_text import BACKGROUND, TextOptions, background_words, class_text, tokenise
+from net.backbone.timm_cnn import PHOTOS, TimmCNN
+from net.foreign import reading
 from net.foreign.openai import read_clip
 from net.model import describe_network, load_model
-from net.registry import SEEDS
+from net.registry import SEEDS, SEGMENTERS, load_methods
 from net.seed.clipes import Clipes, ClipesOptions
 from net.seed.weclip import Weclip, WeclipOptions, label_crops
 from scripts.clip_seconds import plain_maps
+from step.lib.config import default_config
+
+load_methods()
 
 TINY = ClipOptions(image_size=64, width=64, layers=4, embed=16)
 NAMES = ("potted_plant", "Tür", "tree house")
@@ -137,6 +144,38 @@ def test_what_is_missing_is_reported_with_the_command(monkeypatch: pytest.Monkey
         tokenise(["dog"], 77)
     with pytest.raises(ValueError, match="pip install -r requirements-clip.txt"):
         read_clip("open_clip:ViT-B-16-quickgelu")
+
+
+def test_pretrained_without_internet_says_what_to_do_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    open_clip = pytest.importorskip("open_clip")
+
+    def fetch(*_: object, **__: object) -> None:
+        raise AssertionError("the hub's client tries again and again")
+
+    monkeypatch.setattr(open_clip, "create_model", fetch)
+    monkeypatch.setattr(reading, "_is_cached", lambda repository, files: False)
+    monkeypatch.setattr(reading, "_unreachable", lambda address: "no way out")
+    with pytest.raises(ValueError, match="can't be reached .no way out.: bring the file https.*ViT-B-16.pt"):
+        read_clip("open_clip:ViT-B-16-quickgelu")
+    monkeypatch.setattr(reading, "_is_cached", lambda repository, files: "open_clip_model.safetensors" in files)
+    with pytest.raises(ValueError, match="tries again and again"):  # it is there: open_clip is asked for it
+        read_clip("open_clip:ViT-B-16-quickgelu")
+
+
+def test_photos_take_the_published_masks_and_the_segmenters_recipe_from_downloaded_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cfg = default_config("clipes", "photos")
+    assert cfg.aff == default_config("clipes", "published").aff and cfg.long_side == 1024
+    photos = SEGMENTERS["deeplabv3plus"].recipes["photos"]
+    assert photos.weights == "cam"  # which is CLIP here
+    assert cfg.seg == replace(photos, weights="pretrained", init="imagenet")
+    network = cfg.seg.network.build(2, {})
+    fetched = timm.create_model(PHOTOS.removeprefix("timm/")).state_dict()
+    monkeypatch.setattr(reading, "read_timm", {PHOTOS.removeprefix("timm/"): fetched}.__getitem__)
+    cfg.seg.start.load(network, Path("none"))
+    backbone = next(m for m in network.modules() if isinstance(m, TimmCNN)).model.state_dict()
+    assert backbone and all(torch.equal(value, fetched[key]) for key, value in backbone.items())
 
 
 @pytest.mark.slow
