@@ -56,11 +56,13 @@ def made(form: str, source: Path, capsys: pytest.CaptureFixture[str]) -> tuple[C
     return open_catalog("folder", root), told
 
 
-def refused(form: str, source: Path, capsys: pytest.CaptureFixture[str], *words: str) -> None:
+def refused(
+    form: str, source: Path, capsys: pytest.CaptureFixture[str], *words: str, status: int = 1
+) -> None:
     """Nothing is made, and the message has these words."""
     root = source.parent / "refused"
-    status, told = convert(form, source, root, capsys)
-    assert status == 1 and all(word in told for word in words), told
+    ended, told = convert(form, source, root, capsys)
+    assert ended == status and all(word in told for word in words), told
     assert not list(root.rglob("*.*"))
 
 
@@ -292,6 +294,15 @@ def test_class_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     picture(source / "train/dog/b.jpg", 2)
     shutil.copy(source / "train/dog/b.jpg", source / "train/cat/b.jpg")  # an image of both
     picture(source / "test/dog/a.jpg", 3)
+    for place in ("images", "photos"):  # round all class folders, or within each list
+        shutil.copytree(source, tmp_path / place / "export" / "images")
+    for name in ("train", "test"):
+        inner = tmp_path / "photos" / "export" / "images" / name
+        shutil.move(inner, tmp_path / "photos" / "export" / name / "photos")
+    shutil.rmtree(tmp_path / "photos" / "export" / "images")
+    for place in ("images", "photos"):
+        data, told = made("folders", tmp_path / place / "export", capsys)
+        assert data.classes == ("cat", "dog") and len(data.ids("train")) == 2 and f"folders {place}/, which" in told
     data, told = made("folders", source, capsys)
     assert tags(data) == {"train/cat/a": ["cat"], "train/cat/b": ["cat", "dog"]}
     assert data.ids("val") == ["test/dog/a"] and "test is taken for val" in told and "several classes" in told
@@ -338,7 +349,7 @@ def test_image_folders_of_huggingface(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_folder_without_anything(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "export").mkdir()
     refused(form, tmp_path / "export", capsys, str(tmp_path / "export"))
-    refused(form, tmp_path / "nowhere", capsys, "does not exist")
+    refused(form, tmp_path / "nowhere", capsys, "does not exist", status=2)
 
 
 def test_the_help_names_every_format(capsys: pytest.CaptureFixture[str]) -> None:
@@ -365,4 +376,23 @@ def test_a_second_call_makes_what_is_missing(tmp_path: Path, capsys: pytest.Capt
     coco(source / "train", [("a.jpg", 2, LEFT)])
     status, told = convert("coco", source, root, capsys)
     assert status == 1 and "labels.csv is there with other content" in told
-    assert "no format 'evil'" in convert("evil", source, root, capsys)[1]
+
+
+def test_what_has_changed_in_an_export_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Outlines and pixels, also where the tags are the same; --overwrite takes the new ones."""
+    source, root = tmp_path / "export", tmp_path / "made"
+    coco(source, [("a.jpg", 1, LEFT)])
+    assert convert("coco", source, root, capsys)[0] == 0
+    before = read_mask(root / "masks/a.png")
+    coco(source, [("a.jpg", 1, [[16, 0, 30, 0, 30, 20, 16, 20]])])
+    status, told = convert("coco", source, root, capsys)
+    assert status == 1 and "masks/a.png is there with other content and is kept: --overwrite replaces it" in told
+    assert np.array_equal(read_mask(root / "masks/a.png"), before)
+    assert convert("coco", source, root, capsys, "--overwrite")[0] == 0
+    assert not np.array_equal(read_mask(root / "masks/a.png"), before)
+    (source / "a.jpg").unlink()  # a link of the same file would have followed
+    picture(source / "a.jpg", 77)
+    status, told = convert("coco", source, root, capsys)
+    assert status == 1 and "images/a.jpg is there with other content and is kept" in told
+    assert convert("coco", source, root, capsys, "--overwrite")[0] == 0
+    assert (root / "images/a.jpg").samefile(source / "a.jpg")

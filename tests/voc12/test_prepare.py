@@ -360,7 +360,7 @@ def test_what_is_wrong_with_a_folder_is_reported(own: Path, capsys: pytest.Captu
 
 
 def test_large_photographs_are_reported_with_the_remedy(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "NOTE" not in run(capsys, "folder", "--root", own)[1]
+    assert "megapixels" not in run(capsys, "folder", "--root", own)[1]
     Image.new("L", (4000, 3000)).save(own / "images/my 0.jpg")
     status, text = run(capsys, "folder", "--root", own, "--no-decode")
     assert status == 0 and "NOTE: 1 images have more than 1.5 megapixels (the largest, my 0: 4000 x 3000)" in text
@@ -405,9 +405,47 @@ def test_help_names_every_flag_and_errors_are_one_line(tmp_path: Path, capsys: p
             main(words)
         text = capsys.readouterr().out
         assert end.value.code == 0 and all(word in text for word in shown)
-    assert main(["folder", "--root", str(tmp_path / "nowhere")]) == 1
+    assert main(["folder", "--root", str(tmp_path / "nowhere")]) == 2
     error = capsys.readouterr().err
-    assert error.strip().startswith("error: The data folder") and error.strip().count("\n") == 0
+    assert error.strip().startswith("error: --root ") and error.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize("words, told", [
+    (["voc12", "--root", "nowhere"], "--root nowhere: there is no such folder"),
+    (["voc12", "--root", ".", "--sbd", "nowhere"], "--sbd nowhere: there is no such folder"),
+    (["coco14", "--root", "nowhere"], "--root nowhere: there is no such folder"),
+    (["coco14", "--root", ".", "--annotations", "nowhere"], "--annotations nowhere: there is no such folder"),
+    (["folder", "--root", ".", "--val-share", "1.5"], "--val-share 1.5 is not possible"),
+    (["shrink", "--root", "nowhere", "--out", "x"], "--root nowhere: there is no such folder"),
+    (["shrink", "--root", ".", "--out", "x", "--long-side", "3"], "--long-side 3 is not possible"),
+    (["from", "evil", ".", "--root", "x"], "no format 'evil'"),
+    (["from", "coco", "nowhere", "--root", "x"], "nowhere does not exist"),
+])  # fmt: skip
+def test_a_wrong_argument_is_refused_before_any_work(
+    words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, text = run(capsys, *words)
+    assert status == 2 and told in text and not list(tmp_path.iterdir())
+
+
+def test_too_few_images_to_train_on_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fewer than 50 in all, or 10 of a class."""
+    (tmp_path / "images").mkdir()
+
+    def prepare(dogs: int, cats: int) -> str:
+        names = [*["dog"] * dogs, *["cat"] * cats]
+        for n, _ in enumerate(names):
+            (tmp_path / "images" / f"{n}.jpg").touch()
+        (tmp_path / "labels.csv").write_text("file,classes\n" + "".join(f"{n}.jpg,{c}\n" for n, c in enumerate(names)))
+        status, text = run(capsys, "folder", "--root", tmp_path, "--no-decode")
+        assert status == 0 and "All is well" in text
+        return text
+
+    assert "NOTE: train has 5 images: that is too few to train on (as a rule, 50 or more" in prepare(3, 2)
+    text = prepare(41, 9)
+    assert "too few" not in text and "NOTE: fewer than 10 images of train have the class cat (9)" in text
+    assert "too few" not in prepare(40, 10) + text and "fewer than" not in prepare(40, 10)
 
 
 def test_annotations_and_instances_agree_on_names() -> None:

@@ -7,7 +7,7 @@
     python -m voc12.prepare from coco roboflow_export --root my_photos
 
 A second call continues where the first stopped and changes no existing file. The exit status is 1 if it finds a
-problem.
+problem, 2 if the call was refused before any work.
 """
 
 # ruff: noqa: E402

@@ -17,6 +17,7 @@ from voc12.prepare.findings import (
     Findings,
     check_classes,
     check_files,
+    check_folder,
     conclude,
     join_lines,
     print_counts,
@@ -59,6 +60,9 @@ def prepare_coco14(
         overwrite: Replace lists, classes.txt and labels.csv that are there with other content.
         workers: Processes.
     """
+    check_folder("--root", root)
+    if annotations is not None:
+        check_folder("--annotations", annotations)
     findings = Findings(overwrite)
     annotations = annotations or root / "annotations"
     rows: dict[str, tuple[str, list[str]]] = {}

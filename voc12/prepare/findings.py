@@ -15,6 +15,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
+from misc.commandline import WrongCall
 from misc.files import atomic, store
 from misc.files.ids import checked_id
 from misc.files.images import read_image, read_mask
@@ -33,6 +34,12 @@ _ORIENTATION = 0x0112
 """EXIF's tag of how a photo is turned; above 4: by a quarter."""
 WORKERS = min(8, os.cpu_count() or 1)
 """Default number of processes."""
+
+
+def check_folder(flag: str, folder: Path) -> None:
+    """WrongCall where the folder that an option names is none."""
+    if not folder.is_dir():
+        raise WrongCall(f"{flag} {folder}: there is no such folder.")
 
 
 @dataclass
@@ -205,6 +212,18 @@ def check_classes(catalog: Catalog, lists: dict[str, list[str]], findings: Findi
             f"the masks "
             "count it (each class is one mask value)."
         )
+    trained = "train_aug" if "train_aug" in lists else "train"
+    if 0 < len(lists.get(trained, ())) < _FEW_IMAGES:
+        findings.note(
+            f"{trained} has {len(lists[trained])} images: that is too few to train on (as a rule, {_FEW_IMAGES} or "
+            f"more, and {_FEW_OF_CLASS} or more of each class)."
+        )
+    elif trained in counts:
+        few = [f"{c} ({n:g})" for c, n in zip(catalog.classes, counts[trained], strict=True) if 0 < n < _FEW_OF_CLASS]
+        if few:
+            findings.note(
+                f"fewer than {_FEW_OF_CLASS} images of {trained} have the class {shorten(few)}: it is hardly learnt."
+            )
     for name in ("train", "train_aug"):
         lacking = [c for c, n in enumerate(counts.get(name, ())) if not n and known[c]]
         if lacking:
@@ -229,6 +248,8 @@ def check_classes(catalog: Catalog, lists: dict[str, list[str]], findings: Findi
             )
 
 
+_FEW_IMAGES, _FEW_OF_CLASS = 50, 10
+"""Training images in all, and of a class, below which a note says that they are too few: a rule of thumb."""
 _NO_CLASS = (*NO_CLASS, "none", "noclass", "nothing", "empty", "noobject", "nolabel", "nan", "null")
 """Names, without blanks and underscores at their ends, that people give to what is no class."""
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 import numpy as np
 from PIL import Image
 
+from misc.commandline import WrongCall
 from misc.files.images import channel_bits
 from voc12.catalog import Catalog
 from voc12.data_sets.folder import FolderCatalog
@@ -18,12 +19,12 @@ from voc12.prepare.findings import (
     Findings,
     check_classes,
     check_files,
+    check_folder,
     check_lists,
     conclude,
     join_lines,
     print_counts,
 )
-from voc12.tags import DataError
 
 _LARGE_MEGAPIXELS = 1.5
 """Images larger than this are reported; VOC's have 0.19 megapixels, COCO's 0.31."""
@@ -43,7 +44,8 @@ def prepare_folder(
         workers: Processes.
     """
     if not 0 <= val_share < 1:
-        raise DataError(f"--val-share {val_share} is not possible: it must be a fraction below 1, such as 0.2.")
+        raise WrongCall(f"--val-share {val_share} is not possible: it must be a fraction below 1, such as 0.2.")
+    check_folder("--root", root)
     findings = Findings(overwrite)
     catalog = FolderCatalog("folder", root)
     if not catalog.classes_are_listed:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import tyro
 
+from misc.commandline import WrongCall
 from misc.files import atomic, store
 from misc.files.ids import checked_id, strip_image_suffix
-from misc.files.images import write_mask
+from misc.files.images import read_mask, write_mask
 from voc12.export import ExportedImage, load_exports, without_folder
 from voc12.lists import shorten
 from voc12.prepare.findings import WORKERS, DirOption, Findings, conclude, join_lines, table_text
@@ -33,17 +36,21 @@ class _Convert:
         """Image and mask of our folder."""
         return self.root / "images" / self.images[image_id].name, self.root / "masks" / f"{image_id}.png"
 
-    def done(self, image_id: str) -> bool:
-        image, mask = self.files(image_id)
-        return image.exists() and (self.images[image_id].mask is None or (mask.exists() and not self.overwrite))
-
     def __call__(self, image_id: str) -> None:
         source = self.images[image_id]
         image, mask = self.files(image_id)
         if source.mask is not None:
-            write_mask(mask, source.mask())
+            drawn = source.mask()
+            if self.overwrite or not mask.exists():
+                write_mask(mask, drawn)
+            elif not np.array_equal(read_mask(mask), drawn):
+                raise DataError(f"{mask} is there with other content and is kept: --overwrite replaces it.")
         if image.exists():
-            return
+            if image.samefile(source.file) or filecmp.cmp(image, source.file, shallow=False):
+                return
+            if not self.overwrite:
+                raise DataError(f"{image} is there with other content and is kept: --overwrite replaces it.")
+            image.unlink()
         image.parent.mkdir(parents=True, exist_ok=True)
         if not self.copy:
             try:
@@ -62,22 +69,21 @@ def prepare_from(
     """Make a folder of your own images of what another tool exported, and check it.
 
     Images become links to those of SRC (copies where links are not possible); labels.csv, classes.txt, lists, and masks
-    where the format has outlines, are written. A second call makes what is missing.
+    where the format has outlines, are written. A second call makes what is missing, and tells what has changed.
 
     Args:
         form: What SRC is. {formats}
         source: Folder or file of the export.
         root: Folder to make, for --data folder --root DIR.
         copy: Copy the images, so that SRC can be removed.
-        overwrite: Replace labels.csv, classes.txt and lists that are there with other content, and draw all masks
-            again.
+        overwrite: Replace labels.csv, classes.txt, lists, masks and images that are there with other content.
         workers: Processes.
     """
     formats = load_exports()
     if form not in formats:
-        raise DataError(f"There is no format {form!r}. There are: {', '.join(formats)}.")
+        raise WrongCall(f"There is no format {form!r}. There are: {', '.join(formats)}.")
     if not source.exists():
-        raise DataError(f"{source} does not exist: give the folder or file of the export.")
+        raise WrongCall(f"{source} does not exist: give the folder or file of the export.")
     export = formats[form].read(source.absolute())
     findings = Findings(overwrite)
     for note in export.notes:
@@ -96,7 +102,14 @@ def prepare_from(
         return conclude(findings, [])
     work = _Convert(images, root, copy, overwrite)
     atomic.remove_leftovers([root])
-    findings.work("linking images, drawing masks", list(images), work, workers, work.done)
+    findings.work("linking images, drawing masks", list(images), work, workers)
+    if any(image.mask is not None for image in images.values()):
+        bare = [i for i, image in images.items() if image.mask is None and work.files(i)[1].exists()]
+        if bare:
+            findings.tell(
+                f"{len(bare)} images have no outlines in the export, but masks in {root / 'masks'} ({shorten(bare)}): "
+                "remove those that are not your own."
+            )
     findings.write()
     if findings.count:
         return conclude(findings, [])

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from misc.commandline import WrongCall
 from misc.files import atomic, store
 from misc.files.images import jpeg_bytes, read_image, read_mask, write_mask
 from misc.image.pixels import resize_image, resize_mask, scaled_size
 from voc12.catalog import Catalog
 from voc12.data_sets.folder import FolderCatalog
-from voc12.prepare.findings import WORKERS, DirOption, Findings, conclude
-from voc12.tags import DataError
+from voc12.prepare.findings import WORKERS, DirOption, Findings, check_folder, conclude
 
 _LARGEST_MEGAPIXELS = 400
 """Larger images are refused here too: reading one takes 3 bytes a pixel, twice."""
@@ -50,7 +50,8 @@ def shrink_folder(
         workers: Processes.
     """
     if long_side < 16:
-        raise DataError(f"--long-side {long_side} is not possible: it must be 16 or more.")
+        raise WrongCall(f"--long-side {long_side} is not possible: it must be 16 or more.")
+    check_folder("--root", root)
     findings = Findings(overwrite)
     catalog = FolderCatalog("folder", root)
     work = _Shrink(catalog, out, long_side)

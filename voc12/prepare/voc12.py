@@ -23,6 +23,7 @@ from voc12.prepare.findings import (
     Findings,
     check_classes,
     check_files,
+    check_folder,
     check_lists,
     conclude,
     join_lines,
@@ -75,6 +76,9 @@ def prepare_voc12(
         overwrite: Replace lists and labels.csv that are there with other content.
         workers: Processes.
     """
+    check_folder("--root", root)
+    if sbd is not None:
+        check_folder("--sbd", sbd)
     findings = Findings(overwrite)
     catalog = VocCatalog("voc12", find_voc_root(root))
     if sbd is not None:
