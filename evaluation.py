@@ -195,13 +195,14 @@ def _score(options: EvaluationOptions, ids: Sequence[str]) -> Scores:
 def evaluate(options: EvaluationOptions) -> dict[str, Any]:
     """Scores and their provenance for JSON: ``Scores.to_dict`` and the paths of the files.
 
-    Raises ValueError (options, EvaluationError for images) and OSError (missing files) before anything is written.
+    Raises WrongCall (options, a wrong list, missing files) before anything is read, EvaluationError for images.
     """
-    if not 2 <= options.num_classes <= 255:
-        raise ValueError(f"--num-classes {options.num_classes} is not in 2..255 (it counts the background)")
-    _thresholds(options)
-    names, ids = _names(options), options.read_list()
-    missing = _check_present(options, ids)
+    with commandline.before_work((ValueError, OSError)):
+        if not 2 <= options.num_classes <= 255:
+            raise ValueError(f"--num-classes {options.num_classes} is not in 2..255 (it counts the background)")
+        _thresholds(options)
+        names, ids = _names(options), options.read_list()
+        missing = _check_present(options, ids)
     result = _score(options, ids).to_dict(names, options.split or options.list_file.stem, options.convention)
     return {
         "list": str(options.list_file),
@@ -272,7 +273,8 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line. Returns the exit status: 0 scored, 1 not scored, 2 wrong options (the reason is on stderr)."""
+    """Command line. Returns the exit status: 0 scored, 1 not scored, 2 refused before any work: wrong options, missing
+    files (the reason is on stderr)."""
     words = commandline.as_help(sys.argv[1:] if argv is None else argv)
 
     def work() -> None:

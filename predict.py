@@ -193,7 +193,8 @@ class PredictionOptions:
 
 def export(options: PredictionOptions) -> None:
     """Write the ONNX file."""
-    model = options.segmenter()
+    with commandline.before_work((ValueError, OSError)):
+        model = options.segmenter()
     assert isinstance(model.network, Segmenter | SingleStage)
     path = options.out / f"{Path(options.released or options.network_file()).stem}.onnx"
     difference = export_onnx(model.network, path, model.classes, model.recipe.infer.align_corners)
@@ -252,16 +253,17 @@ def image_tags(
 
 
 def main(argv: Sequence[str]) -> int:
-    """Command line. Returns the exit status: 2 if the options are wrong, 1 if any image failed."""
+    """Command line. Returns the exit status: 2 if the call is refused before any work, 1 if any image failed."""
 
     def work() -> None:
         words = commandline.as_help(argv)
         options = commandline.parse_options(PredictionOptions, words, prog="predict.py", description=__doc__)
         if options.export:
             export(options)
-        else:
+            return
+        with commandline.before_work((ValueError, FileNotFoundError)):  # those of an image are in EachFailed
             predict(options, distributed.start(options.machine.device))
-            distributed.stop()
+        distributed.stop()
 
     return commandline.command(
         work, (ValueError, OSError, EachFailed, WorkerDied), "start the same command again to continue."

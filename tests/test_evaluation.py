@@ -70,9 +70,9 @@ def data(tmp_path: Path) -> Data:
     return Data(tmp_path)
 
 
-def refuse(data: Data, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The message of a run that must fail and write nothing."""
-    assert main([*arguments, "--json", f"{data.root}/out.json"]) == 1
+def refuse(data: Data, capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 2) -> str:
+    """The message of a run that must be refused before any work (status 2), or fail in it (1), and write nothing."""
+    assert main([*arguments, "--json", f"{data.root}/out.json"]) == status
     assert not (data.root / "out.json").exists()
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("\nerror: ")
@@ -185,7 +185,7 @@ def test_faulty_images_are_reported_together(data: Data, capsys: pytest.CaptureF
     write_mask(data.root / "png" / f"{IDS[5]}.png", np.full_like(data.mask[IDS[5]], 9))
     (data.root / "png" / f"{IDS[6]}.png").write_bytes(b"no image")
     Image.new("RGB", (31, 27), (1, 2, 3)).save(data.root / "png" / f"{IDS[7]}.png")
-    message = refuse(data, capsys, *data.arguments("png"))
+    message = refuse(data, capsys, *data.arguments("png"), status=1)
     lines = message.strip().splitlines()
     assert len(lines) == 6 and "5 images" in lines[0]
     assert f"png/{IDS[1]}.png" in lines[1] and "21 x 30" in lines[1] and "21 x 31" in lines[1]
@@ -199,13 +199,13 @@ def test_size_of_maps_is_checked(data: Data, capsys: pytest.CaptureFixture[str])
         data.root / "npz" / f"{IDS[0]}.npz", keys=np.array([0]), maps=np.zeros((1, 5, 5)), size=np.array([5, 5])
     )
     for choice in (["--curve"], ["--threshold", "0.3"]):
-        assert "5 x 5" in refuse(data, capsys, *data.arguments("npz", *choice))
+        assert "5 x 5" in refuse(data, capsys, *data.arguments("npz", *choice), status=1)
 
 
 def test_number_of_classes_counts_the_background(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = data.arguments("npz", "--threshold", "0.2")
     arguments[arguments.index("--num_classes") + 1] = "3"
-    message = refuse(data, capsys, *arguments)
+    message = refuse(data, capsys, *arguments, status=1)
     assert "12 images" in message and "counts the background" in message and "2 more" in message
 
 
@@ -249,4 +249,4 @@ def test_failure_has_a_non_zero_exit_status() -> None:
     script = Path(__file__).parents[1] / "evaluation.py"
     bad = [sys.executable, script, "--list", "no.txt", "--predict-dir", ".", "--gt-dir", ".", "--num-classes", "3"]
     failed = subprocess.run(bad, capture_output=True, text=True)
-    assert failed.returncode == 1 and "no.txt" in failed.stderr and "Traceback" not in failed.stderr
+    assert failed.returncode == 2 and "no.txt" in failed.stderr and "Traceback" not in failed.stderr

@@ -37,10 +37,10 @@ def call(out: Path, *words: str | Path) -> int:
     return predict.main([*map(str, words), "--out", str(out), *CPU])
 
 
-def told(capsys: pytest.CaptureFixture[str], out: Path, *words: str | Path) -> str:
-    """The message of a call that must fail."""
+def told(capsys: pytest.CaptureFixture[str], out: Path, *words: str | Path, status: int = 2) -> str:
+    """The message of a call that must be refused before any work (status 2), or fail in it (1)."""
     capsys.readouterr()
-    assert call(out, *words) == 1
+    assert call(out, *words) == status
     error = capsys.readouterr().err
     assert "Traceback" not in error
     return error.rpartition("\nerror: ")[2]
@@ -110,7 +110,7 @@ def test_odd_images_work_or_are_reported_and_the_others_go_on(
     seg: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = odd_images(tmp_path / "odd", data)
-    error = told(capsys, tmp_path / "out", tmp_path / "odd", "gone.jpg", "--weights", seg, "--fast")
+    error = told(capsys, tmp_path / "out", tmp_path / "odd", "gone.jpg", "--weights", seg, "--fast", status=1)
     assert "predict: 4 of 14 images failed, the others are finished" in error
     for line in ("cut: ValueError: Image", "text.png cannot be read", "empty.webp cannot be read",
                  "Image gone.jpg does not exist"):  # fmt: skip
@@ -247,7 +247,8 @@ def test_without_a_refiner_a_crf_or_a_threshold_is_used_and_reported(
 
 def test_odd_images_with_tags(finished: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = odd_images(tmp_path / "odd", data)
-    error = told(capsys, tmp_path / "out", tmp_path / "odd", "--run", finished, "--tags", names(data)[0], "--fast")
+    words = (tmp_path / "odd", "--run", finished, "--tags", names(data)[0], "--fast")
+    error = told(capsys, tmp_path / "out", *words, status=1)
     assert "3 of 13 images failed" in error
     assert {p.stem: read_mask(p).shape for p in (tmp_path / "out" / "masks").iterdir()} == sizes
     assert read_cam(tmp_path / "out" / "maps" / "large.npz").size == sizes["large"]

@@ -38,7 +38,7 @@ def call(out: Path, *words: str | Path) -> int:
 def refused(capsys: pytest.CaptureFixture[str], out: Path, *words: str | Path) -> str:
     """The message of a call that must fail before any mask is made."""
     capsys.readouterr()
-    assert call(out, *words) == 1
+    assert call(out, *words) == 2
     assert not (out / "masks").exists()
     return capsys.readouterr().err
 
@@ -67,7 +67,7 @@ def test_the_runs_refiner_without_training_makes_the_runs_masks(
     assert record["tags"].startswith("labels.csv, ") and record["refiner settings"]["crf.iterations"] == 2
     # other tags are other results
     table.write_text(table_of(made, data).replace("2025_000001.jpg,", "2025_000001.jpg, "), encoding="utf-8")
-    assert call(tmp_path / "out", data / "JPEGImages" / "2025_*.jpg", "--run", made, "--tags-from", table) == 1
+    assert call(tmp_path / "out", data / "JPEGImages" / "2025_*.jpg", "--run", made, "--tags-from", table) == 2
     assert "tags: 'labels.csv" in capsys.readouterr().err
     # every pixel gets a class where that is asked for
     words = ("--run", made, "--tags", "disc", "--ignore-below", "0")

@@ -6,7 +6,7 @@
 
 Uses the mask generation of the transformers library, which fetches the weights by the model's name; without a way to
 the internet give the folder of a downloaded model. A second call makes only what is missing. The exit status is 1 if
-an image failed.
+an image failed, 2 if the call was refused before any work.
 """
 
 from __future__ import annotations
@@ -89,18 +89,20 @@ def make_segments(options: SegmentOptions) -> None:
     """Make the segments of every image that has none.
 
     Raises:
-        ValueError: no such data set or list, transformers or the model can't be had, or the folder holds segments made
+        WrongCall: no such data set or list, transformers or the model can't be had, or the folder holds segments made
             with other settings. EachFailed: some images failed.
     """
-    part, catalog = options.part(), options.catalog()
-    ids = list(catalog.images) if options.list is None else catalog.ids(options.list)
     out = options.out or options.root / FOLDER
     record = out / ".made_by.json"
-    there = store.read_json(record, dict) if record.exists() else options.settings()
-    if there != options.settings():
-        raise ValueError(f"{out} holds segments made with {there}, now it is {options.settings()}: give another --out.")
-    device = distributed.start(options.device)
-    generator = load_generator(options.model, device)
+    with commandline.before_work((ValueError, OSError)):
+        part, catalog = options.part(), options.catalog()
+        ids = list(catalog.images) if options.list is None else catalog.ids(options.list)
+        there = store.read_json(record, dict) if record.exists() else options.settings()
+        if there != options.settings():
+            told = f"{out} holds segments made with {there}, now it is {options.settings()}"
+            raise ValueError(f"{told}: give another --out.")
+        device = distributed.start(options.device)
+        generator = load_generator(options.model, device)
     if distributed.is_main():
         atomic.remove_leftovers([out])
         store.write_json(record, options.settings())
