@@ -64,6 +64,15 @@ def room(module: str) -> tuple[str, str]:
     return parts[0], parts[1] if len(parts) > 1 else ""
 
 
+LONGEST = 500
+"""Lines of a file (docs/design.md, section 2)."""
+
+
+def test_no_file_is_too_long() -> None:
+    lines = {str(path): len((ROOM / path).read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert not {path: count for path, count in lines.items() if count > LONGEST}
+
+
 @pytest.mark.parametrize("package", BELOW)
 def test_imports_point_down(package: str) -> None:
     wrong = [
