@@ -18,8 +18,9 @@ from pathlib import Path
 from misc import commandline
 
 commandline.begin(__name__)
-if __name__ == "__main__" and (answered := commandline.answer_early(Path(__file__), sys.argv[1:])) is not None:
-    sys.exit(answered)  # before PyTorch is imported, which takes seconds
+_USAGE = "--list FILE --predict-dir DIR --gt-dir DIR --num-classes N [options]"
+if __name__ == "__main__" and (done := commandline.answer_early(Path(__file__), sys.argv[1:], _USAGE)) is not None:
+    sys.exit(done)  # before PyTorch is imported, which takes seconds
 
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool

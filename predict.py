@@ -41,8 +41,9 @@ from pathlib import Path
 from misc import commandline
 
 commandline.begin(__name__)
-if __name__ == "__main__" and (answered := commandline.answer_early(Path(__file__), sys.argv[1:])) is not None:
-    sys.exit(answered)  # before PyTorch is imported, which takes seconds
+_USAGE = "IMAGE... (--weights FILE | --run RUN | --method NAME) [--tags NAMES] [--out DIR] [options]"
+if __name__ == "__main__" and (done := commandline.answer_early(Path(__file__), sys.argv[1:], _USAGE)) is not None:
+    sys.exit(done)  # before PyTorch is imported, which takes seconds
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -85,6 +85,11 @@ def main(argv: Sequence[str]) -> int:
     from step.lib import parsing
     from step.plan import PROBLEMS, open_plan
 
+    opened: list[Plan] = []
+
+    def interrupted() -> str:
+        return opened[0].tell_interrupted() if opened else "no step was begun: start the same command again."
+
     def work() -> None:
         with commandline.before_work(PROBLEMS):
             if "--help-all" in argv:
@@ -92,11 +97,11 @@ def main(argv: Sequence[str]) -> int:
                 return
             cfg = parsing.parse(argv)
             device = distributed.start(cfg.machine.device)
-            plan = open_plan(cfg)
-        run_plan(plan, device, ["python", "run_sample.py", *without_steps(argv)])
+            opened.append(open_plan(cfg))
+        run_plan(opened[0], device, ["python", "run_sample.py", *without_steps(argv)])
         distributed.stop()
 
-    return commandline.command(work, PROBLEMS, "start the same command again (without --redo) to continue.")
+    return commandline.command(work, PROBLEMS, interrupted)
 
 
 if __name__ == "__main__":

@@ -55,12 +55,13 @@ def end(status: int) -> NoReturn:
     sys.exit(status)
 
 
-def command(work: Callable[[], int | None], problems: tuple[type[Exception], ...] = (), interrupted: str = "") -> int:
+def command(work: Callable[[], int | None], problems: tuple[type[Exception], ...] = (),
+            interrupted: str | Callable[[], str] = "") -> int:  # fmt: skip
     """Run the work of a command line and return its exit status.
 
     0, or what ``work`` returns: finished. 2: ``WrongCall``. 1: one of the errors in ``problems``, the work failed. Both
-    tell the user what to do and are printed without a traceback. 130: Ctrl-C; ``interrupted`` is printed. 141 (as in a
-    shell): the reader of the output has gone (``| head``).
+    tell the user what to do and are printed without a traceback. 130: Ctrl-C; ``interrupted``, or what it returns then,
+    is printed. 141 (as in a shell): the reader of the output has gone (``| head``).
     """
     status = 0
     try:
@@ -79,7 +80,7 @@ def command(work: Callable[[], int | None], problems: tuple[type[Exception], ...
         print(f"\nerror: {error}", file=sys.stderr)
         return 2 if isinstance(error, WrongCall) else 1
     except KeyboardInterrupt:
-        print(f"\ninterrupted: {interrupted}", file=sys.stderr)
+        print(f"\ninterrupted: {interrupted if isinstance(interrupted, str) else interrupted()}", file=sys.stderr)
         return 130
     return status
 
@@ -335,8 +336,9 @@ def source_options(path: Path, name: str) -> dict[str, str]:
     return found
 
 
-def answer_early(program: Path, argv: Sequence[str]) -> int | None:
-    """Answer a request for the short help, or an unknown flag of a program, without importing the program.
+def answer_early(program: Path, argv: Sequence[str], usage: str) -> int | None:
+    """Answer a request for the short help, or an unknown flag of a program, without importing the program; ``usage``:
+    what its command line is made of.
 
     The program's options are its class ``...Options``. Returns the exit status, or None if the program should go on.
     """
@@ -352,7 +354,8 @@ def answer_early(program: Path, argv: Sequence[str]) -> int | None:
         unshown = [f"--machine.{name}" for name in ("compile", "channels-last", "checkpoint-every")]  # of trainings
         rows = [row for row in options.items() if row[1] and row[0] not in unshown]
         all_of_it = ("--help-all", "all options with full descriptions, defaults and choices")
-        return command(lambda: print(f"{about}\n\noptions:\n{columns([*rows, all_of_it])}"))
+        called = f"usage: python {program.name} {usage}"
+        return command(lambda: print(f"{called}\n\n{about}\n\noptions:\n{columns([*rows, all_of_it])}"))
     for word in given_flags(argv):
         if word not in (*options, "--help-all"):
             print(f"\nerror: {program.name} has no flag {word}.{did_you_mean(word, options)}", file=sys.stderr)

@@ -76,6 +76,22 @@ class Plan:
         done = self.parts == 1 or not step.per_image
         return self.job.run.step(step.name, done=done, makes=step.makes, made_on=made_on)
 
+    def tell_interrupted(self) -> str:
+        """What is kept of an interrupted call, and how to go on. One process may call it alone."""
+        if not self.made:
+            return "no step was begun: start the same command again."
+        step, run = self.made[-1], self.job.run
+        going_on = "start the same command again (without --redo)"
+        if run.finished(step.name):
+            return f"{going_on} to continue with the next step."
+        if step.per_image:
+            return f"{going_on} to continue {step.name}; images that are finished are kept."
+        left = [name for name in _phases(self.job, {step.name}) if not run.weights(name).exists()]
+        if not left or resume_point(run.weights(left[0])).exists():
+            return f"{going_on} to continue {step.name}" + (" from its last resume point." if left else ".")
+        kept = "what was finished before is kept"
+        return f"the training {left[0]} has no resume point yet and begins anew, {kept}: {going_on}."
+
     def files(self, step: Step) -> list[str]:
         """The existing files and folders that a step has made."""
         made = (self.job.run.root / name for name in step.makes)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from running import ROOM
+from running import ROOM, start
 
 from misc import commandline
 
@@ -27,6 +27,15 @@ def test_another_broken_pipe_is_reported(capsys: pytest.CaptureFixture[str]) -> 
 
     assert commandline.command(work, (OSError,), "") == 1
     assert "error: [Errno 32] Broken pipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program, needed", [
+    ("predict.py", "IMAGE... (--weights FILE | --run RUN | --method NAME)"),
+    ("evaluation.py", "--list FILE --predict-dir DIR --gt-dir DIR --num-classes N"),
+])  # fmt: skip
+def test_the_short_help_begins_with_the_usage(program: str, needed: str) -> None:
+    told = start([program, "--help"])
+    assert told.returncode == 0 and told.stdout.startswith(f"usage: python {program} {needed}"), told.stderr
 
 
 def test_each_end_has_its_status(capsys: pytest.CaptureFixture[str]) -> None:

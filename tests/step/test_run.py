@@ -220,6 +220,23 @@ def test_a_folder_of_ones_own_needs_no_other_word(tmp_path: Path) -> None:
     assert parsing.parse(["seam", "--data", "folder", "--root", "x", "--preset", "published"]).preset == "published"
 
 
+@pytest.mark.parametrize("at, told", [
+    (0, "the training cam has no resume point yet and begins anew, what was finished before is kept: start the same"),
+    (1, "start the same command again (without --redo) to continue train_cam from its last resume point."),
+])  # fmt: skip
+def test_an_interrupted_training_says_where_it_goes_on(
+    at: int, told: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def interrupted(seed: int, step: int) -> None:
+        if step == at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("misc.loop.fit.seed_step", interrupted)
+    assert run(data, tmp_path / "out", "--machine.checkpoint-every", "1") == 130
+    assert f"\ninterrupted: {told}" in capsys.readouterr().err
+
+
 def test_an_interrupted_run_says_so_and_leaves_nothing_half(
     data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -233,7 +250,8 @@ def test_an_interrupted_run_says_so_and_leaves_nothing_half(
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", interrupted)
         assert run(data, out) == 130
-    assert "interrupted: start the same command again" in capsys.readouterr().err
+    kept = "(without --redo) to continue make_cam; images that are finished are kept."
+    assert f"interrupted: start the same command again {kept}" in capsys.readouterr().err
     written = {path.stem for path in (out / "cam").iterdir()}
     assert not list(out.rglob("*.part")) and {*IDS[:4]} <= written and IDS[4] not in written  # threads write ahead
     assert run(data, out, "--steps", "1-2") == 0
