@@ -30,7 +30,7 @@ from scripts.hostile.material import (
 LIMIT = 300
 """Seconds that a command may take."""
 
-_OF_ITS_OWN_TIME = re.compile(r"(^|/)(log/|run\.json$|report\.html$|\.lock$)")
+_OF_ITS_OWN_TIME = re.compile(r"(^|/)(log/|checked_images\.json$|run\.json$|report\.html$|\.lock$)")
 """Files that hold times."""
 _LEFTOVER = re.compile(r"(\.part|\.resume\.pt|\.best\.pt|\.tmp)$")
 
