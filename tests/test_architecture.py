@@ -149,6 +149,7 @@ def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
                     yield line.lineno, text
 
 
+@pytest.mark.slow
 def test_no_docstring_is_a_single_word() -> None:
     sources = [ROOM / path for path in FILES] + sorted((ROOM / "tests").rglob("*.py"))
     short = [

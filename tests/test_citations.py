@@ -128,6 +128,7 @@ def cited_in_help(text: str) -> list[str]:
     return [name for name in found if name in specifications]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [p for p in list_sources() if p.suffix == ".py" and "tests" not in p.parts],
                          ids=lambda p: str(p.relative_to(ROOT)))  # fmt: skip
 def test_help_texts_hold_no_citation(path: Path) -> None:

@@ -43,6 +43,7 @@ def miou(folder: Path, number: int) -> float:
     return list(json.loads((folder / "scores.json").read_text()).values())[number]["miou"]
 
 
+@pytest.mark.slow
 def test_a_row_is_a_mean_over_seeds_and_published_figures_stand_apart(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +157,7 @@ def test_the_recorded_configuration_is_that_of_the_run(runs: Path, data: Path) -
     assert cfg.cam.fit != default_config("psa", "sample").cam.fit
 
 
+@pytest.mark.slow
 def test_one_image_through_all_steps(runs: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "steps.png"
     assert look.main(["2025_000001", "--run", str(runs / "a"), "--out", str(out), "--device", "cpu"]) == 0
@@ -188,6 +190,7 @@ def test_runs_on_copies_of_large_images(data: Path, tmp_path: Path) -> None:
     assert look.main([name, "--run", str(tmp_path / "run"), "--out", str(tmp_path / "x.png")]) == 0
 
 
+@pytest.mark.slow
 def test_an_image_that_the_run_has_never_seen(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)).save(tmp_path / "new.jpg")
     out = tmp_path / "new.png"

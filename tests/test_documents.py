@@ -75,6 +75,7 @@ def test_commands_are_found() -> None:
     assert "python -m voc12.prepare folder --root my_photos --val-share 0.2" in commands
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "line"), [(name, line) for name in DOCUMENTS for line in read_commands(name)])
 def test_commands_of_documents(name: str, line: str) -> None:
     try:
@@ -116,6 +117,7 @@ def test_the_readme_is_short_and_names_what_exists() -> None:
         assert all((ROOM / "scripts" / script).is_file() for script in scripts if script)
 
 
+@pytest.mark.slow
 def test_lines_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     data, out = make_set(tmp_path / "set"), tmp_path / "runs" / "seam-sample"
     assert run(data, out, "--masks", "truth", "--steps", "train_seg") == 0

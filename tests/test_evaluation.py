@@ -101,6 +101,7 @@ def test_masks(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"true class, a false positive of none ({sum(result['predicted_void'])} pixels)" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["npz", "npy"])
 def test_curve_of_maps(data: Data, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     result = data.run(*data.arguments(kind, "--curve", "--no-boundary"))
@@ -163,6 +164,7 @@ def test_missing_maps_are_background_at_every_threshold(data: Data) -> None:
     assert result["confusion"] == data.confusion(cut).matrix.tolist()
 
 
+@pytest.mark.slow
 def test_erosion_is_asked_for_and_named(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     plain = data.run(*data.arguments("npz", "--threshold", "0.4"))
     assert plain["erosion"] == 0 and "eroded" not in capsys.readouterr().out
@@ -209,6 +211,7 @@ def test_number_of_classes_counts_the_background(data: Data, capsys: pytest.Capt
     assert "12 images" in message and "counts the background" in message and "2 more" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "more", "text"),
     [

@@ -13,16 +13,20 @@ import pytest
 from golden_case import Case
 
 SLOW = """
-aream_infer_conformer aream_msf_cam_conformer aream_train_step_conformer aream_train_step_mct caae_forward
-clipes_vitb16_forward crt_cnn_forward crt_deit_forward crt_make_cam_end_to_end crt_wsol_forward
+aream_conformer_forward aream_infer_conformer aream_infer_mct aream_mct_forward aream_msf_cam_conformer
+aream_msf_cam_mct aream_train_step_conformer aream_train_step_mct caae_forward clipes_gradcam clipes_text_features
+clipes_vitb16_forward conformer_forward crt_cnn_forward crt_deit_forward crt_make_cam_end_to_end crt_wsol_forward
 deeplabv1_largefov deeplabv1_seam deeplabv1_seam_train deeplabv2_loss deeplabv2_msc deeplabv3plus_forward
 deeplabv3plus_train getam_forward_deit_distilled getam_forward_vitb_hybrid getam_label_pipeline
-getam_map_deit_distilled mctformer_deit_load more_forward more_train_step psa_aff_forward psa_cls_resnet38
-psa_cls_vgg16 psa_random_walk puzzlecam_resnest_stages seam_aff_small seam_infer seam_net seam_random_walk_crf
-seam_train_step semformer_affinitynet semformer_cam_merge semformer_edge_inference semformer_forward_train
-toco_forward toco_train_step transcam_deeplab_train transcam_forward transcam_train_loss tscam_forward
+getam_map_deit_distilled irn_aff_displacement_loss irn_cam_net irn_edge_displacement irn_sem_seg mctformer_cam_merge
+mctformer_deit_load mctformer_plus_cam_merge mctformer_plus_deit_load mctformer_plus_forward mctformer_v1_forward
+mctformer_v2_forward more_forward more_lam_merge more_test_merge more_train_step psa_aff_forward psa_aff_vgg16
+psa_cls_resnet38 psa_cls_vgg16 psa_random_walk puzzlecam_resnest_stages seam_aff_small seam_infer seam_net
+seam_random_walk_crf seam_train_step semformer_affinitynet semformer_cam_merge semformer_edge_inference
+semformer_forward_train toco_forward toco_train_step transcam_deeplab_train transcam_forward transcam_train_loss
+tscam_forward
 """.split()
-"""Cases of two seconds or more on one thread."""
+"""Cases of about a second or more on one thread."""
 
 ZERO = {
     ("aream_aff_loss", "all_ignored"): "the loss of a label without a pair is zero",

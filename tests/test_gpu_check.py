@@ -18,6 +18,7 @@ CPU = torch.device("cpu")
 registry.load_methods()
 
 
+@pytest.mark.slow
 def test_operators_are_measured_and_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(GpuCheckOptions(tmp_path, device="cpu", tiny=True, parts=("operators",))) == 0
     results = json.loads((tmp_path / "results.json").read_text())
@@ -69,6 +70,7 @@ def test_every_network_that_is_trained_is_listed() -> None:
     assert names == {*registry.SEEDS, *registry.SEGMENTERS, *trained}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["irn_cam", "refiner psa", "toco", "semformer"])
 def test_batches_fit_their_networks(name: str, tmp_path: Path) -> None:
     task = next(task for task in tasks("sample") if task.name == name)

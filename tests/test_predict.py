@@ -66,6 +66,7 @@ def test_a_file_alone_predicts_what_the_run_predicted(finished: Path, data: Path
             assert overlay.width == mask.width and (legend > 0) == bool(np.asarray(mask).any())
 
 
+@pytest.mark.slow
 def test_probabilities_sum_to_one_and_agree_with_the_mask(seg: Path, data: Path, tmp_path: Path) -> None:
     image = data / "JPEGImages" / "2026_000001.jpg"
     assert call(tmp_path / "out", image, "--weights", seg, "--probabilities", "--fast") == 0
@@ -172,6 +173,7 @@ def test_only_what_is_missing_or_older_than_its_image_is_made_again(
     assert [name for name in sorted(first) if first[name] == after[name]] == ["2026_000001.png"]
 
 
+@pytest.mark.slow
 def test_results_of_another_model_or_settings_are_not_mixed(
     finished: Path, seg: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,6 +247,7 @@ def test_without_a_refiner_a_crf_or_a_threshold_is_used_and_reported(
     assert "no trained refiner" in told(capsys, tmp_path / "d", image, "--run", part, "--tags", tags, "--refine=walk")
 
 
+@pytest.mark.slow
 def test_odd_images_with_tags(finished: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = odd_images(tmp_path / "odd", data)
     words = (tmp_path / "odd", "--run", finished, "--tags", names(data)[0], "--fast")
@@ -296,6 +299,7 @@ def test_a_network_leaves_as_onnx(finished: Path, tmp_path: Path, capsys: pytest
 # ------------------------------------------------------------------------------------------- released checkpoints
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "section", "tags"), [("psa", "cam", True), ("psa", "seg", False), ("toco", "cam", False)]
 )

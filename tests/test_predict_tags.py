@@ -53,6 +53,7 @@ def table_of(run: Path, data: Path) -> str:
     return "file,classes\n" + "".join(rows)
 
 
+@pytest.mark.slow
 def test_the_runs_refiner_without_training_makes_the_runs_masks(
     made: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,6 +102,7 @@ def photographs(data: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_masks_without_any_run(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("open_clip")
     folder = photographs(data, tmp_path / "photos")

@@ -235,6 +235,7 @@ step = {"done": True, "seconds": 12.34, "peak_memory_mb": 2048.0, "peak_gpu_memo
 """
 
 
+@pytest.mark.slow
 def test_one_step_goes_on_after_a_failure_and_leaves_out_what_has_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -269,6 +270,7 @@ def test_one_step_wants_known_names(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(study.PLAIN))
 def test_plain_maps_are_of_the_same_network_and_training(method: str) -> None:
     plain = parsing.parse([method, *study.PLAIN[method].split()]).cam

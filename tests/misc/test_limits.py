@@ -198,6 +198,7 @@ PROGRAMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_ctrl_c_during_imports(program: str) -> None:
     started = subprocess.Popen([sys.executable, *PROGRAMS[program]], cwd=ROOM, stderr=subprocess.PIPE, text=True)

@@ -247,6 +247,7 @@ def test_a_run_writes_and_scores_its_objects(finished: Path, data: Path) -> None
     assert weights["mean_shift.running_mean"].abs().sum() > 0  # measured before the weights were written
 
 
+@pytest.mark.slow
 def test_the_report_shows_objects(finished: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_sample.main(arguments(data, finished, "--steps", "report")) == 0
     page = (finished / "report.html").read_text()

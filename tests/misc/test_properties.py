@@ -120,6 +120,7 @@ def saved(folder: str, content: object) -> Path:
     return Path(folder) / "a.npy"
 
 
+@pytest.mark.slow
 @few
 @hypothesis.given(content=plain)
 def test_whatever_data_a_pickled_file_holds_comes_back(content: Any) -> None:

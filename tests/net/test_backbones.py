@@ -182,6 +182,7 @@ def test_resnet38_dropout_acts_in_both_bottlenecks_in_training_only() -> None:
     assert torch.equal(net(x)["conv6"], net(x)["conv6"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [ResNet38Options(), NARROW], ids=["full", "narrow"])
 @torch.no_grad()
 def test_resnet38_initial_activations_have_a_sane_scale(options: ResNet38Options) -> None:

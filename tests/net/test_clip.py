@@ -281,6 +281,7 @@ def test_a_run_file_of_clipes_is_built_from_its_description(tmp_path: Path) -> N
     assert len(model.network.encoder.background_features) == len(BACKGROUND) - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["clipes", "weclip"])
 def test_a_released_file_goes_through_a_run(method: str, tmp_path: Path) -> None:
     """CLIP's own file, or WeCLIP's with CLIP inside; the run's file has the features of the texts instead of the text

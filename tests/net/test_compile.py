@@ -13,6 +13,7 @@ from scripts.measured_networks import build, loss_terms, make_batch, tasks
 registry.load_methods()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["irn_cam", "mctformer", "deeplabv2"])
 def test_progress_costs_one_graph_more(name: str) -> None:
     """The first number is compiled as a constant, the second as a variable."""

@@ -138,6 +138,7 @@ def test_published_recipe_of_form_b() -> None:
     assert (crf.bilateral_sxy, crf.bilateral_srgb, crf.bilateral_weight) == (83, 5, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", BOTH)
 def test_the_sample_recipe_learns_from_random_weights(cls: type[Segmenter]) -> None:
     assert cls.recipes["sample"].weights == "none"

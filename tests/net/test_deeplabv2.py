@@ -156,6 +156,7 @@ def features(net: torchvision.models.ResNet, images: Tensor) -> Tensor:
     return net.layer2(net.layer1(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "resnet50."])
 def test_torchvision_weights_compute_what_they_computed(prefix: str, tmp_path: Path) -> None:
     """Up to the third stage, where dilation begins; odd sizes, where the pooling's rounding makes no difference."""

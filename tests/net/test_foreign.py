@@ -309,6 +309,7 @@ def test_resnet38_rename_table() -> None:
         assert resnet38_from_mxnet(strange) == strange
 
 
+@pytest.mark.slow
 def test_resnet38_loads_a_params_file(tmp_path: Path) -> None:
     """Recognised by its telltale key, into a backbone that owns the names and one that is a part."""
     net = ResNet38(ResNet38Options(width=0.125))

@@ -62,6 +62,7 @@ def pictures(count: int, height: int, width: int, seed: int = 1) -> Tensor:
 # ---------------------------------------------------------------------------------------------- network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_names_and_shapes_are_the_official_ones(kind: str) -> None:
     with torch.device("meta"):
@@ -355,6 +356,7 @@ def test_a_whole_checkpoint_loads_strictly(tmp_path: Path) -> None:
         net.load_weights(str(tmp_path / "cut.pth"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_imagenet_classifier_fills_the_transformer(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(5)

@@ -57,6 +57,7 @@ def test_paths_are_thick_lines_from_target_to_source() -> None:
     assert lengths == sorted(lengths) and len(lengths) == 152
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("radius", "form"), [(None, "_PathMaximum"), (4, "_PathMaximum"), (4, "_GatheredPathMaximum")])
 def test_affinities_and_their_gradient_are_the_plain_ones(
     radius: int | None, form: str, monkeypatch: pytest.MonkeyPatch
@@ -187,6 +188,7 @@ def test_scores_stop_at_a_boundary() -> None:
     assert walked[:, :10].min() > 1e-3 and walked[:, 11:].max() < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(530, 40), (33, 517), (7, 5), (64, 64)])
 def test_no_size_of_image_is_too_large_or_odd(size: tuple[int, int]) -> None:
     """Published cuts what is longer than 512 pixels and then fails (irnet.md section 12)."""

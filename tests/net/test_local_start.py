@@ -103,6 +103,7 @@ def test_impossible_starts_are_refused(wrong: dict[str, int]) -> None:
 # ------------------------------------------------------------------------------ new heads on Conformer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "convolution", "linear", "outputs", "taps"),
     [

@@ -55,6 +55,7 @@ def test_a_network_comes_back_from_its_file(part: Any, name: str, tmp_path: Path
     assert own.keys() == state.keys() and all(torch.equal(own[k], state[k]) for k in own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part, name", METHODS)
 def test_the_file_is_a_plain_checkpoint_to_others(part: str, name: str, tmp_path: Path) -> None:
     """Tensors under their own names, nothing to unpickle, and our own loader takes it as a start."""
@@ -70,6 +71,7 @@ WRONG_DESCRIPTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", WRONG_DESCRIPTIONS)
 def test_descriptions_of_another_form(key: str, tmp_path: Path) -> None:
     save(tmp_path, "seg", "deeplabv2", recipe("seg", "deeplabv2"))
@@ -94,6 +96,7 @@ def test_a_width_without_end_takes_no_memory(tmp_path: Path, monkeypatch: pytest
 SINGLE_STAGE = sorted(name for name, cls in registry.SEEDS.items() if issubclass(cls, contract.SingleStage))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SINGLE_STAGE)
 def test_a_cam_network_that_predicts_masks_serves_as_segmenter(name: str, tmp_path: Path) -> None:
     whole = registry.SEEDS[name].recipes["sample"]
@@ -111,6 +114,7 @@ def test_a_cam_network_that_predicts_masks_serves_as_segmenter(name: str, tmp_pa
     assert not predicts_masks(tmp_path / "cam.pt")
 
 
+@pytest.mark.slow
 def test_an_unknown_file_or_another_part_names_the_remedy(tmp_path: Path) -> None:
     save(tmp_path, "seg", "deeplabv1", recipe("seg", "deeplabv1"))
     with pytest.raises(ValueError, match=r"seg\.pt is a segmentation network, a CAM network is needed: give a run's"):

@@ -37,6 +37,7 @@ def batch_of(start: int, count: int) -> dict[str, Tensor]:
     return {"image": torch.stack(images), "tags": torch.stack(tags), "seed": torch.arange(start, start + count)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("progress", [0.0, 0.4, 0.75])
 def test_terms_are_the_same_however_the_batch_is_divided(progress: float) -> None:
     whole = check_division(network(), batch_of, progress)

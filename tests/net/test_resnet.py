@@ -23,6 +23,7 @@ class Owner(nn.Module):
         self.classifier = nn.Conv2d(self.resnet50.channels["layer4"], classes, 1, bias=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("depth", "name"), [((3, 4, 6, 3), "resnet50"), ((3, 4, 23, 3), "resnet101"), ((3, 8, 36, 3), "resnet152")]
 )

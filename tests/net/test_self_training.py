@@ -24,6 +24,7 @@ def official_shapes(cls: type[SelfTrainedViT], classes: int) -> dict[str, list[i
     return {name: [grown.get(side, side) for side in shape] for name, shape in case["keys"].items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cls", "preset"), PRESETS)
 def test_a_published_network_has_the_official_tensors_and_takes_the_recipe_s_crops(
     cls: type[SelfTrainedViT], preset: str

@@ -378,6 +378,7 @@ def open_config(data: Path) -> Config:
     return parsing.parse(arguments(data, Path("unused")))
 
 
+@pytest.mark.slow
 def test_an_epoch_is_rated_by_the_best_background_score(job: Job) -> None:
     masks = scored_masks(job)
     rated = train_miou(job, network(classes=2).eval(), masks, torch.device("cpu"))
@@ -392,6 +393,7 @@ def test_an_epoch_is_rated_by_the_best_background_score(job: Job) -> None:
     assert 0 < empty < 1 / 3  # all background: one class of three
 
 
+@pytest.mark.slow
 def test_selection_without_masks_is_refused_before_anything_is_trained(data: Path, tmp_path: Path) -> None:
     own = shutil.copytree(data, tmp_path / "own")
     next((own / "SegmentationClass").glob("2025*")).unlink()

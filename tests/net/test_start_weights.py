@@ -66,6 +66,7 @@ def test_networks_whose_recipes_say_pretrained_name_timms_classifiers(table: str
             assert names and all(names), name
 
 
+@pytest.mark.slow
 def test_a_segmenter_that_starts_from_the_cam_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Puzzle-CAM and DeepLab v2 on the same ResNet, as the sample recipes have them."""
     data = make_set(tmp_path / "data")

@@ -35,6 +35,7 @@ def network(name: str, stride: int = 16, **options: Any) -> TimmCNN:
     return TimmCNN(f"timm/{name}", TimmOptions(stride=stride, **options)).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_cells_cover_their_pixels(name: str) -> None:
@@ -53,6 +54,7 @@ def test_cells_cover_their_pixels(name: str) -> None:
         assert ((rows / ones)[middle] - (first + stride / 2)).abs().max() <= 0.15 * stride + 0.01, stage
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_a_bright_square_has_its_peak_on_it(name: str) -> None:
@@ -65,6 +67,7 @@ def test_a_bright_square_has_its_peak_on_it(name: str) -> None:
     assert 64 <= row < 96 and 160 <= column < 192
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_the_maps_of_a_picture_and_of_its_mirror_image_agree(name: str) -> None:
@@ -120,6 +123,7 @@ def test_any_size_is_covered(size: tuple[int, int]) -> None:
         assert net.enlarge(maps, size).shape[2:] == size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, stride, told", [
     ("nosuch", 16, "timm has no model 'nosuch': give a name of timm.list_models"),
     ("vit_tiny_patch16_224", 16, "timm can't give vit_tiny_patch16_224 a last map of stride 16: use a CNN"),
@@ -163,6 +167,7 @@ def _as_released(path: Path, name: str, change: Callable[[dict[str, Tensor]], An
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_resnet", NAME, "test_convnext", "regnetx_002"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_timms_files_load_strictly(tmp_path: Path, name: str, suffix: str) -> None:
@@ -196,6 +201,7 @@ def _build(place: str, name: str = NAME) -> Any:
     return override(options, {"backbone": f"timm/{name}"}).build(2, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 @torch.no_grad()
 def test_every_place_takes_one_and_starts_from_the_cam_network(place: str, tmp_path: Path) -> None:

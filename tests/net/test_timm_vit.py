@@ -105,6 +105,7 @@ def test_positions_of_another_grid_are_resized_when_they_are_loaded(tmp_path: Pa
     assert state["grid_posembed"].shape == grid.grid_posembed.shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "reason"),
     [("vit_base_patch14_reg4_dinov2.lvd142m", "5 tokens stand before its patches"),
@@ -120,6 +121,7 @@ def test_what_cannot_be_a_backbone_is_refused_with_the_reason(name: str, reason:
         ViTOptions(timm=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224"])
 def test_sizes_are_timm_s(name: str) -> None:
     model = timm.create_model(name, pretrained=False) if "small" in name else None

@@ -47,6 +47,7 @@ def batch_of(start: int, count: int) -> dict[str, Tensor]:
     return {name: torch.stack(values) for name, values in made.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("progress", [0.0, 0.75])
 def test_terms_are_the_same_however_the_batch_is_divided(progress: float) -> None:
     whole = check_division(network(), batch_of, progress)
@@ -140,6 +141,7 @@ def train(folder: Path, batches=loader) -> dict[str, Tensor]:
     return net.state_dict()
 
 
+@pytest.mark.slow
 def test_a_killed_training_ends_bit_for_bit_like_an_undisturbed_one(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole")
     assert not torch.equal(whole["proj_head.mlp.2.weight"], whole["proj_head_t.mlp.2.weight"])

@@ -46,12 +46,14 @@ def test_every_method_passes(name: str) -> None:
     verify_seed(registry.SEEDS[name].recipes["sample"].cam.phases(), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(registry.REFINERS))
 def test_every_refiner_passes(name: str) -> None:
     for classes in (CLASSES, 1):
         verify_refiner(registry.REFINERS[name], registry.REFINERS[name].recipes["sample"], classes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(registry.SEGMENTERS))
 def test_every_segmenter_passes(name: str) -> None:
     verify_segmenter(registry.SEGMENTERS[name].recipes["sample"], CLASSES)
@@ -133,6 +135,7 @@ def test_a_phase_that_trains_nothing_has_no_loss_to_check(monkeypatch: pytest.Mo
     verify_seed([(name, still)], CLASSES)
 
 
+@pytest.mark.slow
 def test_wrong_labels_targets_and_scores_of_a_refiner_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     cls = registry.REFINERS["psa"]
     recipe, right = cls.recipes["sample"], (cls.make_label, cls.refine)

@@ -27,6 +27,7 @@ def spoil_jpeg(own: Path, image_id: str) -> bytes:
     return whole
 
 
+@pytest.mark.slow
 def test_a_listed_image_that_is_not_there(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (own / "JPEGImages" / f"{IDS[2]}.jpg").unlink()
     told = refused(capsys, own, tmp_path / "new")
@@ -38,6 +39,7 @@ def test_a_listed_image_that_is_not_there(own: Path, tmp_path: Path, capsys: pyt
     assert IDS[2] in refused(capsys, own, tmp_path / "new", "--score-list", "more")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text, told", [("", "is empty"), ("../../etc/passwd\n", "'../../etc/passwd' is not allowed")])
 def test_a_bad_list(text: str, told: str, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lists(own, "train").write_text(text)
@@ -114,6 +116,7 @@ def test_failing_images_cost_no_other_and_the_same_command_goes_on(
     assert digests(out, *MADE) == digests(finished, *MADE)
 
 
+@pytest.mark.slow
 def test_a_cam_file_cut_short_is_named_and_made_again_once_deleted(
     out: Path, data: Path, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +171,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_message(
     assert (out / "weights" / "cam.resume.pt").exists() and not (out / "weights" / "cam.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_a_message_and_keeps_what_is_finished(
     data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,6 +26,7 @@ def test_a_wrong_flag_is_reported_with_the_nearest(flag: str, told: str, capsys:
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv", [
     ["run_sample", "--help"], ["run_sample", "clipes", "--help"], ["run_sample", "nosuch"],
     ["run_sample", "seam", "--preset", "big"], ["run_sample", "seam", "--nosuch", "1"],
@@ -43,6 +44,7 @@ def test_help_and_wrong_words_need_no_torch(argv: list[str]) -> None:
     assert ended.stdout.splitlines()[-1] == "False" and ("--help" in argv) == (ended.returncode == 0)
 
 
+@pytest.mark.slow
 def test_names_read_from_the_sources_are_those_that_are_registered() -> None:
     registry.load_methods()
     assert {name: set(presets) for name, presets in choices.methods().items()} == {

@@ -60,6 +60,7 @@ def test_wrong_words_are_one_line_errors(
     assert not Path("new").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv, told", [
     (["--cam.fit.lr", "fast"], "--cam.fit.lr: could not convert string to float: 'fast'"),
     (["--cam.fit.lr", "-1"], "--cam.fit.lr -1.0 is not possible: it must be above 0."),

@@ -52,6 +52,7 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_boxes_take_three_steps(finished: Path) -> None:
     record = json.loads((finished / "run.json").read_text())
     assert list(record["steps"]) == ["train_cam", "localise", "report"]
@@ -81,6 +82,7 @@ def test_every_figure_is_recorded_with_what_it_rests_on(finished: Path, capsys: 
     assert "no true masks" not in page  # none are asked for
 
 
+@pytest.mark.slow
 def test_recorded_boxes_are_those_of_the_maps(finished: Path, data: Path) -> None:
     """Each file agrees with the evaluation of its own boxes."""
     for path in (finished / "box").iterdir():
@@ -141,6 +143,7 @@ def test_boxes_follow_their_classes(data: Path, tmp_path: Path) -> None:
     assert not found["loc_top1"] and found["loc_top5"] and found["gt_known"] and not found["pixels"].any()
 
 
+@pytest.mark.slow
 def test_parts_are_scored_when_all_are_there(data: Path, finished: Path, out: Path) -> None:
     shutil.rmtree(out / "box")
     RunFolder(out).forget("localise")
@@ -164,6 +167,7 @@ def test_localise_needs_a_data_set_of_boxes(tmp_path: Path, capsys: pytest.Captu
     assert "voc12 has no boxes to compare with: localise runs on data sets that have" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_crt_trains_on_boxes_in_its_form_on_cub(data: Path, tmp_path: Path) -> None:
     """Two optimisers and no tiles."""
     flags = """--data cub200 --machine.workers 0 --machine.device cpu --steps train_cam localise
@@ -178,6 +182,7 @@ def test_crt_trains_on_boxes_in_its_form_on_cub(data: Path, tmp_path: Path) -> N
     assert list(scores) == [f"boxes: {name}" for name in FIGURES]
 
 
+@pytest.mark.slow
 def test_the_epoch_of_the_best_boxes_is_kept_and_rated_as_it_is_scored(data: Path, tmp_path: Path) -> None:
     assert run(data, tmp_path, "--cam.selection", "val_boxes", "--cam.fit.epochs", "3") == 0
     scores = json.loads((tmp_path / "scores.json").read_text())

@@ -30,6 +30,7 @@ def test_the_steps_of_the_affinity_network_are_not_there() -> None:
     assert names == ["train_cam", "make_cam", "random_walk", "train_seg", "infer_seg", "report"]
 
 
+@pytest.mark.slow
 def test_pseudo_masks_without_an_affinity_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, out = make_set(tmp_path / "data"), tmp_path / "run"
     flags = ("--aff.walk.background", "constant", "--aff.walk.crf.iterations", "1")
@@ -52,6 +53,7 @@ def test_pseudo_masks_without_an_affinity_network(tmp_path: Path, capsys: pytest
         assert not (whole == 255).any() and np.array_equal(np.where(cut == 255, whole, cut), whole)
 
 
+@pytest.mark.slow
 def test_a_background_score_found_from_all_cams_waits_for_all_parts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,6 +64,7 @@ def test_a_background_score_found_from_all_cams_waits_for_all_parts(
         assert ("random_walk: needs all 2 parts" in capsys.readouterr().out) == waits == (not (out / "label").exists())
 
 
+@pytest.mark.slow
 def test_segments_choose_their_classes_in_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, out = make_set(tmp_path / "data"), tmp_path / "run"
     flags = ("--refiner", "sam", "--aff.walk.threshold", "0.4", "--steps", "1-5")
@@ -100,6 +103,7 @@ def test_segments_choose_their_classes_in_a_run(tmp_path: Path, capsys: pytest.C
     assert np.array_equal(read_mask(tmp_path / "new" / "masks" / path.name), mask)
 
 
+@pytest.mark.slow
 def test_other_words_for_classes_or_other_classes_are_another_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,6 +129,7 @@ def test_other_words_for_classes_or_other_classes_are_another_run(
     assert run(data, tmp_path / "new", "--steps", "1") == 0
 
 
+@pytest.mark.slow
 def test_images_of_equal_size_are_computed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, out = make_set(tmp_path / "data"), tmp_path / "run"
     for path in (data / "JPEGImages").glob("*.jpg"):

@@ -67,6 +67,7 @@ def test_a_released_checkpoint_is_taken_as_it_is(part: str, name: str, data: Pat
     assert model.classes == tuple(json.loads(json.dumps(description["classes"])))
 
 
+@pytest.mark.slow
 def test_a_part_of_a_network_is_refused_and_nothing_is_written(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,6 +51,7 @@ def look_up(scores: object, path: str) -> float:
     return scores
 
 
+@pytest.mark.slow
 def test_every_number_on_the_page_is_that_of_the_score_file(page: str, finished: Path) -> None:
     scores = json.loads((finished / "scores.json").read_text())
     shown = NUMBER.findall(page)
@@ -292,6 +293,7 @@ def test_the_browser_sees_errors_and_requests(tmp_path: Path) -> None:
         assert browser.requests == ["https://example.invalid/x"]
 
 
+@pytest.mark.slow
 def test_without_the_package_of_the_charts_the_page_says_so(
     finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,6 +60,7 @@ def test_a_run_killed_in_training_and_in_make_cam_ends_like_an_undisturbed_one(t
     assert scores[0] == scores[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["toco", "more"])
 def test_views_draws_and_momentum_copies_go_on_as_they_would_have(method: str, tmp_path: Path) -> None:
     """Through the real loader and its worker process: several pictures of a sample, draws in ``prepare``, a momentum

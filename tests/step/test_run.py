@@ -97,6 +97,7 @@ def test_the_report_is_one_page(finished: Path) -> None:
     assert json.loads((finished / "run.json").read_text())["command"][0] in html.unescape(page)
 
 
+@pytest.mark.slow
 def test_the_report_is_made_of_files_alone(out: Path, data: Path) -> None:
     page = (out / "report.html").read_text()
     assert len(re.findall('aria-label="prediction"', page)) == len(VAL) + len(IDS)
@@ -149,6 +150,7 @@ def test_steps_can_be_done_one_after_the_other(
     assert digests(out, *MADE) == {k: v for k, v in digests(finished, *MADE).items() if "seg" not in k}
 
 
+@pytest.mark.slow
 def test_a_step_without_what_it_needs_names_it(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = refused(capsys, data, tmp_path / "new", "--steps", "make_cam")
     assert "make_cam needs the files of train_cam, and there are none in" in told
@@ -202,6 +204,7 @@ def test_true_masks_can_be_trained_on(data: Path, tmp_path: Path, capsys: pytest
     assert "trained on true masks" in told
 
 
+@pytest.mark.slow
 def test_voc12_root_chooses_the_data_set(data: Path) -> None:
     for words in (["--voc12_root", str(data)], ["--voc12-root", str(data)], [f"--voc12_root={data}"]):
         cfg = parsing.parse(["seam", *words])
@@ -220,6 +223,7 @@ def test_a_folder_of_ones_own_needs_no_other_word(tmp_path: Path) -> None:
     assert parsing.parse(["seam", "--data", "folder", "--root", "x", "--preset", "published"]).preset == "published"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at, told", [
     (0, "the training cam has no resume point yet and begins anew, what was finished before is kept: start the same"),
     (1, "start the same command again (without --redo) to continue train_cam from its last resume point."),
@@ -237,6 +241,7 @@ def test_an_interrupted_training_says_where_it_goes_on(
     assert f"\ninterrupted: {told}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_says_so_and_leaves_nothing_half(
     data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -261,6 +266,7 @@ def test_an_interrupted_run_says_so_and_leaves_nothing_half(
 # ---------------------------------------------------------------------------------------------- another configuration
 
 
+@pytest.mark.slow
 def test_another_configuration_is_refused_unless_forced(
     out: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -276,6 +282,7 @@ def test_another_configuration_is_refused_unless_forced(
     assert json.loads((out / "run.json").read_text())["config"]["aff.walk.beta"] == 2
 
 
+@pytest.mark.slow
 def test_settings_of_later_steps_may_change_until_these_have_made_something(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -287,6 +294,7 @@ def test_settings_of_later_steps_may_change_until_these_have_made_something(
     said(capsys, data, out, "--aff.walk.beta", "2", "--seg.fit.lr", "0.25", "--steps", "4")
 
 
+@pytest.mark.slow
 def test_all_settings_may_change_while_nothing_was_made(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,6 +312,7 @@ def test_all_settings_may_change_while_nothing_was_made(
     assert "cam.fit.lr" in refused(capsys, data, out, "--cam.fit.lr", "0.25", "--steps", "1")
 
 
+@pytest.mark.slow
 def test_cams_of_a_longer_list_serve_a_part_of_it(
     out: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -318,6 +327,7 @@ def test_cams_of_a_longer_list_serve_a_part_of_it(
     )
 
 
+@pytest.mark.slow
 def test_what_an_unfinished_step_has_left_is_not_taken_for_the_forced_settings(
     out: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -347,6 +357,7 @@ def test_a_checkpoint_of_another_network_is_refused(out: Path, data: Path, capsy
     assert "other.pt" in told and not (out.with_name("new") / "weights" / "cam.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_weight_file_is_known_by_its_content_not_by_its_place(
     out: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -362,6 +373,7 @@ def test_a_weight_file_is_known_by_its_content_not_by_its_place(
     assert re.search(r"cam\.weights: '\d+ bytes, sha256 \w{64}' there, '\d+ bytes, sha256", told)
 
 
+@pytest.mark.slow
 def test_a_resume_point_of_other_settings_is_refused(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

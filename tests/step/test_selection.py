@@ -143,6 +143,7 @@ def test_a_selection_without_a_number_is_recorded_as_the_last_epoch(
     assert score["selection_rating"] == {"last": None}
 
 
+@pytest.mark.slow
 def test_the_best_epoch_on_the_tags_of_val_is_kept_and_both_ratings_are_recorded(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +173,7 @@ def test_the_best_epoch_on_the_tags_of_val_is_kept_and_both_ratings_are_recorded
     assert not (out / "cam_last" / "left.npz").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selection", ["val_tags", "train_miou", "val_boxes"])
 def test_a_released_network_is_not_selected_again(selection: str, data: Path, tmp_path: Path) -> None:
     """It is taken as it is; nothing is asked of lists, masks and boxes, and its scores don't say that it was

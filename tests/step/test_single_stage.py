@@ -79,6 +79,7 @@ def test_its_maps_go_through_any_refiner_and_segmenter(
     assert names[0] == "CAM" and names[-2] == "predictions (deeplabv1 trained on pseudo masks)"
 
 
+@pytest.mark.slow
 def test_cams_of_other_settings_or_none_are_refused(
     single: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,6 +91,7 @@ def test_cams_of_other_settings_or_none_are_refused(
     assert "no run with finished steps train_cam and make_cam is there" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_steps_missing_in_a_single_stage_run_are_reported(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +106,7 @@ def test_steps_missing_in_a_single_stage_run_are_reported(
     assert "--masks truth: with --segmenter own" in told(*new, "--masks", "truth")
 
 
+@pytest.mark.slow
 def test_missing_and_wrong_saliency_is_reported_before_or_with_its_file(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ from voc12.catalog import open_catalog
 LARGE = "2025_000001"
 
 
+@pytest.mark.slow
 def test_a_large_image_is_shrunk_and_its_masks_come_at_full_size(tmp_path: Path) -> None:
     data, out = make_set(tmp_path / "data"), tmp_path / "out"
     for folder, suffix, filter_ in (("JPEGImages", "jpg", 2), ("SegmentationClass", "png", 0)):
@@ -42,6 +43,7 @@ def test_images_of_the_right_size_are_used_as_they_are(tmp_path: Path) -> None:
     assert sizes.use_copies(catalog, RunFolder(tmp_path / "run"), 4000) == {} and catalog.images == before
 
 
+@pytest.mark.slow
 def test_parts_write_their_own_masks_at_full_size(tmp_path: Path) -> None:
     data, out = make_set(tmp_path / "data"), tmp_path / "out"
     ids = (data / "ImageSets" / "Segmentation" / "train.txt").read_text().split()
@@ -52,6 +54,7 @@ def test_parts_write_their_own_masks_at_full_size(tmp_path: Path) -> None:
         assert {p.stem for p in (out / "label_full").iterdir()} == set(made)
 
 
+@pytest.mark.slow
 def test_a_copy_is_made_again_when_its_mask_changes(tmp_path: Path) -> None:
     data, out = make_set(tmp_path / "data"), tmp_path / "out"
     flags = ("--long-side", "60", "--steps", "train_cam")

@@ -94,6 +94,7 @@ def test_every_combination_has_a_configuration(recipe: tuple[str, str], refiner:
     assert flat["cam.fit.lr"] == cfg.cam.fit.lr and "machine.workers" not in flat
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, preset", PRESETS)
 def test_every_method_has_a_command_line(method: str, preset: str) -> None:
     cfg = parsing.parse([method, "--preset", preset, "--cam.fit.lr", "0.125", "--seg.infer.scales", "16", "32"])
@@ -252,6 +253,7 @@ def test_seed_networks_train(name: str) -> None:
         check_training(network, with_views(batch, phases[phase_name]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(64, 64), (49, 75), (91, 58)])
 @pytest.mark.parametrize("name", sorted(registry.SEEDS))
 def test_seed_networks_give_a_map_for_every_class_at_any_size(name: str, size: tuple[int, int]) -> None:
@@ -321,6 +323,7 @@ def test_plain_refiners_refine(name: str) -> None:
             assert (best[:, : shape[1] // 3 - 2] == 1).mean() > 0.95  # what is certain, and of one colour
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(n for n, cls in registry.REFINERS.items() if cls.is_trained))
 def test_refiners_label_train_and_refine(name: str) -> None:
     method = registry.REFINERS[name]
@@ -345,6 +348,7 @@ def test_refiners_label_train_and_refine(name: str) -> None:
         assert scores.shape == (len(keys) + 1, *shape) and scores.dtype == np.float32 and np.isfinite(scores).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(registry.REFINERS))
 def test_refiners_that_find_objects_refine_alike(name: str) -> None:
     method = registry.REFINERS[name]
@@ -363,6 +367,7 @@ def test_refiners_that_find_objects_refine_alike(name: str) -> None:
         assert np.isfinite(found.scores).all() and found.masks.any(axis=(1, 2)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(registry.SEGMENTERS))
 def test_segmenters_train_and_give_logits_at_any_size(name: str) -> None:
     recipe = registry.SEGMENTERS[name].recipes["sample"]

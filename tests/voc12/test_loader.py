@@ -252,6 +252,7 @@ def test_damaged_image_is_named(data: Catalog, workers: int) -> None:
     assert str(error.value).startswith("Image 'im2'") and str(data.image_path("im2")) in str(error.value)
 
 
+@pytest.mark.slow
 def test_any_failure_of_a_sample_names_id_and_file(data: Catalog) -> None:
     train = TrainSet(data, IDS, RECIPE, "imagenet", 0, with_mask=wreck)
     with pytest.raises(DataError, match=r"'im1' \(.*im1\.jpg\): IndexError: that is a bug"):

@@ -64,6 +64,7 @@ def call(*words: str | Path) -> int:
     return segments.main([str(word) for word in words])
 
 
+@pytest.mark.slow
 def test_segments_of_every_image_in_parts_and_once(model: Path, data: Path, capsys: pytest.CaptureFixture) -> None:
     words = ("--root", data, "--model", model, *EASY)
     assert call(*words, "--list", "train", "--shard", "0/2") == 0

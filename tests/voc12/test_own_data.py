@@ -149,6 +149,7 @@ def test_voc_coco_and_folder_give_the_same_run(
     assert scores[0] == scores[1] and len(scores[0]) == 4
 
 
+@pytest.mark.slow
 def test_eighty_classes(generated: Path, tmp_path: Path) -> None:
     root = tmp_path / "many"
     as_folder(generated, root)
@@ -183,6 +184,7 @@ def test_part_of_the_masks_is_reported(generated: Path, tmp_path: Path, capsys: 
     assert "CAM: no score. Only 7 of the 8 images of the list train have true masks" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, told", [("colour", "is a RGB image: masks hold class indices in one 8-bit channel"),
                                         ("corrupt", "cannot be read"), ("size", "make the prediction at the size")])
 def test_a_wrong_mask_is_named(

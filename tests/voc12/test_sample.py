@@ -58,6 +58,7 @@ def test_another_seed_gives_other_pictures() -> None:
     assert draw_picture(0, "train", 0).rgb.tobytes() != draw_picture(0, "val", 0).rgb.tobytes()
 
 
+@pytest.mark.slow
 def test_smaller_set_is_a_prefix(sample: Path, tmp_path: Path) -> None:
     generate(tmp_path / "small", images=4, val=2, classes=3, seed=5)
     whole, small = digests(sample), digests(tmp_path / "small")
@@ -133,6 +134,7 @@ def test_saliency_is_one_noisy_channel_that_follows_the_objects(sample: Path) ->
     assert 0.6 < np.mean(scores) < 0.98
 
 
+@pytest.mark.slow
 def test_pictures_are_what_the_design_says() -> None:
     pictures = [draw_picture(2, "train", index) for index in range(40)]
     assert all(p.rgb.shape[0] != p.rgb.shape[1] for p in pictures)
@@ -153,6 +155,7 @@ def test_pictures_are_what_the_design_says() -> None:
     assert np.median(offsets) > 0.1  # not centred
 
 
+@pytest.mark.slow
 def test_near_objects_and_pictures_without_any() -> None:
     classes = 3
     pictures = [draw_picture(0, "val", index, classes, (64, 80)) for index in range(60)]
