@@ -39,6 +39,7 @@ PHOTOS = "timm/tf_efficientnet_lite0.in1k"
 _NEAR = 0.1
 """Cells that are moved by less than this fraction of themselves stay where they are."""
 _PROBE = 224
+_LAYOUT = ("stride", "dilation", "padding")
 _GATES = re.compile(r"SE[A-Z]|Squeeze|Eca|Cbam|Context|GatherExcite|Attn|Attention|ResponseNorm")
 """Class names of layers that weigh channels or places by what is elsewhere in the map."""
 
@@ -49,6 +50,9 @@ class TimmOptions(Checked):
 
     stride: Literal[8, 16, 32] = 16
     """Stride of the last map. Below 32 the last stages are dilated instead, which some families of timm can't."""
+    training_stride: Literal[0, 8, 16, 32] = 0
+    """Stride of the last map in training, where it takes most of the time. 0: the same. A larger one computes fewer
+    cells, by the same weights."""
     norm: Literal["trained", "fixed", "frozen"] = "trained"
     """Batch normalisation. trained: as usual. fixed: uses the loaded running statistics; weight and bias are trained.
     frozen: statistics, weight and bias stay as loaded."""
@@ -103,16 +107,51 @@ class TimmCNN(nn.Module):
         super().__init__()
         self.options = options or TimmOptions()
         self.name = name.removeprefix(PREFIX)
-        self.geometry = find_geometry(self.name, self.options.stride)
-        self.channels, self.strides = self.geometry.channels, self.geometry.strides
+        strides = {False: self.options.stride, True: self.options.training_stride or self.options.stride}
+        self._geometries = {mode: find_geometry(self.name, stride) for mode, stride in strides.items()}
+        self.channels = self._geometries[False].channels
         self.model = _create(self.name, self.options.stride)
+        self._layouts = {True: {}, False: {}} if strides[True] == strides[False] else self._find_layouts(strides[True])
         config = self.model.pretrained_cfg
         self.normalisation = name_normalisation(config["mean"], config["std"])
         named = config.get("classifier") or ()
         self.classifier = (named,) if isinstance(named, str) else tuple(named)
         modules = [info["module"] for info in _feature_info(self.model)]
         self._ends = dict(zip(STAGES[-len(modules) :], modules, strict=True))
-        self.freeze()
+        self.train()
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of the present mode, training or evaluation."""
+        return self._geometries[self.training]
+
+    @property
+    def strides(self) -> Mapping[Stage, int]:
+        """Stride of the map of each stage, in the present mode."""
+        return self.geometry.strides
+
+    def _find_layouts(self, stride: int) -> dict[bool, dict[str, dict[str, Any]]]:
+        """What the two modes differ in: {training?: {convolution: {attribute: value}}}."""
+        from timm.layers import Conv2dSame
+
+        with torch.device("meta"):
+            other = _create(self.name, stride)
+        found: dict[bool, dict[str, dict[str, Any]]] = {True: {}, False: {}}
+        for (path, here), there in zip(self.model.named_modules(), other.modules(), strict=True):
+            pair = ((False, here), (True, there))
+            if isinstance(here, nn.Conv2d):
+                if isinstance(there, Conv2dSame) and type(here) is nn.Conv2d:  # timm's form of it at stride 1
+                    here.__class__, here.padding = Conv2dSame, (0, 0)
+                layouts = {mode: {name: getattr(one, name) for name in _LAYOUT} for mode, one in pair}
+                if layouts[True] != layouts[False]:
+                    for mode in found:
+                        found[mode][path] = layouts[mode]
+            elif next(here.children(), None) is None and repr(here) != repr(there):
+                raise ValueError(
+                    f"timm's {self.name} can't be trained at another stride than {self.options.stride}, since its "
+                    f"layer {path} is another one there: leave network.timm.training-stride at 0."
+                )
+        return found
 
     def freeze(self) -> None:
         """Freeze the layers that the options name."""
@@ -141,6 +180,9 @@ class TimmCNN(nn.Module):
     def train(self, mode: bool = True) -> TimmCNN:
         """Set training or evaluation mode, except for frozen layers; returns self."""
         super().train(mode)
+        for path, layout in self._layouts[mode].items():
+            for name, value in layout.items():
+                setattr(self.model.get_submodule(path), name, value)
         self.freeze()
         return self
 

@@ -19,7 +19,7 @@ from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecip
 from net.groups import Group
 from net.losses import multilabel_soft_margin
 from net.registry import seed
-from net.shared.photos import PHOTOS_CAMS, make_photos_recipe
+from net.shared.photos import PHOTOS_CAMS, PHOTOS_TIMM_OF_MEANS, make_photos_recipe
 from net.start_weights import PRETRAINED
 
 
@@ -123,5 +123,7 @@ _SAMPLE = Recipe(
 IRNCam.recipes = {
     "published": _PUBLISHED,
     "sample": _SAMPLE,
-    "photos": make_photos_recipe(IRNCamOptions(backbone=PHOTOS), replace(PHOTOS_CAMS, coarse=4)),
+    "photos": make_photos_recipe(
+        IRNCamOptions(backbone=PHOTOS, timm=PHOTOS_TIMM_OF_MEANS), replace(PHOTOS_CAMS, coarse=4)
+    ),
 }

@@ -21,7 +21,7 @@ from net.foreign.loading import load_tensors
 from net.groups import Group, conv_groups
 from net.losses import multilabel_soft_margin
 from net.registry import seed
-from net.shared.photos import make_photos_recipe
+from net.shared.photos import PHOTOS_TIMM_OF_MEANS, make_photos_recipe
 from net.start_weights import REQUIRED
 
 
@@ -220,5 +220,5 @@ PlainCam.recipes = {
     "published": _PUBLISHED,
     "published_vgg16": _PUBLISHED_VGG16,
     "sample": _SAMPLE,
-    "photos": make_photos_recipe(CamOptions(backbone=PHOTOS, dropout=0.2)),
+    "photos": make_photos_recipe(CamOptions(backbone=PHOTOS, timm=PHOTOS_TIMM_OF_MEANS, dropout=0.2)),
 }

@@ -25,7 +25,7 @@ from net.contract import Batch, Network, Options, Recipe, SeedNetwork, SeedRecip
 from net.groups import Group, name_groups
 from net.losses import multilabel_soft_margin
 from net.registry import seed
-from net.shared.photos import make_photos_recipe
+from net.shared.photos import PHOTOS_TIMM, make_photos_recipe
 from net.start_weights import PRETRAINED
 
 Masking = Literal["masking", "none", "selection"]
@@ -233,5 +233,5 @@ _SAMPLE = Recipe(
 PuzzleCam.recipes = {
     "published": _PUBLISHED,
     "sample": _SAMPLE,
-    "photos": make_photos_recipe(PuzzleCamOptions(backbone=PHOTOS)),
+    "photos": make_photos_recipe(PuzzleCamOptions(backbone=PHOTOS, timm=PHOTOS_TIMM)),
 }

@@ -26,7 +26,7 @@ from net.foreign.loading import load_tensors
 from net.groups import Group, conv_groups
 from net.losses import multilabel_soft_margin
 from net.registry import seed
-from net.shared.photos import PHOTOS_CAMS, make_photos_recipe
+from net.shared.photos import PHOTOS_CAMS, PHOTOS_TIMM, make_photos_recipe
 from net.start_weights import REQUIRED
 
 _EPSILON = 1e-5
@@ -451,6 +451,7 @@ Seam.recipes = {
     "published": _PUBLISHED,
     "sample": _SAMPLE,
     "photos": make_photos_recipe(
-        SeamOptions(backbone=PHOTOS, dropout=0.2, second_scale=0.5), replace(PHOTOS_CAMS, normalise="shifted")
+        SeamOptions(backbone=PHOTOS, timm=PHOTOS_TIMM, dropout=0.2, second_scale=0.5),
+        replace(PHOTOS_CAMS, normalise="shifted"),
     ),
 }

@@ -24,7 +24,7 @@ from net.foreign.loading import load_tensors
 from net.foreign.mxnet import resnet38_from_mxnet
 from net.groups import Group, conv_groups
 from net.registry import segmenter
-from net.shared.photos import make_photos_segment_recipe
+from net.shared.photos import PHOTOS_TIMM, make_photos_segment_recipe
 from net.start_weights import REQUIRED
 
 
@@ -198,6 +198,8 @@ DeepLabV1.recipes = {
         ),
     ),
     "photos": make_photos_segment_recipe(
-        DeepLabV1Options(backbone=PHOTOS, fov_channels=256, fov_dilation=6, dropout=0.1, train_affine=True)
+        DeepLabV1Options(
+            backbone=PHOTOS, timm=PHOTOS_TIMM, fov_channels=256, fov_dilation=6, dropout=0.1, train_affine=True
+        )
     ),
 }

@@ -27,7 +27,7 @@ from net.foreign.loading import load_tensors
 from net.foreign.reading import read_tensors
 from net.groups import Group, conv_groups
 from net.registry import segmenter
-from net.shared.photos import make_photos_segment_recipe
+from net.shared.photos import PHOTOS_TIMM, make_photos_segment_recipe
 from net.start_weights import REQUIRED
 
 Form = Literal["caffe", "torchvision"]
@@ -453,5 +453,7 @@ DeepLabV2.recipes = {
             ),
         ),
     ),
-    "photos": make_photos_segment_recipe(DeepLabV2Options(backbone=PHOTOS, rates=(3, 6, 9, 12), scales=(0.75,))),
+    "photos": make_photos_segment_recipe(
+        DeepLabV2Options(backbone=PHOTOS, timm=PHOTOS_TIMM, rates=(3, 6, 9, 12), scales=(0.75,))
+    ),
 }

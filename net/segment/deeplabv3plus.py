@@ -24,7 +24,7 @@ from net.backbone.timm_cnn import ON_TIMM, PHOTOS, PREFIX, TimmCNN, TimmOptions,
 from net.contract import Network, Options, Segmenter, SegmentRecipe
 from net.groups import Group, name_groups
 from net.registry import segmenter
-from net.shared.photos import make_photos_segment_recipe
+from net.shared.photos import PHOTOS_TIMM, make_photos_segment_recipe
 from net.start_weights import PRETRAINED
 
 
@@ -276,6 +276,8 @@ DeepLabV3Plus.recipes = {
         ),
     ),
     "photos": make_photos_segment_recipe(
-        DeepLabV3PlusOptions(backbone=PHOTOS, rates=(3, 6, 9), channels=128, low_channels=32, dropout=(0.1, 0.1, 0.1))
+        DeepLabV3PlusOptions(
+            backbone=PHOTOS, timm=PHOTOS_TIMM, rates=(3, 6, 9), channels=128, low_channels=32, dropout=(0.1, 0.1, 0.1)
+        )
     ),
 }

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from misc.config import Augment, CamInference, Fit, SegInference
 from misc.crf.dense import CRFSettings
+from net.backbone.timm_cnn import TimmOptions
 from net.contract import Options, Recipe, SeedRecipe, SegmentRecipe
 from net.shared.edge import EdgeLabel
 from net.start_weights import CAM, PRETRAINED
 
-PHOTOS_CAMS = CamInference(scales=(0.5, 1.0, 1.5, 2.0), flip=True, normalise="max", search_to=0.79)
+# some hundred photographs teach the first stages little, whose maps take most of the memory
+PHOTOS_TIMM = TimmOptions(frozen="layer2")
+# where only means of the last map are trained, by which a training takes little more than half the time
+PHOTOS_TIMM_OF_MEANS = TimmOptions(frozen="layer2", training_stride=32)
+PHOTOS_CAMS = CamInference(scales=(0.5, 1.0, 1.5), flip=True, normalise="max", search_to=0.79)
 # the refiners irn and edge
 PHOTOS_EDGE_FIT = Fit(epochs=4, batch_size=16, optimiser="adamw", lr=1e-3, weight_decay=1e-4)
 PHOTOS_EDGE_AUGMENT = Augment(
@@ -25,7 +30,7 @@ def make_photos_recipe(network: Options, infer: CamInference = PHOTOS_CAMS) -> R
         cam=SeedRecipe(
             amp="fast",
             network=network,
-            fit=Fit(epochs=12, batch_size=16, optimiser="adamw", lr=2e-4, weight_decay=0.01),
+            fit=Fit(epochs=8, batch_size=16, optimiser="adamw", lr=2e-4, weight_decay=0.01),
             augment=Augment(
                 order=("long_side", "flip", "jitter", "normalize", "crop"),
                 long_side=(320, 512),

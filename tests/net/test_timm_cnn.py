@@ -149,6 +149,22 @@ def test_freezing() -> None:
     assert all(p.requires_grad for p in network(NAME).parameters())
 
 
+@pytest.mark.parametrize("name", [NAME, "test_convnext"])
+def test_training_at_another_stride_is_that_network_by_the_same_weights(name: str) -> None:
+    net, images = network(name, training_stride=32, norm="fixed"), torch.rand(1, 3, 70, 96)
+    for stride, mode in ((32, True), (16, False), (32, True)):
+        plain = network(name, stride, norm="fixed")
+        assert plain.load_state_dict(net.state_dict())
+        maps = net.train(mode).forward_stages(images)
+        assert net.strides == plain.strides
+        assert all(torch.equal(maps[stage], expected) for stage, expected in plain.forward_stages(images).items())
+
+
+def test_a_network_whose_layers_depend_on_the_stride_is_not_trained_at_another() -> None:
+    with pytest.raises(ValueError, match="resnet26d can't be trained at another stride than 16.*training-stride at 0"):
+        network("resnet26d", training_stride=32)
+
+
 class Owner(nn.Module):
     """A network that owns a backbone."""
 
