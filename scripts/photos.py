@@ -57,9 +57,10 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
 """Name -> refiner, and flags of its walk; a trained refiner is that of the plain row."""
 SEED_VARIANTS: dict[str, tuple[str, ...]] = {
     "stride 8": ("--cam.network.timm.stride", "8"),
-    "24 epochs": ("--cam.fit.epochs", "24"),
-    "6 epochs": ("--cam.fit.epochs", "6"),
-    "scales from 1": ("--cam.infer.scales", "1.0", "1.5", "2.0"),
+    "16 epochs": ("--cam.fit.epochs", "16"),
+    "nothing frozen": ("--cam.network.timm.frozen", "none"),
+    "trained at stride 16": ("--cam.network.timm.training-stride", "0"),
+    "scales to 2": ("--cam.infer.scales", "0.5", "1.0", "1.5", "2.0"),
     "rate 5e-4": ("--cam.fit.lr", "5e-4"),
     "crop 448": ("--cam.augment.crop", "448", "--cam.augment.long-side", "448", "704"),
 }
