@@ -33,7 +33,11 @@ from voc12.catalog import open_catalog
 
 SEED_SETTINGS = ("seed", "sample.seed")
 """Settings in which runs of one row may differ."""
-PUBLISHED = "published on VOC 2012: CAM / pseudo mask / segmentation"
+PUBLISHED = "published on VOC 2012"
+PUBLISHED_MEANS = (
+    f"{PUBLISHED}: what the papers report of their own recipe, CAM / pseudo mask / segmentation; † not confirmed by "
+    "its source. It is no figure of this code, and can't be compared with figures on other data."
+)
 
 
 @dataclass(frozen=True)
@@ -129,11 +133,11 @@ def make_table(runs: Sequence[Run]) -> ResultTable:
         published = registry.SEEDS[method].published_scores if method in registry.SEEDS else ""
         time = story.tell_time(float(np.mean([r.seconds for r in group])))
         memory = f"{max(r.megabytes for r in group) / 1024:.1f} GB"
-        cells.append((method, refiner, segmenter, data, preset, told or "–", seeds, *scores, time, memory,
+        cells.append((method, refiner, segmenter, *scores, told or "–", seeds, data, preset, time, memory,
                       published or "–"))  # fmt: skip
-    head = ("method", "refiner", "segmenter", "data", "preset", "other settings", "seeds", *columns, "time",
+    head = ("method", "refiner", "segmenter", *columns, "other settings", "seeds", "data", "preset", "time",
             "peak memory", PUBLISHED)  # fmt: skip
-    return ResultTable(head, cells, numbers=range(7, 7 + len(columns)))
+    return ResultTable(head, cells, numbers=range(3, 3 + len(columns)))
 
 
 def find_warnings(runs: Sequence[Run]) -> list[str]:
@@ -176,7 +180,7 @@ def make_comparison(runs: Sequence[Run], root: Path | None, with_pictures: bool 
         "compare.html.jinja", {run.name: run.scores for run in runs},
         title=f"{len(runs)} runs side by side", table=make_table(runs), warnings=find_warnings(runs),
         class_chart=drawn.add(charts.class_chart(classes)) if classes else None,
-        miou_means=findings.MIOU_MEANS,
+        miou_means=findings.MIOU_MEANS, published_means=PUBLISHED_MEANS,
         runs=[(run.name, run.folder.root, [(h, (run.name, *h.path)) for h in findings.find_headlines(run.scores)])
               for run in runs],
         galleries=side_by_side.make_galleries(images) if images else [],
@@ -223,7 +227,7 @@ def compare_runs(argv: Sequence[str]) -> None:
         raise commandline.WrongCall("Name one run folder or more.")
     runs = distinct_names([read_run(folder) for folder in folders])
     table = make_table(runs).markdown()
-    notes, page_file = [f"- {warning}" for warning in find_warnings(runs)], out / "compare.html"
+    notes, page_file = [f"- {told}" for told in (*find_warnings(runs), PUBLISHED_MEANS)], out / "compare.html"
     store.write_bytes(page_file.with_suffix(".md"), "\n".join([table, "", *notes]).strip().encode() + b"\n")
     store.write_bytes(page_file, make_comparison(runs, root, pictures).encode())
     print(table)

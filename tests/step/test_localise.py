@@ -17,7 +17,8 @@ from misc.files.runfolder import RunFolder
 from misc.score import wsol
 from step import localise, report
 from step.lib import parsing
-from step.lib.config import open_job
+from step.lib.config import open_job, recorded_config
+from step.lib.report import box_part, gallery, judge
 from voc12.generated.sets import generate
 
 TINY = """
@@ -59,6 +60,20 @@ def test_boxes_take_three_steps(finished: Path) -> None:
     made = {path.name for path in finished.iterdir()}
     assert {"box", "report.html", "pictures.png"} <= made and not {"cam", "label", "seg"} & made
     assert {p.stem for p in (finished / "box").iterdir()} == {f"2026_{i:06d}" for i in range(1, 6)}
+
+
+def test_empty_maps_are_told(out: Path) -> None:
+    job = open_job(recorded_config(RunFolder(out)))
+    before = [finding.title for finding in box_part.find_box_findings(job)]
+    files = sorted((out / "box").iterdir())
+    for path in files[:3]:  # of 5
+        found = store.read_arrays(path)
+        store.write_arrays(path, **{**found, "score": np.zeros_like(found["score"])})
+    told, *others = box_part.find_box_findings(job)
+    assert told.title == "Most maps are empty" not in before and [finding.title for finding in others] == before
+    assert "In 3 of 5 images" in told.texts[0] and "--cam.fit.epochs" in told.texts[0]
+    card = gallery.box_card(judge.RunImages.of(job.catalog, job.run), files[0].stem)
+    assert card.facts[2:] == ["the map is empty, and so is its box"]
 
 
 def test_every_figure_is_recorded_with_what_it_rests_on(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,9 +20,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from misc.files.images import layer_bytes, read_mask, write_mask
 from misc.files.runfolder import RunFolder
 from misc.image import draw
-from step.lib.report import choose, findings, gallery, judge
-from step.lib.report.curves import read_curves
-from step.lib.report.page import NO_CHARTS, load_library
+from misc.loop.terms import RATING
+from step.lib.report import charts, choose, findings, gallery, judge, story
+from step.lib.report.curves import TrainingCurve, read_curves
+from step.lib.report.page import NO_CHARTS, NOT_DRAWN, keep_flags, load_library
 from voc12.catalog import open_catalog
 
 NEEDS_BROWSER = pytest.mark.skipif(find_browser() is None, reason="Chromium is not installed (Debian: chromium)")
@@ -89,6 +90,30 @@ def test_the_curves_are_those_of_the_log(finished: Path) -> None:
     ) > 0
     assert len(curves["cam", "rating/train_miou"].values) == 2  # epochs
     assert len(curves["cam", "lr"].values) == 4 and curves["cam", "lr"].values[0] == pytest.approx(0.01)
+
+
+def test_the_epoch_whose_weights_were_kept_is_marked() -> None:
+    curve = TrainingCurve("cam", f"{RATING}train_miou", [0.0, 1.0, 2.0], [0.2, 0.5, 0.4])
+    assert curve.is_rating and not curve.is_loss
+    assert [row["best"] for row in charts.rating_chart(curve, "train_miou")["data"]["values"]] == [False, True, False]
+    assert [TrainingCurve("cam", term, [], []).is_loss for term in ("er", "lr", "images_per_second")] == [
+        True, False, False
+    ]  # fmt: skip
+
+
+def test_flags_are_not_broken_at_the_end_of_a_line() -> None:
+    told = keep_flags("give --cam.fit.lr-x 1 & a <b> -- or --out.")
+    assert told.startswith("give <span class=flag>--cam.fit.lr-x</span> 1 &amp; a &lt;b&gt; -- or <span class=flag>")
+
+
+def test_test_settings_are_told_once(finished: Path) -> None:
+    scores = json.loads((finished / "scores.json").read_text())
+    twice = {"a": scores["CAM"], "b": scores["CAM"], **{name: s for name, s in scores.items() if name != "CAM"}}
+    cells = [row[-1] for row in story._score_table(twice).rows]
+    assert cells[1] == "as above" and cells[0].startswith("scales") and set(cells) > {cells[0], "as above"}
+    boxes = {"boxes: PxAP": {"value": 1.0, "split": "val", "images": 3, "threshold": None, "threshold_choice": "all",
+                             "tags": "none"}}  # fmt: skip
+    assert "boundary mIoU %" not in story._score_table(boxes).head
 
 
 def test_tensorboard_shows_the_cams_of_the_same_images_during_the_training(finished: Path, data: Path) -> None:
@@ -311,7 +336,8 @@ def test_without_the_package_of_the_charts_the_page_says_so(
     if find_browser():
         with Browser(page) as browser:
             assert browser.errors == []
-            assert browser.evaluate("document.querySelector('.vega').textContent") == NO_CHARTS
+            assert browser.evaluate("document.querySelector('.vega').textContent") == NOT_DRAWN
+            assert browser.evaluate("document.querySelector('.finding').textContent") == NO_CHARTS
 
 
 def test_thumbnails_are_small(page: str) -> None:

@@ -50,11 +50,19 @@ def find_box_findings(job: Job) -> list[Finding]:
         f"{share[worst]:.1f} % of its boxes overlap the true one by half or more, if the class is given; over all "
         f"classes {every:.1f} %. The mean overlap is {100 * overlap[worst]:.0f} %."
     ]
+    empty = sum(not f["score"].any() for f in found.values())
     if wrong:
         told = ", ".join(f"{gallery.BOX_ERRORS[k]} in {kinds.count(k)} of {len(kinds)} images" for k in wrong[:3])
-        texts.append(f"Without the class: {told}.")
+        texts.append(f"Where the class has to be found too: {told}.")
     reason = f": mostly, {gallery.BOX_ERRORS[wrong[0]]}" if wrong else ""
-    return [Finding(f"Worst class: {worst}{reason}", texts, [])]
+    findings = [Finding(f"Worst class: {worst}{reason}", texts, [])]
+    if 2 * empty >= len(found):
+        text = (
+            f"In {empty} of {len(found)} images the map of the best class is empty, so that there is nothing to draw a "
+            "box round: train longer (--cam.fit.epochs), or start from trained weights (--cam.weights)."
+        )
+        findings.insert(0, Finding("Most maps are empty", [text], []))
+    return findings
 
 
 def chart_box_classes(job: Job, drawn: page.Charts) -> dict[str, Any]:

@@ -118,6 +118,32 @@ def training_chart(curves: Sequence[TrainingCurve], title: str) -> Spec:
     )
 
 
+def rating_chart(curve: TrainingCurve, title: str) -> Spec:
+    """Rating of each epoch over the updates, with the highest, whose weights were kept; a fraction as it is logged."""
+    best = max(range(len(curve.values)), key=lambda i: curve.values[i])
+    rows = [
+        {"update": update, "rating": value, "best": i == best}
+        for i, (update, value) in enumerate(zip(curve.updates, curve.values, strict=True))
+    ]  # fmt: skip
+    chosen = {"test": "datum.best"}
+    return _spec(
+        rows, height=170,
+        encoding={
+            "x": {"field": "update", "type": "quantitative", "title": "update"},
+            "y": {"field": "rating", "type": "quantitative", "title": title, "scale": {"zero": False}},
+            "tooltip": [{"field": "update", "format": ".0f"}, {"field": "rating", "format": ".4f", "title": title}],
+        },
+        layer=[
+            {"mark": {"type": "line", "color": SERIES[0], "strokeWidth": 1.6}},
+            {"mark": {"type": "point", "filled": True, "opacity": 1},
+             "encoding": {"size": {"condition": {**chosen, "value": 110}, "value": 16},
+                          "color": {"condition": {**chosen, "value": SERIES[1]}, "value": SERIES[0]}}},
+            {"transform": [{"filter": chosen["test"]}], "mark": {"type": "text", "dy": -14, "fontSize": 12},
+             "encoding": {"text": {"field": "rating", "format": ".3f"}}},
+        ],
+    )  # fmt: skip
+
+
 def share_chart(shares: Mapping[str, Sequence[float]], title: str) -> Spec:
     """Histogram of fractions in [0, 1] over images, a bar for each stage of ``shares``."""
     bins = [f"{10 * i}–{10 * i + 10}" for i in range(10)]
@@ -129,7 +155,8 @@ def share_chart(shares: Mapping[str, Sequence[float]], title: str) -> Spec:
     return _spec(
         rows, height=150, mark={"type": "bar"},
         encoding={
-            "x": {"field": "bin", "type": "ordinal", "sort": bins, "title": title, "axis": {"labelAngle": 0}},
+            "x": {"field": "bin", "type": "ordinal", "sort": bins, "title": title,
+                  "axis": {"labelAngle": 0, "labelOverlap": "greedy"}},
             "y": {"field": "images", "type": "quantitative", "title": "images"},
             "xOffset": {"field": "stage", "sort": stages},
             "color": {"field": "stage", "type": "nominal", "sort": stages, "title": None},

@@ -192,4 +192,6 @@ def box_card(images: RunImages, image_id: str) -> Card:
     ]  # fmt: skip
     legend = css_legend(draw.box_entries())
     facts = [f"true class: {true}", f"found: {first}", BOX_ERRORS[str(found["error"])]]
+    if not found["score"].any():
+        facts[2:] = ["the map is empty, and so is its box"]
     return Card(image_id, (), jpeg, size, legend, facts, panels)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from misc.files import store
 from step.lib.report.charts import Spec
@@ -26,9 +27,17 @@ def render(template: str, numbers: Mapping[str, Any], **values: Any) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
     )  # fmt: skip
+    environment.filters["flags"] = keep_flags
     environment.globals.update(number=functools.partial(number, numbers), library=lambda: Markup(load_library()),
-                               no_charts=NO_CHARTS)  # fmt: skip
+                               no_charts="" if load_library() else NO_CHARTS, not_drawn=NOT_DRAWN)  # fmt: skip
     return environment.get_template(template).render(**values)
+
+
+def keep_flags(text: str) -> Markup:
+    """Text, escaped, whose flags (--NAME) are not broken at the end of a line."""
+    parts = re.split(r"(--\w[\w.-]*)", text)
+    kept = [Markup("<span class=flag>{}</span>").format(p) if i % 2 else escape(p) for i, p in enumerate(parts)]
+    return Markup("").join(kept)
 
 
 def number(scores: Any, path: tuple[str | int, ...], digits: int = 2) -> Markup:
@@ -42,6 +51,8 @@ def number(scores: Any, path: tuple[str | int, ...], digits: int = 2) -> Markup:
     return Markup('<span data-score="{}">{:.{}f}</span>').format(json.dumps(path), value, digits)
 
 
+NOT_DRAWN = "not drawn: see the top of the page"
+"""What stands in the place of a chart that is left out."""
 NO_CHARTS = (
     "Charts are left out: the package vl-convert-python was not installed where this page was made. Install it (python "
     "-m pip install -r requirements.txt), then make the page again: --steps report --redo."

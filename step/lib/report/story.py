@@ -183,16 +183,19 @@ def _class_table(scores: findings.ScoreFile) -> ResultTable:
 def _score_table(scores: dict[str, dict[str, Any]]) -> ResultTable:
     """All scores with their provenance."""
     known = {"scales", "flip", "crf_iterations", "start_weights", "walk", "grid", "seen_in_training", "precision"}
-    rows = [
-        (
-            name, _main_number(scores, name), page.number(scores, (name, "boundary_miou")), s["split"],
-            str(s["images"]), tell_threshold(s), s["tags"],
-            "; ".join(f"{k.replace('_', ' ')} {_setting(s[k])}" for k in s if k in known),
-        )
-        for name, s in scores.items()
-    ]  # fmt: skip
-    head = ("", name_unit(scores), "boundary mIoU %", "list", "images", "threshold", "tags used", "test settings")
-    return ResultTable(head, rows, numbers={1, 2, 4})
+    edges = any("boundary_miou" in s for s in scores.values())
+    rows, above = [], ""
+    for name, s in scores.items():
+        settings = "; ".join(f"{k.replace('_', ' ')} {_setting(s[k])}" for k in s if k in known)
+        rows.append((
+            name, _main_number(scores, name), *([page.number(scores, (name, "boundary_miou"))] if edges else ()),
+            s["split"], str(s["images"]), tell_threshold(s), s["tags"],
+            "as above" if settings and settings == above else settings,
+        ))  # fmt: skip
+        above = settings
+    head = ("", name_unit(scores), *(["boundary mIoU %"] if edges else ()), "list", "images", "threshold", "tags used",
+            "test settings")  # fmt: skip
+    return ResultTable(head, rows, numbers={1, 2, 4} if edges else {1, 3})
 
 
 def _main_number(scores: dict[str, dict[str, Any]], name: str) -> Markup:
@@ -276,8 +279,8 @@ def _training_charts(job: Job, drawn: page.Charts) -> list[tuple[str, str]]:
             shown.append((drawn.add(charts.training_chart(losses, "loss")), f"Training of {name}: loss terms"))
         for curve in (c for c in trainings[name] if c.is_rating):
             measure = curve.term.removeprefix(RATING)
-            label = f"Training of {name}: {measure} of each epoch, by which weights were selected"
-            shown.append((drawn.add(charts.training_chart([curve], measure)), label))
+            label = f"Training of {name}: {measure} of each epoch; the weights with the highest were kept"
+            shown.append((drawn.add(charts.rating_chart(curve, measure)), label))
     return shown
 
 

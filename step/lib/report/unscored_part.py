@@ -4,7 +4,7 @@ pixel."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import mean, median
+from statistics import mean
 
 from misc.tables import ResultTable
 from net.names import OWN
@@ -14,8 +14,12 @@ from step.lib.report import charts, judge, page
 from step.lib.report.findings import Finding
 
 MOST_OBJECT, LEAST_OBJECT = 0.85, 0.02
-"""Masks of a list are suspicious where half or more of them have a larger or a smaller share of foreground. Images that
-are known to show no object don't count."""
+"""A mask with a larger share of foreground is nearly all object, one with a smaller share nearly all background. The
+page warns where half or more of a list's masks are one of both; images that are known to show no object don't count."""
+_KINDS = {
+    "object": "Nearly all object", "background": "Nearly all background",
+    "either": "Nearly all object or nearly all background",
+}  # fmt: skip
 
 
 def tell_without_truth(
@@ -54,7 +58,7 @@ def find_unscored_findings(job: Job, judged: dict[str, list[judge.Judgement]]) -
         stages = dict.fromkeys(stage for j in of_list for stage in j.foreground)
         if agreed:
             mean = 100 * sum(agreed) / len(agreed)
-            texts.append(f"{split}: {', '.join(stages)} agree to {mean:.0f} % (mean IoU of {len(agreed)} images).")
+            texts.append(f"{split}: {_joined(list(stages))} agree to {mean:.0f} % (mean IoU of {len(agreed)} images).")
     found = [Finding("How far the stages agree", texts, [], calm=True)] if texts else []
     counts: dict[int, tuple[int, int]] = {}
     for of_list in judged.values():
@@ -71,6 +75,10 @@ def find_unscored_findings(job: Job, judged: dict[str, list[judge.Judgement]]) -
     return find_odd_shares(job, judged) + found
 
 
+def _joined(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
+
+
 def find_odd_shares(job: Job, judged: dict[str, list[judge.Judgement]]) -> list[Finding]:
     """A warning for every list and stage whose masks are nearly all object or nearly all background, with what to try:
     of pseudo masks and predictions; of CAMs, whose cut is for show, where they are the last stage."""
@@ -82,22 +90,28 @@ def find_odd_shares(job: Job, judged: dict[str, list[judge.Judgement]]) -> list[
             kind = "" if stage == judge.CAM_MASK != last else tell_odd_shares(shares)
             if not kind:
                 continue
-            odd = sum(share > MOST_OBJECT if kind == "object" else share < LEAST_OBJECT for share in shares)
-            limit = f"above {MOST_OBJECT:.0%}" if kind == "object" else f"below {LEAST_OBJECT:.0%}"
+            more, less = count_odd(shares)
             text = (
-                f"On average {mean(shares):.1%} of an image's pixels are an object; in {odd} of {len(shares)} images "
-                f"the share is {limit}. Such masks are hardly ever right."
+                f"More than {MOST_OBJECT:.0%} of the pixels are an object in {more} of {len(shares)} images, less than "
+                f"{LEAST_OBJECT:.0%} in {less}; the mean is {mean(shares):.1%}. Such masks are hardly ever right."
             )
-            title = f"Nearly all {kind}: {stage if stage == judge.CAM_MASK else stage + 's'} of {split}"
+            title = f"{_KINDS[kind]}: {stage if stage == judge.CAM_MASK else stage + 's'} of {split}"
             found.append(Finding(title, [text.replace("%", "\u00a0%"), _remedy(job, stage, kind, found)], []))
     return found
 
 
+def count_odd(shares: Sequence[float]) -> tuple[int, int]:
+    """Numbers of masks that are nearly all object, and nearly all background; ``shares`` of foreground, in [0, 1]."""
+    return sum(share > MOST_OBJECT for share in shares), sum(share < LEAST_OBJECT for share in shares)
+
+
 def tell_odd_shares(shares: Sequence[float]) -> str:
-    """"object" or "background" where half or more of the masks are nearly all of it; else empty. ``shares``: of the
-    foreground, in [0, 1]."""
-    middle = median(shares) if shares else 0.5
-    return "object" if middle > MOST_OBJECT else "background" if middle < LEAST_OBJECT else ""
+    """"object" or "background" where half or more of the masks are nearly all of one of both, and most of these of that
+    one; "either" where both are frequent (less than three of one for each of the other); else empty."""
+    more, less = count_odd(shares)
+    if not shares or more + less < len(shares) / 2:
+        return ""
+    return "object" if more >= 3 * less else "background" if less >= 3 * more else "either"
 
 
 def _remedy(job: Job, stage: str, kind: str, earlier: Sequence[Finding]) -> str:
@@ -117,6 +131,11 @@ def _remedy(job: Job, stage: str, kind: str, earlier: Sequence[Finding]) -> str:
         made = any(judge.PSEUDO in finding.title for finding in earlier)
         rest = "they are what it was trained on." if made else "then train it longer (--seg.fit.epochs)."
         return f"Look at the pseudo masks of the training images first: {rest}"
+    if kind == "either":
+        return (
+            "One background score can't mend both: look at the CAMs, and where they don't find the objects, train "
+            "longer (--cam.fit.epochs) or start from trained weights (--cam.weights)."
+        )
     rule = cfg.aff.walk.background
     if rule == "power":
         told = f"a {'smaller' if more else 'larger'} --aff.walk.alpha (it is {cfg.aff.walk.alpha:g})"
