@@ -8,6 +8,7 @@ reads a folder (or file) and returns an ``Export``. ``python -m voc12.prepare fr
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,10 +21,13 @@ from misc.files.ids import composed, image_suffixes, walk_files
 from misc.files.images import read_mask
 from misc.files.schema import Schema
 from misc.files.store import read_json
+from voc12.lists import shorten
 from voc12.tags import DataError, checked_classes, tags_from_mask
 
 SPLITS = {"train": "train", "training": "train", "valid": "val", "validation": "val", "val": "val", "test": "test"}
 """Folders (in lower case) that exports share their images out to -> names of our lists."""
+_IMAGE_FOLDERS = ("images", "Images", "JPEGImages")
+"""Folders of all images, which annotations may leave out of the paths."""
 
 
 class MaskMaker(Protocol):
@@ -142,50 +146,112 @@ def masked_images(
     return images
 
 
+@dataclass(frozen=True)
+class NamedPicture:
+    """An image as annotations name it.
+
+    Attributes:
+        written: its name or path.
+        folders: where a relative path may start, in order of preference; the export's own folder is tried last.
+        other: another name that the tool may have given it; "": none.
+    """
+
+    written: str
+    folders: tuple[Path, ...] = ()
+    other: str = ""
+
+
 class PictureFinder:
-    """Finds the images that annotations name: beside them, or by the name alone anywhere below the export."""
+    """Finds the images that annotations name.
+
+    The named path, sub-folders included, is the image where there is such a file: below a folder that the annotations
+    start from, below the export, or below a folder images in one of these. Otherwise the file whose path ends with most
+    parts of the named one is taken, if it is the only one that does, no other named image is that file, and it does not
+    lie in the folder of another list (train, val, test); ``notes`` tells that. All others are missing.
+    """
 
     def __init__(self, source: Path) -> None:
         self.source = source
+        self._below = {composed(path): path for path in find_pictures(source)}
         self._by_name: dict[str, list[str]] = {}
-        for path in find_pictures(source):
-            self._by_name.setdefault(composed(PurePosixPath(path).name), []).append(path)
+        for path in self._below:
+            self._by_name.setdefault(path.rpartition("/")[2], []).append(path)
+        self._where = source
         self._missing: list[str] = []
+        self._elsewhere: list[str] = []
 
-    def __call__(self, written: str, beside: Path | None = None, where: str = "") -> Path | None:
-        """The file; None (and remembered for ``check``) where there is none.
+    def __call__(self, pictures: Sequence[NamedPicture], where: Path) -> list[Path | None]:
+        """The file of each image; None (and DataError by ``check``) where there is none. ``where``: the annotations."""
+        self._where = where
+        found = [self._named(picture) for picture in pictures]
+        claims: dict[str, set[NamedPicture]] = {}
+        for picture, path in zip(pictures, found, strict=True):
+            if path is not None:
+                claims.setdefault(path, set()).add(picture)
+        like: dict[NamedPicture, list[str]] = {}
+        for picture in dict.fromkeys(p for p, path in zip(pictures, found, strict=True) if path is None):
+            like[picture] = self._alike(picture)
+            if len(like[picture]) == 1:
+                claims.setdefault(like[picture][0], set()).add(picture)
+        taken: dict[NamedPicture, str] = {}
+        for picture, paths in like.items():
+            written = picture.written if len(picture.written) <= 200 else f"{picture.written[:200]}..."
+            if len(paths) > 1:
+                self._missing.append(f"{written}, which may be any of {', '.join(paths[:3])}")
+            elif paths and len(claims[paths[0]]) > 1:
+                self._missing.append(f"{written}, and {paths[0]} is named otherwise too")
+            elif paths:
+                taken[picture] = paths[0]
+                self._elsewhere.append(f"{written}: {paths[0]}")
+            else:
+                self._missing.append(written)
+        files = [path or taken.get(picture) for picture, path in zip(pictures, found, strict=True)]
+        return [None if path is None else self.source / self._below.get(path, path) for path in files]
 
-        Args:
-            written: name or path as the annotations have it.
-            beside: folder to look in first; the export's own folder by default.
-            where: who names it, for the error. DataError where several files have the name.
-        """
-        parts = [part for part in composed(written).replace("\\", "/").split("/") if part not in ("", ".", "..")]
-        for top in (beside or self.source, self.source):
+    def _named(self, picture: NamedPicture) -> str | None:
+        """Path below the export of the file at the named path."""
+        path = composed(picture.written).replace("\\", "/").strip()
+        for start in (*picture.folders, self.source):
+            for folder in (start, *(start / name for name in _IMAGE_FOLDERS)):
+                below = os.path.relpath(os.path.normpath(folder / path), self.source).replace(os.sep, "/")
+                if not below.startswith("../") and (composed(below) in self._below or os.path.isfile(folder / path)):
+                    return composed(below) if composed(below) in self._below else below
+        return None
+
+    def _alike(self, picture: NamedPicture) -> list[str]:
+        """Paths below the export that end with most parts of the named path."""
+        start_folder = os.path.relpath(picture.folders[0], self.source) if picture.folders else ""
+        beside = _lists_of(start_folder.replace(os.sep, "/").split("/"))
+        for written in filter(None, (picture.written, picture.other)):
+            parts = [p for p in composed(written).replace("\\", "/").strip().split("/") if p not in ("", ".", "..")]
+            lists = _lists_of(parts[:-1]) or beside
+            named = self._by_name.get(parts[-1], []) if parts else []
             for start in range(len(parts)):
-                path = top.joinpath(*parts[start:])
-                if path.is_file():
-                    return path
-        named = self._by_name.get(parts[-1] if parts else "", [])
-        if len(named) > 1:
-            raise DataError(f"{where or self.source}: {written!r} may be any of {', '.join(named[:3])}: rename them.")
-        if not named:
-            self._missing.append(written)
-            return None
-        return self.source / named[0]
+                end = "/".join(parts[start:])
+                found = [path for path in named if f"/{path}".endswith(f"/{end}")]
+                if found:
+                    own = {path: _lists_of(path.split("/")[:-1]) for path in found}
+                    return [path for path in found if not (own[path] and lists) or own[path] & lists]
+        return []
 
-    def has(self, written: str) -> bool:
-        """Whether a file has this name, anywhere below the export."""
-        return composed(PurePosixPath(written.replace("\\", "/")).name) in self._by_name
+    def notes(self) -> list[str]:
+        """What to tell of images that were not where they are named."""
+        many = f"{len(self._elsewhere)} images are not at the path that the annotations name, and the only file that "
+        return [f"{many}has the end of that path is taken ({shorten(self._elsewhere)})."] if self._elsewhere else []
 
     def check(self) -> None:
         """DataError for images that were looked for and are not there."""
         if self._missing:
-            shown = ", ".join(self._missing[:5]) + (" ..." if len(self._missing) > 5 else "")
+            shown = "; ".join(self._missing[:5]) + ("; ..." if len(self._missing) > 5 else "")
             raise DataError(
-                f"{len(self._missing)} images are named and not there ({shown}): put them into {self.source}, in any "
-                "folder of it."
+                f"{self._where}: {len(self._missing)} images are named and not there ({shown}): put them into "
+                f"{self.source}, at the path that is named."
             )
+
+
+def _lists_of(folders: Iterable[str]) -> set[str]:
+    """Lists that the names of folders stand for."""
+    return {SPLITS[name.lower()] for name in folders if name.lower() in SPLITS}
 
 
 def named_by_path(source: Path, file: Path) -> str:

@@ -115,6 +115,68 @@ def test_coco_of_images_that_are_not_there(tmp_path: Path, capsys: pytest.Captur
     refused("coco", tmp_path / "export", capsys, "1 images are named and not there (a.jpg)", "put them into")
 
 
+def write_names(form: str, source: Path, *names: str) -> None:
+    """Annotations of a format: the images, each with the class cat."""
+    if form == "coco":
+        images = [{"id": n, "file_name": f, "height": SIZE[0], "width": SIZE[1]} for n, f in enumerate(names)]
+        things = [{"id": n, "image_id": n, "category_id": 1, "segmentation": LEFT} for n in range(len(names))]
+        content = {"images": images, "categories": [{"id": 1, "name": "cat"}], "annotations": things}
+        write(source / "instances.json", json.dumps(content))
+    elif form == "cvat":
+        tagged = "".join(f'<image name="{f}" width="30" height="20"><tag label="cat"/></image>' for f in names)
+        write(source / "annotations.xml", f"<annotations>{tagged}</annotations>")
+    elif form == "huggingface":
+        write(source / "metadata.csv", "file_name,label\n" + "".join(f"{f},cat\n" for f in names))
+    elif form == "labelstudio":
+        write(source / "tags.csv", "image,choice\n" + "".join(f"{f},cat\n" for f in names))
+    else:
+        for number, name in enumerate(names):
+            content = {"shapes": [], "flags": {"cat": True}, "imagePath": name, "imageHeight": 20, "imageWidth": 30}
+            write(source / f"{number}.json", json.dumps(content))
+
+
+NAMING = ("coco", "cvat", "huggingface", "labelstudio", "labelme")
+
+
+@pytest.mark.parametrize("form", NAMING)
+def test_the_picture_at_the_named_path_is_taken(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in ("1.jpg", "a/1.jpg", "b/1.jpg", "images/c/1.jpg"):
+        picture(tmp_path / "export" / place, len(place))
+    write_names(form, tmp_path / "export", "a/1.jpg", "b/1.jpg", "c/1.jpg")
+    images = {image.name for image in EXPORTS[form].read(tmp_path / "export").images}
+    assert images == {"a/1.jpg", "b/1.jpg", "images/c/1.jpg"}
+    (tmp_path / "export/a/1.jpg").unlink()
+    refused(form, tmp_path / "export", capsys, "1 images are named and not there (a/1.jpg, which may be any of")
+
+
+@pytest.mark.parametrize("form", NAMING)
+def test_a_picture_elsewhere_is_taken_only_where_no_other_is_meant(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "export"
+    picture(source / "1.jpg")
+    write_names(form, source, "C:\\work\\b\\1.jpg")
+    data, told = made(form, source, capsys)
+    assert tags(data) == {"1": ["cat"]} and "NOTE: 1 images are not at the path" in told and "b\\1.jpg: 1.jpg" in told
+    write_names(form, source, "b/1.jpg", "1.jpg")  # the other image is named itself
+    refused(form, source, capsys, "1 images are named and not there (b/1.jpg, and 1.jpg is named otherwise too)")
+    write_names(form, source, "b/1.jpg", "c/1.jpg")
+    refused(form, source, capsys, "2 images are named and not there")
+    shutil.rmtree(source)
+    picture(source / "train/1.jpg")
+    write_names(form, source, "val/1.jpg")
+    refused(form, source, capsys, "1 images are named and not there (val/1.jpg)")
+
+
+def test_roboflow_lists_whose_images_are_in_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    coco(tmp_path / "export/train", [("2.jpg", 1, LEFT)])
+    coco(tmp_path / "export/valid", [("1.jpg", 1, LEFT)])
+    shutil.move(tmp_path / "export/valid/1.jpg", tmp_path / "export/train/1.jpg")
+    refused("coco", tmp_path / "export", capsys, "1 images are named and not there (1.jpg)")
+
+
 # ---------------------------------------------------------------------------------------------- CVAT
 
 XML = """<?xml version="1.0" encoding="utf-8"?>

@@ -16,6 +16,7 @@ from voc12.export import (
     SPLITS,
     Export,
     ExportedImage,
+    NamedPicture,
     PictureFinder,
     all_classes,
     export_format,
@@ -54,11 +55,11 @@ def read_cvat(source: Path) -> Export:
     find = PictureFinder(folder)
     images: list[ExportedImage] = []
     boxed = 0
-    for entry in entries:
+    files = find([NamedPicture(entry.get("name") or "") for entry in entries], path)
+    find.check()
+    for entry, file in zip(entries, files, strict=True):
+        assert file is not None  # checked
         name = entry.get("name") or ""
-        file = find(name, where=str(path))
-        if file is None:
-            continue
         shapes = [e for e in entry if e.tag != "tag"]
         drawn = bool(shapes) and all(e.tag in _AREAS for e in shapes)
         boxed += bool(shapes) and not drawn
@@ -66,9 +67,10 @@ def read_cvat(source: Path) -> Export:
         mask = _Mask(str(path), name, _size(entry, path), _drawings(shapes, classes, path)) if drawn else None
         split = SPLITS.get((entry.get("subset") or "").lower(), "")
         images.append(ExportedImage(file, named_by_path(folder, file), names, split, mask))
-    find.check()
-    notes = (f"{boxed} images have shapes without an outline (boxes, lines): they get tags and no mask.",)
-    return Export(classes, images, notes if boxed else ())
+    notes = find.notes()
+    if boxed:
+        notes.append(f"{boxed} images have shapes without an outline (boxes, lines): they get tags and no mask.")
+    return Export(classes, images, tuple(notes))
 
 
 def _label(element: ET.Element, path: Path) -> str:

@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from misc.files.store import read_text
-from voc12.export import Export, ExportedImage, PictureFinder, all_classes, export_format, named_by_path, need, split_of
+from voc12.export import (
+    Export,
+    ExportedImage,
+    NamedPicture,
+    PictureFinder,
+    all_classes,
+    export_format,
+    named_by_path,
+    need,
+    split_of,
+)
 from voc12.table import CLASSES_HEADS, names_in_cell
 from voc12.tags import DataError, read_classes
 
@@ -24,17 +34,21 @@ def read_metadata(source: Path) -> Export:
     find = PictureFinder(source)
     images: list[ExportedImage] = []
     columns: tuple[str, ...] = ()
+    named: list[NamedPicture] = []
+    names: list[tuple[str, ...]] = []
     for path in files:
         rows = _rows(path)
-        columns, names = _labels(path, rows, numbered)
-        for row, present in zip(rows, names, strict=True):
-            file = find(str(row["file_name"]), path.parent, str(path))
-            if file is not None:
-                name = named_by_path(source, file)
-                images.append(ExportedImage(file, name, present, split_of(name)[0]))
+        columns, present = _labels(path, rows, numbered)
+        names += present
+        named += [NamedPicture(row["file_name"], (path.parent,)) for row in rows]
+    pictures = find(named, files[0] if len(files) == 1 else source)
     find.check()
+    for file, tags in zip(pictures, names, strict=True):
+        assert file is not None  # checked
+        name = named_by_path(source, file)
+        images.append(ExportedImage(file, name, tags, split_of(name)[0]))
     classes = numbered or columns or all_classes((n for i in images for n in i.classes or ()), files[0])
-    return Export(classes, images)
+    return Export(classes, images, tuple(find.notes()))
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

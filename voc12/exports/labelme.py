@@ -22,6 +22,7 @@ from misc.image.labels import IGNORE
 from voc12.export import (
     Export,
     ExportedImage,
+    NamedPicture,
     PictureFinder,
     all_classes,
     export_format,
@@ -59,19 +60,21 @@ def read_labelme(source: Path) -> Export:
     find = PictureFinder(source)
     images: list[ExportedImage] = []
     without = 0
-    for path, content in contents.items():
-        file = find(content["imagePath"], path.parent, str(path))
-        if file is None:
-            continue
+    named = [NamedPicture(content["imagePath"], (path.parent,)) for path, content in contents.items()]
+    pictures = find(named, source)
+    find.check()
+    for (path, content), file in zip(contents.items(), pictures, strict=True):
+        assert file is not None  # checked
         shapes = content["shapes"]
         drawn = bool(shapes) and all(shape.get("shape_type", "polygon") in _AREAS for shape in shapes)
         without += bool(shapes) and not drawn
         names = tuple(name for name in classes if name in _names(content))
         mask = _Mask(path, content, classes) if drawn else None
         images.append(ExportedImage(file, named_by_path(source, file), names, mask=mask))
-    find.check()
-    notes = (f"{without} images have shapes without an area: they get tags and no mask.",) if without else ()
-    return Export(classes, images, notes)
+    notes = find.notes()
+    if without:
+        notes.append(f"{without} images have shapes without an area: they get tags and no mask.")
+    return Export(classes, images, tuple(notes))
 
 
 def _names(content: dict[str, Any]) -> set[str]:

@@ -16,6 +16,7 @@ from misc.files.store import read_text
 from voc12.export import (
     Export,
     ExportedImage,
+    NamedPicture,
     PictureFinder,
     all_classes,
     export_format,
@@ -46,21 +47,30 @@ def read_label_studio(source: Path) -> Export:
     folder = path.parent
     find = PictureFinder(folder)
     chosen: dict[Path, list[str]] = {}
-    for written, names in _table(path) if path.suffix == ".csv" else _tasks(path):
-        name = _file_name(written)
-        short = _UPLOADED.sub("", PurePosixPath(name).name)
-        file = find(short if not find.has(name) and find.has(short) else name, where=str(path))
-        if file is not None:
-            chosen.setdefault(file, []).extend(names)
+    entries = list(_table(path) if path.suffix == ".csv" else _tasks(path))
+    files = find([_named(written) for written, _ in entries], path)
     find.check()
+    for file, (_, names) in zip(files, entries, strict=True):
+        assert file is not None  # checked
+        chosen.setdefault(file, []).extend(names)
     images = [ExportedImage(f, named_by_path(folder, f), tuple(dict.fromkeys(n))) for f, n in chosen.items()]
     need(images, f"{path} names no image.")
-    return Export(all_classes((name for names in chosen.values() for name in names), path), images)
+    classes = all_classes((name for names in chosen.values() for name in names), path)
+    return Export(classes, images, tuple(find.notes()))
+
+
+def _named(written: str) -> NamedPicture:
+    """An image by its path, and by its name before it was uploaded."""
+    name = _file_name(written)
+    return NamedPicture(name, other=_UPLOADED.sub("", PurePosixPath(name).name))
 
 
 def _file_name(written: str) -> str:
     """``/data/upload/1/abc-a.jpg``, ``/data/local-files/?d=x/a.jpg`` and addresses -> the path of the file."""
-    parts = urlsplit(written)
+    try:
+        parts = urlsplit(written)
+    except ValueError:  # it looks like an address and is none: a path, of which there is hardly a file
+        return written
     local = parse_qs(parts.query).get("d")
     return local[0] if local else unquote(parts.path) if parts.scheme or written.startswith("/data/") else written
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from misc.files import atomic
 from misc.files.ids import id_of_file
@@ -76,8 +76,8 @@ def prepare_coco14(
         print(f"reading {path}")
         instances = read_coco_annotations(path)
         if instances.left_out:
-            names = shorten(instances.left_out)
-            findings.note(f"{path} has categories without an object that are no classes: {names}.")
+            left_out = shorten(instances.left_out)
+            findings.note(f"{path} has categories without an object that are no classes: {left_out}.")
         if classes and instances.classes != classes:
             raise DataError(f"{path} has other categories than the other file: take both from one download.")
         classes = instances.classes
@@ -85,7 +85,8 @@ def prepare_coco14(
         twice = [i for i in numbers if i in rows]
         if twice or len(numbers) < len(instances.files):
             raise DataError(f"{path}: image files have one name twice ({', '.join(twice[:5]) or 'within the file'}).")
-        rows.update({i: (instances.files[n], instances.names(n, crowd_tags)) for i, n in numbers.items()})
+        names = {i: PurePosixPath(instances.files[n]).name for i, n in numbers.items()}
+        rows.update({i: (names[i], instances.names(n, crowd_tags)) for i, n in numbers.items()})
         lists[split] = list(numbers)
         lists[f"{split}_tagged"] = [i for i in numbers if rows[i][1]]
         if masks:

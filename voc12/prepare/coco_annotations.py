@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -31,7 +31,7 @@ class CocoAnnotations:
     Attributes:
         classes: category names in the order of their ids.
         values: {category id: mask value}.
-        files: {image number: file name without folders}, in ascending order of the numbers.
+        files: {image number: file name, with folders as it is written}, in ascending order of the numbers.
         sizes: {image number: (H, W)}.
         objects: {image number: its annotations in the order of the file}; images without any are not in it.
         left_out: categories that no annotation has and that are no classes: the background, and one that is the
@@ -102,8 +102,8 @@ def read_coco_annotations(path: Path) -> CocoAnnotations:
     unknown image or category, an image twice.
     """
     try:
+        check_file(path)  # before it is opened: a pipe would be waited for
         with open(path, encoding="utf-8-sig") as file:
-            check_file(path)
             content = json.load(file)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: put COCO's annotations there, or say --annotations DIR.") from None
@@ -148,7 +148,7 @@ def _collect(path: Path, content: dict[str, Any]) -> CocoAnnotations:
     for image in sorted(content["images"], key=lambda i: i["id"]):
         if image["id"] in files:
             raise DataError(f"{path}: image {image['id']} comes twice.")
-        files[image["id"]] = PurePosixPath(image["file_name"]).name
+        files[image["id"]] = image["file_name"]
         sizes[image["id"]] = (int(image["height"]), int(image["width"]))
     found = CocoAnnotations(classes, values, files, sizes, left_out=tuple(c["name"] for c in idle))
     for thing in content["annotations"]:
