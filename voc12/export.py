@@ -22,7 +22,8 @@ from misc.files.images import read_mask
 from misc.files.schema import Schema
 from misc.files.store import read_json
 from voc12.lists import shorten
-from voc12.tags import DataError, checked_classes, tags_from_mask
+from voc12.table import listed_names, separate_names
+from voc12.tags import DataError, checked_classes, read_classes, tags_from_mask
 
 SPLITS = {"train": "train", "training": "train", "valid": "val", "validation": "val", "val": "val", "test": "test"}
 """Folders (in lower case) that exports share their images out to -> names of our lists."""
@@ -271,6 +272,31 @@ def without_folder(images: Iterable[tuple[str, Any]], *folders: str) -> Iterator
 def all_classes(names: Iterable[str], where: Path) -> tuple[str, ...]:
     """Names that occur, in order and each once; DataError where they can be no classes."""
     return checked_classes(sorted({composed(name) for name in names}), lambda n: f"{where}, class {n}")
+
+
+def classes_of_cells(
+    table: Path, listed: Path, names: Sequence[Sequence[str]]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """(classes, names of the classes of every line) of a table that another tool wrote, checked as those of labels.csv:
+    several names in a cell are taken apart, and DataError is raised for a class that is none.
+
+    Args:
+        table: the table, for the error.
+        listed: file that names all classes, one a line; it may be missing.
+        names: what every line has.
+    """
+    lines = [[composed(name.strip()) for name in line if name.strip()] for line in names]
+    if listed.is_file():
+        classes = read_classes(listed)
+        allowed = frozenset(classes)
+        try:
+            found = [listed_names(line, allowed, classes) for line in lines]
+        except DataError as error:
+            raise DataError(f"{table}{error} ({listed})") from None
+    else:
+        found = list(separate_names(table, dict(enumerate(lines))).values())
+        classes = all_classes((name for line in found for name in line), table)
+    return classes, [tuple(dict.fromkeys(line)) for line in found]
 
 
 def read_annotations(path: Path, form: Schema) -> Any:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import csv
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 import numpy as np
 
@@ -28,11 +29,12 @@ FILE_HEADS = (
 CLASSES_HEADS = ("classes", "class", "labels", "label", "tags", "tag", "categories", "category")
 """What a column of class names may be called."""
 _HEAD_LIKE = re.compile(r"(image|img|file|photo|picture)[ _-]?(id|name|path|file|url)s?|encoded_?pixels|annotation_id")
-_NUMBER = re.compile(r"[-+]?\d+([.,]\d*)?")
+NUMBER = re.compile(r"[-+]?\d+([.,]\d*)?")
 _LIST = re.compile(r"\[.*\]|\(.*,.*\)|\{.*,.*\}", re.DOTALL)
 _YES = ("1", "1.0", "x", "y", "yes", "true")
 _NO = ("", "0", "0.0", "n", "no", "false")
 _SHOWN = 10
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def read_table(path: Path, classes: Sequence[str] | None, key: Callable[[str], s
         more = [f"... {len(faults) - _SHOWN} more lines"] if len(faults) > _SHOWN else []
         raise DataError(f"{path}, " + "\n  ".join([*faults[:_SHOWN], *more]))
     if classes is None and not columns:
-        names = _separated(path, names)
+        names = separate_names(path, names)
         occurring = sorted({name for present in names.values() for name in present})
         classes = checked_classes(occurring, lambda n: f"{path}, class {n}")
     elif classes is None:
@@ -171,16 +173,20 @@ def _key(written: str, key: Callable[[str], str]) -> str:
         raise DataError(f": {error}") from None
 
 
-def _named(row: Sequence[str], allowed: Set[str] | None, classes: Sequence[str]) -> list[str]:
+def _named(row: Sequence[str], allowed: frozenset[str] | None, classes: Sequence[str]) -> list[str]:
     """Classes of a line of form 1, of ``allowed`` ones where they are given."""
     if len(row) != 2:
         raise DataError(f" has {len(row)} columns: write file,class1;class2.")
+    cells = names_in_cell(composed(row[1]))
+    return cells if allowed is None else listed_names(cells, allowed, classes)
+
+
+def listed_names(cells: Iterable[str], allowed: frozenset[str], classes: Sequence[str]) -> list[str]:
+    """Classes of a line, of ``allowed`` ones; a name of several is taken apart where all parts are classes. DataError
+    for others, with the one of ``classes`` that is alike."""
     present: list[str] = []
-    for cell in names_in_cell(composed(row[1])):
-        if allowed is None or cell in allowed:
-            present.append(cell)
-            continue
-        parts = next((p for p in _splits(cell) if all(part in allowed for part in p)), None)
+    for cell in cells:
+        parts = [cell] if cell in allowed else next((p for p in _splits(cell) if allowed.issuperset(p)), None)
         if parts is None:
             raise DataError(f": {_unknown(cell, classes)}")
         present += parts
@@ -204,7 +210,7 @@ def _splits(name: str) -> list[list[str]]:
     return [parts for parts in ways if len(parts) > 1]
 
 
-def _separated(path: Path, names: dict[str, list[str]]) -> dict[str, list[str]]:
+def separate_names(path: Path, names: Mapping[K, Sequence[str]]) -> dict[K, list[str]]:
     """Tags of a table without a list of classes: names joined by commas are taken apart where all parts are classes of
     their own.
 
@@ -216,7 +222,7 @@ def _separated(path: Path, names: dict[str, list[str]]) -> dict[str, list[str]]:
     joined = {name: parts for name, parts in joined.items() if parts and simple.issuperset(parts)}
     occurring -= joined.keys()
     listed = "or, if it is a name of its own, list all class names in classes.txt, one a line"
-    numbers = sorted(name for name in occurring if _NUMBER.fullmatch(name))
+    numbers = sorted(name for name in occurring if NUMBER.fullmatch(name))
     if numbers:
         raise DataError(
             f"{path}: the class {numbers[0]!r} is a number. If 1 and 0 say whether an image has a class, name "

@@ -404,6 +404,70 @@ def test_image_folders_of_huggingface(tmp_path: Path, capsys: pytest.CaptureFixt
     assert tags(made("huggingface", source, capsys)[0]) == {"train/a": ["cat"], "train/b": ["cat", "dog"]}
 
 
+def test_labels_of_huggingface_that_are_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """0.0 and 1.0, as pandas writes them, and true and false are the numbers 0 and 1, never names."""
+    source = tmp_path / "export"
+    for name in ("a.jpg", "b.jpg"):
+        picture(source / name)
+    tables = {
+        "metadata.csv": "file_name,label\na.jpg,0.0\nb.jpg,1.0\n",
+        "metadata.jsonl": '{"file_name": "a.jpg", "label": false}\n{"file_name": "b.jpg", "label": true}\n',
+    }
+    for name, text in tables.items():
+        (source / "classes.txt").unlink(missing_ok=True)
+        write(source / name, text)
+        refused("huggingface", source, capsys, f"{name}, line 1: the label 0 is a number", "classes.txt")
+        write(source / "classes.txt", "cat\ndog\n")
+        images = EXPORTS["huggingface"].read(source).images
+        assert {image.name: image.classes for image in images} == {"a.jpg": ("cat",), "b.jpg": ("dog",)}
+        (source / name).unlink()
+    write(source / "metadata.jsonl", tables["metadata.jsonl"].replace("label", "tumour"))
+    (source / "classes.txt").unlink()
+    export = EXPORTS["huggingface"].read(source)
+    assert export.classes == ("tumour",) and [image.classes for image in export.images] == [(), ("tumour",)]
+
+
+@pytest.mark.parametrize(
+    ("form", "file", "head"),
+    [("huggingface", "metadata.csv", "file_name,tags"), ("labelstudio", "tags.csv", "image,choice")],
+)
+def test_several_names_in_a_cell(
+    form: str, file: str, head: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "export"
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        picture(source / name)
+    lines = f'{head}\na.jpg,"{{}}"\nb.jpg,cat\nc.jpg,dog\n'
+    write(source / file, lines.format("cat,dog"))
+    export = EXPORTS[form].read(source)
+    assert export.classes == ("cat", "dog") and export.images[0].classes == ("cat", "dog")
+    write(source / file, lines.format("cat/dog"))
+    refused(form, source, capsys, file, "'cat/dog' is made of 'cat', 'dog'", "classes.txt")
+    write(source / "classes.txt", "cat\ndog\ncat/dog\n")  # a name of its own
+    export = EXPORTS[form].read(source)
+    assert export.classes == ("cat", "dog", "cat/dog") and export.images[0].classes == ("cat/dog",)
+
+
+def test_class_folders_that_lie_deeper(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for n, (place, name) in enumerate((p, c) for p in ("PetImages/{}", "raw/PetImages/{}") for c in ("Cat", "Dog")):
+        picture(tmp_path / place.partition("/")[0] / "export" / place.format(name) / f"{n}.jpg", n)
+    for top in ("PetImages", "raw"):
+        data, told = made("folders", tmp_path / top / "export", capsys)
+        assert data.classes == ("Cat", "Dog") and "NOTE: all images lie in folders PetImages/, which is no" in told
+    for split in ("seg_train", "seg_test"):
+        for name in ("forest", "sea"):
+            picture(tmp_path / "intel/export" / split / split / name / f"{split}{name}.jpg", len(split + name))
+    picture(tmp_path / "intel/export/seg_pred/seg_pred/1.jpg")
+    data, told = made("folders", tmp_path / "intel/export", capsys)
+    assert data.classes == ("forest", "sea") and len(data.ids("train")) == len(data.ids("val")) == 2
+    assert "NOTE: the folders seg_pred, seg_test, seg_train are lists" in told and "1 images lie in no folder" in told
+    for n, name in enumerate(("0/x", "1/x", "1/y")):
+        picture(tmp_path / "batches/export" / name / f"{n}.jpg", n)
+    data, told = made("folders", tmp_path / "batches/export", capsys)
+    assert data.classes == ("0", "1") and "NOTE: 3 images lie in folders inside a folder of a class" in told
+    assert "NOTE: the folders 0, 1 are classes whose names are numbers" in told
+
+
 # ---------------------------------------------------------------------------------------------- every format
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from voc12.export import (
     ExportedImage,
     NamedPicture,
     PictureFinder,
-    all_classes,
+    classes_of_cells,
     export_format,
     named_by_path,
     need,
@@ -26,7 +27,7 @@ from voc12.tags import DataError, read_classes
 
 @export_format("huggingface", "image folders with metadata.csv or metadata.jsonl (file_name and label, or 0/1 columns)")
 def read_metadata(source: Path) -> Export:
-    """Labels that are numbers are the lines of SRC/classes.txt, counted from 0."""
+    """Labels that are numbers (also 1.0, and true and false for 1 and 0) are the lines of SRC/classes.txt, from 0."""
     files = sorted([*source.rglob("metadata.csv"), *source.rglob("metadata.jsonl")])
     need(files, f"{source} holds no metadata.csv and no metadata.jsonl.")
     listed = source / "classes.txt"
@@ -43,11 +44,14 @@ def read_metadata(source: Path) -> Export:
         named += [NamedPicture(row["file_name"], (path.parent,)) for row in rows]
     pictures = find(named, files[0] if len(files) == 1 else source)
     find.check()
+    if columns:
+        classes = columns
+    else:
+        classes, names = classes_of_cells(files[0], listed, names)
     for file, tags in zip(pictures, names, strict=True):
         assert file is not None  # checked
         name = named_by_path(source, file)
         images.append(ExportedImage(file, name, tags, split_of(name)[0]))
-    classes = numbered or columns or all_classes((n for i in images for n in i.classes or ()), files[0])
     return Export(classes, images, tuple(find.notes()))
 
 
@@ -74,9 +78,12 @@ def _labels(
     """(classes where each is a column of 0 and 1, names of the classes of every row)."""
     heads = [head for head in rows[0] if head not in (None, "file_name")]
     column = next((head for head in heads if head.lower() in CLASSES_HEADS), None)
-    if column is not None:
-        return (), [_names(path, number, row.get(column), numbered) for number, row in enumerate(rows, 1)]
     marks = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
+    if column is not None:
+        cells = [row.get(column) for row in rows]
+        if all(str(cell).strip().lower() in marks for cell in cells):
+            cells = [int(marks[str(cell).strip().lower()]) for cell in cells]
+        return (), [_names(path, number, cell, numbered) for number, cell in enumerate(cells, 1)]
     columns = tuple(head for head in heads if all(str(row.get(head)).strip().lower() in marks for row in rows))
     if not columns:
         raise DataError(
@@ -88,11 +95,14 @@ def _labels(
 
 def _names(path: Path, number: int, value: Any, numbered: tuple[str, ...] | None) -> tuple[str, ...]:
     """Classes of a cell: names, or numbers from 0 on of the list of classes."""
-    items = value if isinstance(value, list) else [value] if isinstance(value, int) else names_in_cell(str(value or ""))
+    if isinstance(value, list):
+        items = [str(item) for item in value]
+    else:
+        items = names_in_cell(str(value)) if value is not None else []
     found: list[str] = []
-    for item in map(str, items):
-        if not item.strip().isdecimal():
-            found.append(item.strip())
+    for item in (re.sub(r"^(\d+)\.0*$", r"\1", item.strip()) for item in items):  # pandas makes 1.0 of 1
+        if not item.isdecimal():
+            found.append(item)
         elif numbered is None:
             raise DataError(
                 f"{path}, line {number}: the label {item} is a number. Write {path.parent / 'classes.txt'} (at the "

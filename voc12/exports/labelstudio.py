@@ -18,7 +18,7 @@ from voc12.export import (
     ExportedImage,
     NamedPicture,
     PictureFinder,
-    all_classes,
+    classes_of_cells,
     export_format,
     named_by_path,
     need,
@@ -38,7 +38,8 @@ _UPLOADED = re.compile(r"^[0-9a-f]{8}-")
 
 @export_format("labelstudio", "Label Studio's choices: its CSV, JSON or JSON-MIN, a file of SRC or SRC itself")
 def read_label_studio(source: Path) -> Export:
-    """An image with several annotations has the choices of them all; one whose annotations are empty has no class."""
+    """An image with several annotations has the choices of them all; one whose annotations are empty has no class. A
+    classes.txt beside the file names the classes where their names are numbers or made of other names."""
     tables = [source] if source.is_file() else sorted([*source.glob("*.csv"), *source.glob("*.json")])
     need(tables, f"{source} holds no CSV and no JSON of Label Studio.")
     if len(tables) > 1:
@@ -50,12 +51,12 @@ def read_label_studio(source: Path) -> Export:
     entries = list(_table(path) if path.suffix == ".csv" else _tasks(path))
     files = find([_named(written) for written, _ in entries], path)
     find.check()
-    for file, (_, names) in zip(files, entries, strict=True):
+    classes, tags = classes_of_cells(path, folder / "classes.txt", [names for _, names in entries])
+    for file, names in zip(files, tags, strict=True):
         assert file is not None  # checked
         chosen.setdefault(file, []).extend(names)
     images = [ExportedImage(f, named_by_path(folder, f), tuple(dict.fromkeys(n))) for f, n in chosen.items()]
     need(images, f"{path} names no image.")
-    classes = all_classes((name for names in chosen.values() for name in names), path)
     return Export(classes, images, tuple(find.notes()))
 
 
