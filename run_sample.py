@@ -51,7 +51,7 @@ def run_plan(plan: Plan, device: torch.device, command: Sequence[str] = ("python
         if plan.waits(step):
             plan.say(f"\n{title}: needs all {plan.parts} parts. When they are finished, run it without --shard.")
             return
-        plan.say(f"\n{title}: {step.does}")
+        plan.say(f"\n{title}: {step.tell(plan.job)}")
         with plan.recording(step, device):
             step.run()(plan.job, device)
         plan.say(f"    files: {', '.join(plan.files(step))}")

@@ -85,6 +85,10 @@ class Options(Checked, ABC):
     reads_class_texts: ClassVar[bool] = False
     """Whether the network knows classes by words (``Network.set_class_texts``), so that other words are another run."""
 
+    label_limits: ClassVar[tuple[str, ...]] = ()
+    """Settings that decide which pixels get which label, by their dotted names in these options, of a network that
+    labels its own training images."""
+
     @property
     def keeps_start_weights(self) -> bool:
         """Whether a part of the network is never trained, so that random start weights make results without
@@ -126,6 +130,11 @@ class Phase(Checked):
     def released_files(self) -> tuple[str, ...]:
         """The files of ``released``; empty if the network is trained."""
         return tuple(self.released.split(",")) if self.released else ()
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether there is a training: no released checkpoint is used as it is, and the recipe has updates."""
+        return not self.released and self.fit.steps != 0
 
     @property
     def start(self) -> StartWeights:

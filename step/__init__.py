@@ -28,6 +28,20 @@ class Step:
     needs: tuple[str, ...] = ()
     per_image: bool = False
     aims: tuple[Aim, ...] = MASKS
+    trains: str = ""
+    """What is trained, as its section of the command line: cam, aff, seg; empty for other steps."""
+
+    def tell(self, job: Any) -> str:
+        """What the step does in a job: nothing is trained by a recipe of no updates, or with a released checkpoint."""
+        recipe = getattr(job.cfg, self.trains) if self.trains else None
+        phases = [phase for _, phase in recipe.needed_phases()] if self.trains == "cam" else [recipe]
+        if recipe is None or any(getattr(phase, "is_trained", True) for phase in phases):
+            return self.does
+        if recipe.released:
+            return "take the released checkpoint as it is: nothing is trained"
+        if recipe.network.reads_class_texts:
+            return "encode the classes' texts: nothing is trained"
+        return "take the start weights as they are: nothing is trained"
 
     def run(self) -> Callable[[Any, Any], None]:
         """The step's function (imported when it is needed)."""
@@ -38,19 +52,19 @@ ALL: tuple[Aim, ...] = get_args(Aim)
 
 STEPS: tuple[Step, ...] = (
     Step("train_cam", "train the CAM network from tags", ("weights/cam.pt",),
-         lambda job: [job.run.weights(name) for name in job.cam_networks()], aims=ALL),
+         lambda job: [job.run.weights(name) for name in job.cam_networks()], aims=ALL, trains="cam"),
     Step("make_cam", "infer the CAMs of the training images", ("cam", "cam_last"),
          lambda job: [*map(job.run.cam, job.cam_ids()), *job.further_files(job.run.cam, job.further_cam_ids())],
          needs=("train_cam",), per_image=True, aims=(*MASKS, "single_stage")),
     Step("make_aff_label", "make affinity labels from the CAMs", ("aff_label",),
          lambda job: map(job.run.aff_label, job.train_ids()), needs=("make_cam",), per_image=True, aims=("masks",)),
     Step("train_aff", "train the affinity network", ("weights/aff.pt",), lambda job: [job.run.weights("aff")],
-         needs=("make_aff_label",), aims=("masks",)),
+         needs=("make_aff_label",), aims=("masks",), trains="aff"),
     Step("random_walk", "refine the CAMs, by a random walk or without one: pseudo masks",
          ("label", "label_overlay", "label_full", "instance"),
          lambda job: job.mask_files(job.run.label, job.cam_ids()), needs=("make_cam", "train_aff"), per_image=True),
     Step("train_seg", "train the segmentation network on the pseudo masks", ("weights/seg.pt",),
-         lambda job: [job.run.weights("seg")], needs=("random_walk",)),
+         lambda job: [job.run.weights("seg")], needs=("random_walk",), trains="seg"),
     Step("infer_seg", "predict the validation images", ("seg", "seg_before_crf", "seg_overlay", "seg_full"),
          lambda job: job.mask_files(job.run.seg, job.predicted_ids()), needs=("train_seg",), per_image=True,
          aims=(*MASKS, "single_stage")),

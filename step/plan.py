@@ -292,7 +292,7 @@ def check_inputs(job: Job, steps: Sequence[Step]) -> list[str]:
     for split, needs in lists.items():
         for warning in job.catalog.check(split, **needs):
             distributed.say(f"Note ({split}): {warning}")
-    trains = any(not phase.released and phase.fit.steps != 0 for phase in phases.values())
+    trains = any(phase.is_trained for phase in phases.values())
     return list(dict.fromkeys(i for split in lists for i in job.catalog.ids(split))) if trains else []
 
 

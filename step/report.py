@@ -63,7 +63,7 @@ def current(job: Job) -> bool:
 def score_table(scores: dict[str, dict[str, Any]]) -> str:
     """The recorded scores as aligned text: name, mIoU (AP50 for single objects; for boxes the name says what it is),
     list, number of images, choice of the threshold, tags, start weights of the network."""
-    head = ("score", story.name_unit(scores), "list", "images", "threshold", "tags used", "trained from")
+    head = ("score", story.name_unit(scores), "list", "images", "threshold", "tags used", "start weights")
     rows = [
         (n, _main(s), s["split"], str(s["images"]), story.tell_threshold(s), s["tags"], s.get("start_weights", "-"))
         for n, s in scores.items()

@@ -29,9 +29,14 @@ def start_weights(phase: Phase, cam: SeedRecipe | None = None) -> str:
     training, the CAM network (made by the method ``cam``), or the released checkpoint that it is."""
     if phase.released:
         return f"released checkpoint {', '.join(Path(file).name for file in phase.released_files)}, as it is"
-    if phase.network.keeps_start_weights and phase.start.word == NONE:
+    if is_meaningless(phase):
         return "random, and partly never trained: these results mean nothing"
     return phase.start.tell(phase.init, None if cam is None else start_weights(cam.phases()[-1][1]))
+
+
+def is_meaningless(phase: Phase) -> bool:
+    """Whether a part of a phase's network stays random, so that nothing it finds means anything."""
+    return not phase.released and phase.network.keeps_start_weights and phase.start.word == NONE
 
 
 def refiner_weights(cfg: Config) -> str:
@@ -152,7 +157,7 @@ def _record_instances(job: Job, name: str, split: str, scores: InstanceScores, *
         f"{100 * scores.precision.mean(at):.2f} AP at mask IoU {iou:g}" for at, iou in enumerate(scores.precision.ious)
     )
     distributed.say(
-        f"{name}: {found} on {split}, {scores.images} images, {scores.precision.objects.sum()} objects; trained from "
+        f"{name}: {found} on {split}, {scores.images} images, {scores.precision.objects.sum()} objects; start weights: "
         f"{provenance['start_weights']}"
     )
 
@@ -240,6 +245,6 @@ def _record(job: Job, name: str, split: str, scores: Scores, **provenance: Any) 
         how = "fixed" if scores.curve is None else f"searched on {split} itself"
         chosen = f" at background score {scores.threshold:.2f} ({how})"
     distributed.say(
-        f"{name}: {100 * scores.confusion.miou():.2f} mIoU on {split}, {scores.images} images{chosen}; trained from "
+        f"{name}: {100 * scores.confusion.miou():.2f} mIoU on {split}, {scores.images} images{chosen}; start weights: "
         f"{provenance['start_weights']}"
     )

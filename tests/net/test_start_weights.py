@@ -80,9 +80,9 @@ def test_a_segmenter_that_starts_from_the_cam_network(tmp_path: Path, capsys: py
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
     assert scores["predictions (deeplabv2 trained on true masks)"]["start_weights"] == "CAM network (from random)"
     told = capsys.readouterr().out
-    assert "3 images; trained from CAM network (from random)" in told
+    assert "3 images; start weights: CAM network (from random)" in told
     assert re.search(r"seg: starts from .*cam.pt: .*0 of another shape", told)
-    assert re.search(r"score +mIoU .* trained from", told)
+    assert re.search(r"score +mIoU .* start weights", told)
 
 
 def test_weights_of_later_steps_are_tried_before_the_first(

@@ -87,7 +87,7 @@ def tell_provenance(score: Mapping[str, Any]) -> str:
     if score.get("threshold") is not None:
         told.append(f"background score {score['threshold']:.2f}, {score['threshold_choice']}")
     if score.get("start_weights"):
-        told.append(f"trained from: {score['start_weights']}")
+        told.append(f"start weights: {score['start_weights']}")
     return "; ".join(told)
 
 

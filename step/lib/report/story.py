@@ -16,7 +16,14 @@ from step import STEPS, Step, select
 from step.lib.config import Job, default_config
 from step.lib.report import box_part, charts, choose, findings, gallery, judge, page, unscored_part
 from step.lib.report.curves import TrainingCurve, read_curves
+from step.lib.scoring import is_meaningless
 from voc12.lists import pick_evenly
+
+MEANINGLESS = (
+    "These results mean nothing: a part of the network that is never trained has random weights. The run shows that "
+    "all steps work, no more. For results give trained weights (--cam.weights FILE), or take a preset that has them."
+)
+"""Stands above all else on the page of such a run."""
 
 
 def make_page(job: Job, unscored: Sequence[str]) -> str:
@@ -35,6 +42,7 @@ def make_page(job: Job, unscored: Sequence[str]) -> str:
         "run.html.jinja", scores,
         title=f"{job.cfg.method} on {job.cfg.data}",
         summary=tell_run(job),
+        meaningless=MEANINGLESS if any(map(is_meaningless, (p for _, p in job.cfg.cam.needed_phases()))) else "",
         headlines=findings.find_headlines(scores), has_miou=bool(stages), miou_means=findings.MIOU_MEANS,
         unscored=unscored,
         findings=remarks,
@@ -59,17 +67,20 @@ def tell_run(job: Job) -> str:
     cfg, names = job.cfg, list(job.catalog.classes)
     count, shown = len(job.train_ids()), ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     what = "box" if job.aim == "boxes" else "mask"
-    told = f"From the tags of {count} images ({len(names)} classes: {shown}), without any {what}, {cfg.method} learned "
+    learnt = any(phase.is_trained for _, phase in cfg.cam.needed_phases())
+    told = f"From the tags of {count} images ({len(names)} classes: {shown}), without any {what}"
+    told += f", {cfg.method} learned " if learnt else f" and without training, {cfg.method} "
     done, val = job.run.finished, f"{len(job.listed(cfg.val_list))} images of {cfg.val_list}"
     if job.aim == "boxes":
         found = f" It then did so in {val}." if done("localise") else ""
-        return f"{told}to name the object of an image and to draw a box round it.{found}"
+        verbs = ("to name", "to draw") if learnt else ("names", "draws")
+        return f"{told}{verbs[0]} the object of an image and {verbs[1]} a box round it.{found}"
     predicted = f" It then segmented {val} without tags." if done("infer_seg") else ""
     if job.single_stage:
-        return f"{told}to segment them.{predicted}"
+        return f"{told}{'to segment' if learnt else 'segments'} them.{predicted}"
     if cfg.masks == "truth":
         return f"The upper bound: {cfg.segmenter} was trained on the true masks of {count} images.{predicted}"
-    told += "where each class is (CAM)."
+    told += f"{'' if learnt else 'finds '}where each class is (CAM)."
     told += f" The refiner {cfg.refiner} made pseudo masks of that." if done("random_walk") else ""
     told += f" {cfg.segmenter} was trained on these." if done("train_seg") else ""
     return told + predicted
@@ -218,7 +229,8 @@ def _pipeline(job: Job, record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _told_step(job: Job, step: Step, done: dict[str, Any] | None) -> dict[str, Any]:
-    told: dict[str, Any] = {"number": STEPS.index(step) + 1, "name": step.name, "does": step.does, "done": bool(done)}
+    number = STEPS.index(step) + 1
+    told: dict[str, Any] = {"number": number, "name": step.name, "does": step.tell(job), "done": bool(done)}
     if not done:
         return told
     memory = [("peak_memory_mb", "memory"), ("peak_gpu_memory_mb", "GPU memory")]
