@@ -25,7 +25,7 @@ PHOTOS_EDGE_LABEL = EdgeLabel(
 
 
 def make_photos_recipe(network: Options, infer: CamInference = PHOTOS_CAMS) -> Recipe:
-    """The recipe photos of a seed: masks by a CRF, and DeepLab v3+ trained on them."""
+    """The recipe photos of a seed: masks by a CRF, and DeepLab v1 trained on them."""
     return Recipe(
         cam=SeedRecipe(
             amp="fast",
@@ -42,7 +42,7 @@ def make_photos_recipe(network: Options, infer: CamInference = PHOTOS_CAMS) -> R
             infer=infer,
         ),
         refiner="crf",
-        segmenter="deeplabv3plus",
+        segmenter="deeplabv1",
         long_side=1024,
         data="folder",
     )
@@ -53,9 +53,9 @@ def make_photos_segment_recipe(network: Options) -> SegmentRecipe:
     return SegmentRecipe(
         amp="fast",
         network=network,
-        fit=Fit(epochs=16, batch_size=16, optimiser="adamw", lr=2e-4, weight_decay=0.01),
+        fit=Fit(epochs=8, batch_size=16, optimiser="adamw", lr=2e-4, weight_decay=0.01),
         augment=Augment(
-            order=("hsv", "flip", "scale", "normalize", "crop"), scale=(0.6, 1.4), scale_filter="linear", crop=352
+            order=("hsv", "flip", "scale", "normalize", "crop"), scale=(0.6, 1.4), scale_filter="linear", crop=320
         ),
         weights=CAM,
         infer=SegInference(
