@@ -56,8 +56,7 @@ def id_of_file(file: str) -> str:
 
 def checked_id(image_id: str) -> str:
     """The id itself; ValueError where it would leave its folder (``../``, absolute, drive, backslash) or is empty."""
-    parts = PurePosixPath(image_id).parts
-    if not image_id or image_id.startswith("/") or ".." in parts or "\\" in image_id:
+    if not image_id or image_id.startswith("/") or ".." in image_id.split("/") or "\\" in image_id:
         raise ValueError(f"Image id {image_id!r} is not allowed: ids are file names inside the data folder.")
     if _DRIVE.match(image_id) or (os.name == "nt" and ":" in image_id):
         raise ValueError(f"Image id {image_id!r} is not allowed: its ':' reads as a drive. Rename the file.")

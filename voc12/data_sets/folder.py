@@ -79,8 +79,9 @@ class FolderCatalog(Catalog):
         """Id of an image from its file as the table has it: the whole cell, spaces included; ValueError for one that
         leaves the folder."""
         path = composed(written.strip()).replace("\\", "/")
-        for form in (os.path.abspath(self.root), os.path.realpath(self.root)):  # an absolute path below the root
-            path = path.removeprefix(f"{composed(str(form))}/")
+        if os.path.isabs(path):  # perhaps below the root
+            for form in (os.path.abspath(self.root), os.path.realpath(self.root)):
+                path = path.removeprefix(f"{composed(str(form))}/")
         image_id = checked_id(strip_image_suffix(path).removeprefix("./"))
         return next((image_id[len(p) :] for p in self._prefixes if image_id.startswith(p)), image_id)
 
