@@ -105,8 +105,8 @@ def step_flags(name: str, root: Path, out: Path, batch: int, device: str = "cpu"
     if name in SEGMENTER_NAMES:
         method, part, own = "seam", "seg", f"--segmenter {name} --masks truth"
     common = (
-        f"{method} --preset {preset} --data voc12 --steps train_{part} --{part}.weights none --{part}.fit.steps 1 "
-        f"--{part}.fit.batch-size {batch} --machine.device {device} --machine.workers 0"
+        f"{method} --preset {preset} --data voc12 --train-list train --steps train_{part} --{part}.weights none "
+        f"--{part}.fit.steps 1 --{part}.fit.batch-size {batch} --machine.device {device} --machine.workers 0"
     )
     special = [word.format(batch=batch, saliency=root / "Saliency") for word in own.split()]
     return [*common.split(), "--root", str(root), "--out", str(run_folder(name, out, batch, device)), *special]

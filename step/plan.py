@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -257,6 +257,7 @@ def check_inputs(job: Job, steps: Sequence[Step]) -> list[str]:
         raise ValueError("--redo with --shard would also remove the other parts: run --redo once without --shard.")
     names = {s.name for s in steps}
     phases = _phases(job, names)
+    _check_published_list(job, names, phases)
     if "train_seg" in names and job.single_stage:
         raise ValueError(
             "train_seg: with --segmenter own the CAM network predicts the masks, so nothing else is trained. "
@@ -294,6 +295,24 @@ def check_inputs(job: Job, steps: Sequence[Step]) -> list[str]:
             distributed.say(f"Note ({split}): {warning}")
     trains = any(phase.is_trained for phase in phases.values())
     return list(dict.fromkeys(i for split in lists for i in job.catalog.ids(split))) if trains else []
+
+
+def _check_published_list(job: Job, names: set[str], phases: Mapping[str, Phase]) -> None:
+    """Raises ValueError if a published recipe would go through VOC's small list train unasked. Networks that are used
+    as released, and predictions, need no training list."""
+    cfg = job.cfg
+    trains = any(not phase.released and phase.fit.steps != 0 for phase in phases.values())
+    if not (trains or names & {"make_cam", "make_aff_label", "random_walk"}):
+        return
+    asked = cfg.train_list is not None or cfg.data != "voc12" or not cfg.preset.startswith("published")
+    if asked or job.catalog.has_list("train_aug"):
+        return
+    raise ValueError(
+        f"The recipe {cfg.preset} on voc12 is for the list train_aug (VOC's train and SBD: 10,582 images), and there "
+        f"is none in {job.catalog.root}. Make it: python -m voc12.prepare voc12 --root {job.catalog.root} --sbd DIR "
+        "(or --sbd-lists DIR, which makes the list without SBD's masks). To use fewer images say so: --train-list "
+        "train (1,464 images in VOC; expect scores below the published ones)."
+    )
 
 
 def _phases(job: Job, names: Collection[str]) -> dict[str, Phase]:

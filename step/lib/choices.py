@@ -237,7 +237,7 @@ def help_text(argv: Sequence[str] = ()) -> str:
             *textwrap.wrap(f"Segmentation masks from image-level tags, in nine steps: {listed}.", commandline.WIDTH),
             "",
             *told,
-            "Available (any method works with any refiner and any segmenter):",
+            "Available (any refiner and segmenter for any method; own: for methods that predict masks):",
             commandline.columns(names, width=12),
             "",
             "Common options:",

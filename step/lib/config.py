@@ -71,7 +71,7 @@ class Config(Checked):
     """Seed of initial weights, data order, augmentation and dropout."""
     train_list: str | None = None
     """List of training images: a name in ImageSets/Segmentation (coco14, folder: in splits) or a file. Default:
-    train_aug where the data set has it, else train."""
+    train_aug where the data set has it, else train; published recipes on voc12 insist on train_aug."""
     score_list: str = "train"
     """List on which CAMs and pseudo masks are scored, where it has masks."""
     val_list: str = "val"

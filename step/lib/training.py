@@ -78,6 +78,8 @@ def train(
             write_model(job.run.weights(name), {k: v.cpu() for k, v in network.state_dict().items()}, description)
         distributed.barrier()
         return
+    if recipe.steps != 0:
+        distributed.say(f"{name}: trains on the list {job.train_list}, {len(ids)} images.")
     for line in phase.start.load(network, job.run.weights("cam")):
         distributed.say(f"{name}: starts from {line}")
 

@@ -14,12 +14,14 @@ import pytest
 import torch
 from running import TINY, arguments, digests, run
 
+import run_sample
 from misc.files import store
 from misc.files.camfiles import read_cam
 from misc.files.images import read_image, read_mask
 from misc.precision import has_fast_bf16
-from step import select
+from step import plan, select
 from step.lib import parsing
+from step.lib.config import open_job
 
 MADE = ("weights/*.pt", "cam/*", "aff_label/*", "label/*", "seg/*")
 IDS = [f"2025_{i:06d}" for i in range(1, 9)]
@@ -85,6 +87,46 @@ def test_scores_say_where_they_come_from(finished: Path) -> None:
     assert [s["start_weights"] for s in (cam, walked, predicted)] == ["random"] * 3
     word = "bfloat16 autocast" if has_fast_bf16("cpu") else "float32"  # the sample recipes' fast
     assert [s["precision"] for s in (cam, walked, predicted)] == [{"training": word, "inference": word}] * 3
+
+
+def test_published_recipes_on_voc_insist_on_train_aug(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training on train's 1,464 images without a word is how people lose five points."""
+    argv = ["seam", "--preset", "published", "--data", "voc12", "--root", str(own), "--cam.weights", "none"]
+    argv += ["--out", str(tmp_path / "run"), "--steps"]
+    assert run_sample.main([*argv, "train_cam"]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in ("train_aug", "voc12.prepare", "--sbd-lists", "--train-list train"))
+    assert not (tmp_path / "run").exists()
+
+    def check(*flags: str) -> str:
+        """The list that a run goes through, after its inputs were checked."""
+        job = open_job(parsing.parse([*argv, *flags]))
+        plan.check_inputs(job, select(job.cfg.steps, job.aim))
+        return job.train_list
+
+    file = tmp_path / "network.pth"
+    file.write_bytes(b"is read later")
+    for steps in (["make_cam"], ["train_cam", "make_cam", "--cam.released", str(file)], ["random_walk"]):
+        with pytest.raises(ValueError, match="is for the list train_aug"):
+            check(*steps)
+    check("train_cam", "--cam.released", str(file))  # goes through no images
+    check("infer_seg")
+    assert check("train_cam", "make_cam", "--train-list", "train") == "train"
+    assert check("train_cam", "--train-list", str(lists(own, "val"))) == str(lists(own, "val"))
+    assert check("train_cam", "--preset", "sample") == "train"
+    lists(own, "train_aug").write_text("\n".join(IDS))
+    assert check("train_cam", "make_cam") == "train_aug"
+
+
+@pytest.mark.slow
+def test_a_training_begins_with_its_list(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = said(capsys, data, tmp_path / "new", "--steps", "train_cam")
+    assert "cam: trains on the list train, 8 images." in told
+    assert "trains on the list" not in said(capsys, data, tmp_path / "new", "--steps", "train_cam")
+    told = said(capsys, data, tmp_path / "start", "--steps", "train_cam", "--cam.fit.steps", "0")
+    assert "trains on the list" not in told
 
 
 def test_the_report_is_one_page(finished: Path) -> None:

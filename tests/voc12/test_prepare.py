@@ -138,6 +138,25 @@ def test_train_aug_from_the_folder_that_is_passed_round(voc: Path, capsys: pytes
     assert open_catalog("voc12", root).ids("train_aug") == ["s1", "s3", "t1", "t2"]
 
 
+def test_train_aug_without_masks_from_the_lists_of_sbd(voc: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Learning from tags needs the list alone."""
+    root, lists = voc / "VOCdevkit" / "VOC2012", voc / "benchmark_RELEASE" / "dataset"
+    write(lists / "train.txt", "s1\nt1\n")
+    write(lists / "val.txt", "s2\nv1\n")
+    assert run(capsys, "voc12", "--root", root, "--sbd-lists", voc)[0] == 0
+    data = open_catalog("voc12", root)
+    assert data.ids("train_aug") == ["s1", "s2", "t1", "t2"]  # VOC's train joins, its val does not
+    assert data.mask_path("s1") is None and not (root / "SegmentationClassAug").exists()
+    assert np.flatnonzero(data.tags("s1")).tolist() == [9]
+    empty = root / "JPEGImages"
+    assert run(capsys, "voc12", "--root", root, "--sbd-lists", empty)[0] == 0  # the list is there: SBD's are not read
+    (root / "ImageSets/Segmentation/train_aug.txt").unlink()
+    status, text = run(capsys, "voc12", "--root", root, "--sbd-lists", empty)
+    assert status != 0 and "No lists of SBD" in text
+    status, text = run(capsys, "voc12", "--root", root, "--sbd-lists", voc / "nowhere")
+    assert status == 2 and "--sbd-lists" in text
+
+
 def test_difficult_objects_and_tags_of_masks(voc: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = voc / "VOCdevkit" / "VOC2012"
     assert run(capsys, "voc12", "--root", root, "--no-difficult")[0] == 0

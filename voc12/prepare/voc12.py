@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -59,17 +60,20 @@ def aug_mask_path(catalog: Catalog, image_id: str) -> Path:
 
 
 def prepare_voc12(
-    root: DirOption, sbd: DirOption | None = None, tags: Literal["xml", "masks"] = "xml", difficult: bool = True,
-    decode: bool = True, overwrite: bool = False, workers: int = WORKERS,
+    root: DirOption, sbd: DirOption | None = None, sbd_lists: DirOption | None = None,
+    tags: Literal["xml", "masks"] = "xml", difficult: bool = True, decode: bool = True,
+    overwrite: bool = False, workers: int = WORKERS,
 ) -> int:
     """VOC 2012's devkit: SBD's masks, the list train_aug, tags in labels.csv, a check of every file.
 
     train_aug is every image with a mask that is not in val. Its masks are the official ones and SegmentationClassAug,
-    as the field passes it round or as made here from SBD.
+    as the field passes it round or as made here from SBD. Learning from tags needs the list alone: --sbd-lists.
 
     Args:
         root: VOC2012, or a folder that holds it.
         sbd: The unpacked Semantic Boundaries Dataset (benchmark_RELEASE), where there is no SegmentationClassAug.
+        sbd_lists: Folder of SBD's own train.txt and val.txt (benchmark_RELEASE/dataset), which make the list train_aug
+            without SBD's masks.
         tags: Where labels.csv takes the tags from. The published systems use the XML files.
         difficult: Count objects flagged difficult in the XML files, as the published systems do.
         decode: Read every image and mask; otherwise only look whether the files are there.
@@ -79,6 +83,8 @@ def prepare_voc12(
     check_folder("--root", root)
     if sbd is not None:
         check_folder("--sbd", sbd)
+    if sbd_lists is not None:
+        check_folder("--sbd-lists", sbd_lists)
     findings = Findings(overwrite)
     catalog = VocCatalog("voc12", find_voc_root(root))
     if sbd is not None:
@@ -108,7 +114,7 @@ def prepare_voc12(
             f"{len(doubled)} images share their names with others of another ending ({shorten(doubled)}), and masks "
             "and tags are found by the name: remove or rename one of each."
         )
-    _train_aug(catalog, lists, findings)
+    _train_aug(catalog, lists, findings, sbd_lists)
     check_lists(lists, findings)
     tagged = sorted({i for name, ids in lists.items() if name != "test" for i in ids})
     rows: list[tuple[str, list[str]]] = []
@@ -148,16 +154,34 @@ def _tell_strange(strange: Counter[str], catalog: Catalog, findings: Findings) -
         findings.note(f"objects whose names are no class are passed over (images): {shorten(others)}.")
 
 
-def _train_aug(catalog: Catalog, lists: dict[str, list[str]], findings: Findings) -> None:
+def _train_aug(catalog: Catalog, lists: dict[str, list[str]], findings: Findings, sbd_lists: Path | None) -> None:
     """Add train_aug to the lists, and write it where it is not there."""
     if catalog.has_list("train_aug"):
         lists["train_aug"] = catalog.ids("train_aug")
-    elif any(path.startswith("SegmentationClassAug/") for path in catalog.masks.values()):
-        ids = sorted({*catalog.masks, *lists.get("train", ())} - set(lists.get("val", ())))
-        findings.put(catalog.root / "ImageSets" / "Segmentation" / "train_aug.txt", join_lines(ids))
-        lists["train_aug"] = ids
+        return
+    more: Iterable[str]
+    if any(path.startswith("SegmentationClassAug/") for path in catalog.masks.values()):
+        more = catalog.masks
+    elif sbd_lists is not None:
+        more = _sbd_ids(sbd_lists)
     else:
-        print("There are no masks besides the official ones, hence no train_aug: give --sbd DIR to make it.")
+        print(
+            "There are no masks besides the official ones, hence no train_aug: give --sbd DIR to make it, or "
+            "--sbd-lists DIR for the list without the masks."
+        )
+        return
+    ids = sorted({*more, *lists.get("train", ())} - set(lists.get("val", ())))
+    findings.put(catalog.root / "ImageSets" / "Segmentation" / "train_aug.txt", join_lines(ids))
+    lists["train_aug"] = ids
+
+
+def _sbd_ids(folder: Path) -> list[str]:
+    """The ids of SBD's two lists; DataError where one is missing."""
+    for place in (folder, folder / "dataset", folder / "benchmark_RELEASE" / "dataset"):
+        files = [place / name for name in ("train.txt", "val.txt")]
+        if all(file.is_file() for file in files):
+            return [word for file in files for word in file.read_text().split()]
+    raise DataError(f"No lists of SBD in {folder}: looked for train.txt and val.txt there and in dataset.")
 
 
 def _voc_names(catalog: VocCatalog, image_id: str, source: str, difficult: bool) -> set[str]:
