@@ -78,7 +78,7 @@ def test_an_impossible_value_is_a_one_line_error(
 
 
 def test_help_shows_the_presets_of_the_chosen_method(capsys: pytest.CaptureFixture[str]) -> None:
-    for argv, told in ((["--help"], "of seam: "), (["mctformer", "--help"], "of mctformer: ")):
+    for argv, told in ((["--help"], "of seam: "), (["mctformer", "--help"], "\nmctformer: MCTformer")):
         assert run_sample.main(argv) == 0
         short = capsys.readouterr().out
         assert told in short and ("published_plus" in short) == ("mctformer" in argv)
