@@ -87,6 +87,14 @@ def _reading_image(path: Path) -> AbstractContextManager[None]:
     return reading(path, "Image", "", "replace it, or take it off the list")
 
 
+def read_size(path: Path) -> tuple[int, int]:
+    """(H, W) of an image as ``read_image`` gives it, from the file's head; raises as that for what the head shows."""
+    with _reading_image(path), open(path, "rb") as file, Image.open(file) as image:
+        _check_size(image, LARGEST_MEGAPIXELS)
+        turned = image.getexif().get(_ORIENTATION, 1) > 4
+        return image.size if turned else image.size[::-1]
+
+
 def check_image(path: Path) -> None:
     """Raise as ``read_image`` for what the head and the end of an image file show: no image, too large, cut short.
 
@@ -118,8 +126,8 @@ _BITS_PER_SAMPLE = 258
 
 
 def channel_bits(image: Image.Image, start: bytes) -> int:
-    """Bits of a channel in the file of an opened image, of which ``start`` has the first bytes: 8 where it is "
-    "unknown."""
+    """Bits of a channel in the file of an opened image, of which ``start`` has the first bytes: 8 where it is
+    unknown."""
     if image.format == "PNG":
         return start[24]
     if image.format == "TIFF":
@@ -154,16 +162,17 @@ def read_indices(path: Path) -> np.ndarray:
     return index.astype(np.int32)
 
 
-def read_mask(path: Path) -> np.ndarray:
+def read_mask(path: Path, largest: float = LARGEST_MEGAPIXELS) -> np.ndarray:
     """(H, W) uint8 indices of a mask: palette or grey, or in colours of which nothing is lost.
 
     Those are: VOC's colours, those of a ``labelmap.txt`` in the mask's folder or the one above it, and equal channels;
     a
     second or fourth channel must be opaque throughout. 16-bit values may not pass 255.
 
-    Raises FileNotFoundError; ValueError for a damaged file and for a colour that is no class's.
+    Raises FileNotFoundError; ValueError for a damaged file, one of more than ``largest`` megapixels, and a colour that
+    is no class's.
     """
-    with reading(path, "Mask", "", "replace it"), _opened(path, LARGEST_MEGAPIXELS) as (image, _):
+    with reading(path, "Mask", "", "replace it"), _opened(path, largest) as (image, _):
         mode, mask = image.mode, np.array(image)
     if mode in ("P", "L", "1"):
         return mask.astype(np.uint8)

@@ -1,5 +1,5 @@
-"""``labelmap.txt``: names and colours of classes, as CVAT writes them beside masks in colour "
-"(name:r,g,b:parts:actions)."""
+"""``labelmap.txt``: names and colours of classes, as CVAT writes them beside masks in colour
+(name:r,g,b:parts:actions)."""
 
 from __future__ import annotations
 

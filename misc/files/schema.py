@@ -52,7 +52,11 @@ def find_fault(value: Any, form: Schema, where: str = "") -> str | None:
         if isinstance(value, bool) or not isinstance(value, kinds) or not form.least <= value <= form.most:
             bounds = f" from {form.least:g} to {form.most:g}" if math.isfinite(form.least + form.most) else ""
             return f"{name} is {_shown(value)}, not a {'whole ' if form.whole else ''}number{bounds}"
-        return None if math.isfinite(value) else f"{name} is {value}, not a finite number"
+        try:
+            finite = math.isfinite(value)
+        except OverflowError:  # a whole number larger than any of the others
+            finite = False
+        return None if finite else f"{name} is {_shown(value)}, not a finite number"
     if isinstance(form, list):
         if not isinstance(value, list):
             return f"{name} is {_shown(value)}, not a list"

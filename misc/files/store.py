@@ -52,7 +52,7 @@ def reading(path: Path, what: str, missing: str, damaged: str) -> Iterator[None]
         # torch's message advises to read the file unsafely and says only later what is wrong with it
         lines = [line.strip() for line in str(error).splitlines() if "weights_only" not in line and line.strip()]
         cause = lines[0].rstrip(".") if lines else type(error).__name__
-        cause = re.sub(r" <_io\.BytesIO object at 0x\w+>", "", cause)  # Pillow's name of bytes that are no picture
+        cause = re.sub(r" <_io\.\w+ .*>", "", cause)  # Pillow's name of bytes and files that are no picture
         raise ValueError(f"{what} {path} cannot be read ({cause}): {damaged}.".lstrip()) from error
 
 

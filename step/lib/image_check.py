@@ -61,8 +61,11 @@ def _look(job: Job, ids: list[str]) -> tuple[Known, list[str]]:
 
 
 def _checked(run: RunFolder) -> Known:
-    path = run.checked_images
-    return store.read_json(path, Each([Number(0, whole=True)])) if path.exists() else {}
+    """What an earlier start found whole; nothing where the file is missing or damaged: images are looked at again."""
+    try:
+        return store.read_json(run.checked_images, Each([Number(whole=True)]))  # times before 1970 are negative
+    except (ValueError, OSError):
+        return {}
 
 
 def keep_checked(run: RunFolder, known: Known) -> None:

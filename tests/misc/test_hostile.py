@@ -1,5 +1,5 @@
-"""Files that are damaged or made to do harm: a named error before anything is allocated, never a crash or a "
-"wrong value."""
+"""Files that are damaged or made to do harm: a named error before anything is allocated, never a crash or a
+wrong value."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from pycocotools import mask as rle
 from misc.files import atomic, store
 from misc.files.camfiles import read_cam
 from misc.files.ids import read_ids
+from misc.files.images import check_image, read_image
 from misc.files.pickled import read_pickled
 from misc.files.runfolder import RunFolder
 from misc.files.schema import Each, Number, Usual, fill, find_fault
@@ -100,6 +101,13 @@ def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
             read_ids(tmp_path / name)
 
 
+def test_a_picture_that_is_none_is_told_without_names_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_text("no picture")
+    for read in (check_image, read_image):
+        with pytest.raises(ValueError, match=r"a\.jpg cannot be read \(cannot identify image file\): replace it"):
+            read(tmp_path / "a.jpg")
+
+
 RUN = {"config": {}, "data": {}, "steps": {"train_cam": {"done": True, "seconds": 1.5}}}
 
 
@@ -127,6 +135,8 @@ def test_forms() -> None:
                         ({"a": [True]}, "a[0] is True"), ({"a": [], "b": {"x": 1}}, "b.x is 1, not str"),
                         ({"a": [], "c": 1.5}, "c is 1.5, not a whole number"), (3, "the whole is 3")):  # fmt: skip
         assert told in (find_fault(value, form) or "")
+    for huge in (10**400, -(10**400)):
+        assert "not a finite number" in (find_fault(huge, Number()) or "")
     form = {"a": Usual(Each({"b": Usual(str, "?")}), {}), "?c": [{"d": Usual(None, [])}]}
     assert fill({}, form) == {"a": {}} and find_fault({}, form) is None and find_fault({"a": 3}, form)
     assert fill({"a": {"x": {}}, "c": [{"d": 1}, {}], "e": 5}, form) == {

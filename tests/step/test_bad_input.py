@@ -6,6 +6,8 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from test_run import IDS, MADE, VAL, lists, refused, said
 
 from misc.files.camfiles import read_cam
 from misc.files.images import read_mask, write_mask
+from misc.files.runfolder import RunFolder
+from step.lib.image_check import check_images, keep_checked
 
 pytestmark = pytest.mark.usefixtures("no_default_folders")
 
@@ -81,6 +85,21 @@ def test_a_truncated_image_is_told_before_training(
     spoil_jpeg(own, IDS[2])
     assert f"{IDS[2]}.jpg cannot be read" in refused(capsys, own, out, "--steps", "1", "--redo")
     assert (out / "weights" / "cam.pt").exists()
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"a": 3}', "[]"])
+def test_notes_of_whole_images_that_are_damaged(text: str | None, tmp_path: Path) -> None:
+    """They are made anew; a file of a time before 1970 is as good as any."""
+    file = tmp_path / "a.jpg"
+    Image.new("RGB", (6, 4)).save(file)
+    os.utime(file, ns=(-(10**9), -(10**9)))
+    job: Any = SimpleNamespace(run=RunFolder(tmp_path), catalog=SimpleNamespace(image_path=lambda image_id: file))
+    keep_checked(job.run, check_images(job, ["a"]))
+    if text is not None:
+        job.run.checked_images.write_text(text)
+    assert check_images(job, ["a"])["a"] == [file.stat().st_size, -(10**9)]
+    keep_checked(job.run, check_images(job, ["a"]))
+    assert list(json.loads(job.run.checked_images.read_text())) == ["a"]
 
 
 def test_damage_within_an_image_stops_training_by_name(

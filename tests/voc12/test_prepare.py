@@ -16,6 +16,7 @@ from PIL import Image
 from pycocotools import mask as rle
 from running import digests, make_set
 
+from misc.files import images
 from misc.files.images import read_image, read_mask, write_mask
 from voc12 import tags
 from voc12.catalog import open_catalog
@@ -398,13 +399,18 @@ def test_a_list_of_ten_masks_leaves_the_other_lists_as_they_are(
     assert status == 0 and all(f"\n{name} " in text for name in ("check", "train", "val"))
 
 
-def test_large_photographs_are_made_smaller(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_large_photographs_are_made_smaller(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its side
     Image.new("RGB", (400, 300), (9, 9, 9)).save(own / "images/my 0.jpg", exif=exif)
     write_mask(own / "masks/my 0.png", np.full((400, 300), 2, np.uint8))
     out = tmp_path / "small"
+    limits: set[float] = set()
+    monkeypatch.setattr(images, "_check_size", lambda image, largest: limits.add(largest))
     got = run(capsys, "shrink", "--root", own, "--out", out, "--long-side", 100)
+    assert limits == {400}  # of images and masks: shrink is what everything else points to
     assert got[0] == 0, got[1]
     data = open_catalog("folder", out)
     assert data.ids("train") == open_catalog("folder", own).ids("train")

@@ -84,6 +84,7 @@ class Findings:
         if self.count and self.planned:
             names = ", ".join(str(path) for path in self.planned)
             print(f"not written while there are problems: {names}")
+            self.planned.clear()
             return
         for path, text in self.planned.items():
             atomic.remove_leftovers([path])
@@ -203,8 +204,15 @@ def check_lists(lists: dict[str, list[str]], findings: Findings) -> None:
 
 def check_classes(catalog: Catalog, lists: dict[str, list[str]], findings: Findings) -> None:
     """Tell classes that no image has, or no training image, and names that sound like none or like each other."""
-    counts = {name: _count_tags(catalog, ids)[0] for name, ids in lists.items()}
+    counted = {name: _count_tags(catalog, ids) for name, ids in lists.items()}
+    counts = {name: count for name, (count, _) in counted.items()}
+    known_ids = [number for _, number in counted.values()]
     known = np.sum(list(counts.values()), 0) if counts else np.zeros(catalog.num_classes)
+    if any(known_ids) and not known.any():
+        findings.tell(
+            "no image of any list has any class, so nothing can be trained: write the classes of each image into "
+            "labels.csv (or draw them in the masks, where tags come from these; or check the export)."
+        )
     nowhere = [name for name, count in zip(catalog.classes, known, strict=True) if not count]
     if nowhere and len(nowhere) < catalog.num_classes:
         findings.note(

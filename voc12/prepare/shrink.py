@@ -33,7 +33,7 @@ class _Shrink:
         image = read_image(self.catalog.image_path(image_id), _LARGEST_MEGAPIXELS)
         size = scaled_size(image.shape[:2], min(1.0, self.long_side / max(image.shape[:2])))
         if path is not None:
-            write_mask(self.out / "masks" / f"{image_id}.png", resize_mask(read_mask(path), size))
+            write_mask(self.out / "masks" / f"{image_id}.png", resize_mask(read_mask(path, _LARGEST_MEGAPIXELS), size))
         store.write_bytes(self.image(image_id), jpeg_bytes(resize_image(image, size), 95))  # written last
 
 
