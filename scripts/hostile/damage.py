@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from scripts.hostile import annotations, checkpoints, images, maps, texts
+from scripts.hostile import annotations, checkpoints, exports, images, maps, texts
 from scripts.hostile.cases import ONE, THIRD, Bench, Build, HostileFile, Must
 from scripts.hostile.formats import mutate, npy, other_pixels
 
@@ -54,6 +55,12 @@ def _kinds(bench: Bench) -> Iterator[tuple[HostileFile, bytes, Callable[[bytes],
     yield kind("COCO", bench.coco_file, "prepare", bench.prepare_coco, bench.in_coco, victim="")
     yield kind("SBD", annotations.sbd(annotations.sbd_map(bench)), "prepare", bench.prepare_voc,
                lambda x: bench.in_voc(f"sbd/cls/{THIRD}.mat", x), victim=THIRD)  # fmt: skip
+
+    documents = {form: json.dumps(content).encode() for form, content in exports.good_documents(bench).items()}
+    for form, data in {**documents, "cvat": exports.good_xml(bench).encode()}.items():
+        argv = ["from", form, "export", "--root", "made", "--workers", "0"]
+        yield kind(f"from {form}", data, "prepare", argv,
+                   lambda x, f=form: exports.in_export(bench, f, x), victim="")  # type: ignore[misc]  # fmt: skip
 
     cam = bench.made(f"cam/{ONE}.npz")
     yield kind("maps npz", cam, "evaluation.py", bench.evaluate_maps,

@@ -220,7 +220,7 @@ def pickled_code(*call: Any) -> bytes:
 
 
 HOSTILE_VALUES = [
-    None, -1, 0, 1e308, float("nan"), float("inf"), "x", "", [], {}, 10**30, True, [[[]]], {"a": 1}, "\u0000",
+    None, -1, 0, 1e308, float("nan"), float("inf"), "x", "", [], {}, 10**30, 10**400, True, [[[]]], {"a": 1}, "\u0000",
     "../../x", 1.5, -(2**63), [1, "a"],
 ]  # fmt: skip
 

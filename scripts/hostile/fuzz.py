@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from scripts.hostile import annotations, checkpoints, images, maps, networks, records, texts
+from scripts.hostile import annotations, checkpoints, exports, images, maps, networks, records, texts
 from scripts.hostile.cases import Bench, HostileFile
 from scripts.hostile.children import MEMORY_LIMIT, Ending, Kill, Rig, fresh, log_of
 from scripts.hostile.damage import damaged_cases
@@ -43,8 +43,8 @@ def structured_cases(bench: Bench) -> list[HostileFile]:
     """All cases that are made on purpose."""
     makers = [
         images.image_cases, images.name_cases, images.mask_cases, texts.all_text_cases, annotations.coco_cases,
-        annotations.sbd_cases, maps.all_map_cases, networks.all_network_cases, records.record_cases,
-        records.predict_record_cases, checkpoints.checkpoint_cases,
+        annotations.sbd_cases, exports.export_cases, maps.all_map_cases, networks.all_network_cases,
+        records.record_cases, records.predict_record_cases, checkpoints.checkpoint_cases,
     ]  # fmt: skip
     return [case for make in makers for case in make(bench)]
 
