@@ -32,7 +32,13 @@ _IMAGE_FOLDERS = ("images", "Images", "JPEGImages")
 
 
 class MaskMaker(Protocol):
-    """Makes the mask of an image: (H, W) uint8, 0 background, n the n-th class, 255 ignored; picklable."""
+    """Makes the mask of an image: (H, W) uint8, 0 background, n the n-th class, 255 ignored; picklable.
+
+    ``size`` is the height and width that the export claims; None where the mask is a file, whose reader checks it.
+    """
+
+    @property
+    def size(self) -> tuple[int, int] | None: ...
 
     def __call__(self) -> np.ndarray: ...
 
@@ -42,6 +48,7 @@ class MaskFile:
     """A mask that is there as a file."""
 
     path: Path
+    size: None = None
 
     def __call__(self) -> np.ndarray:
         return read_mask(self.path)
@@ -286,7 +293,7 @@ def classes_of_cells(
         names: what every line has.
     """
     lines = [[composed(name.strip()) for name in line if name.strip()] for line in names]
-    if listed.is_file():
+    if listed.exists():
         classes = read_classes(listed)
         allowed = frozenset(classes)
         try:

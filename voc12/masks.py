@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from misc.files.images import read_mask
+from misc.files.images import read_mask, read_size
 from misc.image.labels import IGNORE
 from voc12.lists import shorten
+from voc12.tags import DataError
 
 if TYPE_CHECKING:
     from voc12.catalog import Catalog
@@ -62,6 +64,18 @@ def compare_masks(catalog: Catalog, ids: Sequence[str], workers: int = 4) -> tup
             f"({shorten(differing)}). Is classes.txt in the order of the mask values?"
         )
     return problems, notes
+
+
+def check_claimed_size(image: Path, size: tuple[int, int]) -> None:
+    """Hold the height and width that annotations claim for an image against its file's head, before a mask of that size
+    is drawn; DataError where they differ."""
+    real = read_size(image)
+    if real != size:
+        turned = " If its EXIF orientation turns it, save it upright." if real == size[::-1] else ""
+        raise DataError(
+            f"{image} is {real[0]} x {real[1]} pixels high and wide, its annotations are of an image of {size[0]} x "
+            f"{size[1]}. Put the right image in its place, or export again.{turned}"
+        )
 
 
 def tell_foreign_masks(paths: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -221,6 +222,9 @@ def test_cvat_turned_ellipses_and_masks_of_a_corrected_export(
     [
         ('rle="2, 2"', 'rle="2, 3"', "run lengths"),
         ("0,0;15,0", "0,0;1e9,0", "outside"),
+        ('rle="2, 2"', f'rle="1{"0" * 400}"', "too large"),
+        ('rle="2, 2" left="28" top="0" width="2" height="2"',
+         'rle="1500000000" left="0" top="0" width="50000" height="30000"', "more pixels than the image"),
         ("0,0;15,0;15,20;0,20", "0,0;x,1", "float"),
         ('width="30"', 'width="30000000"', "height and width"),
         ("<annotations>", "<!DOCTYPE a><annotations>", "document type"),
@@ -311,6 +315,12 @@ def test_labelme2voc(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 HEAD = "annotation_id,annotator,choice,created_at,id,image,lead_time\n"
 
 
+def test_label_studio_address_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture(tmp_path / "export/a.jpg")
+    write(tmp_path / "export/tags.csv", "image,choice\nhttp://[b.jpg,cat\n")
+    refused("labelstudio", tmp_path / "export", capsys, "tags.csv: 1 images are named and not there (http://[b.jpg")
+
+
 def test_label_studio_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "export"
     for name in ("a.jpg", "b 1.jpg", "c.jpg"):
@@ -384,6 +394,8 @@ def test_marks_in_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert made("names", source, capsys) if not (tmp_path / "made").exists() else True
     picture(source / "e[1 0].png")
     refused("names", source, capsys, "e[1 0].png has 2 marks", "rename")
+    os.mkfifo(source / "classes.txt")
+    refused("names", source, capsys, "classes.txt is no file")
 
 
 def test_image_folders_of_huggingface(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -502,6 +514,65 @@ def test_a_second_call_makes_what_is_missing(tmp_path: Path, capsys: pytest.Capt
     coco(source / "train", [("a.jpg", 2, LEFT)])
     status, told = convert("coco", source, root, capsys)
     assert status == 1 and "labels.csv is there with other content" in told
+
+
+def test_nothing_is_left_of_a_call_with_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The corrected export is taken at once; what was there before is kept."""
+    source, root = tmp_path / "export", tmp_path / "made"
+    coco(source, [("a.jpg", 1, LEFT)])
+    data = (source / "a.jpg").read_bytes()
+    (source / "a.jpg").write_bytes(data[:-9])  # found by the check of the finished folder only
+    write(root / "masks/notes.txt", "mine")
+    status, told = convert("coco", source, root, capsys)
+    assert status == 1 and "images/a.jpg cannot be read" in told and "Nothing that this call made" in told
+    assert [path.name for path in root.rglob("*")] == ["masks", "notes.txt"]
+    (source / "a.jpg").write_bytes(data)
+    assert convert("coco", source, root, capsys)[0] == 0 and (root / "masks/notes.txt").is_file()
+    (source / "a.jpg").write_bytes(data[:-9])
+    assert convert("coco", source, root, capsys)[0] == 1 and (root / "labels.csv").is_file()
+
+
+def test_annotations_without_any_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    coco(tmp_path / "export", [("a.jpg", 1, LEFT)])
+    file = tmp_path / "export/_annotations.coco.json"
+    write(file, json.dumps({**json.loads(file.read_text()), "annotations": []}))
+    refused("coco", tmp_path / "export", capsys, "PROBLEM: no image of any list has any class")
+
+
+def test_sizes_that_an_export_claims_are_held_against_the_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a mask of that size is made."""
+    coco(tmp_path / "coco/export", [("a.jpg", 1, LEFT)])
+    file = tmp_path / "coco/export/_annotations.coco.json"
+    text = json.loads(file.read_text())
+    text["images"][0].update(height=9000, width=11000)
+    write(file, json.dumps(text))
+    polygon = shape("cat", [[0, 0], [15, 0], [15, 20], [0, 20]])
+    labelme(tmp_path / "labelme/export/a.json", polygon, imageHeight=9000, imageWidth=11000)
+    picture(tmp_path / "cvat/export/a.jpg")
+    picture(tmp_path / "cvat/export/b.jpg")
+    write(tmp_path / "cvat/export/annotations.xml", XML.replace('"30" height="20"', '"11000" height="9000"'))
+    monkeypatch.setattr(np, "zeros", lambda *a, **k: pytest.fail("it is drawn"))
+    for form in ("coco", "labelme", "cvat"):
+        refused(form, tmp_path / form / "export", capsys, "a.jpg is 20 x 30 pixels high and wide, its annotations are")
+
+
+def test_masks_of_objects_that_are_larger_than_the_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    large = io.BytesIO()
+    Image.new("1", (3000, 2000)).save(large, "PNG")
+    coded = base64.b64encode(large.getvalue()).decode()
+    labelme(tmp_path / "labelme/export/a.json", shape("dog", [[0, 0], [1, 1]], "mask", mask=coded))
+    refused("labelme", tmp_path / "labelme/export", capsys, "2000 x 3000 pixels high and wide, more than the image")
+
+
+@pytest.mark.parametrize(("form", "place"), [("coco", "_annotations.coco.json"), ("folders", "cat/a.jpg"),
+                                             ("folders", "cat/only.jpg")])  # fmt: skip
+def test_named_pipes(form: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture(tmp_path / "export/dog/a.jpg")
+    (tmp_path / "export" / place).parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / "export" / place)
+    refused(form, tmp_path / "export", capsys, place, "is no file but a folder, a pipe or a device")
 
 
 def test_what_has_changed_in_an_export_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,10 @@ class _Mask:
     annotations: CocoAnnotations = field(repr=False)
     number: int
 
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.annotations.sizes[self.number]
+
     def __call__(self) -> np.ndarray:
         return self.annotations.mask(self.number, "ignore")
 

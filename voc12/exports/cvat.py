@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,12 +60,11 @@ def read_cvat(source: Path) -> Export:
     find.check()
     for entry, file in zip(entries, files, strict=True):
         assert file is not None  # checked
-        name = entry.get("name") or ""
         shapes = [e for e in entry if e.tag != "tag"]
         drawn = bool(shapes) and all(e.tag in _AREAS for e in shapes)
         boxed += bool(shapes) and not drawn
         names = tuple(c for c in classes if c in {_label(e, path) for e in entry})
-        mask = _Mask(str(path), name, _size(entry, path), _drawings(shapes, classes, path)) if drawn else None
+        mask = _Mask(_size(entry, path), _drawings(entry, shapes, classes, path)) if drawn else None
         split = SPLITS.get((entry.get("subset") or "").lower(), "")
         images.append(ExportedImage(file, named_by_path(folder, file), names, split, mask))
     notes = find.notes()
@@ -101,8 +101,11 @@ class _Drawing:
     box: tuple[int, ...] = ()
 
 
-def _drawings(shapes: list[ET.Element], classes: tuple[str, ...], path: Path) -> list[_Drawing]:
-    """In the order of their layers; DataError for a shape whose numbers are none."""
+def _drawings(
+    entry: ET.Element, shapes: list[ET.Element], classes: tuple[str, ...], path: Path
+) -> list[_Drawing]:
+    """The shapes of an image in the order of their layers; DataError for one whose numbers are none."""
+    height, width = _size(entry, path)
     drawings: list[_Drawing] = []
     try:
         for e in sorted(shapes, key=lambda e: int(e.get("z_order") or 0)):
@@ -121,18 +124,19 @@ def _drawings(shapes: list[ET.Element], classes: tuple[str, ...], path: Path) ->
                 runs = tuple(float(int(v)) for v in (e.get("rle") or "").split(","))
                 if min(runs) < 0 or sum(runs) != box[2] * box[3] or min(box) < 0:
                     raise ValueError("a mask whose run lengths do not add up to its box")
+                if sum(runs) > height * width:
+                    raise ValueError("a mask whose box has more pixels than the image")
                 drawings.append(_Drawing(e.tag, value, runs, box))
-            if not all(abs(v) < 1e6 for v in drawings[-1].numbers):
+            far = 1e6 if e.tag in ("polygon", "ellipse") else math.inf  # run lengths add up to the box
+            if not all(abs(v) < far for v in drawings[-1].numbers):
                 raise ValueError("a shape far outside the image")
-    except ValueError as error:
-        raise DataError(f"{path}: {error}. Export it again.") from None
+    except (ValueError, OverflowError) as error:
+        raise DataError(f"{path}, image {entry.get('name')!r}: {error}. Export it again.") from None
     return drawings
 
 
 @dataclass(frozen=True)
 class _Mask:
-    path: str
-    name: str
     size: tuple[int, int]
     drawings: list[_Drawing]
 

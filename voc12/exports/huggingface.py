@@ -31,7 +31,7 @@ def read_metadata(source: Path) -> Export:
     files = sorted([*source.rglob("metadata.csv"), *source.rglob("metadata.jsonl")])
     need(files, f"{source} holds no metadata.csv and no metadata.jsonl.")
     listed = source / "classes.txt"
-    numbered = read_classes(listed) if listed.is_file() else None
+    numbered = read_classes(listed) if listed.exists() else None
     find = PictureFinder(source)
     images: list[ExportedImage] = []
     columns: tuple[str, ...] = ()

@@ -16,7 +16,6 @@ import numpy as np
 from PIL import Image
 
 from misc.files.ids import composed
-from misc.files.images import LARGEST_MEGAPIXELS
 from misc.files.schema import Each, Number
 from misc.image.labels import IGNORE
 from voc12.export import (
@@ -53,7 +52,7 @@ def read_labelme(source: Path) -> Export:
     contents = {path: read_annotations(path, _FILE) for path in files}
     labels = source / "labels.txt"
     occurring = {name for content in contents.values() for name in _names(content)}
-    classes = read_class_names(labels) if labels.is_file() else all_classes(occurring, source)
+    classes = read_class_names(labels) if labels.exists() else all_classes(occurring, source)
     strange = sorted(occurring - set(classes))
     if strange:
         raise DataError(f"{labels} lacks {strange[0]!r}, which is drawn: add it, or mend the shape's label.")
@@ -61,7 +60,7 @@ def read_labelme(source: Path) -> Export:
     images: list[ExportedImage] = []
     without = 0
     named = [NamedPicture(content["imagePath"], (path.parent,)) for path, content in contents.items()]
-    pictures = find(named, source)
+    pictures = find(named, files[0] if len(files) == 1 else source)
     find.check()
     for (path, content), file in zip(contents.items(), pictures, strict=True):
         assert file is not None  # checked
@@ -97,11 +96,12 @@ class _Mask:
     content: dict[str, Any]
     classes: tuple[str, ...]
 
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.content["imageHeight"], self.content["imageWidth"]
+
     def __call__(self) -> np.ndarray:
-        height, width = self.content["imageHeight"], self.content["imageWidth"]
-        if height * width > LARGEST_MEGAPIXELS * 1e6:
-            raise DataError(f"{self.path}: {height} x {width} pixels are too many.")
-        mask = np.zeros((height, width), np.uint8)
+        mask = np.zeros(self.size, np.uint8)
         for shape in self.content["shapes"]:
             value = _value_of(shape["label"], self.classes)
             points = np.array(shape["points"], np.float64)
@@ -124,7 +124,7 @@ def _draw(mask: np.ndarray, shape: dict[str, Any], points: np.ndarray, value: in
     elif kind == "rectangle":
         points = np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2)])
     elif kind == "mask":  # a small picture of the object at its first point
-        inside = _small_mask(shape, path)
+        inside = _small_mask(shape, path, mask.size)
         top, left = round(max(0, y1)), round(max(0, x1))
         place = mask[top : top + inside.shape[0], left : left + inside.shape[1]]
         place[inside[: place.shape[0], : place.shape[1]]] = value
@@ -132,13 +132,13 @@ def _draw(mask: np.ndarray, shape: dict[str, Any], points: np.ndarray, value: in
     cv2.fillPoly(mask, [np.round(points).astype(np.int32)], value)
 
 
-def _small_mask(shape: dict[str, Any], path: Path) -> np.ndarray:
-    """(h, w) bool of the picture in a shape of type mask."""
+def _small_mask(shape: dict[str, Any], path: Path, largest: int) -> np.ndarray:
+    """(h, w) bool of the picture in a shape of type mask, which has at most ``largest`` pixels."""
     try:
         data = base64.b64decode(str(shape.get("mask")), validate=True)
         with Image.open(io.BytesIO(data)) as image:
-            if image.size[0] * image.size[1] > LARGEST_MEGAPIXELS * 1e6:
-                raise ValueError("it is too large")
+            if image.size[0] * image.size[1] > largest:
+                raise ValueError(f"it is {image.size[1]} x {image.size[0]} pixels high and wide, more than the image")
             return np.array(image.convert("L")) > 0
     except (binascii.Error, ValueError, OSError, SyntaxError) as error:
         raise DataError(f"{path}: the mask of {shape['label']!r} cannot be read ({error}): draw it again.") from None

@@ -26,10 +26,10 @@ def read_marked_names(source: Path) -> Export:
         if len(marks) != len(marked[first]):
             raise DataError(f"{source / path} has {len(marks)} marks, {first} has {len(marked[first])}: rename it.")
     listed = source / "classes.txt"
-    classes = read_classes(listed) if listed.is_file() else tuple(f"class {n + 1}" for n in range(len(marked[first])))
+    classes = read_classes(listed) if listed.exists() else tuple(f"class {n + 1}" for n in range(len(marked[first])))
     if len(classes) != len(marked[first]):
         raise DataError(f"{listed} names {len(classes)} classes, file names have {len(marked[first])} marks: mend it.")
-    notes = [] if listed.is_file() else [f"classes have no names: write {listed}, one a line, in the marks' order."]
+    notes = [] if listed.exists() else [f"classes have no names: write {listed}, one a line, in the marks' order."]
     if len(marked) < len(pictures):
         notes.append(f"{len(pictures) - len(marked)} images have no marks in their names and so no tags.")
     images = []

@@ -10,6 +10,7 @@ from misc.files.ids import id_of_file
 from misc.files.images import write_mask
 from voc12.data_sets.coco14 import YEAR_FOLDERS, Coco14Catalog
 from voc12.lists import shorten
+from voc12.masks import check_claimed_size
 from voc12.prepare.coco_annotations import CocoAnnotations, Crowds, read_coco_annotations
 from voc12.prepare.findings import (
     WORKERS,
@@ -37,9 +38,15 @@ class _Render:
     numbers: dict[str, int] = field(repr=False)
     folder: Path
     crowds: Crowds
+    images: tuple[Path, ...]
 
     def __call__(self, image_id: str) -> None:
-        write_mask(self.folder / f"{image_id}.png", self.instances.mask(self.numbers[image_id], self.crowds))
+        number = self.numbers[image_id]
+        name = PurePosixPath(self.instances.files[number]).name
+        for image in (folder / name for folder in self.images):
+            if image.is_file():  # missing ones are told later
+                check_claimed_size(image, self.instances.sizes[number])
+        write_mask(self.folder / f"{image_id}.png", self.instances.mask(number, self.crowds))
 
 
 def prepare_coco14(
@@ -91,7 +98,7 @@ def prepare_coco14(
         lists[f"{split}_tagged"] = [i for i in numbers if rows[i][1]]
         if masks:
             folder = root / "SegmentationClass" / year
-            work = _Render(instances, numbers, folder, crowd_masks)
+            work = _Render(instances, numbers, folder, crowd_masks, (root / year, root / "images" / year))
             atomic.remove_leftovers([folder])
             there = {path.stem for path in folder.glob("*.png")}
             findings.work(f"masks of {year}", list(numbers), work, workers, there.__contains__)

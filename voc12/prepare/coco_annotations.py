@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from pycocotools import mask as rle
 
+from misc.files.images import LARGEST_MEGAPIXELS
 from misc.files.runlengths import read_run_lengths, region_of_runs
 from misc.files.schema import Number, find_fault
 from misc.files.store import check_file
@@ -53,9 +54,11 @@ class CocoAnnotations:
     def mask(self, number: int, crowds: Crowds = "background") -> np.ndarray:
         """(H, W) uint8 mask of an image: 0 background, 1..C, 255 where a crowd is ignored and no object covers it.
 
-        Raises DataError for a segmentation that is none.
+        Raises DataError for a segmentation that is none, and for an image too large to be read.
         """
         height, width = self.sizes[number]
+        if height * width > LARGEST_MEGAPIXELS * 1e6:
+            raise DataError(f"{self.files[number]}: {height} x {width} pixels are too many, no such image is read.")
         mask = np.zeros((height, width), np.uint8)
         crowd_first = sorted(self.objects.get(number, ()), key=lambda o: not o["iscrowd"])  # stable: file order stays
         for thing in crowd_first:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import filecmp
 import os
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -16,8 +18,10 @@ from misc.commandline import WrongCall
 from misc.files import atomic, store
 from misc.files.ids import checked_id, strip_image_suffix
 from misc.files.images import read_mask, write_mask
+from misc.files.store import check_file
 from voc12.export import ExportedImage, load_exports, without_folder
 from voc12.lists import shorten
+from voc12.masks import check_claimed_size
 from voc12.prepare.findings import WORKERS, DirOption, Findings, conclude, join_lines, table_text
 from voc12.prepare.folder import prepare_folder
 from voc12.tags import DataError, checked_classes
@@ -39,6 +43,9 @@ class _Convert:
     def __call__(self, image_id: str) -> None:
         source = self.images[image_id]
         image, mask = self.files(image_id)
+        check_file(source.file)
+        if source.mask is not None and source.mask.size is not None:
+            check_claimed_size(source.file, source.mask.size)
         if source.mask is not None:
             drawn = source.mask()
             if self.overwrite or not mask.exists():
@@ -69,7 +76,8 @@ def prepare_from(
     """Make a folder of your own images of what another tool exported, and check it.
 
     Images become links to those of SRC (copies where links are not possible); labels.csv, classes.txt, lists, and masks
-    where the format has outlines, are written. A second call makes what is missing, and tells what has changed.
+    where the format has outlines, are written. A second call makes what is missing, and tells what has changed. Where
+    there are problems, what the call has made is removed again (what --overwrite replaced stays replaced).
 
     Args:
         form: What SRC is. {formats}
@@ -102,6 +110,38 @@ def prepare_from(
         return conclude(findings, [])
     work = _Convert(images, root, copy, overwrite)
     atomic.remove_leftovers([root])
+    made = _NewFiles(root, [*findings.planned, *(path for image_id in images for path in work.files(image_id))])
+    try:
+        status = _fill(findings, work, workers)
+    except Exception:
+        made.remove()
+        raise
+    if status:
+        made.remove()
+        print(f"Nothing that this call made in {root} is kept: mend what is told, and start the same command again.")
+    return status
+
+
+class _NewFiles:
+    """Files that are to be made, less those that are there, and the folders made for them."""
+
+    def __init__(self, root: Path, files: Sequence[Path]) -> None:
+        self._files = [path for path in files if not os.path.lexists(path)]
+        above = {folder for path in self._files for folder in path.parents if folder.is_relative_to(root)}
+        self._folders = [folder for folder in above if not os.path.lexists(folder)]
+
+    def remove(self) -> None:
+        """Remove them again, and folders that are empty then."""
+        for path in self._files:
+            path.unlink(missing_ok=True)
+        for folder in sorted(self._folders, key=lambda path: -len(path.parts)):
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _fill(findings: Findings, work: _Convert, workers: int) -> int:
+    """Make images, masks and texts and check the folder; returns the exit status."""
+    images, root = work.images, work.root
     findings.work("linking images, drawing masks", list(images), work, workers)
     if any(image.mask is not None for image in images.values()):
         bare = [i for i, image in images.items() if image.mask is None and work.files(i)[1].exists()]
