@@ -394,6 +394,7 @@ def test_marks_in_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert made("names", source, capsys) if not (tmp_path / "made").exists() else True
     picture(source / "e[1 0].png")
     refused("names", source, capsys, "e[1 0].png has 2 marks", "rename")
+    (source / "e[1 0].png").unlink()
     os.mkfifo(source / "classes.txt")
     refused("names", source, capsys, "classes.txt is no file")
 
