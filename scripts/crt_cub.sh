@@ -21,8 +21,8 @@
 # best Loc Top-1 and the last one: each is scored. TS-CAM on Conformer-S (77.2, 90.9, 94.1): --cam.network.backbone conformer --cam.weights conformer_small_patch16.pth
 #
 # TS-CAM on the other DeiTs (expected: Loc Top-1, Top-5, GT-Known; Cls Top-1, Top-5). DeiT-B was published for images of
-# 384 pixels; to what size its training images are enlarged is not known (440 is a guess, unverified; this network was
-# not built here). Its start file is the one of 224 pixels, whose positions are resized.
+# 384 pixels; to what size its training images are enlarged is not known (440 is a guess, unverified;
+# the network loads a file of its form). Its start file is the one of 224 pixels, whose positions are resized.
 #
 #   DeiT-T: 64.5 80.9 86.4; 72.9 91.9 (without internet add --cam.weights deit_tiny_patch16_224-a1311bcf.pth)
 #   scripts/crt_cub.sh tscam CUB_ROOT --cam.network.deit.width 192 --cam.network.deit.heads 3 \

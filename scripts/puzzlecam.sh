@@ -17,7 +17,7 @@
 #   step           list        expected                                                      source
 #   2 make_cam     train       about 61.9 mIoU, ResNeSt-101 (best background score)          from memory, not checked
 #   7 infer_seg    val         66.9, ResNeSt-101; 71.9, ResNeSt-269                          from memory, not checked
-#                  test        67.7, ResNeSt-101; 72.2, ResNeSt-269                          README of the repository
+#                  not named   67.7, ResNeSt-101; 72.2, ResNeSt-269                          README of the repository
 #
 # Difference from the published pipeline: that keeps the epoch that scores best against the PIXEL LABELS of train (CAM
 # network) and val (segmentation network); here the last one is kept unless --cam.selection train_miou is said.
