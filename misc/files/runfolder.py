@@ -388,5 +388,6 @@ _SCORES = Each(
         "?miou": _PERCENT, "?boundary_miou": _PERCENT, "?ap50": _PERCENT, "?value": _PERCENT,
         "classes": Usual([_CLASS], []), "confusion": Usual([[_COUNT]], []), "predicted_void": Usual([_COUNT], []),
         "?curve": [{"threshold": Number(0, 1), "miou": _PERCENT}],
+        "?texts": {"source": str, "classes": Each(str), "background": [str], "templates": [str]},
     }
 )  # fmt: skip

@@ -89,6 +89,21 @@ def selection(job: Job, kind: str = "") -> dict[str, Any]:
     return {"selection": chosen, "selection_rating": rating}
 
 
+def class_texts(job: Job) -> dict[str, Any]:
+    """By what words the CAM network knows the classes, for the provenance of its scores: {"texts": {"source": the file
+    of the user's words or "default", "classes": name -> text, "background": words that they compete with,
+    "templates"}}; empty for networks that read none, and for masks that rest on the true ones."""
+    path = job.run.weights("cam")
+    if not job.cfg.cam.network.reads_class_texts or job.cfg.masks == "truth" or not path.exists():
+        return {}
+    texts = read_model(path)[1].get("texts")
+    if texts is None:  # from before they were noted
+        return {}
+    own = (job.cfg.texts or job.catalog.root / "texts.csv").name if job.texts() else "default"
+    words = dict(zip(job.catalog.classes, texts["classes"], strict=True))
+    return {"texts": {"source": own, **texts, "classes": words}}
+
+
 FURTHER = {"": "", "last": ", last weights", "loc_top1": ", weights of the best Loc Top-1"}
 """Endings of the names of scores, by the kind of the CAM network (``Job.further_weights``)."""
 
@@ -152,7 +167,7 @@ def score_instances(job: Job, name: str, split: str, path: Callable[[str], Path]
 
 
 def _record_instances(job: Job, name: str, split: str, scores: InstanceScores, **provenance: Any) -> None:
-    job.run.add_score(name, {**scores.to_dict(job.catalog.classes, split), **provenance})
+    job.run.add_score(name, {**scores.to_dict(job.catalog.classes, split), **provenance, **class_texts(job)})
     found = ", ".join(
         f"{100 * scores.precision.mean(at):.2f} AP at mask IoU {iou:g}" for at, iou in enumerate(scores.precision.ious)
     )
@@ -195,7 +210,7 @@ def score_boxes(job: Job, device: torch.device, kind: str = "") -> None:
             f"boxes: {name}{FURTHER[kind]}",
             {"value": value, "unit": "percent", "images": len(found), "split": split, "tags": tags, **cut,
              "scales": list(infer.scales), "flip": infer.flip, "grid": options.side, "start_weights": start,
-             "precision": precision, **selected,
+             "precision": precision, **selected, **class_texts(job),
              **({"errors": wsol.error_shares(verdicts)} if name == "Loc Top-1" else {})},
         )  # fmt: skip
         distributed.say(f"{name}{FURTHER[kind]}: {value:.2f} % on {split}, {len(found)} images, tags used: {tags}")
@@ -239,7 +254,7 @@ def _scorable(job: Job, name: str, split: str) -> list[str]:
 
 def _record(job: Job, name: str, split: str, scores: Scores, **provenance: Any) -> None:
     names = ["background", *job.catalog.classes]
-    job.run.add_score(name, {**scores.to_dict(names, split), **provenance})
+    job.run.add_score(name, {**scores.to_dict(names, split), **provenance, **class_texts(job)})
     chosen = ""
     if scores.threshold is not None:
         how = "fixed" if scores.curve is None else f"searched on {split} itself"

@@ -15,6 +15,7 @@ import predict
 import run_sample
 from misc.files.camfiles import read_cam
 from misc.files.images import read_image, read_mask
+from misc.files.store import read_model
 from net.seed.clipes import Clipes
 from step import select
 
@@ -44,6 +45,10 @@ def test_pseudo_masks_without_an_affinity_network(tmp_path: Path, capsys: pytest
     score = json.loads((out / "scores.json").read_text())["pseudo masks after the walk"]
     assert score["refiner"] == "crf" and score["ignore_below"] == 0.6
     assert "these results mean nothing" in score["start_weights"]
+    texts = score["texts"]
+    assert texts["source"] == "default" and len(texts["background"]) == 25 and texts["templates"]
+    names = read_model(out / "weights" / "cam.pt")[1]["classes"]
+    assert texts["classes"] == {name: name.replace("_", " ") for name in names}
     assert run(data, out, *flags, *sure, "--steps", "train_aff") == 2
     assert "the refiner crf is not trained" in capsys.readouterr().err
     # without the cut the same masks, and no pixel without a class
