@@ -97,6 +97,8 @@ def main(argv: Sequence[str]) -> int:
                 return
             cfg = parsing.parse(argv)
             device = distributed.start(cfg.machine.device)
+            for line in parsing.tell_preset(cfg):
+                distributed.say(line)
             opened.append(open_plan(cfg))
         run_plan(opened[0], device, ["python", "run_sample.py", *without_steps(argv)])
         distributed.stop()

@@ -306,10 +306,16 @@ def given_flags(argv: Sequence[str]) -> list[str]:
 
 def nearest(word: str, known: Iterable[str]) -> list[str]:
     """Up to three known flags that a mistyped one may have meant: first flags with the same last part (``--lr``),
-    then flags spelled alike."""
+    then flags spelled alike, then those whose last part is (``--cam.presett``)."""
     known = list(dict.fromkeys(known))
     alike = [one for one in known if one.lstrip("-").rpartition(".")[2] == word.lstrip("-").rpartition(".")[2]]
-    return [*dict.fromkeys([*alike, *difflib.get_close_matches(word, known, 3, cutoff=0.8)])][:3]
+    alike += difflib.get_close_matches(word, known, 3, cutoff=0.8)
+    last: dict[str, list[str]] = {}
+    for one in known:
+        last.setdefault(one.lstrip("-").rpartition(".")[2], []).append(one)
+    for part in [] if alike else difflib.get_close_matches(word.lstrip("-").rpartition(".")[2], last, 3, cutoff=0.8):
+        alike += last[part]
+    return [*dict.fromkeys(alike)][:3]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

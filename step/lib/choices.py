@@ -26,7 +26,7 @@ ROOM = Path(__file__).resolve().parents[2]
 INDEX = ROOM / ".cache" / "flags.json"
 
 PHOTOS_DATA = "folder"
-"""The data set whose default preset is photos."""
+"""The data set of people's own pictures."""
 PHOTOS_METHOD = "irn_cam"
 """METHOD where none is named and the data are that set."""
 
@@ -34,8 +34,8 @@ OPTIONS = (
     ("--data NAME", "data set; default: the generated sample, or with --preset published VOC 2012"),
     ("--root DIR", "folder of the data set (docs/your_data.md for your own)"),
     ("--out DIR", "run folder, where all files go; default: runs/METHOD-DATA"),
-    ("--preset NAME", "recipe: sample trains tiny networks in minutes, published is the paper's, photos (default of "
-     "--data folder) is for people's own pictures"),
+    ("--preset NAME", "recipe: sample trains tiny networks in minutes, published is the paper's, photos is for "
+     "people's own pictures"),
     ("--refiner NAME", "how pseudo masks are made from CAMs, steps 3 to 5"),
     ("--segmenter NAME", "segmentation network, steps 6 and 7; own: the method's own masks"),
     ("--steps 2-4 report", "steps to run, by number, name or range; default: all unfinished ones"),
@@ -145,6 +145,13 @@ def preset_of(argv: Sequence[str], presets: Collection[str]) -> str:
     return value(argv, "--preset") or found
 
 
+def default_presets(method: str) -> str:
+    """Which preset a method takes where none is named, in words."""
+    presets = methods().get(method, ())
+    usual, own = (preset_of(words, presets) for words in ((), ("--data", PHOTOS_DATA)))
+    return f"default: {usual}" if own == usual else f"default: {usual}, with --data {PHOTOS_DATA}: {own}"
+
+
 def check_words(argv: Sequence[str]) -> None:
     """Raises WrongCall for the first unknown name or flag."""
     method = method_of(argv)
@@ -221,6 +228,8 @@ def help_text(argv: Sequence[str] = ()) -> str:
     method = method_of(argv)
     _check_names(method, dict.fromkeys(("preset", "refiner", "segmenter", "data")))
     told = _tell_method(method) if argv and argv[0] == method else []
+    default = default_presets(method) + ("" if told else f" (of {method})")
+    options = [(name, f"{text}; {default}" if name.startswith("--preset ") else text) for name, text in OPTIONS]
     names = [
         ("METHOD", ", ".join(methods())),
         ("--refiner", ", ".join(refiners())),
@@ -241,7 +250,7 @@ def help_text(argv: Sequence[str] = ()) -> str:
             commandline.columns(names, width=12),
             "",
             "Common options:",
-            commandline.columns(OPTIONS),
+            commandline.columns(options),
             "",
             "python run_sample.py                  SEAM on the generated sample set: minutes on two CPU cores",
             "python run_sample.py seam --preset published --data voc12 --root VOCdevkit/VOC2012 --cam.weights F",

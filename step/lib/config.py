@@ -55,7 +55,8 @@ class Config(Checked):
     """CAM method."""
     preset: str = "sample"
     """Recipe, by its name in the method's file. published: the paper's, with its variants (such as published_cub).
-    sample: tiny networks, minutes on two CPU cores."""
+    sample: tiny networks from random weights, minutes on two CPU cores. photos: for people's own pictures, the default
+    with --data folder of the methods that have it; the others take sample."""
     data: str = "sample"
     """Data set: sample (generated), voc12 (VOC 2012 or any folder in its layout), coco14 (MS-COCO 2014), folder (your
     own images and labels.csv: docs/your_data.md); of boxes, not masks: sample_cub (generated), cub200

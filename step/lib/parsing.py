@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from misc import commandline
 from net import registry
 from net.names import OWN
+from net.start_weights import NONE, PRETRAINED
 from step.lib import choices
 from step.lib.config import Config, default_config
 from voc12.catalog import load_data_sets
@@ -31,6 +32,21 @@ def parse(argv: Sequence[str]) -> Config:
     if cfg.method != method:
         raise ValueError(f"METHOD comes first: python run_sample.py {cfg.method} ...")
     return cfg
+
+
+def tell_preset(cfg: Config) -> list[str]:
+    """The preset of a run in a line, and where its tiny networks are asked for real images, what that means."""
+    told = [f"{cfg.method}, preset {cfg.preset}"]
+    if cfg.preset != "sample" or cfg.data in LAYOUTS or cfg.cam.released:
+        return told
+    real = next((name for name in ("photos", "published") if name in registry.SEEDS[cfg.method].recipes), None)
+    random = cfg.cam.start.word == NONE
+    told[0] += f": tiny networks{' from random weights' * random}, to show that all steps work; no masks to use"
+    if real is not None:
+        word = default_config(cfg.method, real).cam.start.word
+        start = "its start weights are fetched" if word == PRETRAINED else "with its start weights, --cam.weights FILE"
+        told.append(f"Note: for real masks give --preset {real} ({start}).")
+    return told
 
 
 def help_all(argv: Sequence[str]) -> str:

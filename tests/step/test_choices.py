@@ -20,6 +20,7 @@ from voc12.catalog import load_data_sets
     ("--nosuch-word", "seam has no flag --nosuch-word. All: python run_sample.py seam --help-all"),
     ("--cam.fit.lrr", "Did you mean --cam.fit.lr"), ("--lr", "Did you mean --cam.fit.lr"),
     ("--refnier=psa", "Did you mean --refiner"),
+    ("--cam.presett", "Did you mean --preset?"),
 ])  # fmt: skip
 def test_a_wrong_flag_is_reported_with_the_nearest(flag: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_sample.main(["seam", flag, "1"]) == 2
@@ -71,6 +72,15 @@ def test_help_of_a_method_tells_idea_paper_and_what_its_presets_train(capsys: py
     assert choices.told_presets("getam")["published"].endswith("; segmenter own (cam predicts the masks itself)")
     assert choices.told_presets("tscam")["sample"].endswith("; draws boxes")
     assert run_sample.main(["clippy", "--help"]) == 2 and "There is no method 'clippy'" in capsys.readouterr().err
+
+
+def test_help_tells_which_preset_a_method_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, presets in choices.methods().items():
+        assert run_sample.main([name, "--help"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        told = " ".join(" ".join(lines).split())
+        assert max(map(len, lines)) <= 100 and f"default: {choices.preset_of((), presets)}" in told
+        assert ("with --data folder: photos" in told) == ("photos" in presets), name
 
 
 def test_every_option_of_the_short_help_exists() -> None:
