@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _WAIT = 60.0
 
@@ -22,6 +24,10 @@ _WAIT = 60.0
 def find_browser() -> str | None:
     """Path of Chromium, None where it isn't installed."""
     return next((path for name in NAMES if (path := shutil.which(name))), None)
+
+
+NEEDS_BROWSER = pytest.mark.skipif(find_browser() is None, reason="Chromium is not installed (Debian: chromium)")
+"""Mark of tests that need it."""
 
 
 class Browser:
@@ -141,6 +147,15 @@ class Browser:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def check_page(page: Path) -> None:
+    """Assert that a phone shows a page without error, request or scrolling sideways, and draws all its charts."""
+    charts = page.read_text(encoding="utf-8").count("<div class=vega ")
+    with Browser(page, 390, 800) as browser:
+        assert browser.errors == [] and browser.requests == []
+        assert browser.evaluate("document.documentElement.scrollWidth") <= 390
+        assert browser.evaluate("document.querySelectorAll('.vega svg').length") == charts > 0
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import Browser, find_browser
+from browser import NEEDS_BROWSER, Browser
 from PIL import Image
 from running import ROOM, run
 
@@ -130,7 +130,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_browser() is None, reason="Chromium is not installed (Debian: chromium)")
+@NEEDS_BROWSER
 def test_a_browser_shows_the_comparison(runs: Path, tmp_path: Path) -> None:
     pytest.importorskip("vl_convert")
     assert compare.main([*(str(runs / name) for name in "abc"), "--out", str(tmp_path)]) == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import Browser, find_browser
+from browser import NEEDS_BROWSER, Browser, find_browser
 from PIL import Image
 from running import run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -26,8 +26,6 @@ from step.lib.report.curves import TrainingCurve, read_curves
 from step.lib.report.page import NO_CHARTS, NOT_DRAWN, keep_flags, load_library
 from voc12.catalog import open_catalog
 
-NEEDS_BROWSER = pytest.mark.skipif(find_browser() is None, reason="Chromium is not installed (Debian: chromium)")
-"""Mark of tests that need it."""
 NUMBER = re.compile(r'<span data-score="([^"]+)">([^<]+)</span>')
 
 
