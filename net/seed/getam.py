@@ -381,6 +381,7 @@ class GetamOptions(Options):
     label was completed (the published code divides by 255 what it had made 0 and 1: section 9, trap 1)."""
     dense: DenseOptions = field(default_factory=DenseOptions)
     """Dense energy loss."""
+    label_limits = ("label.power", "label.cut", "label.high", "label.low")
 
     def cross_check(self) -> None:
         """Raises ValueError for a layer that does not exist."""

@@ -246,6 +246,7 @@ class SelfTrainedOptions(Options):
     """Kernel of the dense energy loss."""
     head_lr: Positive = 10.0
     """Learning rate of everything behind the encoder, relative to the encoder's."""
+    label_limits = ("high", "low")
 
     def cross_check(self) -> None:
         """Raises ValueError for a block that does not exist, and for thresholds in the wrong order."""

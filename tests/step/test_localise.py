@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from browser import NEEDS_BROWSER, check_page
 from running import digests
 
 import run_sample
@@ -62,6 +63,14 @@ def test_boxes_take_three_steps(finished: Path) -> None:
     assert {p.stem for p in (finished / "box").iterdir()} == {f"2026_{i:06d}" for i in range(1, 6)}
 
 
+@pytest.mark.slow
+@NEEDS_BROWSER
+def test_a_browser_shows_the_page_of_boxes(finished: Path) -> None:
+    pytest.importorskip("vl_convert")
+    assert "<h2>Boxes of val</h2>" in (finished / "report.html").read_text()
+    check_page(finished / "report.html")
+
+
 def test_empty_maps_are_told(out: Path) -> None:
     job = open_job(recorded_config(RunFolder(out)))
     before = [finding.title for finding in box_part.find_box_findings(job)]
@@ -71,7 +80,7 @@ def test_empty_maps_are_told(out: Path) -> None:
         store.write_arrays(path, **{**found, "score": np.zeros_like(found["score"])})
     told, *others = box_part.find_box_findings(job)
     assert told.title == "Most maps are empty" not in before and [finding.title for finding in others] == before
-    assert "In 3 of 5 images" in told.texts[0] and "--cam.fit.epochs" in told.texts[0]
+    assert "In 3 of 5 images" in told.texts[0] and "--cam.fit.steps" in told.texts[0]
     card = gallery.box_card(judge.RunImages.of(job.catalog, job.run), files[0].stem)
     assert card.facts[2:] == ["the map is empty, and so is its box"]
 

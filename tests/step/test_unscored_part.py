@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browser import NEEDS_BROWSER, check_page
 
 from misc.files.images import read_mask, write_mask
 from misc.files.runfolder import RunFolder
@@ -66,7 +67,7 @@ def test_predictions_follow_their_pseudo_masks_or_want_a_longer_training(tmp_pat
     _, seen = find_odd_shares(job, {"train": [judged(0.99)], "val": wrong})
     assert "they are what it was trained on" in seen.texts[1]
     (seen,) = find_odd_shares(job_of(tmp_path, "toco", "published"), {"val": wrong})
-    assert "--cam.network.label" in seen.texts[1]
+    assert "--cam.fit.steps" in seen.texts[1] and "(--cam.network.high, --cam.network.low)" in seen.texts[1]
 
 
 @pytest.mark.parametrize("name", sorted(registry.REFINERS))
@@ -86,3 +87,15 @@ def test_the_page_warns(own: Path, out: Path) -> None:
     page = html.unescape(re.sub("</?span[^>]*>", "", story.make_page(job, ["no masks"])))
     assert "Nearly all object: pseudo masks of train" in page and "Nearly all background: predictions of val" in page
     assert "a smaller --aff.walk.alpha (it is " in page and "they are what it was trained on" in page
+
+
+@pytest.mark.slow
+@NEEDS_BROWSER
+def test_a_browser_shows_a_page_without_truth(own: Path, out: Path) -> None:
+    pytest.importorskip("vl_convert")
+    shutil.rmtree(own / "SegmentationClass")
+    (out / "scores.json").unlink()
+    page = story.make_page(open_job(recorded_config(RunFolder(out), own)), ["no masks"])
+    assert "What can be said without true masks" in page and "data-score" not in page
+    (out / "report.html").write_text(page, encoding="utf-8")
+    check_page(out / "report.html")

@@ -6,7 +6,7 @@ from typing import Any
 
 from misc.files import store
 from step.lib.config import Job
-from step.lib.report import charts, choose, gallery, judge, page
+from step.lib.report import advice, charts, choose, gallery, judge, page
 from step.lib.report.findings import Finding
 from voc12.lists import pick_evenly
 
@@ -59,7 +59,7 @@ def find_box_findings(job: Job) -> list[Finding]:
     if 2 * empty >= len(found):
         text = (
             f"In {empty} of {len(found)} images the map of the best class is empty, so that there is nothing to draw a "
-            "box round: train longer (--cam.fit.epochs), or start from trained weights (--cam.weights)."
+            f"box round: {advice.mend_cams(job.cfg)}."
         )
         findings.insert(0, Finding("Most maps are empty", [text], []))
     return findings

@@ -10,7 +10,7 @@ from misc.tables import ResultTable
 from net.names import OWN
 from step.lib.config import Job
 from step.lib.inference import settle_walk
-from step.lib.report import charts, judge, page
+from step.lib.report import advice, charts, judge, page
 from step.lib.report.findings import Finding
 
 MOST_OBJECT, LEAST_OBJECT = 0.85, 0.02
@@ -124,17 +124,18 @@ def _remedy(job: Job, stage: str, kind: str, earlier: Sequence[Finding]) -> str:
         )
     if stage == judge.PREDICTION and cfg.segmenter == OWN:
         return (
-            "The network labels its own training images: train it longer (--cam.fit.epochs), or change the limits of "
-            f"these labels (--cam.network.label..., as listed by: python run_sample.py {cfg.method} --help-all)."
+            f"The network {'labels its own training images' if cfg.cam.is_trained else 'is not trained here'}: "
+            f"{advice.mend_own_masks(cfg)}."
         )
     if stage == judge.PREDICTION:
         made = any(judge.PSEUDO in finding.title for finding in earlier)
-        rest = "they are what it was trained on." if made else "then train it longer (--seg.fit.epochs)."
-        return f"Look at the pseudo masks of the training images first: {rest}"
+        longer = advice.train_longer(cfg.seg, "seg") or "take another segmentation network (--segmenter)"
+        rest = "they are what it was trained on" if made else f"if they are right, {longer}"
+        return f"Look at the pseudo masks of the training images first: {rest}."
     if kind == "either":
         return (
-            "One background score can't mend both: look at the CAMs, and where they don't find the objects, train "
-            "longer (--cam.fit.epochs) or start from trained weights (--cam.weights)."
+            "One background score can't mend both: look at the CAMs, and where they don't find the objects, "
+            f"{advice.mend_cams(cfg)}."
         )
     rule = cfg.aff.walk.background
     if rule == "power":
