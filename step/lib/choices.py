@@ -34,8 +34,7 @@ OPTIONS = (
     ("--data NAME", "data set; default: the generated sample, or with --preset published VOC 2012"),
     ("--root DIR", "folder of the data set (docs/your_data.md for your own)"),
     ("--out DIR", "run folder, where all files go; default: runs/METHOD-DATA"),
-    ("--preset NAME", "recipe: sample trains tiny networks in minutes, published is the paper's, photos is for "
-     "people's own pictures"),
+    ("--preset NAME", "recipe: sample (tiny, minutes), published (the paper's), photos (your pictures)"),
     ("--refiner NAME", "how pseudo masks are made from CAMs, steps 3 to 5"),
     ("--segmenter NAME", "segmentation network, steps 6 and 7; own: the method's own masks"),
     ("--steps 2-4 report", "steps to run, by number, name or range; default: all unfinished ones"),
