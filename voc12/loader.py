@@ -6,8 +6,10 @@ not on the number of processes, workers or micro-batches, nor on where a trainin
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -277,6 +279,14 @@ class _Loader(DataLoader[dict[str, Tensor]]):
 
 def _start_worker(_: int) -> None:
     quiet_threads()
+    parent, told = os.getppid(), sys.excepthook
+
+    def tell(*error: Any) -> None:
+        """Errors of this process, but for those of a thread that hands over a batch when the main process is gone."""
+        if os.getppid() == parent:
+            told(*error)
+
+    sys.excepthook = tell
 
 
 def make_loader(

@@ -117,6 +117,7 @@ class Rig:
                 os.environ["PYTHONPATH"] = str(self.project)
                 where = ["-m", "voc12.prepare"] if script == "prepare" else [str(self.project / PROGRAMS[script])]
                 os.execv(self.python, [str(self.python), *where, *argv])
+            sys.modules["torch"].set_num_threads(1)  # of a fork; threads that ask for it at once break PyTorch
             sys.argv = [script, *argv]
             sys.modules["__main__"].__file__ = str(self.project / PROGRAMS[script])  # what spawned workers import
             if kill is not None:

@@ -209,8 +209,10 @@ def tortured(rig: Rig, scenario: Scenario, manner: str, rng: random.Random, cwd:
         if ending.status or ending.ended:
             refused = f"status {ending.status} {ending.ended}: {tail(log)}"
     text = log.read_text(errors="replace")
-    if "Traceback (most recent call last)" in text:
-        notes.append("traceback in the output: " + text[text.index("Traceback (most") :][:900])
+    errors = text.split("Traceback (most recent call last)")[1:]
+    # Python itself was starting: nothing of the project had begun
+    errors = [error for error in errors if '"<frozen site>"' not in error]
+    notes += [f"traceback in the output: {error[:900]}" for error in errors[:1]]
     told = {"scenario": scenario.name, "manner": manner, "kills": len(moments), "moments": moments}
     found = {"refused": refused, "notes": notes, **scenario.differences(cwd)}
     return told | {kind: value for kind, value in found.items() if value}
