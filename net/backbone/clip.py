@@ -187,6 +187,13 @@ class VisionTower(nn.Module):
         return self.ln_post(tokens[:, 0]) @ self.proj
 
 
+TEXT_TENSORS = (
+    "positional_embedding", "text_projection", "token_embedding.weight", "ln_final.weight", "ln_final.bias",
+    "transformer.resblocks.0.ln_1.weight",
+)  # fmt: skip
+"""Tensors of the text tower in a CLIP in official names, of its blocks one."""
+
+
 class TextTower(nn.Module):
     """CLIP's text tower. In the official files its tensors have no prefix of their own.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from misc.precision import full_precision
 from misc.propagate.caa import scale_to_unit
-from net.backbone.clip import ClipOptions, TextTower, VisionTower
+from net.backbone.clip import TEXT_TENSORS, ClipOptions, TextTower, VisionTower
 from net.backbone.clip_text import Texts, text_features
 from net.backbone.transformer import QueryKey
 from net.backbone.vit import Grid
@@ -78,7 +78,14 @@ class FrozenClip(nn.Module):
 
     def load_clip(self, state: State, texts: Texts, source: str) -> str:
         """Take the image tower of a whole CLIP in official names (``net.foreign.openai.read_clip``), and encode the
-        texts with its text tower; returns a one-line report. ValueError where its size is another."""
+        texts with its text tower; returns a one-line report. ValueError where its size is another or parts
+        are missing."""
+        needed = ("visual.conv1.weight", "visual.positional_embedding", "logit_scale", *TEXT_TENSORS)
+        if missing := [name for name in needed if name not in state]:
+            raise ValueError(
+                f"{source} lacks {', '.join(missing)}: a whole CLIP is needed, with the text tower that encodes the "
+                "classes."
+            )
         there, here = (tuple(s["visual.conv1.weight"].shape) for s in (state, self.state_dict()))
         layers = 1 + max(int(k.split(".")[3]) for k in state if k.startswith("visual.transformer.resblocks."))
         if there != here or layers != self.layers:

@@ -256,6 +256,10 @@ def test_a_weclip_checkpoint_is_loaded_with_its_clip(tmp_path: Path) -> None:
     torch.testing.assert_close(network.encoder.visual.conv1.weight, state["encoder.visual.conv1.weight"])
     trained = [name for name, p in network.named_parameters() if p.requires_grad]
     assert trained and all(name.startswith("decoder") for name in trained)
+    for name in ("encoder.text_projection", "encoder.visual.conv1.weight"):
+        torch.save({k: v for k, v in state.items() if k != name}, tmp_path / "part.pth")
+        with pytest.raises(ValueError, match=f"part.pth lacks {name.removeprefix('encoder.')}: a whole CLIP is needed"):
+            network.load_weights(str(tmp_path / "part.pth"))
 
 
 def test_the_rectangles_leave_the_last_row_and_column_out() -> None:
