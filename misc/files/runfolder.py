@@ -384,7 +384,7 @@ _COUNT = Number(0, whole=True)
 _SCORES = Each(
     {
         "?step": str, "split": Usual(str, "?"), "images": Usual(_COUNT, "?"), "tags": Usual(str, "?"),
-        "threshold": Usual(Number(0, 1, none=True), None), "threshold_choice": Usual(None, "?"),
+        "threshold": Usual(Number(0, 1, none=True), None), "threshold_choice": Usual(str | None, "?"),
         "?miou": _PERCENT, "?boundary_miou": _PERCENT, "?ap50": _PERCENT, "?value": _PERCENT,
         "classes": Usual([_CLASS], []), "confusion": Usual([[_COUNT]], []), "predicted_void": Usual([_COUNT], []),
         "?curve": [{"threshold": Number(0, 1), "miou": _PERCENT}],

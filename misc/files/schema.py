@@ -34,8 +34,8 @@ class Usual:
 
 
 Schema = Any
-"""A type; a Number; [form]: a list of these; {key: form}: an object with these keys (``?key``, and those of a Usual: it
-may lack them) and any others; an Each; None: anything."""
+"""A type, or several (``str | None``); a Number; [form]: a list of these; {key: form}: an object with these keys
+(``?key``, and those of a Usual: it may lack them) and any others; an Each; None: anything."""
 
 
 def find_fault(value: Any, form: Schema, where: str = "") -> str | None:
@@ -73,7 +73,7 @@ def find_fault(value: Any, form: Schema, where: str = "") -> str | None:
                 return f"{name} lacks {lacking[0]!r}"
             pairs = [(key.removeprefix("?"), inner) for key, inner in form.items() if key.removeprefix("?") in value]
         return next((f for k, inner in pairs if (f := find_fault(value[k], inner, f"{where}.{k}".lstrip(".")))), None)
-    return None if isinstance(value, form) else f"{name} is {_shown(value)}, not {form.__name__}"
+    return None if isinstance(value, form) else f"{name} is {_shown(value)}, not {getattr(form, '__name__', form)}"
 
 
 def fill(value: Any, form: Schema) -> Any:

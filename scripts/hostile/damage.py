@@ -57,7 +57,7 @@ def _kinds(bench: Bench) -> Iterator[tuple[HostileFile, bytes, Callable[[bytes],
                lambda x: bench.in_voc(f"sbd/cls/{THIRD}.mat", x), victim=THIRD)  # fmt: skip
 
     documents = {form: json.dumps(content).encode() for form, content in exports.good_documents(bench).items()}
-    for form, data in {**documents, "cvat": exports.good_xml(bench).encode()}.items():
+    for form, data in {**documents, "cvat": exports.good_cvat(bench).encode()}.items():
         argv = ["from", form, "export", "--root", "made", "--workers", "0"]
         yield kind(f"from {form}", data, "prepare", argv,
                    lambda x, f=form: exports.in_export(bench, f, x), victim="")  # type: ignore[misc]  # fmt: skip

@@ -67,7 +67,7 @@ def good_documents(bench: Bench) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def good_xml(bench: Bench) -> str:
+def good_cvat(bench: Bench) -> str:
     """CVAT's annotations."""
     return (
         f'<annotations><image id="0" name="{ONE}.jpg" width="{bench.width}" height="{bench.height}">'
@@ -102,7 +102,7 @@ def _json_cases(bench: Bench) -> Iterator[HostileFile]:
 
 
 def _xml_cases(bench: Bench) -> Iterator[HostileFile]:
-    xml = good_xml(bench)
+    xml = good_cvat(bench)
     for name, old, new in (
         ("run length of 400 digits", 'rle="2, 2"', f'rle="{_LONG}, 2"'),
         ("run length of 9000 digits", 'rle="2, 2"', f'rle="{"9" * 9000}"'),

@@ -138,6 +138,7 @@ def test_forms() -> None:
     for huge in (10**400, -(10**400)):
         assert "not a finite number" in (find_fault(huge, Number()) or "")
     form = {"a": Usual(Each({"b": Usual(str, "?")}), {}), "?c": [{"d": Usual(None, [])}]}
+    assert find_fault(None, str | None) is None and "is True, not str | None" in (find_fault(True, str | None) or "")
     assert fill({}, form) == {"a": {}} and find_fault({}, form) is None and find_fault({"a": 3}, form)
     assert fill({"a": {"x": {}}, "c": [{"d": 1}, {}], "e": 5}, form) == {
         "a": {"x": {"b": "?"}}, "c": [{"d": 1}, {"d": []}], "e": 5,

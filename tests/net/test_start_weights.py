@@ -92,7 +92,7 @@ def test_weights_of_later_steps_are_tried_before_the_first(
     data, file, other = make_set(tmp_path / "data"), tmp_path / "a.pth", tmp_path / "other.pth"
     file.write_bytes(b"PK\x03\x04 cut")
     torch.save({"some.weight": torch.zeros(3)}, other)
-    monkeypatch.setattr(reading, "_is_cached", lambda repository: False)
+    monkeypatch.setattr(reading, "_is_cached", lambda repository, files: False)
     monkeypatch.setattr(reading, "_unreachable", lambda address: "no way out")
     pretrained = "--segmenter deeplabv2 --seg.network.form torchvision --seg.weights pretrained".split()
     for flags, told in (
