@@ -117,6 +117,7 @@ def test_curve_of_maps(data: Data, capsys: pytest.CaptureFixture[str], kind: str
     assert f"{grid[best]:g}, searched on train\n" in out
 
 
+@pytest.mark.slow
 def test_curve_limits_and_split(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     limits = ("--start", "0.1", "--end", "0.3", "--step", "0.1")
     result = data.run(*data.arguments("npz", "--curve", *limits, "--split", "dev", "--convention", "nanmean"))
@@ -126,6 +127,7 @@ def test_curve_limits_and_split(data: Data, capsys: pytest.CaptureFixture[str]) 
     assert "searched on dev" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_fixed_threshold(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     result = data.run(*data.arguments("npz", "--threshold", "0.4"))
     assert result["confusion"] == data.confusion(data.cut(0.4)).matrix.tolist()
@@ -157,6 +159,7 @@ def test_missing_predictions(data: Data, capsys: pytest.CaptureFixture[str]) -> 
     assert "11 images counted as background" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_missing_maps_are_background_at_every_threshold(data: Data) -> None:
     (data.root / "npz" / f"{IDS[3]}.npz").unlink()
     result = data.run(*data.arguments("npz", "--curve", "--missing-as-background"))
@@ -196,6 +199,7 @@ def test_faulty_images_are_reported_together(data: Data, capsys: pytest.CaptureF
     assert IDS[6] in lines[4] and IDS[7] in lines[5]
 
 
+@pytest.mark.slow
 def test_size_of_maps_is_checked(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     write_arrays(
         data.root / "npz" / f"{IDS[0]}.npz", keys=np.array([0]), maps=np.zeros((1, 5, 5)), size=np.array([5, 5])

@@ -107,6 +107,7 @@ def odd_images(folder: Path, data: Path) -> dict[str, tuple[int, int]]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_odd_images_work_or_are_reported_and_the_others_go_on(
     seg: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +132,7 @@ def test_an_image_is_turned_before_it_is_predicted(seg: Path, data: Path, tmp_pa
     assert first == second
 
 
+@pytest.mark.slow
 def test_large_images_are_shrunk_for_the_network_only(
     seg: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,6 +228,7 @@ def test_tags_give_the_runs_own_maps_and_masks(
     assert (tmp_path / "out" / "masks" / f"{cam.stem}.png").read_bytes() == label
 
 
+@pytest.mark.slow
 def test_without_a_refiner_a_crf_or_a_threshold_is_used_and_reported(
     finished: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -260,6 +263,7 @@ def test_odd_images_with_tags(finished: Path, data: Path, tmp_path: Path, capsys
 # ------------------------------------------------------------------------------------------- command line
 
 
+@pytest.mark.slow
 def test_wrong_words_name_the_remedy(
     finished: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,6 +293,7 @@ def test_wrong_words_name_the_remedy(
     assert not (out / "masks").exists()
 
 
+@pytest.mark.slow
 def test_a_network_leaves_as_onnx(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxruntime")
     assert call(tmp_path / "out", "--run", finished, "--export", "onnx") == 0

@@ -108,6 +108,7 @@ def test_a_data_set_that_is_not_there_is_refused_before_anything_is_installed(ro
     assert not (room / ".venv").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vitb_hybrid", "vitb", "deit", "deit_distilled"])
 def test_getam_takes_the_authors_names_of_its_backbones(name: str, room: Path) -> None:
     told = call(room, "getam", name, "VOC_ROOT", "SALIENCY").stdout
@@ -141,6 +142,7 @@ def test_every_script_is_parsed_by_bash() -> None:
         assert (told.returncode, told.stderr) == (0, ""), script
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_every_system_runs_on_several_gpus(system: str, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPUS", "2")

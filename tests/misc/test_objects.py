@@ -265,6 +265,7 @@ def test_objects_are_an_option_and_go_with_their_step(finished: Path, data: Path
     assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_without_masks_of_objects_there_is_no_score(
     finished: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

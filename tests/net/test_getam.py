@@ -92,6 +92,7 @@ def test_what_a_classifier_gives_is_what_timm_gives(kind: str) -> None:
         torch.testing.assert_close(ours.norm(ours.forward_blocks(x)), theirs.forward_features(pictures(2, 64, 64)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_map_fits_at_any_size(kind: str) -> None:
     net = built(kind).eval()
@@ -342,6 +343,7 @@ def test_cross_entropies_are_means_over_the_whole_global_batch() -> None:
 # ---------------------------------------------------------------------------------------------- weights
 
 
+@pytest.mark.slow
 def test_a_whole_checkpoint_loads_strictly(tmp_path: Path) -> None:
     saved, net = built("vitb_hybrid"), built("vitb_hybrid")
     for parameter in saved.parameters():

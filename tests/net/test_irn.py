@@ -309,6 +309,7 @@ def test_published_numbers_that_are_easily_lost() -> None:
     assert aff.augment.scale_filter == "bicubic" and aff.augment.crop == 512 and aff.walk.instances
 
 
+@pytest.mark.slow
 def test_switches_are_switches_and_numbers_are_numbers() -> None:
     flags = ["irn_cam", "--preset", "published", "--data", "voc12"]
     changed = parsing.parse([*flags, "--aff.walk.no-instances", "--aff.walk.beta", "7", "--aff.walk.logt", "3",

@@ -272,6 +272,7 @@ def test_resnest_norm(norm: str, affine: bool) -> None:
     assert net.layer2[0].conv1.weight.requires_grad
 
 
+@pytest.mark.slow
 def test_resnest_below_the_classifier(tmp_path: Path) -> None:
     model = network(backbone="resnest", resnest=SPLIT)
     assert {n.split(".")[0] for n in model.state_dict()} == {"model", "classifier"}
@@ -297,6 +298,7 @@ def test_options_refuse_impossible_values(wrong: dict[str, object]) -> None:
         PuzzleCamOptions(**wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_published_networks_share_the_backbone() -> None:
     """Refiner and segmenter are on the ResNeSt of the CAM network, on the same stage channels (128 in the stem)."""
     recipe = SEEDS["puzzlecam"].recipes["published"]

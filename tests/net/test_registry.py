@@ -21,6 +21,7 @@ def test_a_name_is_registered_once() -> None:
         registry.seed("seam")(type("Second", (), {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("room", "name"), METHODS)
 def test_the_network_stands_at_the_top_of_its_file(room: str, name: str) -> None:
     """Before its losses, options and recipes; what it inherits from net/shared stands at the top there."""

@@ -35,6 +35,7 @@ def test_names_and_shapes_are_torchvisions(depth: tuple[int, int, int, int], nam
     assert {key: value.shape for key, value in ours.items()} == wanted
 
 
+@pytest.mark.slow
 def test_with_imagenet_strides_the_function_is_torchvisions() -> None:
     torch.manual_seed(0)
     theirs = torchvision.models.resnet50().eval()

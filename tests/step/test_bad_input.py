@@ -180,6 +180,7 @@ def test_unusual_images_work_and_one_without_tags_is_background(
     assert len(read_cam(out / "cam" / f"{IDS[3]}.npz").keys) == 0
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_message(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

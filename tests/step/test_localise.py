@@ -179,6 +179,7 @@ def test_parts_are_scored_when_all_are_there(data: Path, finished: Path, out: Pa
     assert digests(out, "box/*") == digests(finished, "box/*")
 
 
+@pytest.mark.slow
 def test_the_next_step_is_the_pipelines(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(data, tmp_path / "out", "--steps", "train_cam") == 0
     assert "--steps localise" in capsys.readouterr().out

@@ -86,6 +86,7 @@ def test_a_part_of_a_network_is_refused_and_nothing_is_written(
     assert not (tmp_path / "run" / "weights" / "cam.pt").exists()
 
 
+@pytest.mark.slow
 def test_scores_and_new_images_rest_on_the_released_file(data: Path, tmp_path: Path) -> None:
     """Step 2 scores its CAMs, and predict.py uses the file that the run made of it."""
     path, _, argv = release("cam", "psa", tmp_path)

@@ -150,6 +150,7 @@ def test_the_report_is_made_of_files_alone(out: Path, data: Path) -> None:
     assert pictures[0] == pictures[1]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is(out: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = digests(out, *MADE)
     told = said(capsys, data, out)
@@ -241,6 +242,7 @@ def test_redo_of_a_part_is_refused(out: Path, data: Path, capsys: pytest.Capture
     assert (out / "cam").exists()
 
 
+@pytest.mark.slow
 def test_true_masks_can_be_trained_on(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = said(capsys, data, tmp_path / "truth", "--masks", "truth", "--steps", "6", "7")
     assert "trained on true masks" in told
@@ -254,6 +256,7 @@ def test_voc12_root_chooses_the_data_set(data: Path) -> None:
     assert parsing.parse(["seam", "--root", str(data)]).data == "sample"
 
 
+@pytest.mark.slow
 def test_a_folder_of_ones_own_needs_no_other_word(tmp_path: Path) -> None:
     cfg = parsing.parse(["--data", "folder", "--root", str(tmp_path)])
     assert (cfg.method, cfg.preset, cfg.data, cfg.long_side) == ("irn_cam", "photos", "folder", 1024)
@@ -390,6 +393,7 @@ def test_other_data_is_another_configuration(
     assert "data.train: " in refused(capsys, own, out)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_network_is_refused(out: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (out / "cam" / f"{IDS[0]}.npz").unlink()
     shutil.copy(out / "weights" / "seg.pt", out / "weights" / "cam.pt")

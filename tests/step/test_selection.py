@@ -187,6 +187,7 @@ def test_a_released_network_is_not_selected_again(selection: str, data: Path, tm
     assert {p.name for p in (tmp_path / "run" / "weights").iterdir()} == {"cam.pt"}
 
 
+@pytest.mark.slow
 def test_it_rates_by_the_class_scores_and_needs_tags_of_val(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -384,6 +384,7 @@ def test_segmenters_train_and_give_logits_at_any_size(name: str) -> None:
         assert logits.shape[:2] == (2, CLASSES + 1) and torch.isfinite(logits).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(registry.SEGMENTERS))
 def test_a_batch_without_any_label_gives_a_finite_loss(name: str) -> None:
     network = built(registry.SEGMENTERS[name].recipes["sample"], {}).train()

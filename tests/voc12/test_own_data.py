@@ -175,6 +175,7 @@ def test_eighty_classes(generated: Path, tmp_path: Path) -> None:
     assert [score.get("seen_in_training") for score in scores.values()] == [None, None, 0, 0]
 
 
+@pytest.mark.slow
 def test_part_of_the_masks_is_reported(generated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "part"
     as_folder(generated, root)

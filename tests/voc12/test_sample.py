@@ -169,6 +169,7 @@ def test_near_objects_and_pictures_without_any() -> None:
     assert len(near) > 0.2 * len(pictures)
 
 
+@pytest.mark.slow
 def test_mark_is_seen_in_the_picture() -> None:
     """The pixels of a mark stand out: their colours spread far more than those of the body around it."""
     for index in range(20):
@@ -205,6 +206,7 @@ def test_finished_set_is_left_alone_and_another_one_refused(sample: Path) -> Non
     assert {p: p.stat().st_mtime_ns for p in sample.rglob("*")} == times
 
 
+@pytest.mark.slow
 def test_interrupted_set_is_done_again(sample: Path, tmp_path: Path) -> None:
     root = tmp_path / "set"
     (root / "JPEGImages").mkdir(parents=True)
