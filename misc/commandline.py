@@ -308,14 +308,18 @@ def nearest(word: str, known: Iterable[str]) -> list[str]:
     """Up to three known flags that a mistyped one may have meant: first flags with the same last part (``--lr``),
     then flags spelled alike, then those whose last part is (``--cam.presett``)."""
     known = list(dict.fromkeys(known))
-    alike = [one for one in known if one.lstrip("-").rpartition(".")[2] == word.lstrip("-").rpartition(".")[2]]
-    alike += difflib.get_close_matches(word, known, 3, cutoff=0.8)
-    last: dict[str, list[str]] = {}
+    by_last: dict[str, list[str]] = {}
     for one in known:
-        last.setdefault(one.lstrip("-").rpartition(".")[2], []).append(one)
-    for part in [] if alike else difflib.get_close_matches(word.lstrip("-").rpartition(".")[2], last, 3, cutoff=0.8):
-        alike += last[part]
+        by_last.setdefault(_last_part(one), []).append(one)
+    last = _last_part(word)
+    alike = [*by_last.get(last, ()), *difflib.get_close_matches(word, known, 3, cutoff=0.8)]
+    if not alike:
+        alike = [one for part in difflib.get_close_matches(last, by_last, 3, cutoff=0.8) for one in by_last[part]]
     return [*dict.fromkeys(alike)][:3]
+
+
+def _last_part(flag: str) -> str:
+    return flag.lstrip("-").rpartition(".")[2]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -301,7 +301,7 @@ def _check_published_list(job: Job, names: set[str], phases: Mapping[str, Phase]
     """Raises ValueError if a published recipe would go through VOC's small list train unasked. Networks that are used
     as released, and predictions, need no training list."""
     cfg = job.cfg
-    trains = any(not phase.released and phase.fit.steps != 0 for phase in phases.values())
+    trains = any(phase.is_trained for phase in phases.values())
     if not (trains or names & {"make_cam", "make_aff_label", "random_walk"}):
         return
     asked = cfg.train_list is not None or cfg.data != "voc12" or not cfg.preset.startswith("published")
