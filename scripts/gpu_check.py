@@ -9,7 +9,8 @@ sample     the sample run of seam on the GPU, beside agree, and on the CPU, besi
 torchrun   a very short run under torchrun with one process: NCCL, barriers, gathered objects
 operators  random walk and dense CRF of an image of 375 x 500: ms on GPU and CPU, largest difference
 train      an update of every published recipe: images a second, peak memory, share of the time that the GPU works
-cams       CAMs of an image of 375 x 500 by the published recipes: images a second, the same share
+cams       CAMs of images of 375 x 500 by the published recipes, and of ever new sizes: images a second one by one and
+           four at once, the same share
 compile    updates with torch.compile, after those without: seconds until compiled, images a second
 cpu        updates of the sample recipes on the CPU, in float32 and fast, in a process of their own: does it survive?
 """
@@ -46,6 +47,7 @@ from net import registry
 from net.contract import Network, SeedNetwork, SeedRecipe
 from scripts import ROOT
 from scripts.measured_networks import CLASSES, Task, build, loss_terms, make_batch, tasks
+from step.lib.inference import predict_cam, predict_cams
 
 CPU = torch.device("cpu")
 PARTS = ("agree", "sample", "torchrun", "operators", "train", "cams", "compile", "cpu")
@@ -240,21 +242,38 @@ class Check:
         return found
 
     def infer(self, task: Task, amp: Precision) -> Result:
-        """A step make_cam without its files."""
+        """A step make_cam without its files, of inputs that are resized before: image by image, four at once, and
+        images that each have a size of their own, for which a GPU's library chooses its kernels anew."""
         network, machine = self.networks.get(task.name) or build(task, CPU), Machine(amp=amp)
         assert isinstance(network, SeedNetwork) and isinstance(task.phase, SeedRecipe)
-        inference = task.phase.infer
+        infer = task.phase.infer
         place(network.eval(), machine, self.device)
-        image = np.random.default_rng(0).integers(0, 256, (*self.size, 3), np.uint8)
         tags = np.zeros(CLASSES, np.float32)
         tags[[3, 7]] = 1
 
-        def one() -> None:
-            grad = contextlib.nullcontext() if network.map_needs_gradient else torch.inference_mode()
-            with grad, autocast(machine, self.device):
-                cams.infer_cam(network.cam, image, tags, inference, network.normalisation, self.device)
+        def inputs(image: np.ndarray) -> list[Tensor]:
+            return list(cams.scaled_inputs(image, infer, network.normalisation))
 
-        return {"images/s": 1 / self.seconds(one, 1 if self.tiny else 3, 1.0), **self.busy(one)}
+        random, (height, width) = np.random.default_rng(0), self.size
+        several = [random.integers(0, 256, (*self.size, 3), np.uint8) for _ in range(4)]
+        others = [random.integers(0, 256, (height - 9 * i, width - 13 * i, 3), np.uint8) for i in range(1, 6)]
+        ready, new = [inputs(image) for image in several], [inputs(image) for image in others]
+
+        def one(image: np.ndarray = several[0], prepared: list[Tensor] = ready[0]) -> None:
+            predict_cam(network, image, tags, infer, machine, self.device, prepared)
+
+        def together() -> None:
+            predict_cams(network, several, [tags] * 4, infer, machine, self.device, ready)
+
+        found: Result = {"images/s": 1 / self.seconds(one, *((1, 0.1) if self.tiny else (3, 1.0)))}
+        begin = time.perf_counter()
+        for image, prepared in zip(others, new, strict=True):
+            one(image, prepared)
+        self.wait()
+        found["new sizes/s"] = len(others) / (time.perf_counter() - begin)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            found["of 4/s"] = 4 / self.seconds(together, 1, 0.1 if self.tiny else 1.0)
+        return {**found, **self.busy(one)}
 
     # -------------------------------------------------------------------------------------------- operators
 
