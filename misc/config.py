@@ -358,9 +358,9 @@ class Machine(Checked):
     digit."""
     workers: Annotated[int, Range(least=0)] = dataclasses.field(default_factory=lambda: min(8, usable_cores()))
     """Worker processes for reading training images and for per-image work on the CPU. 0: none."""
-    images: Annotated[int, Range(least=1)] = 1
-    """Images of equal size whose class maps are computed at once (make_cam): better use of a GPU, more of its memory.
-    The maps are the same to rounding."""
+    images: Annotated[int | None, Range(least=1)] = None
+    """Images of equal size that are computed at once in make_cam and infer_seg: better use of a GPU, more of its
+    memory; fewer where that is too small. The results are the same to rounding. None: 4 on a GPU, 1 on a CPU."""
     compile: bool = False
     """Compile networks with torch.compile for training. Dropout then draws other random numbers, so that a training
     gives other weights than without; mixing both in one training is harmless."""
@@ -384,6 +384,10 @@ class Machine(Checked):
         if self.amp == "fast":
             return torch.bfloat16 if has_fast_bf16(device.type) else None
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.amp)
+
+    def images_at_once(self, device: torch.device) -> int:
+        """Largest number of images of equal size that per-image inference computes at once on a device."""
+        return self.images or (4 if device.type == "cuda" else 1)
 
     def uses_channels_last(self, device: torch.device) -> bool:
         """Whether networks are in the channels-last memory format on a device."""

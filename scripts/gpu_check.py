@@ -263,7 +263,7 @@ class Check:
             predict_cam(network, image, tags, infer, machine, self.device, prepared)
 
         def together() -> None:
-            predict_cams(network, several, [tags] * 4, infer, machine, self.device, ready)
+            predict_cams(network, self.size, [tags] * 4, infer, machine, self.device, ready)
 
         found: Result = {"images/s": 1 / self.seconds(one, *((1, 0.1) if self.tiny else (3, 1.0)))}
         begin = time.perf_counter()

@@ -3,16 +3,18 @@ the training images that the report shows."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from misc.files.images import read_image, write_mask
 from misc.infer.masks import segment_inputs
-from misc.loop.each import Rest, each
+from misc.loop.each import Rest, Together, each
 from step.lib import overlays
 from step.lib.config import Job
-from step.lib.inference import infer_class_scores
+from step.lib.inference import infer_class_scores, infer_class_scores_together
 from step.lib.networks import load_segmentation_network
 from step.lib.scoring import precisions, score_masks, start_weights
 from step.lib.sizes import write_full_masks
@@ -28,20 +30,24 @@ def run(job: Job, device: torch.device) -> None:
         image = read_image(job.catalog.image_path(image_id))
         return image, list(segment_inputs(image, infer, network.normalisation))
 
+    def write(image_id: str, before: np.ndarray, scores: np.ndarray) -> None:
+        if infer.crf.iterations:
+            write_mask(job.run.seg_before_crf(image_id), before.argmax(0).astype(np.uint8))
+        write_mask(job.run.seg(image_id), scores.argmax(0).astype(np.uint8))  # written last
+
     def work(image_id: str, prepared: tuple[np.ndarray, list[Tensor]]) -> Rest:
         image, inputs = prepared
-        before, scores = infer_class_scores(network, image, infer, machine, device, inputs)
+        return partial(write, image_id, *infer_class_scores(network, image, infer, machine, device, inputs))
 
-        def write() -> None:
-            if infer.crf.iterations:
-                write_mask(job.run.seg_before_crf(image_id), before.argmax(0).astype(np.uint8))
-            write_mask(job.run.seg(image_id), scores.argmax(0).astype(np.uint8))  # written last
-
-        return write
+    def work_together(image_ids: list[str], prepared: list[tuple[np.ndarray, list[Tensor]]]) -> list[Rest]:
+        images, inputs = (list(part) for part in zip(*prepared, strict=True))
+        found = infer_class_scores_together(network, images, infer, machine, device, inputs)
+        return [partial(write, i, *scores) for i, scores in zip(image_ids, found, strict=True)]
 
     each(
         "infer_seg", job.predicted_ids(), work, prepare=prepare, done=lambda i: job.run.seg(i).exists(),
         workers=job.cfg.machine.workers, part=job.cfg.shard_part(),
+        together=Together(machine.images_at_once(device), lambda prepared: prepared[0].shape, work_together),
     )
     overlays.draw(job, job.run.seg, job.predicted_ids())
     write_full_masks(job, job.run.seg, job.predicted_ids())

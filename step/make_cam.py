@@ -50,11 +50,11 @@ def infer_list(job: Job, device: torch.device, ids: list[str], kind: str = "") -
 
     def work_together(image_ids: list[str], prepared: list[tuple[np.ndarray, np.ndarray, list[Tensor]]]) -> list[Rest]:
         images, tags, inputs = (list(part) for part in zip(*prepared, strict=True))
-        found = predict_cams(network, images, tags, infer, machine, device, inputs)
+        found = predict_cams(network, images[0].shape[:2], tags, infer, machine, device, inputs)
         return [partial(write_cam, job.run.cam(i, kind), cam) for i, cam in zip(image_ids, found, strict=True)]
 
     each(
         f"make_cam {kind}".strip(), ids, work, prepare=prepare, done=lambda i: job.run.cam(i, kind).exists(),
         workers=job.cfg.machine.workers, part=job.cfg.shard_part(),
-        together=Together(machine.images, size, work_together),
+        together=Together(machine.images_at_once(device), size, work_together),
     )

@@ -195,14 +195,10 @@ def infer_raw_maps(
 ) -> Iterator[Tensor]:
     """Raw maps of the present classes, one batch per scale, as ``merge_maps`` takes them: (1, K, h, w), or (2, K, h, w)
     with those of the mirrored image. Arguments as for ``infer_cam``; at least one tag must be set."""
-    size = image.shape[:2]
-    keys = torch.from_numpy(np.flatnonzero(tags)).to(device)  # (K,)
     row = torch.tensor(tags, dtype=torch.float32, device=device)  # (C,)
     inputs = scaled_inputs(image, infer, normalisation) if inputs is None else inputs
-    for inner, images in zip(input_sizes(size, infer), inputs, strict=True):
-        maps = cam(images.to(device), row.expand(len(images), -1))  # (1 or 2, C, h', w')
-        maps = maps.detach()[:, keys]
-        yield unpad_maps(maps, inner, infer) if infer.multiple > 1 else maps
+    passes = (cam(images.to(device), row.expand(len(images), -1)).detach() for images in inputs)
+    return _present_maps(passes, tags, image.shape[:2], infer)  # of (1 or 2, C, h', w') each
 
 
 def infer_logits(
@@ -256,12 +252,60 @@ def infer_cam(
         ``coarse`` (K, ceil(H / infer.coarse), ceil(W / infer.coarse)), None where the recipe has no such grid.
         For an image without a tag K is 0 and the network does not run.
     """
-    keys, size = np.flatnonzero(tags), image.shape[:2]
+    maps: Iterable[Tensor] = ()
+    if tags.any():
+        maps = infer_raw_maps(cam, image, tags, infer, normalisation, device, inputs)
+    return _cam_from(maps, tags, image.shape[:2], infer)
+
+
+def infer_cams(
+    cam: Callable[[Tensor, Tensor], Tensor],
+    tags: Sequence[np.ndarray],
+    size: tuple[int, int],
+    infer: CamInference,
+    device: torch.device | str,
+    inputs: Sequence[Sequence[Tensor]],
+) -> list[Cam]:
+    """``infer_cam`` of several images of one size, each with a tag, which go through the network as one batch a scale.
+
+    Args:
+        cam, infer, device: as for ``infer_cam``; ``cam`` treats the images of a batch apart.
+        tags: (C,) in {0, 1} each.
+        size: (H, W) of the images.
+        inputs: what ``scaled_inputs`` gives for each image.
+    """
+    rows = torch.tensor(np.stack(tags), dtype=torch.float32, device=device)  # (B, C)
+    passes: list[tuple[Tensor, ...]] = []
+    for parts in zip(*inputs, strict=True):  # of one scale: (1 or 2, 3, h, w) for each image
+        batch = torch.cat(parts).to(device)
+        maps = cam(batch, rows.repeat_interleave(len(parts[0]), 0)).detach()  # (B or 2B, C, h', w')
+        passes.append(maps.split(len(parts[0])))
+    found = []
+    for number, present in enumerate(tags):
+        maps = _present_maps((maps[number] for maps in passes), present, size, infer)
+        found.append(_cam_from(maps, present, size, infer))
+    return found
+
+
+def _present_maps(
+    passes: Iterable[Tensor], tags: np.ndarray, size: tuple[int, int], infer: CamInference
+) -> Iterator[Tensor]:
+    """Maps of an image's present classes without its padding, (1 or 2, K, h, w), from those of all classes, (1 or 2, C,
+    h', w'), one entry a scale."""
+    keys: Tensor | None = None
+    for inner, maps in zip(input_sizes(size, infer), passes, strict=True):
+        keys = torch.from_numpy(np.flatnonzero(tags)).to(maps.device) if keys is None else keys
+        maps = maps[:, keys]
+        yield unpad_maps(maps, inner, infer) if infer.multiple > 1 else maps
+
+
+def _cam_from(maps: Iterable[Tensor], tags: np.ndarray, size: tuple[int, int], infer: CamInference) -> Cam:
+    """The CAM of an image of ``size`` from the raw maps of its present classes, one entry a scale."""
+    keys = np.flatnonzero(tags)
     grid = (-(-size[0] // infer.coarse), -(-size[1] // infer.coarse)) if infer.coarse else None
-    if not tags.any():
+    if not len(keys):
         nothing = np.zeros((0, *size), np.float32)
         return Cam(keys, nothing, size, None if grid is None else np.zeros((0, *grid), np.float32))
-    maps = infer_raw_maps(cam, image, tags, infer, normalisation, device, inputs)
     if grid is None:
         full = normalise_maps(merge_maps(maps, size, infer.round_up, rule=infer.merge), infer.normalise)
         return Cam(keys, full.cpu().numpy(), size)
@@ -270,34 +314,3 @@ def infer_cam(
     coarse = merge_maps(passes, grid, rule=infer.merge)
     full, coarse = normalise_maps(full, infer.normalise), normalise_maps(coarse, infer.normalise)
     return Cam(keys, full.cpu().numpy(), size, coarse.cpu().numpy())
-
-
-def infer_cams(
-    cam: Callable[[Tensor, Tensor], Tensor],
-    images: Sequence[np.ndarray],
-    tags: Sequence[np.ndarray],
-    infer: CamInference,
-    normalisation: str,
-    device: torch.device | str,
-    inputs: Sequence[Sequence[Tensor]],
-) -> list[Cam]:
-    """``infer_cam`` of several images of one size, each with a tag, which go through the network as one batch a scale.
-
-    Args:
-        cam, infer, normalisation, device: as for ``infer_cam``; ``cam`` treats the images of a batch apart.
-        images: (H, W, 3) uint8 RGB each.
-        tags: (C,) in {0, 1} each.
-        inputs: what ``scaled_inputs`` gives for each image.
-    """
-    rows = torch.tensor(np.stack(tags), dtype=torch.float32, device=device)  # (B, C)
-    passes: list[tuple[Tensor, ...]] = []
-    for parts in zip(*inputs, strict=True):  # of one scale: (1 or 2, 3, h, w) for each image
-        batch = torch.cat([part.to(device, non_blocking=True) for part in parts])
-        maps = cam(batch, rows.repeat_interleave(len(parts[0]), 0)).detach()
-        passes.append(maps.split(len(parts[0])))
-    found = []
-    for number, (image, present) in enumerate(zip(images, tags, strict=True)):
-        ready = iter([maps[number] for maps in passes])
-        one = infer_cam(lambda *_, r=ready: next(r), image, present, infer, normalisation, device, inputs[number])
-        found.append(one)
-    return found

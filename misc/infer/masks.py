@@ -6,7 +6,7 @@ does not grow with their number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -86,6 +86,28 @@ def segment(
     return merge_passes(logits, inputs, image.shape[:2], infer, device)
 
 
+def segment_together(
+    logits: Logits,
+    images: Sequence[np.ndarray],
+    infer: SegInference,
+    device: torch.device | str,
+    inputs: Sequence[Sequence[Tensor]],
+) -> list[np.ndarray]:
+    """``segment`` of several images of one size, which go through the network as one batch a scale.
+
+    Args:
+        logits: the network, as for ``segment``; it treats the images of a batch apart.
+        images: (H, W, 3) uint8 RGB each.
+        infer, device: as for ``segment``.
+        inputs: what ``segment_inputs`` gives for each image.
+    """
+    with torch.inference_mode():
+        passes = [compute_logits(logits, scaled, infer, device) for scaled in zip(*inputs, strict=True)]
+    return [
+        merge_logits((maps[number] for maps in passes), image.shape[:2], infer) for number, image in enumerate(images)
+    ]
+
+
 def segment_inputs(image: np.ndarray, infer: SegInference, normalisation: str) -> Iterator[Tensor]:
     """Network inputs of one image, (1, 3, h, w) one a scale; arguments and errors as for ``segment``."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -100,15 +122,29 @@ def merge_passes(
 ) -> np.ndarray:
     """Scores (n, H, W) float32 at ``size`` from the network inputs of an image, (1, 3, h, w) one a scale; see
     ``segment``."""
+    with torch.inference_mode():
+        return merge_logits((compute_logits(logits, [scaled], infer, device)[0] for scaled in inputs), size, infer)
+
+
+def compute_logits(
+    logits: Logits, images: Sequence[Tensor], infer: SegInference, device: torch.device | str
+) -> list[Tensor]:
+    """Logits of images (1, 3, h, w) of one size, computed as one batch: of each image (1, n, h', w') float32, or with
+    those of its mirror image, turned back, (2, n, h', w')."""
+    if infer.flip:
+        images = [torch.cat([image, image.flip(-1)]) for image in images]  # (2, 3, h, w): the image and its mirror
+    maps = logits(torch.cat(list(images)).to(device)).float()  # (B or 2B, n, h', w')
+    if not infer.flip:
+        return list(maps.split(1))
+    return [torch.cat([pair[:1], pair[1:].flip(-1)]) for pair in maps.split(2)]
+
+
+def merge_logits(passes: Iterable[Tensor], size: tuple[int, int], infer: SegInference) -> np.ndarray:
+    """Scores (n, H, W) float32 at ``size`` from an image's logits, one entry a scale, as of ``compute_logits``."""
     rule = MASK_MERGES[infer.merge]
     merged: Tensor | None = None
     with torch.inference_mode():
-        for images in inputs:
-            if infer.flip:
-                images = torch.cat([images, images.flip(-1)])  # (2, 3, h, w): the image and its mirror
-            maps = logits(images.to(device)).float()  # (1 or 2, n, h', w')
-            if infer.flip:
-                maps = torch.cat([maps[:1], maps[1:].flip(-1)])
+        for maps in passes:
             if rule.linear:  # then the resize, linear too, may come last: half the work at full size
                 maps = rule.mirror(maps)[None]
             at = size if not rule.on_grid else maps.shape[2:] if merged is None else merged.shape[1:]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ class Failure:
 
 Rest = Callable[[], None]
 """What is left of an image's work: writing its files."""
+Ready = tuple[str, Future[Any]]
+"""An image's id and what ``prepare`` gives, or will give, for it."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Together:
     """How several images are computed at once."""
 
     most: int
-    """Number of images; 1: one by one."""
+    """Largest number of images; 1: one by one. Halved for the rest of the step where a GPU's memory is too small."""
     kind: Callable[[Any], Hashable]
     """Of what ``prepare`` gave: images of the same kind go together, those of kind None alone."""
     work: Callable[[list[str], list[Any]], list[Rest]]
@@ -99,7 +102,7 @@ def each(
             0: everything in this process.
         part: (i, n): only every n-th id, from the i-th on (``--shard``).
         together: with ``prepare``: images that follow each other closely may be computed at once. Where that fails,
-            each is worked at alone.
+            each is worked at alone; out of GPU memory, fewer are computed at once from then on.
 
     Raises:
         EachFailed: after all other images are finished, in all processes of a torchrun alike.
@@ -112,7 +115,8 @@ def each(
     failures: list[Failure] = []
     with Progress(total=len(left), desc=name, unit="image", disable=not distributed.is_main()) as bar:
         if prepare is not None:
-            _look_ahead(left, work, prepare, max(1, workers), failures, bar, together)
+            groups = _Groups(name, together) if together and together.most > 1 else None
+            _look_ahead(left, work, prepare, max(1, workers), failures, bar, groups)
         elif workers > 0 and len(left) > 1:
             _processes(left, work, workers, failures, bar)
         else:
@@ -133,37 +137,103 @@ def _guarded(image_id: str, action: Callable[[], Any], failures: list[Failure]) 
             return action()
         except atomic.DiskFull:
             raise
-        except torch.OutOfMemoryError as error:
-            cause = f"out of GPU memory ({error})"
         except Exception as error:  # one bad image must not cost the others
-            if _is_cuda_error(error):
+            if _is_broken_gpu(error):
                 raise
-            failures.append(Failure(image_id, f"{type(error).__name__}: {error}"))
-            return None
+            if not _is_out_of_memory(error):
+                failures.append(Failure(image_id, f"{type(error).__name__}: {error}"))
+                return None
+            cause = f"out of GPU memory ({error})"
         if attempt == 1:
             torch.cuda.empty_cache()  # here, where the error no longer holds the tensors of its frames
     failures.append(Failure(image_id, cause))
     return None
 
 
-def _is_cuda_error(error: Exception) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU's memory was too small, for a tensor or for what its libraries need."""
+    told = ("error: out of memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+    )
+
+
+def _is_broken_gpu(error: Exception) -> bool:
     """Whether the GPU itself failed: then nothing more can be computed on it in this process."""
-    return isinstance(error, RuntimeError) and str(error).startswith("CUDA error")
+    started = isinstance(error, RuntimeError) and str(error).startswith(("CUDA error", "HIP error"))
+    return started and not _is_out_of_memory(error)
+
+
+class _Groups:
+    """Images of one kind that are computed at once: fewer of them after the memory was too small."""
+
+    def __init__(self, name: str, together: Together):
+        self.name, self.together, self.most = name, together, together.most
+
+    def take(self, waiting: deque[Ready], window: int) -> list[Ready]:
+        """Take the first waiting image and those of its kind among the first ``window`` from the queue; it alone if
+        there are none. All of the window are waited for, so that it does not depend on the readers' speed which images
+        go together."""
+        seen = list(islice(waiting, window))
+        kinds = [None if ready.exception() else self.together.kind(ready.result()) for _, ready in seen]
+        chosen = [0] if kinds[0] is None else [at for at, kind in enumerate(kinds) if kind == kinds[0]][: self.most]
+        for place in reversed(chosen):
+            del waiting[place]
+        return [seen[place] for place in chosen]
+
+    def compute(self, group: list[Ready]) -> tuple[list[tuple[str, Rest]], list[Ready]]:
+        """What is left of the images that were computed at once, and the others, which are to be computed one by one:
+        those that fail together for another reason than memory, so that each has its own cause. Raises what stops the
+        step: a full disk, a broken GPU."""
+        left: list[tuple[str, Rest]] = []
+        alone: list[Ready] = []
+        while group:
+            part = group[: self.most]
+            ids = [image_id for image_id, _ in part]
+            too_large = False
+            if len(part) == 1:
+                alone += part
+            else:
+                try:
+                    rests = self.together.work(ids, [ready.result() for _, ready in part])
+                    left += list(zip(ids, rests, strict=True))
+                except atomic.DiskFull:
+                    raise
+                except Exception as error:
+                    if _is_broken_gpu(error):
+                        raise
+                    too_large = _is_out_of_memory(error)
+                    alone += [] if too_large else part
+            if too_large:  # here, where the error no longer holds the tensors of its frames
+                self._lower(len(part))
+            else:
+                group = group[len(part) :]
+        return left, alone
+
+    def _lower(self, tried: int) -> None:
+        """Half as many images as were tried from here on."""
+        torch.cuda.empty_cache()
+        self.most = (tried + 1) // 2
+        distributed.say(
+            f"{self.name}: the GPU's memory is too small for {tried} images at once; from here on "
+            f"{'one' if self.most == 1 else self.most} at a time (as with --machine.images {self.most})."
+        )
 
 
 def _look_ahead(
     ids: list[str], work: Callable[..., Rest | None], prepare: Callable[[str], Any], threads: int,
-    failures: list[Failure], bar: Progress, together: Together | None = None,
+    failures: list[Failure], bar: Progress, groups: _Groups | None = None,
 ) -> None:  # fmt: skip
-    most = together.most if together else 1
-    ahead = max(2 * threads, 4 * most if most > 1 else 0)
-    waiting: deque[tuple[str, Future[Any]]] = deque()
+    # a group is chosen from all but the last ``spare``, which are read while it is computed
+    spare = groups.most if groups else 0
+    ahead = max(2 * threads, 5 * spare)
+    waiting: deque[Ready] = deque()
     written: deque[tuple[str, Future[None]]] = deque()
     rest = iter(ids)
 
-    def finish(most: int) -> None:
+    def finish(left: int) -> None:
         """Wait until at most this many images are still being written."""
-        while len(written) > most:
+        while len(written) > left:
             image_id, result = written.popleft()
             _guarded(image_id, result.result, failures)
             bar.update()
@@ -176,13 +246,12 @@ def _look_ahead(
                 if not waiting:
                     finish(0)
                     return
-                if together and most > 1 and (group := _alike(waiting, together)):
-                    left = _at_once(group, together)
-                    written.extend((image_id, writers.submit(rest)) for image_id, rest in left)
-                    group = [] if left else group
+                if groups:
+                    computed, alone = groups.compute(groups.take(waiting, ahead - spare))
+                    written.extend((image_id, writers.submit(write)) for image_id, write in computed)
                 else:
-                    group = [waiting.popleft()]
-                for image_id, ready in group:
+                    alone = [waiting.popleft()]
+                for image_id, ready in alone:
                     one = _guarded(image_id, lambda i=image_id, r=ready: work(i, r.result()), failures)
                     if one is None:
                         bar.update()
@@ -192,35 +261,6 @@ def _look_ahead(
         finally:
             for _, ready in waiting:
                 ready.cancel()
-
-
-def _alike(waiting: deque[tuple[str, Future[Any]]], together: Together) -> list[tuple[str, Future[Any]]]:
-    """Take the first waiting image and those of its kind from the queue; none if it goes alone. All of the queue are
-    waited for, so that it does not depend on the readers' speed which images go together."""
-    kinds = [None if ready.exception() else together.kind(ready.result()) for _, ready in waiting]
-    if kinds[0] is None:
-        return []
-    chosen = [place for place, kind in enumerate(kinds) if kind == kinds[0]][: together.most]
-    if len(chosen) < 2:
-        return []
-    group = [waiting[place] for place in chosen]
-    for place in reversed(chosen):
-        del waiting[place]
-    return group
-
-
-def _at_once(group: list[tuple[str, Future[Any]]], together: Together) -> list[tuple[str, Rest]]:
-    """What is left of images that are computed at once; none where that fails for any reason but a broken GPU or a
-    full disk."""
-    ids = [image_id for image_id, _ in group]
-    try:
-        return list(zip(ids, together.work(ids, [ready.result() for _, ready in group]), strict=True))
-    except atomic.DiskFull:
-        raise
-    except Exception as error:
-        if _is_cuda_error(error):
-            raise
-        return []
 
 
 def _processes(

@@ -284,8 +284,10 @@ def transition(source: Tensor, target: Tensor, affinity: Tensor, cells: int, bet
 def _csr(starts: Tensor, columns: Tensor, values: Tensor) -> Tensor:
     """The (N, N) sparse matrix with these rows."""
     cells = len(starts) - 1
-    with warnings.catch_warnings():  # PyTorch warns once that its CSR tensors are in beta
-        warnings.filterwarnings("ignore", message="Sparse CSR")
+    with warnings.catch_warnings():
+        # PyTorch warns once that its CSR tensors are in beta, and some versions (2.11) that it does not check them,
+        # although they are told not to: only a setting of the whole process would say more
+        warnings.filterwarnings("ignore", message="Sparse (CSR|invariant checks)")
         return torch.sparse_csr_tensor(starts, columns, values, (cells, cells), check_invariants=False)
 
 

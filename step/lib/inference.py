@@ -18,7 +18,7 @@ from misc.image.cam import Cam, otsu_threshold
 from misc.image.labels import IGNORE
 from misc.image.picture import Picture
 from misc.infer import cams
-from misc.infer.masks import segment, with_crf
+from misc.infer.masks import segment, segment_together, with_crf
 from misc.precision import autocast
 from misc.score.objects import Instances
 from net.contract import Refiner, SeedNetwork, Segmenter, SingleStage
@@ -40,13 +40,13 @@ def predict_cam(
 
 
 def predict_cams(
-    network: SeedNetwork, images: Sequence[np.ndarray], tags: Sequence[np.ndarray], infer: CamInference,
+    network: SeedNetwork, size: tuple[int, int], tags: Sequence[np.ndarray], infer: CamInference,
     machine: Machine, device: torch.device, inputs: Sequence[Sequence[Tensor]],
 ) -> list[Cam]:  # fmt: skip
     """``misc.infer.cams.infer_cams``, otherwise as ``predict_cam``."""
     grad = contextlib.nullcontext() if network.map_needs_gradient else torch.inference_mode()
     with grad, autocast(machine, device):
-        return cams.infer_cams(network.cam, images, tags, infer, network.normalisation, device, inputs)
+        return cams.infer_cams(network.cam, tags, size, infer, device, inputs)
 
 
 def infer_class_scores(
@@ -58,6 +58,20 @@ def infer_class_scores(
     with autocast(machine, device):
         scores = segment(network.logits, image, infer, network.normalisation, device, inputs)
     return scores, with_crf(scores, image, infer, network.normalisation, device)
+
+
+def infer_class_scores_together(
+    network: Segmenter | SingleStage, images: Sequence[np.ndarray], infer: SegInference, machine: Machine,
+    device: torch.device, inputs: Sequence[Sequence[Tensor]],
+) -> list[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+    """``infer_class_scores`` of several images of one size, which go through the network together; one after the other
+    through the CRF."""
+    with autocast(machine, device):
+        found = segment_together(network.logits, images, infer, device, inputs)
+    return [
+        (scores, with_crf(scores, image, infer, network.normalisation, device))
+        for image, scores in zip(images, found, strict=True)
+    ]
 
 
 def walk_cam(

@@ -286,3 +286,69 @@ def test_images_of_a_kind_go_together_and_apart_where_that_fails() -> None:
         assert groups == [["a1", "a2", "a3"], ["b1", "b2"]]
         rest = ["none", "a4"] if not fail else ["a1", "a2", "a3", "b1", "b2", "none", "a4"]
         assert alone == rest
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
+@pytest.mark.parametrize(("fits", "groups"), [
+    (2, [4, 2, 2, 2, 2, 2]), (3, [4, 2, 2, 2, 2, 2]), (1, [4, 2]),
+])  # fmt: skip
+def test_fewer_images_go_together_where_the_memory_is_too_small(
+    fits: int, groups: list[int], kind: type[Exception], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried: list[int] = []
+    made: list[str] = []
+
+    def several(ids: list[str], prepared: list[str]) -> list[each_module.Rest]:
+        tried.append(len(ids))
+        if len(ids) > fits:
+            raise kind("CUDA error: out of memory")
+        made.extend(ids)
+        return [lambda image_id=i, text=p: store.write_bytes(tmp_path / image_id, text.encode()) for i, p in
+                zip(ids, prepared, strict=True)]  # fmt: skip
+
+    def alone(image_id: str, prepared: str) -> None:
+        made.append(image_id)
+        store.write_bytes(tmp_path / image_id, prepared.encode())
+
+    together = each_module.Together(4, lambda _: "all", several)
+    ids = IDS[:10]
+    each("step", ids, alone, prepare=str.upper, done=lambda _: False, workers=2, together=together)
+    assert made == ids and tried == groups
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {i: i.upper() for i in ids}
+    told = [line for line in capsys.readouterr().out.splitlines() if "too small" in line]
+    assert len(told) == (1 if fits > 1 else 2) and f"--machine.images {2 if fits > 1 else 1}" in told[-1]
+
+
+def test_an_image_too_large_alone_is_tried_twice_and_told_after_its_group_was_halved() -> None:
+    tries: list[str] = []
+
+    def too_large(ids: list[str], prepared: list[str]) -> list[each_module.Rest]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def alone(image_id: str, prepared: str) -> None:
+        tries.append(image_id)
+        if image_id == "b":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    together = each_module.Together(4, lambda _: "all", too_large)
+    with pytest.raises(EachFailed, match="b: out of GPU memory"):
+        each("step", ["a", "b", "c"], alone, prepare=str.upper, done=lambda _: False, together=together)
+    assert tries == ["a", "b", "b", "c"]
+
+
+def test_images_are_read_while_a_group_is_computed() -> None:
+    asked = threading.Semaphore(0)
+    missing: list[bool] = []
+
+    def prepare(image_id: str) -> str:
+        asked.release()
+        return image_id
+
+    def several(ids: list[str], prepared: list[str]) -> list[each_module.Rest]:
+        # the first group: its window and the images that are read beside; later ones: as many as the last group had
+        missing.append(not all(asked.acquire(timeout=5) for _ in range(10 if not missing else 2)))
+        return [lambda: None for _ in ids]
+
+    together = each_module.Together(2, lambda _: "all", several)
+    each("step", [str(n) for n in range(20)], print, prepare=prepare, done=lambda _: False, together=together)
+    assert missing[:6] == [False] * 6

@@ -13,7 +13,7 @@ from torch import Tensor
 from misc.config import SegInference, override
 from misc.crf.dense import CRFSettings, DenseCRF
 from misc.image.pixels import normalise_image, to_tensor
-from misc.infer.masks import segment, with_crf
+from misc.infer.masks import segment, segment_inputs, segment_together, with_crf
 
 SCALES = (0.5, 1.0, 1.3)
 MEAN = SegInference(scales=SCALES, flip=True, resize="cubic", merge="mean_logits", align_corners=True)
@@ -195,3 +195,21 @@ def test_crf_sees_the_image_or_the_truncated_one() -> None:
     assert lower.min() == 0
     assert lower.max() == 1
     np.testing.assert_array_equal(truncated, DenseCRF(recovered, settings)(scores))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("infer", [MEAN, MAX, SUM, override(SUM_MAX, {"squash": 30})])
+def test_images_at_once_have_the_scores_of_images_one_by_one(infer: SegInference, flip: bool) -> None:
+    infer = override(infer, {"flip": flip})
+    images = [np.roll(picture(), 5 * number, 1) for number in range(3)]
+    counts: list[int] = []
+
+    def counted(batch: Tensor) -> Tensor:
+        counts.append(len(batch))
+        return network(batch)
+
+    inputs = [list(segment_inputs(image, infer, "imagenet")) for image in images]
+    found = segment_together(counted, images, infer, "cpu", inputs)
+    assert counts == [6 if flip else 3] * len(SCALES) and not np.allclose(found[0], found[1], atol=0.01)
+    for image, scores in zip(images, found, strict=True):
+        np.testing.assert_allclose(scores, segment(network, image, infer, "imagenet"), atol=1e-5)

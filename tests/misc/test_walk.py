@@ -106,3 +106,21 @@ def test_half_precision_affinities_and_inference_mode() -> None:
         walked = walk(step, torch.rand(2, 81), 4)
         assert torch.equal(step.to_dense(), expected.to_dense())
     assert walked.dtype == torch.float32
+
+
+@pytest.mark.parametrize("told", [
+    "Sparse CSR tensor support is in beta state.", "Sparse invariant checks are implicitly disabled. Memory errors",
+])  # fmt: skip
+def test_what_pytorch_says_about_sparse_matrices_is_not_passed_on(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it says so depends on its version, and only once in a process."""
+    real = torch.sparse_csr_tensor
+
+    def telling(*args: object, **settings: object) -> Tensor:
+        warnings.warn(told, stacklevel=1)
+        return real(*args, **settings)
+
+    monkeypatch.setattr(torch, "sparse_csr_tensor", telling)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        source, target, affinity = graph(12, 15, 5)
+        walk(transition(source, target, affinity, 180, 8.0), torch.rand(2, 180), 4)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import inspect
 
 import pytest
+import torch
 
 from net import registry
+from net.contract import SeedNetwork
+from scripts.measured_networks import build, tasks
 
 registry.load_methods()
 
@@ -32,3 +35,24 @@ def test_the_network_stands_at_the_top_of_its_file(room: str, name: str) -> None
     assert lines or cls.__mro__[1].__module__.startswith("net.shared")
     assert {where: line for where, line in lines.items() if line > FIRST_LINES} == {}
     assert inspect.getsourcelines(cls)[1] <= 80
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({*registry.SEEDS, *registry.SEGMENTERS}))
+def test_images_of_a_batch_are_treated_apart(name: str) -> None:
+    """At test time: several images are computed at once where that is faster (--machine.images)."""
+    network = build(next(task for task in tasks("sample") if task.name == name), torch.device("cpu")).eval()
+    images, tags = torch.randn(3, 3, 64, 80, generator=torch.Generator().manual_seed(0)), torch.zeros(3, 20)
+    tags[[0, 0, 1, 2, 2], [1, 7, 7, 0, 3]] = 1
+
+    def compute(at: slice) -> torch.Tensor:
+        if isinstance(network, SeedNetwork):
+            return network.cam(images[at], tags[at]).detach()
+        return network.logits(images[at]).detach()
+
+    together, apart = compute(slice(3)), torch.cat([compute(slice(n, n + 1)) for n in range(3)])
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4 * float(apart.abs().max()))
+    if isinstance(network, SeedNetwork) and hasattr(network, "logits"):
+        with torch.no_grad():
+            one = torch.cat([network.logits(images[n : n + 1]) for n in range(3)])
+            torch.testing.assert_close(network.logits(images), one, rtol=1e-4, atol=1e-4 * float(one.abs().max()))
