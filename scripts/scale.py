@@ -1,7 +1,9 @@
 """Overhead of a large data set: ``python -m scripts.scale [--images 82783] [--at DIR]``.
 
 Makes a COCO-like set of tiny images (80 classes, three tags per image) and a run folder with a finished file for each.
-Measures time and memory of everything that a run does once rather than per image.
+Measures time and memory of everything that a run does once rather than per image, and of the per-image loop itself, in
+which nothing is done for an image: in one process, with images read ahead (one by one, or four at once), and in two
+worker processes.
 """
 
 from __future__ import annotations
@@ -12,13 +14,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from misc import commandline
-from misc.files.images import jpeg_bytes, png_bytes
+from misc.files.images import jpeg_bytes, png_bytes, read_image
 from misc.files.runfolder import RunFolder
+from misc.loop.each import Rest, Together, each
 from step import STEPS
 from step.lib.config import Job, default_config
 from step.lib.scoring import why_unscored
@@ -58,6 +62,15 @@ def measure(what: str, action: Callable[[], object]) -> None:
     print(f"{what:<58} {time.perf_counter() - start:7.2f} s {memory() - before:+8.1f} MB")
 
 
+def do_nothing(image_id: str, image: np.ndarray | None = None) -> None:
+    """The work of a step that does nothing."""
+
+
+def do_nothing_together(image_ids: list[str], images: list[np.ndarray]) -> list[Rest]:
+    """The same for several images at once."""
+    return [partial(do_nothing, image_id) for image_id in image_ids]
+
+
 def main(images: int = 82783, at: Path | None = None) -> None:
     """Measure a data set of many images.
 
@@ -80,6 +93,12 @@ def main(images: int = 82783, at: Path | None = None) -> None:
         measure("fingerprint of the list", lambda: job.catalog.fingerprint("train"))
         measure("are the files of a finished step all there?", lambda: all(p.exists() for p in STEPS[1].files(job)))
         measure("can a list be scored?", lambda: why_unscored(job, "train"))
+        loop = partial(each, "loop", job.catalog.ids("train"), do_nothing, done=lambda i: False)
+        ahead = partial(loop, prepare=lambda i: read_image(job.catalog.image_path(i)), workers=1)
+        measure("per-image loop, one process", loop)
+        measure("per-image loop, images read ahead", ahead)
+        measure("the same, four at once", lambda: ahead(together=Together(4, np.shape, do_nothing_together)))
+        measure("per-image loop, two worker processes", lambda: loop(workers=2))
         measure("the data set for a spawned worker process", lambda: pickle.loads(pickle.dumps(job.catalog)))
     finally:
         shutil.rmtree(folder)
