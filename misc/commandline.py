@@ -62,8 +62,12 @@ def command(work: Callable[[], int | None], problems: tuple[type[Exception], ...
     0, or what ``work`` returns: finished. 2: ``WrongCall``. 1: one of the errors in ``problems``, the work failed. Both
     tell the user what to do and are printed without a traceback. 130: Ctrl-C; ``interrupted``, or what it returns then,
     is printed. 141 (as in a shell): the reader of the output has gone (``| head``).
+
+    Letters that the output's encoding lacks, as in file names that are not in UTF-8, are printed as ``\\x..``.
     """
     status = 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _raising_interrupts():
             try:

@@ -30,7 +30,7 @@ CLASSES_HEADS = ("classes", "class", "labels", "label", "tags", "tag", "categori
 """What a column of class names may be called."""
 _HEAD_LIKE = re.compile(r"(image|img|file|photo|picture)[ _-]?(id|name|path|file|url)s?|encoded_?pixels|annotation_id")
 NUMBER = re.compile(r"[-+]?\d+([.,]\d*)?")
-_LIST = re.compile(r"\[.*\]|\(.*,.*\)|\{.*,.*\}", re.DOTALL)
+_LIST = re.compile(r"\[.*\]|\(.*[,'\"].*\)|\{.*[,:'\"].*\}", re.DOTALL)
 _YES = ("1", "1.0", "x", "y", "yes", "true")
 _NO = ("", "0", "0.0", "n", "no", "false")
 _SHOWN = 10
@@ -147,7 +147,11 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             file.seek(0)
             delimiter = next((mark for mark in ",\t;" if mark in first), ",")
             reader = csv.reader(file, delimiter=delimiter)
+            begin = 1
             for row in reader:
+                if reader.line_num > begin:
+                    raise DataError(f"{path}, line {begin}: a cell has several lines. Is a quotation mark not closed?")
+                begin = reader.line_num + 1
                 if "\0" in "".join(row):
                     raise DataError(f"{path}, line {reader.line_num} holds a NUL character: {encoding_hint(path)}.")
                 if any(cell.strip() for cell in row):

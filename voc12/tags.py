@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import re
+import unicodedata
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from misc.image.labels import IGNORE
 
 _LARGEST_XML = 16 << 20
 _LARGEST_WORDS = 1 << 20
+_JOINERS = "\u200c\u200d"
+"""Invisible characters that Persian, Indic scripts and emoji are written with."""
 _T = TypeVar("_T")
 
 
@@ -177,8 +180,8 @@ def _read_lines(path: Path) -> list[str]:
 def checked_classes(names: Sequence[str], where: Callable[[int], str]) -> tuple[str, ...]:
     """The names themselves; ``where(n)`` says where name n (from 1) stands.
 
-    Raises DataError for no name at all, an empty name, a name twice, a name of the background or with a ``;``, and
-    more than 254 names (masks are 8-bit, 0 and 255 are taken).
+    Raises DataError for no name at all, an empty name, a name twice, a name of the background, with a ``;`` or an
+    invisible character, and more than 254 names (masks are 8-bit, 0 and 255 are taken).
     """
     if not names:
         raise DataError(f"{where(1)}: there is no class at all. Name at least one.")
@@ -191,8 +194,13 @@ def checked_classes(names: Sequence[str], where: Callable[[int], str]) -> tuple[
             raise DataError(f"{where(number)} is empty: the n-th name is that of class n.")
         if name.strip("_").lower() == "background":
             raise DataError(f"{where(number)}: the background is no class of its own here. Remove it.")
-        if ";" in name or "\0" in name or "\n" in name:
+        if ";" in name:
             raise DataError(f"{where(number)}: {name!r} has a semicolon, which separates classes. Rename it.")
+        if any(unicodedata.category(mark) in ("Cc", "Cf") and mark not in _JOINERS for mark in name):
+            raise DataError(
+                f"{where(number)}: {ascii(name)} has a character that is not seen, which makes it another class than "
+                "the same name without it. Remove it."
+            )
         if name in names[: number - 1]:
             raise DataError(f"{where(number)}: class {name!r} comes twice.")
     return tuple(names)

@@ -56,12 +56,19 @@ def id_of_file(file: str) -> str:
 
 def checked_id(image_id: str) -> str:
     """The id itself; ValueError where it would leave its folder (``../``, absolute, drive, backslash) or is empty."""
-    if not image_id or image_id.startswith("/") or ".." in image_id.split("/") or "\\" in image_id:
+    if image_id.startswith("/"):
+        raise ValueError(f"Image id {image_id!r} is not allowed: it is an absolute path. Write paths below the folder.")
+    if not image_id or ".." in image_id.split("/") or "\\" in image_id:
         raise ValueError(f"Image id {image_id!r} is not allowed: ids are file names inside the data folder.")
     if _DRIVE.match(image_id) or (os.name == "nt" and ":" in image_id):
-        raise ValueError(f"Image id {image_id!r} is not allowed: its ':' reads as a drive. Rename the file.")
+        raise ValueError(
+            f"Image id {image_id!r} is not allowed: its ':' reads as a drive. Write paths relative to the data folder, "
+            "or rename the file."
+        )
     if image_id == "." or any(mark in image_id for mark in "\0\n\r"):  # a list has one name a line
         raise ValueError(f"Image id {image_id!r} is not allowed: rename the file.")
+    if not image_id.isascii() and image_id != image_id.encode(errors="replace").decode():
+        raise ValueError(f"Image id {image_id!r} is not allowed: its letters are not in UTF-8. Rename the file.")
     return image_id
 
 

@@ -58,8 +58,9 @@ def real_path(path: Path) -> Path:
 
 
 def safe_name(name: str) -> str:
-    """A relative path without what may not stand in an id (``ids.checked_id``): drives, backslashes, ``..``."""
-    parts = name.replace("\\", "_").replace(":", "_").split("/")
+    """A relative path without what may not stand in an id (``ids.checked_id``): drives, backslashes, ``..``,
+    letters that are not in UTF-8."""
+    parts = name.encode(errors="replace").decode().replace("\\", "_").replace(":", "_").split("/")
     return "/".join("_" if part in ("", ".", "..") else part for part in parts)
 
 

@@ -32,14 +32,17 @@ def _opened(path: Path, largest: float) -> Iterator[tuple[Image.Image, bytes]]:
     checksums are wrong (a damaged one can decode to other pixels)."""
     data = Path(path).read_bytes()
     with Image.open(io.BytesIO(data)) as image:
-        _check_size(image, largest)
+        _check_head(image, largest)
         if image.format == "PNG":
             _check_png(data)
         image.load()
         yield image, data
 
 
-def _check_size(image: Image.Image, largest: float) -> None:
+def _check_head(image: Image.Image, largest: float) -> None:
+    """ValueError for more megapixels, and for PostScript: it is a program, which Pillow would let Ghostscript run."""
+    if image.format == "EPS":
+        raise ValueError("it is PostScript, which is not read: save it as PNG")
     megapixels = image.size[0] * image.size[1] / 1e6
     if megapixels > largest:
         raise ValueError(
@@ -90,7 +93,7 @@ def _reading_image(path: Path) -> AbstractContextManager[None]:
 def read_size(path: Path) -> tuple[int, int]:
     """(H, W) of an image as ``read_image`` gives it, from the file's head; raises as that for what the head shows."""
     with _reading_image(path), open(path, "rb") as file, Image.open(file) as image:
-        _check_size(image, LARGEST_MEGAPIXELS)
+        _check_head(image, LARGEST_MEGAPIXELS)
         turned = image.getexif().get(_ORIENTATION, 1) > 4
         return image.size if turned else image.size[::-1]
 
@@ -102,7 +105,7 @@ def check_image(path: Path) -> None:
     between head and end is not found: this is for thousands of files, of which next to none is decoded.
     """
     with _reading_image(path), open(path, "rb") as file, Image.open(file) as image:
-        _check_size(image, LARGEST_MEGAPIXELS)
+        _check_head(image, LARGEST_MEGAPIXELS)
         whole = _ends_whole(file, image.format)
     if not whole:
         read_image(path)
@@ -153,9 +156,16 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
     return (values >> (depth - 8)).astype(np.uint8)
 
 
+def _check_lossless(image: Image.Image) -> None:
+    """ValueError where the format changes pixels, whatever the file's ending is."""
+    if image.format in ("JPEG", "MPO", "JPEG2000"):
+        raise ValueError(f"it is a {image.format} image in spite of its ending, and that changes the values")
+
+
 def read_indices(path: Path) -> np.ndarray:
     """(H, W) int32 indices of a palette or grey picture of 8 or 16 bits. Raises as ``read_mask``."""
     with reading(path, "Picture", "", "replace it"), _opened(path, LARGEST_MEGAPIXELS) as (image, _):
+        _check_lossless(image)
         mode, index = image.mode, np.array(image)
         if mode not in ("P", "L", "1", "I") and not mode.startswith("I;16"):
             raise ValueError(f"it is a {mode} image, not one of indices in one channel (palette or grey)")
@@ -169,10 +179,11 @@ def read_mask(path: Path, largest: float = LARGEST_MEGAPIXELS) -> np.ndarray:
     a
     second or fourth channel must be opaque throughout. 16-bit values may not pass 255.
 
-    Raises FileNotFoundError; ValueError for a damaged file, one of more than ``largest`` megapixels, and a colour that
-    is no class's.
+    Raises FileNotFoundError; ValueError for a damaged file, a JPEG, one of more than ``largest`` megapixels, and a
+    colour that is no class's.
     """
     with reading(path, "Mask", "", "replace it"), _opened(path, largest) as (image, _):
+        _check_lossless(image)
         mode, mask = image.mode, np.array(image)
     if mode in ("P", "L", "1"):
         return mask.astype(np.uint8)

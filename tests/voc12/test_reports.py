@@ -3,6 +3,7 @@ wrong."""
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from layouts import mask, write
 from PIL import Image
 
 import evaluation
-from misc.files.images import read_image, read_mask
+from misc.files.imagefiles import find_images
+from misc.files.images import check_image, read_image, read_indices, read_mask
 from misc.image.draw import palette
 from voc12.catalog import open_catalog
 from voc12.prepare.__main__ import main
@@ -355,3 +357,62 @@ def test_images_that_share_a_name_are_reported(tmp_path: Path, capsys: pytest.Ca
 def test_a_table_with_a_header_alone(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"labels\.csv has a header and no line"):
         open_catalog("folder", folder(tmp_path, "file,classes\n"))
+
+
+INVISIBLE = {
+    "space of no width": ("cat\u200b", r"'cat\u200b' has a character that is not seen"),
+    "dict": ('"{""cat"": 1}"', "looks like a list"),
+    "set": "{'cat'}",
+    "quotation mark": ('"cat\nc.jpg,dog', "line 3: a cell has several lines. Is a quotation mark not closed?"),
+}
+
+
+@pytest.mark.parametrize("cell", INVISIBLE.values(), ids=INVISIBLE)
+def test_classes_that_are_none_to_the_eye(cell: str | tuple[str, str], tmp_path: Path) -> None:
+    written, told = cell if isinstance(cell, tuple) else (cell, "")
+    root = folder(tmp_path, f"file,classes\na.jpg,cat\nb.jpg,{written}\n")
+    if told:
+        with pytest.raises(DataError) as error:
+            open_catalog("folder", root)
+        assert told in str(error.value) and "labels.csv" in str(error.value)
+    else:
+        assert open_catalog("folder", root).classes == ("cat",)
+
+
+def test_a_mask_that_is_a_jpeg_in_spite_of_its_ending(tmp_path: Path) -> None:
+    Image.fromarray(np.ones((4, 6), np.uint8)).save(tmp_path / "a.png", "JPEG")
+    for read in (read_mask, read_indices):
+        with pytest.raises(ValueError, match=r"a\.png cannot be read \(it is a JPEG image in spite of its ending"):
+            read(tmp_path / "a.png")
+
+
+def test_postscript_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    for name in ("a.jpg", "a.eps"):
+        Image.new("RGB", (6, 4)).save(tmp_path / name, "EPS")
+        for read in (read_image, read_mask, check_image):
+            with pytest.raises(ValueError, match="it is PostScript, which is not read"):
+                read(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "JFIF", "JPG"])
+def test_other_endings_of_jpeg(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = folder(tmp_path / "own", TAGS.replace("a.jpg", f"a.{suffix}"))
+    (root / "images/a.jpg").rename(root / f"images/a.{suffix}")
+    assert open_catalog("folder", root).image_path("a").name == f"a.{suffix}" and prepare(capsys, root)[0] == 0
+    data = voc(tmp_path / "voc", "cat", "dog")
+    (data / "JPEGImages/0.jpg").rename(data / f"JPEGImages/0.{suffix}")
+    assert open_catalog("voc12", data).image_path("0").is_file()
+    assert list(find_images([str(root / "images")])) == ["a", "b", "c"]
+
+
+def test_file_names_in_another_encoding_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = folder(tmp_path, TAGS)
+    name = b"K\xf6ter"
+    try:
+        os.rename(bytes(root / "images/a.jpg"), bytes(root / "images") + b"/" + name + b".jpg")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    status, text = prepare(capsys, root)
+    assert status == 1 and "its letters are not in UTF-8. Rename the file" in text
+    assert "K?ter" in find_images([str(root / "images")])

@@ -136,7 +136,7 @@ def _small_mask(shape: dict[str, Any], path: Path, largest: int) -> np.ndarray:
     """(h, w) bool of the picture in a shape of type mask, which has at most ``largest`` pixels."""
     try:
         data = base64.b64decode(str(shape.get("mask")), validate=True)
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             if image.size[0] * image.size[1] > largest:
                 raise ValueError(f"it is {image.size[1]} x {image.size[0]} pixels high and wide, more than the image")
             return np.array(image.convert("L")) > 0
