@@ -11,6 +11,7 @@ operators  random walk and dense CRF of an image of 375 x 500: ms on GPU and CPU
 train      an update of every published recipe: images a second, peak memory, share of the time that the GPU works
 cams       CAMs of images of 375 x 500 by the published recipes, and of ever new sizes: images a second one by one and
            four at once, the same share
+masks      the same of predictions by the segmentation networks, with their CRF
 compile    updates with torch.compile, after those without: seconds until compiled, images a second
 cpu        updates of the sample recipes on the CPU, in float32 and fast, in a process of their own: does it survive?
 """
@@ -30,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -39,6 +41,7 @@ from misc.config import Machine, Precision
 from misc.crf.dense import DenseCRF
 from misc.distributed import usable_cores
 from misc.infer import cams
+from misc.infer.masks import segment_inputs
 from misc.loop.fit import make_rules
 from misc.precision import allow_tf32, autocast, place
 from misc.propagate import walk
@@ -47,10 +50,10 @@ from net import registry
 from net.contract import Network, SeedNetwork, SeedRecipe
 from scripts import ROOT
 from scripts.measured_networks import CLASSES, Task, build, loss_terms, make_batch, tasks
-from step.lib.inference import predict_cam, predict_cams
+from step.lib.inference import infer_class_scores, infer_class_scores_together, predict_cam, predict_cams
 
 CPU = torch.device("cpu")
-PARTS = ("agree", "sample", "torchrun", "operators", "train", "cams", "compile", "cpu")
+PARTS = ("agree", "sample", "torchrun", "operators", "train", "cams", "masks", "compile", "cpu")
 FEW_UPDATES = ("--sample.images 16 --sample.val 4 --cam.fit.steps 4 --aff.fit.steps 2 --seg.fit.steps 2 "
          "--cam.fit.batch-size 4 --aff.fit.batch-size 4 --seg.fit.batch-size 4").split()  # fmt: skip
 COMPILED = ("mctformer", "irn_cam", "deeplabv2", "transcam")
@@ -242,28 +245,38 @@ class Check:
         return found
 
     def infer(self, task: Task, amp: Precision) -> Result:
-        """A step make_cam without its files, of inputs that are resized before: image by image, four at once, and
-        images that each have a size of their own, for which a GPU's library chooses its kernels anew."""
-        network, machine = self.networks.get(task.name) or build(task, CPU), Machine(amp=amp)
-        assert isinstance(network, SeedNetwork) and isinstance(task.phase, SeedRecipe)
-        infer = task.phase.infer
+        """A step make_cam or infer_seg without its files, of inputs that are resized before: image by image, four at
+        once, and images that each have a size of their own, for which a GPU's library chooses its kernels anew."""
+        network, machine, phase = self.networks.get(task.name) or build(task, CPU), Machine(amp=amp), task.phase
         place(network.eval(), machine, self.device)
         tags = np.zeros(CLASSES, np.float32)
         tags[[3, 7]] = 1
 
         def inputs(image: np.ndarray) -> list[Tensor]:
-            return list(cams.scaled_inputs(image, infer, network.normalisation))
+            if isinstance(phase, SeedRecipe):
+                return list(cams.scaled_inputs(image, phase.infer, network.normalisation))
+            return list(segment_inputs(image, phase.infer, network.normalisation))
 
         random, (height, width) = np.random.default_rng(0), self.size
-        several = [random.integers(0, 256, (*self.size, 3), np.uint8) for _ in range(4)]
-        others = [random.integers(0, 256, (height - 9 * i, width - 13 * i, 3), np.uint8) for i in range(1, 6)]
+
+        def picture(less: int = 0) -> np.ndarray:
+            noise = random.integers(0, 256, (24, 32, 3), np.uint8)  # enlarged: for the CRF noise is no image
+            return cv2.resize(noise, (width - 13 * less, height - 9 * less), interpolation=cv2.INTER_CUBIC)
+
+        several, others = [picture() for _ in range(4)], [picture(less) for less in range(1, 6)]
         ready, new = [inputs(image) for image in several], [inputs(image) for image in others]
 
         def one(image: np.ndarray = several[0], prepared: list[Tensor] = ready[0]) -> None:
-            predict_cam(network, image, tags, infer, machine, self.device, prepared)
+            if isinstance(phase, SeedRecipe):
+                predict_cam(network, image, tags, phase.infer, machine, self.device, prepared)
+            else:
+                infer_class_scores(network, image, phase.infer, machine, self.device, prepared)
 
         def together() -> None:
-            predict_cams(network, self.size, [tags] * 4, infer, machine, self.device, ready)
+            if isinstance(phase, SeedRecipe):
+                predict_cams(network, self.size, [tags] * 4, phase.infer, machine, self.device, ready)
+            else:
+                infer_class_scores_together(network, several, phase.infer, machine, self.device, ready)
 
         found: Result = {"images/s": 1 / self.seconds(one, *((1, 0.1) if self.tiny else (3, 1.0)))}
         begin = time.perf_counter()
@@ -335,20 +348,14 @@ class Check:
                 self.record("operators", name, partial(self.operator, make, argument))
         if "train" in parts:
             self.train_all(preset, "fast")
-        if "cams" in parts:
-            for task in tasks(preset):
-                if task.name in registry.SEEDS:
-                    self.record("cams", f"{task.name} fast", partial(self.infer, task, "fast"))
+        self.infer_all(parts, preset, "fast")
         if "compile" in parts:
             for task in tasks(preset):
                 if task.name in COMPILED:
                     self.record("compile", task.name, partial(self.train, task, "fast", compiled=True))
         if "train" in parts:
             self.train_all(preset, "off")
-        if "cams" in parts:
-            for task in tasks(preset):
-                if task.name in registry.SEEDS:
-                    self.record("cams", f"{task.name} off", partial(self.infer, task, "off"))
+        self.infer_all(parts, preset, "off")
         for kind in list(beside):
             self.collect(beside, kind)
 
@@ -357,6 +364,13 @@ class Check:
         for task in tasks(preset):
             if task.phase.fit.steps != 0:
                 self.record("train", f"{task.name} {amp}", partial(self.train, task, amp))
+
+    def infer_all(self, parts: Sequence[str], preset: str, amp: Precision) -> None:
+        """CAMs and predictions of every network that makes them, in one precision."""
+        for part, table in (("cams", registry.SEEDS), ("masks", registry.SEGMENTERS)):
+            for task in tasks(preset):
+                if part in parts and task.name in table:
+                    self.record(part, f"{task.name} {amp}", partial(self.infer, task, amp))
 
     def begin(self, command: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
         """Start a process that runs beside the other parts, on four cores; its output goes to log.txt."""

@@ -78,3 +78,11 @@ def test_batches_fit_their_networks(name: str, tmp_path: Path) -> None:
     assert all(term.isfinite() for term in loss_terms(network, network, batch, 0.9).values())
     found = Check(tmp_path, 1, CPU, tiny=True).agree(task)
     assert found["float32 loss"] == 0 < found["bf16 gradient"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["irn_cam", "deeplabv1"])
+def test_cams_and_predictions_are_measured(name: str, tmp_path: Path) -> None:
+    task = next(task for task in tasks("sample") if task.name == name)
+    found = Check(tmp_path, 1, CPU, tiny=True).infer(task, "off")
+    assert set(found) == {"images/s", "new sizes/s", "of 4/s"} and all(rate > 0 for rate in found.values())
