@@ -186,6 +186,7 @@ class PictureFinder:
             self._by_name.setdefault(path.rpartition("/")[2], []).append(path)
         self._where = source
         self._missing: list[str] = []
+        self._unnamed: list[str] = []
         self._elsewhere: list[str] = []
 
     def __call__(self, pictures: Sequence[NamedPicture], where: Path) -> list[Path | None]:
@@ -214,6 +215,7 @@ class PictureFinder:
             else:
                 self._missing.append(written)
         files = [path or taken.get(picture) for picture, path in zip(pictures, found, strict=True)]
+        self._unnamed = sorted(self._below.keys() - set(files))
         return [None if path is None else self.source / self._below.get(path, path) for path in files]
 
     def _named(self, picture: NamedPicture) -> str | None:
@@ -243,9 +245,15 @@ class PictureFinder:
         return []
 
     def notes(self) -> list[str]:
-        """What to tell of images that were not where they are named."""
-        many = f"{len(self._elsewhere)} images are not at the path that the annotations name, and the only file that "
-        return [f"{many}has the end of that path is taken ({shorten(self._elsewhere)})."] if self._elsewhere else []
+        """What to tell of images that were not where they are named, and of those that are not named."""
+        notes: list[str] = []
+        if self._elsewhere:
+            many = f"{len(self._elsewhere)} images are not at the path that the annotations name, and the only file"
+            notes.append(f"{many} that has the end of that path is taken ({shorten(self._elsewhere)}).")
+        if self._unnamed:
+            many = f"{len(self._unnamed)} images of {self.source} are not named by the annotations and are left out"
+            notes.append(f"{many} ({shorten(self._unnamed)}).")
+        return notes
 
     def check(self) -> None:
         """DataError for images that were looked for and are not there."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from misc.files.ids import image_suffixes
 from misc.files.images import read_mask, read_size
 from misc.image.labels import IGNORE
 from voc12.lists import shorten
@@ -19,12 +20,22 @@ if TYPE_CHECKING:
     from voc12.catalog import Catalog
 
 
+_ARRAYS = {".npy", ".npz", ".mat", ".json", ".nii"}
+"""Endings of other files in which tools keep masks."""
+
+
+def is_foreign_mask(path: str) -> bool:
+    """Whether a file among the masks is one in a format that is not read, by its ending."""
+    return PurePosixPath(path).suffix.lower() in (image_suffixes() | _ARRAYS) - {".png"}
+
+
 def compare_masks(catalog: Catalog, ids: Sequence[str], workers: int = 4) -> tuple[list[str], list[str]]:
     """Read the masks of images and hold them against the images' tags; unreadable masks and tags are passed over, other
     checks tell of them.
 
     Returns (problems, notes), a sentence or two each: masks of images with tags that hold 0 and 255 only (a note where
-    the data set hides objects under 255 and other masks show classes), and masks with classes that the tags lack.
+    the data set hides objects under 255 and other masks show classes), masks with classes that the tags lack, and
+    others that lack classes of the tags (but where the data set hides objects).
     """
 
     def values(image_id: str) -> tuple[str, np.ndarray, np.ndarray] | None:
@@ -40,6 +51,7 @@ def compare_masks(catalog: Catalog, ids: Sequence[str], workers: int = 4) -> tup
         read = [found for found in pool.map(values, ids) if found is not None]
     from_masks = catalog.tag_source == "masks"
     hidden, differing, names, drawn = [], [], Counter[str](), False
+    undrawn, lost = [], Counter[str]()
     for image_id, present, tags in read:
         classes = present[(present > 0) & (present <= catalog.num_classes)] - 1
         drawn |= len(classes) > 0
@@ -49,6 +61,10 @@ def compare_masks(catalog: Catalog, ids: Sequence[str], workers: int = 4) -> tup
         if lacking:
             differing.append(image_id)
             names.update(lacking)
+        elif image_id not in hidden and not catalog.hides_objects:
+            absent = [catalog.classes[c] for c in np.flatnonzero(tags) if c not in classes]
+            undrawn += [image_id] if absent else []
+            lost.update(absent)
     problems, notes = [], []
     if hidden:
         told = (
@@ -62,6 +78,12 @@ def compare_masks(catalog: Catalog, ids: Sequence[str], workers: int = 4) -> tup
         notes.append(
             f"In {len(differing)} of {len(read)} images the mask has classes that the tags lack: {shown} "
             f"({shorten(differing)}). Is classes.txt in the order of the mask values?"
+        )
+    if undrawn:
+        shown = shorten([f"{name} ({count})" for name, count in lost.most_common()])
+        notes.append(
+            f"In {len(undrawn)} of {len(read)} images the mask lacks classes that are tagged: {shown} "
+            f"({shorten(undrawn)}). Is every object drawn, and 1 (not 0) the value of the first class?"
         )
     return problems, notes
 

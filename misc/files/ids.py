@@ -36,6 +36,13 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 
 
+@cache
+def unread_suffixes() -> frozenset[str]:
+    """Endings of pictures of cameras, phones and drawing tools that this Pillow does not read."""
+    known = "heic heif avif jxl cr2 cr3 nef arw orf rw2 raf dng svg psd ai"
+    return frozenset(f".{suffix}" for suffix in known.split()) - image_suffixes()
+
+
 def composed(text: str) -> str:
     """Text in Unicode's composed form (NFC), in which names are compared: file systems and editors use either form."""
     return unicodedata.normalize("NFC", text)

@@ -335,6 +335,8 @@ def test_label_studio_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert tags(data) == {"a": ["cat", "dog"], "b 1": ["cat"], "c": []}
     write(source / "tags.csv", "image,first,second\na.jpg,cat,dog\n")
     refused("labelstudio", source, capsys, "tags.csv", "first, second may be the choices")
+    write(source / "tags.csv", "image,choice,choice2\na.jpg,cat,dog\n")
+    refused("labelstudio", source, capsys, "tags.csv", "choice, choice2 may be the choices")
 
 
 @pytest.mark.parametrize("minimal", [False, True])
@@ -351,8 +353,12 @@ def test_label_studio_tasks(minimal: bool, tmp_path: Path, capsys: pytest.Captur
         return {"data": {"image": file}, "annotations": [{"result": result + other}]}
 
     write(source / "export.json", json.dumps([task("/data/upload/7/a.jpg", "cat", "dog"), task("b.jpg", "dog")]))
-    data, _ = made("labelstudio", source, capsys)
+    data, told = made("labelstudio", source, capsys)
     assert tags(data) == {"a": ["cat", "dog"], "b": ["dog"]}
+    assert ("annotations that are no choices are passed over: rectanglelabels (2)" in told) != minimal
+    if minimal:
+        write(source / "export.json", '[{"image": "a.jpg", "text": "a cat on a mat", "label": "cat"}]')
+        refused("labelstudio", source, capsys, "export.json, task 1", "text, label may be the choices")
     write(source / "export.json", '[{"data": {"image": "a.jpg"}, "annotations": 3}]')
     refused("labelstudio", source, capsys, "export.json, task 1", "no list of annotations")
 
@@ -531,6 +537,38 @@ def test_nothing_is_left_of_a_call_with_problems(tmp_path: Path, capsys: pytest.
     assert convert("coco", source, root, capsys)[0] == 0 and (root / "masks/notes.txt").is_file()
     (source / "a.jpg").write_bytes(data[:-9])
     assert convert("coco", source, root, capsys)[0] == 1 and (root / "labels.csv").is_file()
+
+
+def test_images_that_become_no_part_of_the_folder_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "export"
+    for name in ("cat/a.jpg", "dog/b.jpg", "loose.jpg"):
+        picture(source / name, len(name))
+    (source / "cat/phone.HEIC").write_bytes(b"?")
+    unread = "1 pictures have formats that are not read and are left out (cat/phone.HEIC)"
+    data, told = made("folders", source, capsys)
+    assert set(data.images) == {"cat/a", "dog/b"} and unread in told
+    assert "1 images lie in no folder of a class and are left out (loose.jpg)" in told
+    shutil.rmtree(tmp_path / "made")
+    write(source / "metadata.csv", "file_name,label\ncat/a.jpg,cat\ndog/b.jpg,dog\n")
+    data, told = made("huggingface", source, capsys)
+    assert set(data.images) == {"cat/a", "dog/b"}
+    assert unread in told and "not named by the annotations and are left out (loose.jpg)" in told
+    write(source / "metadata.csv", "file_name,label\ncat/a.jpg,cat\ncat/a.jpg,dog\n")
+    refused("huggingface", source, capsys, "cat/a.jpg is named twice: put all its classes into one line")
+
+
+def test_masks_that_lie_beside_images_without_outlines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, root = tmp_path / "export", tmp_path / "made"
+    picture(source / "a.jpg")
+    picture(source / "b.jpg", 5)
+    labelme(source / "a.json", shape("cat", [[1, 1], [9, 1], [9, 9]]))
+    labelme(source / "b.json", shape("cat", [[1, 1]], "point"), imagePath="b.jpg")
+    write_mask(root / "masks/b.png", np.ones(SIZE, np.uint8))
+    status, told = convert("labelme", source, root, capsys)
+    assert status == 1 and f"1 images have no outlines in the export, but masks in {root / 'masks'} (b)" in told
+    assert (root / "masks/b.png").exists() and not (root / "masks/a.png").exists()
 
 
 def test_annotations_without_any_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -408,7 +408,7 @@ def test_large_photographs_are_made_smaller(
     write_mask(own / "masks/my 0.png", np.full((400, 300), 2, np.uint8))
     out = tmp_path / "small"
     limits: set[float] = set()
-    monkeypatch.setattr(images, "_check_size", lambda image, largest: limits.add(largest))
+    monkeypatch.setattr(images, "_check_head", lambda image, largest: limits.add(largest))
     got = run(capsys, "shrink", "--root", own, "--out", out, "--long-side", 100)
     assert limits == {400}  # of images and masks: shrink is what everything else points to
     assert got[0] == 0, got[1]

@@ -138,6 +138,31 @@ def test_lists_that_meet_or_are_missing_are_reported(tmp_path: Path, capsys: pyt
     write(root / "splits/val.txt", "b\nc\n")
     status, text = prepare(capsys, root)
     assert status == 1 and "1 images of train are in val too (b)" in text
+    write(root / "splits/val.txt", "c\n")
+    write(root / "splits/test.txt", "a\n")
+    assert "1 images of train are in test too (a)" in prepare(capsys, root)[1]
+
+
+def test_lists_of_other_names_do_not_pass_unseen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = folder(tmp_path, TAGS)
+    write(root / "splits/training.txt", "a\nb\n")
+    told = "splits/ has no train.txt and no val.txt (there: training.txt): every image that has tags is trained on"
+    assert told in prepare(capsys, root)[1] and "They are the training images themselves" in prepare(capsys, root)[1]
+
+
+def test_a_share_that_cannot_be_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = prepare(capsys, folder(tmp_path, "file,classes\na.jpg,cat\nb.jpg,dog\n"), "--val-share", "0.5")
+    assert status == 1 and "no image can be put into val" in text and "There is no list" not in text
+
+
+def test_pictures_and_images_that_are_passed_over_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = folder(tmp_path, TAGS.replace("b.jpg,dog", "b.jpg,"))
+    (root / "images/phone.HEIC").write_bytes(b"?")
+    text = prepare(capsys, root)[1]
+    assert "1 pictures have formats that are not read and are left out (images/phone.HEIC)" in text
+    assert "1 images have no class (b): they are taken as background only" in text
 
 
 def test_evaluation_scores_the_images_that_the_list_names(
@@ -196,6 +221,19 @@ def test_masks_of_other_classes_than_the_tags_are_reported(tmp_path: Path, capsy
     assert any(told in warning for warning in open_catalog("folder", root).check("train"))
 
 
+def test_masks_that_lack_what_is_tagged_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = folder(tmp_path, TAGS, classes="cat\ndog\n")
+    for name, value in zip("abc", (0, 1, 0), strict=True):  # 0 drawn for the first class
+        mask(root / "masks" / f"{name}.png", value)
+    told = "In 2 of 3 images the mask lacks classes that are tagged: cat (2) (a, c). Is every object drawn, and 1 (not"
+    status, text = prepare(capsys, root)
+    assert status == 0 and told in text and "In 1 of 3 images the mask has classes that the tags lack: cat (1)" in text
+    assert any(told in warning for warning in open_catalog("folder", root).check("train"))
+    for name, value in zip("abc", (1, 2, 1), strict=True):
+        mask(root / "masks" / f"{name}.png", value)
+    assert "In " not in prepare(capsys, root)[1]
+
+
 def test_masks_that_are_no_png_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = folder(tmp_path, TAGS, classes="cat\ndog\n")
     (root / "masks").mkdir()
@@ -206,6 +244,8 @@ def test_masks_that_are_no_png_are_reported(tmp_path: Path, capsys: pytest.Captu
     (root / "labels.csv").unlink()
     status, text = prepare(capsys, root)
     assert status == 1 and told in text
+    (root / "masks/a.jpg").rename(root / "masks/a.npy")
+    assert told.replace("jpg", "npy") in prepare(capsys, root)[1]
 
 
 def test_masks_in_colours_of_which_nothing_is_lost(tmp_path: Path) -> None:

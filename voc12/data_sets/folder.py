@@ -24,7 +24,7 @@ from misc.files.ids import checked_id, composed, image_suffixes, strip_image_suf
 from voc12 import tags as tags_of
 from voc12.catalog import Catalog, data_set
 from voc12.lists import SHOWN, NoSuchList
-from voc12.masks import tell_foreign_masks
+from voc12.masks import is_foreign_mask, tell_foreign_masks
 from voc12.table import Table, read_table
 from voc12.tags import DataError
 
@@ -149,13 +149,8 @@ class FolderCatalog(Catalog):
         }
 
     def foreign_masks(self) -> list[str]:
-        """Images of other formats in the mask folders."""
-        return [
-            path
-            for folder in self.mask_folders
-            for path in walk_files(self.root, folder)
-            if PurePosixPath(path).suffix.lower() in image_suffixes() - {".png"}
-        ]
+        """Masks of other formats in the mask folders."""
+        return [p for folder in self.mask_folders for p in walk_files(self.root, folder) if is_foreign_mask(p)]
 
     def read_tags(self, image_id: str) -> np.ndarray:
         """(C,) float32; DataError for an image that has no line in labels.csv (no mask, where tags come from those)."""
@@ -169,16 +164,23 @@ class FolderCatalog(Catalog):
         """As for every data set; and what is made up for want of a file is said."""
         warnings = super().check(split, need_tags=need_tags, **needs)
         if split in ("train", "val", "all") and not (self.root / "splits" / f"{split}.txt").is_file():
-            seen = " They are the training images themselves: put lists into splits/, or run python -m voc12.prepare "
-            seen += "folder --val-share 0.2, to test on others."
-            same = split == "val" and self.ids("val") == self.ids("train")
-            warnings.append(f"splits/ has no train.txt and no val.txt: {_MADE_UP[split]}.{seen if same else ''}")
+            warnings.append(self.tell_made_up(split))
         if need_tags and not self.classes_are_listed:
             warnings.append(
                 f"There is no classes.txt: mask value n is the n-th of {', '.join(self.classes[:SHOWN])}"
                 f"{', ...' * (self.num_classes > SHOWN)} (from labels.csv, where a name misspelt would be one more)."
             )
         return warnings
+
+    def tell_made_up(self, split: str) -> str:
+        """What stands in for a list that is not there, and which others are there."""
+        seen = " They are the training images themselves: put lists into splits/, or run python -m voc12.prepare "
+        seen += "folder --val-share 0.2, to test on others."
+        same = split == "val" and self.ids("val") == self.ids("train")
+        there = ", ".join(sorted(path.name for path in (self.root / "splits").glob("*.txt")))
+        others = f" (there: {there})" if there else ""
+        told = f"splits/ has no train.txt and no val.txt{others}: {_MADE_UP[split]}."
+        return f"{told}{seen if same else ''}"
 
 
 _MADE_UP = {

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from misc.files.ids import IMAGE_SUFFIXES, IdReader, composed, file_of_id, image_suffixes, walk_files
+from misc.files.ids import IMAGE_SUFFIXES, IdReader, composed, file_of_id, walk_files
 from misc.files.labelmap import read_labelmap
 from voc12 import tags as tags_of
 from voc12.catalog import Catalog, data_set
 from voc12.lists import NoSuchList
+from voc12.masks import is_foreign_mask
 from voc12.table import read_table
 from voc12.tags import DataError
 
@@ -92,10 +93,9 @@ class VocCatalog(Catalog):
         }
 
     def foreign_masks(self) -> list[str]:
-        """Images of other formats in SegmentationClass and SegmentationClassAug."""
+        """Masks of other formats in SegmentationClass and SegmentationClassAug."""
         folders = ("SegmentationClass", "SegmentationClassAug")
-        others = image_suffixes() - {".png"}
-        return [p for f in folders for p in walk_files(self.root, f) if os.path.splitext(p)[1].lower() in others]
+        return [path for folder in folders for path in walk_files(self.root, folder) if is_foreign_mask(path)]
 
     def index_objects(self) -> dict[str, str]:
         """Masks in SegmentationObject."""

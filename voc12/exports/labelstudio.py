@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,6 +25,7 @@ from voc12.export import (
     need,
     read_annotations,
 )
+from voc12.lists import shorten
 from voc12.table import names_in_cell
 from voc12.tags import DataError
 
@@ -48,7 +50,8 @@ def read_label_studio(source: Path) -> Export:
     folder = path.parent
     find = PictureFinder(folder)
     chosen: dict[Path, list[str]] = {}
-    entries = list(_table(path) if path.suffix == ".csv" else _tasks(path))
+    other: Counter[str] = Counter()
+    entries = list(_table(path) if path.suffix == ".csv" else _tasks(path, other))
     files = find([_named(written) for written, _ in entries], path)
     find.check()
     classes, tags = classes_of_cells(path, folder / "classes.txt", [names for _, names in entries])
@@ -57,7 +60,11 @@ def read_label_studio(source: Path) -> Export:
         chosen.setdefault(file, []).extend(names)
     images = [ExportedImage(f, named_by_path(folder, f), tuple(dict.fromkeys(n))) for f, n in chosen.items()]
     need(images, f"{path} names no image.")
-    return Export(classes, images, tuple(find.notes()))
+    notes = find.notes()
+    if other:
+        shown = shorten([f"{kind} ({count})" for kind, count in other.most_common()])
+        notes.append(f"annotations that are no choices are passed over: {shown}.")
+    return Export(classes, images, tuple(notes))
 
 
 def _named(written: str) -> NamedPicture:
@@ -86,14 +93,14 @@ def _table(path: Path) -> Iterator[tuple[str, list[str]]]:
     heads = [head for head in rows[0] if head]
     image = next((h for h in heads if all(_is_image(row[h]) for row in rows)), None)
     rest = [h for h in heads if h != image and h.lower() not in _OWN]
-    column = next((h for h in rest if "choice" in h.lower()), rest[0] if len(rest) == 1 else None)
-    if image is None or column is None:
+    columns = [h for h in rest if "choice" in h.lower()] or rest
+    if image is None or len(columns) != 1:
         raise DataError(
             f"{path} has the columns {', '.join(heads)}: {'none' if image is None else image} names images, and "
-            f"{', '.join(rest) or 'none'} may be the choices. Take the other columns out."
+            f"{', '.join(columns) or 'none'} may be the choices. Take the other columns out."
         )
     for number, row in enumerate(rows, 2):
-        yield row[image], _choices(row[column], f"{path}, line {number}")
+        yield row[image], _choices(row[columns[0]], f"{path}, line {number}")
 
 
 def _is_image(cell: str | None) -> bool:
@@ -116,8 +123,9 @@ def _choices(cell: Any, where: str) -> list[str]:
     raise DataError(f"{where}: {str(cell)[:60]!r} is no choice. Export it again.")
 
 
-def _tasks(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """(image as written, names) of every task of the JSON, which has a list of annotations or is JSON-MIN."""
+def _tasks(path: Path, passed_over: Counter[str]) -> Iterator[tuple[str, list[str]]]:
+    """(image as written, names) of every task of the JSON, which has a list of annotations or is JSON-MIN; kinds of
+    annotations that are no choices are counted in ``passed_over``."""
     for number, task in enumerate(read_annotations(path, [dict])):
         where = f"{path}, task {number + 1}"
         fields = task.get("data") if isinstance(task.get("data"), dict) else task
@@ -126,14 +134,19 @@ def _tasks(path: Path) -> Iterator[tuple[str, list[str]]]:
             raise DataError(f"{where} names {len(written)} images, one is needed: {written[:3]}.")
         if "annotations" not in task:
             other = {k: v for k, v in task.items() if k.lower() not in _OWN and v != written[0]}
-            column = next((k for k in other if "choice" in k.lower()), next(iter(other), None))
-            yield written[0], _choices(other.get(column), where) if column else []
+            columns = [k for k in other if "choice" in k.lower()] or list(other)
+            if len(columns) > 1:
+                raise DataError(f"{where}: {', '.join(columns)} may be the choices. Take the others out.")
+            yield written[0], _choices(other[columns[0]], where) if columns else []
             continue
         names: list[str] = []
         for annotation in _list(task["annotations"], where):
             if not annotation.get("was_cancelled"):
-                results = [r for r in _list(annotation.get("result"), where) if r.get("type") == "choices"]
-                names += [name for r in results for name in _choices(r.get("value"), where)]
+                for result in _list(annotation.get("result"), where):
+                    if result.get("type") == "choices":
+                        names += _choices(result.get("value"), where)
+                    else:
+                        passed_over[str(result.get("type"))[:60]] += 1
         yield written[0], names
 
 

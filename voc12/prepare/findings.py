@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import os
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 
 from misc.commandline import WrongCall
 from misc.files import atomic, store
-from misc.files.ids import checked_id
+from misc.files.ids import checked_id, unread_suffixes, walk_files
 from misc.files.images import read_image, read_mask
 from misc.files.labelmap import NO_CLASS
 from misc.loop.each import EachFailed, each
@@ -136,6 +137,14 @@ def _count_tags(catalog: Catalog, ids: Iterable[str]) -> tuple[np.ndarray, int]:
     return total, known
 
 
+def _is_empty(catalog: Catalog, image_id: str) -> bool:
+    """Whether an image is known to have no class."""
+    try:
+        return not catalog.tags(image_id).any()
+    except (ValueError, OSError):
+        return False
+
+
 @dataclass(frozen=True)
 class _Look:
     """Reads all files of an image; picklable for worker processes."""
@@ -194,12 +203,22 @@ def check_files(
             findings.note(text)
 
 
+def tell_unread_pictures(root: Path, folder: str, findings: Findings) -> None:
+    """Tell pictures below a folder whose format is not read."""
+    unread = sorted(p for p in walk_files(root, folder) if PurePosixPath(p).suffix.lower() in unread_suffixes())
+    if unread:
+        findings.note(
+            f"{len(unread)} pictures have formats that are not read and are left out ({shorten(unread)}): save them as "
+            "JPEG or PNG."
+        )
+
+
 def check_lists(lists: dict[str, list[str]], findings: Findings) -> None:
     """Tell images that are trained on and tested on."""
-    for name in ("train", "train_aug"):
-        both = sorted(set(lists.get(name, ())) & set(lists.get("val", ())))
-        if both and lists[name] != lists["val"]:
-            findings.tell(f"{len(both)} images of {name} are in val too ({', '.join(both[:5])}): mend the lists.")
+    for name, other in itertools.product(("train", "train_aug"), ("val", "test")):
+        both = sorted(set(lists.get(name, ())) & set(lists.get(other, ())))
+        if both and lists[name] != lists[other]:
+            findings.tell(f"{len(both)} images of {name} are in {other} too ({', '.join(both[:5])}): mend the lists.")
 
 
 def check_classes(catalog: Catalog, lists: dict[str, list[str]], findings: Findings) -> None:
@@ -213,6 +232,9 @@ def check_classes(catalog: Catalog, lists: dict[str, list[str]], findings: Findi
             "no image of any list has any class, so nothing can be trained: write the classes of each image into "
             "labels.csv (or draw them in the masks, where tags come from these; or check the export)."
         )
+    empty = sorted({i for name, ids in lists.items() if name != "test" for i in ids if _is_empty(catalog, i)})
+    if empty and known.any():
+        findings.note(f"{len(empty)} images have no class ({shorten(empty)}): they are taken as background only.")
     nowhere = [name for name, count in zip(catalog.classes, known, strict=True) if not count]
     if nowhere and len(nowhere) < catalog.num_classes:
         findings.note(

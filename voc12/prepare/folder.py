@@ -24,6 +24,7 @@ from voc12.prepare.findings import (
     conclude,
     join_lines,
     print_counts,
+    tell_unread_pictures,
 )
 
 _LARGE_MEGAPIXELS = 1.5
@@ -56,14 +57,19 @@ def prepare_folder(
             findings.tell(f"The classes {one!r} and {alike[0]!r} differ in capitals only: make them one.")
     names = sorted(path.stem for path in (root / "splits").glob("*.txt"))
     drawn = _draw_lists(catalog, val_share) if val_share else {}
+    if val_share and "val" not in drawn:
+        findings.tell("--val-share: no image can be put into val, as each is the only tagged one of a class: tag more.")
+        drawn = {}
     for name, ids in drawn.items():
         findings.put(root / "splits" / f"{name}.txt", join_lines(catalog.table.files[i] for i in ids))
     if drawn and not findings.count:
         names = [name for name in names if name not in drawn]
     elif not {"train", "val"} & set(names):  # made up then
         names += ["train", "val"]
+        for name in ("train", "val") if not val_share else ():
+            findings.note(catalog.tell_made_up(name))
     lists = {name: catalog.ids(name) for name in names} | ({} if findings.count else drawn)
-    for name in {"train", "val"} - lists.keys():
+    for name in sorted({"train", "val"} - lists.keys()):
         there = f"{root / 'splits'} (there: {', '.join(names)})"
         findings.tell(f"There is no list {name} in {there}: write {name}.txt, or remove the others.")
     for name, ids in lists.items():
@@ -78,6 +84,8 @@ def prepare_folder(
     check_files(catalog, {**lists, "labels.csv": list(catalog.table.tags)}, findings, decode, workers)
     check_classes(catalog, lists, findings)
     tell_pictures(catalog, findings)
+    for name in catalog.image_folders:
+        tell_unread_pictures(root, name, findings)
     print_counts(catalog, lists, {})
     return conclude(findings, ["--data", "folder", "--root", root])
 

@@ -22,7 +22,15 @@ from misc.files.store import check_file
 from voc12.export import ExportedImage, load_exports, without_folder
 from voc12.lists import shorten
 from voc12.masks import check_claimed_size
-from voc12.prepare.findings import WORKERS, DirOption, Findings, conclude, join_lines, table_text
+from voc12.prepare.findings import (
+    WORKERS,
+    DirOption,
+    Findings,
+    conclude,
+    join_lines,
+    table_text,
+    tell_unread_pictures,
+)
 from voc12.prepare.folder import prepare_folder
 from voc12.tags import DataError, checked_classes
 
@@ -96,12 +104,17 @@ def prepare_from(
     findings = Findings(overwrite)
     for note in export.notes:
         findings.note(note)
+    if source.is_dir():
+        tell_unread_pictures(source, ".", findings)
     images: dict[str, ExportedImage] = {}
     tops = ("JPEGImages", "images", "Images")
     for name, image in without_folder([(image.name, image) for image in export.images], *tops):
         image_id = checked_id(strip_image_suffix(name))
         if image_id in images:
-            findings.tell(f"{image.file} and {images[image_id].file} would both be {image_id}: rename one.")
+            other = images[image_id].file
+            same = f"{other} is named twice: put all its classes into one line or entry."
+            told = f"{image.file} and {other} would both be {image_id}: rename one."
+            findings.tell(same if image.file == other else told)
         images[image_id] = ExportedImage(image.file, name, image.classes, image.split, image.mask)
     classes = checked_classes(export.classes, lambda n: f"{source}, class {n}")
     for path, text in _texts(images, classes, findings).items():
