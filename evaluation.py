@@ -22,6 +22,8 @@ _USAGE = "--list FILE --predict-dir DIR --gt-dir DIR --num-classes N [options]"
 if __name__ == "__main__" and (done := commandline.answer_early(Path(__file__), sys.argv[1:], _USAGE)) is not None:
     sys.exit(done)  # before PyTorch is imported, which takes seconds
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -126,6 +128,9 @@ def _maps(options: EvaluationOptions, image_id: str) -> Maps | None:
     return (cam.keys, cam.full_maps()) if len(cam.keys) else None
 
 
+_MOST_SCORES = 10000
+
+
 def _thresholds(options: EvaluationOptions) -> list[float]:
     """Background scores to try; empty for masks. Raises ValueError for an impossible combination of options."""
     if options.erosion and (options.type == "png" or options.erosion < 0 or options.erosion % 2 == 0):
@@ -137,10 +142,16 @@ def _thresholds(options: EvaluationOptions) -> list[float]:
     if options.curve == (options.threshold is not None):
         raise ValueError(f"--type {options.type} needs a background score: give either --threshold T or --curve")
     if options.threshold is not None:
+        if not math.isfinite(options.threshold):
+            raise ValueError(f"--threshold {options.threshold} is no number")
         return [options.threshold]
-    if options.step <= 0 or options.end <= options.start:
+    numbers = (options.start, options.end, options.step)
+    if not all(map(math.isfinite, numbers)) or options.step <= 0 or options.end <= options.start:
         raise ValueError("--curve needs --end above --start and a positive --step")
-    count = int((options.end - options.start) / options.step + 1e-6) + 1
+    steps = (options.end - options.start) / options.step + 1e-6
+    if steps >= _MOST_SCORES:
+        raise ValueError(f"--step {options.step:g} makes {steps:.3g} background scores, {_MOST_SCORES} are the most")
+    count = int(steps) + 1
     # rounded, so that scores are exact decimals (0.29, as i/100 in the published scripts)
     return [round(options.start + i * options.step, 9) for i in range(count)]
 
@@ -157,6 +168,11 @@ def _names(options: EvaluationOptions) -> list[str]:
             f"{options.classes} has {len(names)} names for --num-classes {options.num_classes}: "
             f"give {options.num_classes - 1} names, or {options.num_classes} with the background first"
         )
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{options.classes} names {twice[0]!r} twice: each class has one line")
+    if any(name.strip("_").lower() == "background" for name in names[1:]):
+        raise ValueError(f"{options.classes}: the background has the mask value 0, so its line must be the first")
     return names
 
 
@@ -202,6 +218,8 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
         if not 2 <= options.num_classes <= 255:
             raise ValueError(f"--num-classes {options.num_classes} is not in 2..255 (it counts the background)")
         _thresholds(options)
+        if options.json is not None and options.json.is_dir():
+            raise ValueError(f"--json {options.json} is a folder: give the file to write")
         names, ids = _names(options), options.read_list()
         missing = _check_present(options, ids)
     result = _score(options, ids).to_dict(names, options.split or options.list_file.stem, options.convention)

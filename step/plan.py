@@ -19,7 +19,7 @@ from misc.loop.fit import NonFiniteLoss, OutOfMemory, divide
 from misc.loop.kept import resume_point
 from net import registry, verify
 from net.contract import Phase
-from step import STEPS, Step, report, select
+from step import STEPS, Step, report, select, train_cam
 from step.lib.config import Config, Job, open_job
 from step.lib.image_check import check_images, keep_checked
 from step.lib.inference import rests_on_all_cams
@@ -275,6 +275,8 @@ def check_inputs(job: Job, steps: Sequence[Step]) -> list[str]:
             divide(phase.fit, distributed.world())
         cam = (job.run if cfg.cams is None else RunFolder(cfg.cams)).weights("cam")
         phase.start.check(f"--{_section(name)}.weights", None if "train_cam" in names else cam)
+    if "train_cam" in names:
+        train_cam.check_selection(job)
     wants_saliency = any(phase.network.wants_saliency and not phase.released for phase in phases.values())
     saliency = job.saliency_folder() if wants_saliency else None
     lists: dict[str, dict[str, Any]] = {

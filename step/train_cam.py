@@ -37,17 +37,10 @@ def run(job: Job, device: torch.device) -> None:
         *before, (name, phase) = job.cfg.cam.phases()
         train(job, name, phase, build_network(job, phase, build_earlier(job, before)), device, ids=job.train_ids())
         return
+    check_selection(job)
     masks = scored_masks(job) if job.cfg.cam.selection == "train_miou" else None
     tagged = tagged_ids(job) if job.cfg.cam.selection == "val_tags" else None
-    if job.cfg.cam.selection == "val_boxes":
-        job.catalog.boxes(job.catalog.ids(job.cfg.val_list)[0])  # raises for data sets without boxes
     earlier: dict[str, Network] = {}
-    by_tags = [n for n, p in job.cfg.cam.phases() if isinstance(p, TaggedPhase) and p.selection == "train_tags"]
-    if by_tags and not job.catalog.has_list(job.cfg.score_list):
-        raise ValueError(
-            f"--cam.{by_tags[0]}.selection train_tags needs the tags of the list {job.cfg.score_list}, and there is no "
-            f"such list. Take --cam.{by_tags[0]}.selection last, or name another --score-list."
-        )
     for name, phase in job.cfg.cam.phases():
         network = build_network(job, phase, earlier)
         score = None
@@ -68,6 +61,24 @@ def run(job: Job, device: torch.device) -> None:
             pictures = partial(draw_cams, job, network, device)
         train(job, name, phase, network, device, ids=job.train_ids(), score=score, pictures=pictures)
         earlier[name] = load_network(job, name, phase, device, earlier).requires_grad_(False)
+
+
+def check_selection(job: Job) -> None:
+    """Raises ValueError where a list lacks the masks, tags or boxes that an epoch is selected by."""
+    if job.cfg.cam.released:
+        return
+    if job.cfg.cam.selection == "train_miou":
+        scored_masks(job)
+    elif job.cfg.cam.selection == "val_tags":
+        tagged_ids(job)
+    elif job.cfg.cam.selection == "val_boxes":
+        job.catalog.boxes(job.catalog.ids(job.cfg.val_list)[0])  # raises for data sets without boxes
+    by_tags = [n for n, p in job.cfg.cam.phases() if isinstance(p, TaggedPhase) and p.selection == "train_tags"]
+    if by_tags and not job.catalog.has_list(job.cfg.score_list):
+        raise ValueError(
+            f"--cam.{by_tags[0]}.selection train_tags needs the tags of the list {job.cfg.score_list}, and there is no "
+            f"such list. Take --cam.{by_tags[0]}.selection last, or name another --score-list."
+        )
 
 
 def draw_cams(job: Job, network: SeedNetwork, device: torch.device) -> dict[str, np.ndarray]:

@@ -224,6 +224,10 @@ def test_number_of_classes_counts_the_background(data: Data, capsys: pytest.Capt
         ("npz", [], "--threshold T or --curve"),
         ("npz", ["--curve", "--threshold", "0.2"], "--threshold T or --curve"),
         ("npz", ["--curve", "--step", "0"], "--step"),
+        ("npz", ["--curve", "--step", "nan"], "positive --step"),
+        ("npz", ["--curve", "--end", "inf"], "--end above --start"),
+        ("npz", ["--curve", "--step", "1e-9"], "5.9e+08 background scores, 10000 are the most"),
+        ("npz", ["--threshold", "nan"], "--threshold nan is no number"),
         ("png", ["--num-classes", "1"], "--num-classes"),
         ("png", ["--erosion", "7"], "--erosion 7"),
         ("npz", ["--curve", "--erosion", "4"], "must be odd"),
@@ -236,6 +240,17 @@ def test_impossible_options(
 ) -> None:
     arguments = [*data.arguments(kind), *(part.format(root=data.root) for part in more)]  # the last of an option counts
     assert text in refuse(data, capsys, *arguments)
+
+
+def test_wrong_names_of_classes_and_a_folder_for_the_results(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    path, arguments = data.root / "names.txt", data.arguments("png")
+    several = [f"class {n}" for n in range(1, N)]
+    for names, told in (([*several, "background"], "must be the first"), (["cat", *several[1:], "cat"], "twice")):
+        path.write_text("\n".join(names))
+        message = refuse(data, capsys, *arguments, "--classes", str(path))
+        assert told in message and str(path) in message
+    assert main([*arguments, "--json", str(data.root)]) == 2
+    assert "is a folder: give the file to write" in capsys.readouterr().err
 
 
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:

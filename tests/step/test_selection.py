@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,8 +119,26 @@ def test_a_selection_by_tags_needs_the_scored_list(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--cam.caae.selection", "train_tags", "--score-list", "nothing", "--steps", "train_cam"]
-    assert run_sample.main([*own("semformer", data, tmp_path), *flags]) == 1
+    assert run_sample.main([*own("semformer", data, tmp_path), *flags]) == 2
     assert "nothing" in capsys.readouterr().err and not list(tmp_path.glob("run/weights/*"))
+
+
+@pytest.mark.parametrize(
+    ("selection", "more", "told"),
+    [
+        ("val_tags", ["--val-list", "nothing"], "--cam.selection val_tags needs the tags of the list nothing"),
+        ("train_miou", [], "--cam.selection train_miou needs the masks of the list train"),
+        ("val_boxes", [], "has no boxes to compare with"),
+    ],
+)
+def test_what_a_selection_needs_is_asked_for_before_any_work(
+    selection: str, more: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_set(tmp_path / "voc", images=6, val=3)
+    shutil.rmtree(data / "SegmentationClass")
+    flags = ["--cam.selection", selection, "--steps", "train_cam", *more]
+    assert run_sample.main(arguments(data, tmp_path / "run", *flags)) == 2
+    assert told in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_published_selections_look_at_tags_alone() -> None:
@@ -194,5 +213,5 @@ def test_it_rates_by_the_class_scores_and_needs_tags_of_val(
     flags = ["--cam.selection", "val_tags", "--steps", "train_cam", "--cam.fit.steps", "1", "--cam.fit.epochs", "1"]
     assert run_sample.main(arguments(data, tmp_path / "one", *flags)) == 0
     assert "val_map of the epoch" in capsys.readouterr().out
-    assert run_sample.main(arguments(data, tmp_path / "two", *flags, "--val-list", "nothing")) == 1
+    assert run_sample.main(arguments(data, tmp_path / "two", *flags, "--val-list", "nothing")) == 2
     assert "--cam.selection val_tags" in capsys.readouterr().err and not (tmp_path / "two" / "weights").exists()

@@ -209,4 +209,4 @@ def test_the_measurement_of_large_sets_runs_and_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scale.main(images=30, at=tmp_path)
-    assert capsys.readouterr().out.count(" MB\n") == 7 and not list(tmp_path.iterdir())
+    assert capsys.readouterr().out.count(" MB\n") == 11 and not list(tmp_path.iterdir())
