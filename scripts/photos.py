@@ -33,7 +33,7 @@ from scripts import ROOT
 from voc12.catalog import Catalog, open_catalog
 
 PHOTO_METHODS = ("irn_cam", "puzzlecam", "seam", "psa")
-PHOTO_REFINERS = ("crf", "none", "edge", "par", "psa", "irn")
+PHOTO_REFINERS = ("edge", "crf", "none", "par", "psa", "irn")
 TRAINED = ("edge", "psa", "irn")
 TRUTH = "truth"
 
@@ -48,7 +48,8 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "edge at 0.30": ("edge", ("--aff.walk.background", "constant", "--aff.walk.threshold", "0.30")),
     "edge at 0.40": ("edge", ("--aff.walk.background", "constant", "--aff.walk.threshold", "0.40")),
     "edge at 0.50": ("edge", ("--aff.walk.background", "constant", "--aff.walk.threshold", "0.50")),
-    "edge logt 4": ("edge", ("--aff.walk.logt", "4")),
+    "edge logt 6": ("edge", ("--aff.walk.logt", "6")),
+    "edge logt 10": ("edge", ("--aff.walk.logt", "10")),
     "edge without crf": ("edge", ("--aff.walk.crf.iterations", "0")),
     "psa at 0.30": ("psa", ("--aff.walk.background", "constant", "--aff.walk.threshold", "0.30")),
     "psa logt 3": ("psa", ("--aff.walk.logt", "3")),
@@ -86,7 +87,7 @@ def plain_rows() -> list[PhotoRow]:
     """The rows of the first seed that matter most."""
     first = PHOTO_METHODS[0]
     return [
-        PhotoRow(first, "crf"), PhotoRow(first, TRUTH), *(PhotoRow(m, "crf") for m in PHOTO_METHODS[1:]),
+        PhotoRow(first, "edge"), PhotoRow(first, TRUTH), *(PhotoRow(m, "edge") for m in PHOTO_METHODS[1:]),
         *(PhotoRow(first, refiner) for refiner in PHOTO_REFINERS[1:]),
     ]  # fmt: skip
 
@@ -216,8 +217,8 @@ class PhotoStudy:
     def best(self) -> tuple[str, str]:
         """Method and refiner with the best predictions of the images to tune on, among finished rows of seed 0."""
         found = [r for r in self.rows.values() if not r["variant"] and r["refiner"] != TRUTH and not r["seed"]]
-        top = max(found, key=lambda r: r["val_tune"], default={"method": PHOTO_METHODS[0], "refiner": "crf"})
-        return top["method"], top["refiner"]
+        top = max(found, key=lambda r: r["val_tune"], default=None)
+        return (top["method"], top["refiner"]) if top else (PHOTO_METHODS[0], PHOTO_REFINERS[0])
 
     # --- results
 

@@ -89,7 +89,7 @@ def test_commands_of_documents(name: str, line: str) -> None:
     "python predict.py a.jpg --wheights b", "python -m scripts.nothing",
     "python -m pytest tests/test_nothing.py", "bash scripts/nothing.sh", "python scripts/nothing.py",
     "python scripts/look.py a.jpg --nothing b",
-    "python -m voc12.prepare folder --rood my_photos", "python -m scripts.scale --nothing 1",
+    "python -m voc12.prepare folder --rood my_photos", "python -m scripts.scale --no-such-flag 1",
 ])  # fmt: skip
 def test_a_wrong_command_is_found(line: str) -> None:
     with pytest.raises((Exception, SystemExit)):

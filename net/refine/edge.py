@@ -10,7 +10,7 @@ here. The published recipe is SemFormer's. Puzzle-CAM's differs from it in these
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from misc.checked import Names, When
@@ -100,6 +100,6 @@ EdgeOnly.recipes = {
         augment=PHOTOS_EDGE_AUGMENT,
         weights=CAM,
         label=PHOTOS_EDGE_LABEL,
-        walk=EdgeWalk(background="otsu", logt=6, crf=_CRF),
+        walk=EdgeWalk(background="otsu", logt=8, crf=replace(_CRF, iterations=5)),
     ),
 }

@@ -404,6 +404,6 @@ IRN.recipes = {
         augment=PHOTOS_EDGE_AUGMENT,
         weights=CAM,
         label=PHOTOS_EDGE_LABEL,
-        walk=IRNWalk(background="otsu", logt=6, instances=False),
+        walk=IRNWalk(background="otsu", logt=8, instances=False),
     ),
 }

@@ -25,7 +25,7 @@ PHOTOS_EDGE_LABEL = EdgeLabel(
 
 
 def make_photos_recipe(network: Options, infer: CamInference = PHOTOS_CAMS) -> Recipe:
-    """The recipe photos of a seed: masks by a CRF, and DeepLab v1 trained on them."""
+    """The recipe photos of a seed: masks by a walk across learnt edges, and DeepLab v1 trained on them."""
     return Recipe(
         cam=SeedRecipe(
             amp="fast",
@@ -41,7 +41,7 @@ def make_photos_recipe(network: Options, infer: CamInference = PHOTOS_CAMS) -> R
             init="imagenet",
             infer=infer,
         ),
-        refiner="crf",
+        refiner="edge",
         segmenter="deeplabv1",
         long_side=1024,
         data="folder",
