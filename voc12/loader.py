@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -281,10 +282,12 @@ def _start_worker(_: int) -> None:
     quiet_threads()
     parent, told = os.getppid(), sys.excepthook
 
-    def tell(*error: Any) -> None:
-        """Errors of this process, but for those of a thread that hands over a batch when the main process is gone."""
-        if os.getppid() == parent:
-            told(*error)
+    def tell(kind: type[BaseException], error: BaseException, *more: Any) -> None:
+        """Errors of this process, but for those of a thread that hands over a batch when the main process is gone or
+        does not wait for it any more."""
+        hung_up = isinstance(error, (EOFError, ConnectionError)) and threading.current_thread().daemon
+        if os.getppid() == parent and not hung_up:
+            told(kind, error, *more)
 
     sys.excepthook = tell
 

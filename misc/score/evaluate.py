@@ -142,16 +142,18 @@ class _Job:
         chunks = [ids[i : i + size] for i in range(0, len(ids), size)]
         total, problems = self.counters(), []
         with ExitStack() as stack:
-            spread: Callable[..., Iterator[Any]] = map
+            counted: Iterator[Any]
             if workers > 1:  # spawned, not forked: safe beside threads and accelerators
                 context = multiprocessing.get_context("spawn")
-                pool = stack.enter_context(ProcessPoolExecutor(workers, context, initializer=quiet_threads))
-                with starting_workers():  # all are started for the first task
-                    pool.submit(int)
-                spread = pool.map
+                pool = ProcessPoolExecutor(workers, context, initializer=quiet_threads)
+                stack.callback(pool.shutdown, cancel_futures=True)  # Ctrl-C waits for the chunks in work alone
+                with starting_workers():  # one for each of the first chunks
+                    counted = pool.map(self.count, chunks)
+            else:
+                counted = map(self.count, chunks)
             hidden = None if progress else True  # None: shown on terminals only
             bar = stack.enter_context(Progress(total=len(ids), unit="image", disable=hidden))
-            for chunk, (counters, faults) in zip(chunks, spread(self.count, chunks), strict=True):
+            for chunk, (counters, faults) in zip(chunks, counted, strict=True):
                 total = [a.merge(b) for a, b in zip(total, counters, strict=True)]
                 problems += faults
                 bar.update(len(chunk))

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -142,3 +146,18 @@ def test_undefined_scores_are_null_in_json() -> None:
     record = scores.to_dict(["background", "x"], "val", "nanmean")
     assert record["classes"][1]["iou"] is None and record["miou"] == 100
     assert "NaN" not in json.dumps(record)
+
+
+def tell_ctrl_c(name: str) -> np.ndarray:
+    """A problem that says which process it was, and whether Ctrl-C reaches it."""
+    time.sleep(0.3)  # the other process gets images too
+    blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    raise ValueError(f"process {os.getpid()}: {'blocked' if blocked else 'reached'}")
+
+
+def test_ctrl_c_reaches_no_process_that_counts() -> None:
+    """All of them, from their first moment on: the main process ends them."""
+    with pytest.raises(EvaluationError) as told:
+        evaluate_masks([f"im{i}" for i in range(40)], tell_ctrl_c, truth, N, workers=2, progress=False)
+    processes = set(re.findall(r"process \d+: \w+", str(told.value.problems)))
+    assert len(processes) == 2 and all(one.endswith("blocked") for one in processes)

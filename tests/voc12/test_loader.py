@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
+import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from PIL import Image
 
 from misc.config import Augment, View
 from misc.files.images import read_mask
+from voc12 import loader
 from voc12.catalog import Catalog, open_catalog
 from voc12.loader import Draws, TrainSet, WorkerDied, make_loader
 from voc12.tags import DataError
@@ -299,3 +303,17 @@ def test_the_incomplete_last_batch_is_kept_where_the_recipe_says_so() -> None:
     assert list(Draws(8, 4, "epochs", 0, "keep").micro_batches(0, 1, 4, 0, 4)) == list(
         Draws(8, 4, "epochs", 0).micro_batches(0, 1, 4, 0, 4)
     )
+
+
+def test_a_worker_is_silent_about_a_batch_that_nobody_fetches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C ends the main process while a thread of the worker hands a batch over; other errors are told."""
+    told: list[BaseException] = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: told.append(error))
+    loader._start_worker(0)
+    for error in (EOFError(), ConnectionResetError(), ValueError("wrong")):
+        hook = functools.partial(sys.excepthook, type(error), error, None)
+        thread = threading.Thread(target=hook, daemon=True)
+        thread.start()
+        thread.join()
+        hook()  # of the worker's own work: nothing is kept back
+    assert [type(error) for error in told] == [EOFError, ConnectionResetError, ValueError, ValueError]
