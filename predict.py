@@ -55,7 +55,7 @@ import tyro
 from misc import distributed
 from misc.config import Machine, override
 from misc.files import store
-from misc.files.imagefiles import find_images
+from misc.files.imagefiles import find_images, unread_pictures
 from misc.files.runfolder import RunFolder
 from misc.loop.each import EachFailed, WorkerDied
 from net.contract import Segmenter, SingleStage
@@ -78,7 +78,7 @@ class PredictionOptions:
 
     images: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Image files, folders (searched recursively) and globs; in folders and globs only files that end in jpg, jpeg,
-    png, bmp, webp, tif, tiff or gif."""
+    jfif, png, bmp, webp, tif, tiff or gif."""
     weights: Path | None = None
     """Weights file of a trained segmentation network (weights/seg.pt of a run, or weights/cam.pt of a method that
     predicts masks itself). With --method, CLIP's weights, as --cam.weights of run_sample.py."""
@@ -206,6 +206,9 @@ def export(options: PredictionOptions) -> None:
 def predict(options: PredictionOptions, device: torch.device) -> None:
     """Make the masks."""
     images = find_images(options.images, leave_out=options.out)
+    if unread := unread_pictures(options.images):
+        shown = f"{', '.join(unread[:5])}{', ...' if len(unread) > 5 else ''}"
+        distributed.say(f"Note: {len(unread)} pictures have formats that are not read and are left out ({shown}).")
     folder = ResultFolder(options.out, options.max_megapixels, options.redo, options.machine)
     if not options.tagged:
         model = options.segmenter()

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from misc.files.ids import IMAGE_SUFFIXES
+from misc.files.ids import IMAGE_SUFFIXES, unread_suffixes, walk_files
 
 
 def find_images(words: Sequence[str], leave_out: Path | None = None) -> dict[str, Path]:
@@ -50,6 +50,15 @@ def find_images(words: Sequence[str], leave_out: Path | None = None) -> dict[str
             )
         images[image_id] = paths[file]
     return images
+
+
+def unread_pictures(words: Sequence[str]) -> list[str]:
+    """Pictures in the folders among these words whose format is not read, and which ``find_images`` passes over."""
+    return sorted(
+        os.path.join(word, path)
+        for word in words if os.path.isdir(word)
+        for path in walk_files(Path(word)) if os.path.splitext(path)[1].lower() in unread_suffixes()
+    )  # fmt: skip
 
 
 def real_path(path: Path) -> Path:

@@ -14,7 +14,7 @@ from layouts import mask, write
 from PIL import Image
 
 import evaluation
-from misc.files.imagefiles import find_images
+from misc.files.imagefiles import find_images, unread_pictures
 from misc.files.images import check_image, read_image, read_indices, read_mask
 from misc.image.draw import palette
 from voc12.catalog import open_catalog
@@ -163,6 +163,9 @@ def test_pictures_and_images_that_are_passed_over_are_reported(
     text = prepare(capsys, root)[1]
     assert "1 pictures have formats that are not read and are left out (images/phone.HEIC)" in text
     assert "1 images have no class (b): they are taken as background only" in text
+    folder_of_images = str(root / "images")
+    assert unread_pictures([folder_of_images]) == [f"{folder_of_images}/phone.HEIC"]
+    assert list(find_images([folder_of_images])) == ["a", "b", "c"]
 
 
 def test_evaluation_scores_the_images_that_the_list_names(
