@@ -43,14 +43,25 @@ def writing(path: Path) -> Iterator[BinaryIO]:
     start = path.name.encode()[:_LONGEST_NAME].decode(errors="ignore")  # what is put around it must fit too
     beside = path.with_name(f".{start}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{SUFFIX}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException as error:
+        with naming_full_disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(beside, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+    except BaseException:
         beside.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Where a disk, a quota or the largest size of a file ends what is written in the block: DiskFull with ``path`` and
+    the remedy."""
+    try:
+        yield
+    except BaseException as error:
         cause: BaseException | None = error
         while cause is not None:  # zip writers raise their own error on top of the disk's
             if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -35,6 +35,9 @@ class Failure:
     cause: str
 
 
+_KEEP = 32
+"""Images, or groups of them, after which the memory that they leave unused is given back."""
+
 Rest = Callable[[], None]
 """What is left of an image's work: writing its files."""
 Ready = tuple[str, Future[Any]]
@@ -230,6 +233,7 @@ def _look_ahead(
     waiting: deque[Ready] = deque()
     written: deque[tuple[str, Future[None]]] = deque()
     rest = iter(ids)
+    since = 0
 
     def finish(left: int) -> None:
         """Wait until at most this many images are still being written."""
@@ -258,6 +262,9 @@ def _look_ahead(
                     else:
                         written.append((image_id, writers.submit(one)))
                 finish(2 * threads)
+                since += 1
+                if since % _KEEP == 0:
+                    distributed.give_memory_back()
         finally:
             for _, ready in waiting:
                 ready.cancel()

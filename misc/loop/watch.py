@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +13,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from misc import distributed
+from misc.files.atomic import naming_full_disk
 from misc.loop.terms import IMAGES_PER_SECOND, LEARNING_RATE, RATING
 
 PICTURES = 10
@@ -46,6 +49,19 @@ class Speed:
         self._since = time.perf_counter()
 
 
+@functools.cache
+def _leave_errors_to_callers() -> None:
+    """TensorBoard writes in a thread of its own and raises what stops it at the next call too: no traceback of it."""
+    told = threading.excepthook
+
+    def tell(args: threading.ExceptHookArgs) -> None:
+        written = type(args.thread).__module__.startswith("tensorboard.")
+        if not (written and isinstance(args.exc_value, OSError)):
+            told(args)
+
+    threading.excepthook = tell
+
+
 class Watch:
     """Writes the curves of one training to TensorBoard, in the main process alone; a context manager.
 
@@ -58,26 +74,29 @@ class Watch:
     """
 
     def __init__(self, log: Path, name: str, start: int, pictures: DrawPictures | None) -> None:
-        self.name, self.speed, self._pictures = name, Speed(), pictures
-        self._writer = SummaryWriter(str(log / name), purge_step=start) if distributed.is_main() else None
+        self.name, self.speed, self._pictures, self._folder = name, Speed(), pictures, log / name
+        self._writer: SummaryWriter | None = None
+        if distributed.is_main():
+            _leave_errors_to_callers()
+            with naming_full_disk(self._folder):
+                self._writer = SummaryWriter(str(self._folder), purge_step=start)
 
     def __enter__(self) -> Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with naming_full_disk(self._folder):
+                self._writer.close()
 
     def add_update(self, step: int, terms: Mapping[str, float], lr: float, images: int) -> None:
         """The loss terms of an update, its learning rate, and the speed at which its images were processed."""
         values = {**terms, LEARNING_RATE: lr, IMAGES_PER_SECOND: self.speed.count(images)}
-        for term, value in values.items() if self._writer is not None else ():
-            self._writer.add_scalar(f"{self.name}/{term}", value, step)
+        self._add(step, values)
 
     def add_ratings(self, step: int, ratings: Mapping[str, float]) -> None:
         """What epochs are selected by, under NAME/rating."""
-        for rating, value in ratings.items() if self._writer is not None else ():
-            self._writer.add_scalar(f"{self.name}/{RATING}{rating}", value, step)
+        self._add(step, {f"{RATING}{rating}": value for rating, value in ratings.items()})
         self.speed.restart()
 
     def add_pictures(self, step: int, network: nn.Module) -> None:
@@ -85,9 +104,16 @@ class Watch:
         if self._writer is not None and self._pictures is not None:
             network.eval()
             for title, picture in self._pictures().items():
-                self._writer.add_image(f"{self.name}/{title}", picture, step, dataformats="HWC")
+                with naming_full_disk(self._folder):
+                    self._writer.add_image(f"{self.name}/{title}", picture, step, dataformats="HWC")
             network.train()
             self.speed.restart()
+
+    def _add(self, step: int, values: Mapping[str, float]) -> None:
+        if self._writer is not None:
+            with naming_full_disk(self._folder):
+                for name, value in values.items():
+                    self._writer.add_scalar(f"{self.name}/{name}", value, step)
 
     def tell(self, terms: Mapping[str, float]) -> dict[str, str]:
         """What the progress bar says besides the time: the loss, its terms if there are several, images per second."""

@@ -141,3 +141,21 @@ def test_freed_memory_is_used_again() -> None:
     ended = start(["-c", "\n".join(lines)])
     assert ended.returncode == 0, ended.stderr
     assert int(ended.stdout) < 1000, "of some 32,800 pages"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
+def test_unused_memory_is_given_back() -> None:
+    lines = (
+        "import torch",
+        "from misc import distributed",
+        "size = lambda: int(open('/proc/self/statm').read().split()[1]) >> 8",  # MB
+        "distributed.start('cpu')",
+        "torch.ones(64 << 20)",
+        "kept = size()",
+        "distributed.give_memory_back()",
+        "print(kept - size())",
+    )
+    ended = start(["-c", "\n".join(lines)])
+    assert ended.returncode == 0, ended.stderr
+    assert int(ended.stdout) > 200, "of 256 MB"

@@ -79,6 +79,15 @@ def test_what_was_prepared_belongs_to_its_image(tmp_path: Path) -> None:
     assert [(tmp_path / i).read_text().split(" ", 1)[1] for i in IDS[:3]] == [f"read {i}" for i in IDS[:3]]
 
 
+def test_memory_is_given_back_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    work = Work(tmp_path)
+    made = lambda: given.append(len(list(tmp_path.iterdir())))  # noqa: E731
+    monkeypatch.setattr(each_module.distributed, "give_memory_back", made)
+    each("step", [f"image {n}" for n in range(70)], work, done=work.done, prepare=str, workers=1)
+    assert given == [32, 64]
+
+
 def test_only_what_is_missing_is_read_and_made(tmp_path: Path) -> None:
     work = Work(tmp_path, bad=("im0", "im7"))
     for image_id in ("im0", "im7"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from running import start
 from test_fit import RECIPE, TOTAL, Toy, curve, read_log, train
 
 from misc.loop.progress import Progress
@@ -48,3 +49,21 @@ def test_the_bar_shows_loss_terms_and_speed(tmp_path: Path, monkeypatch: pytest.
     train(tmp_path)
     assert list(said[0]) == ["loss", "fit", "valid", "images/s"] and float(said[-1]["images/s"]) > 0
     assert float(said[-1]["loss"]) == pytest.approx(float(said[-1]["fit"]) + float(said[-1]["valid"]), abs=2e-4)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_told_once_with_the_folder(tmp_path: Path) -> None:
+    """Here a largest size of files; TensorBoard writes in a thread of its own."""
+    lines = (
+        "import functools, resource, sys",
+        "from pathlib import Path",
+        "from misc.loop import watch as module",
+        "module.SummaryWriter = functools.partial(module.SummaryWriter, flush_secs=0)",  # its thread writes at once
+        "watch = module.Watch(Path(sys.argv[1]), 'toy', 0, None)",
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))",
+        "for step in range(100000):",
+        "    watch.add_update(step, {'loss': 1.0}, 0.1, 1)",
+    )
+    ended = start(["-c", "\n".join(lines), str(tmp_path)])
+    assert f"No disk space left while writing {tmp_path / 'toy'}" in ended.stderr.splitlines()[-1]
+    assert "Exception in thread" not in ended.stderr
