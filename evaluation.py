@@ -129,6 +129,7 @@ def _maps(options: EvaluationOptions, image_id: str) -> Maps | None:
 
 
 _MOST_SCORES = 10000
+"""Largest number of background scores: more, from a mistyped --step, would take hours."""
 
 
 def _thresholds(options: EvaluationOptions) -> list[float]:
@@ -143,7 +144,7 @@ def _thresholds(options: EvaluationOptions) -> list[float]:
         raise ValueError(f"--type {options.type} needs a background score: give either --threshold T or --curve")
     if options.threshold is not None:
         if not math.isfinite(options.threshold):
-            raise ValueError(f"--threshold {options.threshold} is no number")
+            raise ValueError(f"--threshold {options.threshold} must be a finite number")
         return [options.threshold]
     numbers = (options.start, options.end, options.step)
     if not all(map(math.isfinite, numbers)) or options.step <= 0 or options.end <= options.start:

@@ -42,6 +42,7 @@ from misc.crf.dense import DenseCRF
 from misc.distributed import usable_cores
 from misc.infer import cams
 from misc.infer.masks import segment_inputs
+from misc.loop.each import is_out_of_memory
 from misc.loop.fit import make_rules
 from misc.precision import allow_tf32, autocast, place
 from misc.propagate import walk
@@ -202,7 +203,7 @@ class Check:
         """Updates of a recipe at its own batch, or at half of it as often as the memory requires."""
         size = 2 if self.tiny else task.phase.fit.micro_batch or task.phase.fit.batch_size
         while size > 1:
-            with contextlib.suppress(torch.OutOfMemoryError):
+            with small_memory_left_out():
                 return self.updates(task, amp, compiled, size)
             torch.cuda.empty_cache()
             size //= 2
@@ -284,7 +285,7 @@ class Check:
             one(image, prepared)
         self.wait()
         found["new sizes/s"] = len(others) / (time.perf_counter() - begin)
-        with contextlib.suppress(torch.OutOfMemoryError):
+        with small_memory_left_out():
             found["of 4/s"] = 4 / self.seconds(together, 1, 0.1 if self.tiny else 1.0)
         return {**found, **self.busy(one)}
 
@@ -401,6 +402,16 @@ def precision(machine: Machine, device: torch.device, tf32: bool) -> Iterator[No
     with autocast(machine, device):
         allow_tf32(tf32)
         yield
+
+
+@contextlib.contextmanager
+def small_memory_left_out() -> Iterator[None]:
+    """What does not fit into the memory is not measured."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
 
 
 def apart(got: Tensor, wanted: Tensor) -> float:

@@ -37,7 +37,6 @@ def run(job: Job, device: torch.device) -> None:
         *before, (name, phase) = job.cfg.cam.phases()
         train(job, name, phase, build_network(job, phase, build_earlier(job, before)), device, ids=job.train_ids())
         return
-    check_selection(job)
     masks = scored_masks(job) if job.cfg.cam.selection == "train_miou" else None
     tagged = tagged_ids(job) if job.cfg.cam.selection == "val_tags" else None
     earlier: dict[str, Network] = {}

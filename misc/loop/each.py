@@ -35,8 +35,8 @@ class Failure:
     cause: str
 
 
-_KEEP = 32
-"""Images, or groups of them, after which the memory that they leave unused is given back."""
+_GIVE_BACK_EVERY = 32
+"""Number of images, or of groups that are computed at once, after which memory that nothing uses is given back."""
 
 Rest = Callable[[], None]
 """What is left of an image's work: writing its files."""
@@ -143,7 +143,7 @@ def _guarded(image_id: str, action: Callable[[], Any], failures: list[Failure]) 
         except Exception as error:  # one bad image must not cost the others
             if _is_broken_gpu(error):
                 raise
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 failures.append(Failure(image_id, f"{type(error).__name__}: {error}"))
                 return None
             cause = f"out of GPU memory ({error})"
@@ -153,7 +153,7 @@ def _guarded(image_id: str, action: Callable[[], Any], failures: list[Failure]) 
     return None
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether a GPU's memory was too small, for a tensor or for what its libraries need."""
     told = ("error: out of memory", "STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or (
@@ -164,7 +164,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _is_broken_gpu(error: Exception) -> bool:
     """Whether the GPU itself failed: then nothing more can be computed on it in this process."""
     started = isinstance(error, RuntimeError) and str(error).startswith(("CUDA error", "HIP error"))
-    return started and not _is_out_of_memory(error)
+    return started and not is_out_of_memory(error)
 
 
 class _Groups:
@@ -205,7 +205,7 @@ class _Groups:
                 except Exception as error:
                     if _is_broken_gpu(error):
                         raise
-                    too_large = _is_out_of_memory(error)
+                    too_large = is_out_of_memory(error)
                     alone += [] if too_large else part
             if too_large:  # here, where the error no longer holds the tensors of its frames
                 self._lower(len(part))
@@ -263,7 +263,7 @@ def _look_ahead(
                         written.append((image_id, writers.submit(one)))
                 finish(2 * threads)
                 since += 1
-                if since % _KEEP == 0:
+                if since % _GIVE_BACK_EVERY == 0:
                     distributed.give_memory_back()
         finally:
             for _, ready in waiting:

@@ -264,6 +264,8 @@ def test_a_folder_of_ones_own_needs_no_other_word(tmp_path: Path) -> None:
     networks = (cfg.cam.network, cfg.seg.network)
     assert {network.backbone for network in networks} == {"timm/tf_efficientnet_lite0.in1k"}
     assert cfg.cam.weights == "pretrained" and cfg.seg.weights == "cam"  # no FILE anywhere
+    walk = cfg.aff.walk  # what was found on photographs: docs/photographs.md
+    assert (cfg.refiner, walk.background, walk.logt, walk.crf.iterations) == ("edge", "otsu", 8, 5)
     assert parsing.parse(["seam", "--data", "folder", "--root", "x"]).preset == "photos"
     assert parsing.parse(["mctformer", "--data", "folder", "--root", "x"]).preset == "sample"  # it has no photos
     assert parsing.parse(["seam", "--data", "folder", "--root", "x", "--preset", "published"]).preset == "published"

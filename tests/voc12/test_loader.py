@@ -309,6 +309,7 @@ def test_a_worker_is_silent_about_a_batch_that_nobody_fetches(monkeypatch: pytes
     """Ctrl-C ends the main process while a thread of the worker hands a batch over; other errors are told."""
     told: list[BaseException] = []
     monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: told.append(error))
+    monkeypatch.setattr(loader, "quiet_threads", lambda: None)  # this process keeps its threads
     loader._start_worker(0)
     for error in (EOFError(), ConnectionResetError(), ValueError("wrong")):
         hook = functools.partial(sys.excepthook, type(error), error, None)
