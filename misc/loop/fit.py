@@ -216,6 +216,7 @@ def fit(
     every = machine.checkpoint_every or max(1, total // 20)
     stream = iter(batches(start))
     with (
+        _dead_readers_named(),
         Watch(log, name, start, pictures) as watch,
         Progress(total=total, initial=start, desc=name, unit="update", disable=not main) as bar,
     ):
@@ -226,7 +227,7 @@ def fit(
             move_copies(network)
             micro = [
                 {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-                for batch in _take(stream, division.micro)
+                for batch in [next(stream) for _ in range(division.micro)]
             ]
             with _explained(name, division):
                 terms = _update(model, network, rules, scaler, micro, step / total, recipe, machine, device)
@@ -264,9 +265,11 @@ def _wrap(network: Trainable, machine: Machine, device: torch.device) -> nn.Modu
     return model
 
 
-def _take(stream: Iterator[Batch], count: int) -> list[Batch]:
+@contextlib.contextmanager
+def _dead_readers_named() -> Iterator[None]:
+    """PyTorch tells of a reading process that was killed by an error wherever the main process is just then."""
     try:
-        return [next(stream) for _ in range(count)]
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +19,7 @@ import numpy as np
 from misc.commandline import starting_workers
 from misc.distributed import quiet_threads
 from misc.image.labels import holds_only_ignored
+from misc.loop.pool import worker_pool
 from misc.loop.progress import Progress
 from misc.score.erosion import ErodedCurve, erode
 from misc.score.metrics import (
@@ -145,8 +145,7 @@ class _Job:
             counted: Iterator[Any]
             if workers > 1:  # spawned, not forked: safe beside threads and accelerators
                 context = multiprocessing.get_context("spawn")
-                pool = ProcessPoolExecutor(workers, context, initializer=quiet_threads)
-                stack.callback(pool.shutdown, cancel_futures=True)  # Ctrl-C waits for the chunks in work alone
+                pool = stack.enter_context(worker_pool(workers, context, quiet_threads))
                 with starting_workers():  # one for each of the first chunks
                     counted = pool.map(self.count, chunks)
             else:

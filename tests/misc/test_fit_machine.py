@@ -10,6 +10,7 @@ from test_fit import BATCH, TOTAL, Toy, train
 from torch import Tensor, nn
 
 from misc.config import Fit, Machine
+from misc.loop.each import WorkerDied
 from misc.loop.fit import NonFiniteLoss, OutOfMemory
 from misc.loop.trainable import Batch
 
@@ -56,3 +57,14 @@ def test_weights_are_written_in_the_usual_layout(tmp_path: Path) -> None:
 
     weights = train(tmp_path, network=Convolution(), machine=Machine(device="cpu", workers=0, channels_last=True))
     assert weights["convolution.weight"].is_contiguous()
+
+
+def test_a_reader_that_was_killed_is_named_wherever_its_signal_arrives(tmp_path: Path) -> None:
+    """PyTorch raises it in the middle of whatever the main process is at."""
+
+    class Struck(Toy):
+        def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    with pytest.raises(WorkerDied, match="fewer --machine.workers"):
+        train(tmp_path, network=Struck())
