@@ -206,9 +206,10 @@ def export(options: PredictionOptions) -> None:
 def predict(options: PredictionOptions, device: torch.device) -> None:
     """Make the masks."""
     images = find_images(options.images, leave_out=options.out)
-    if unread := unread_pictures(options.images):
+    if unread := unread_pictures(options.images, leave_out=options.out):
         shown = f"{', '.join(unread[:5])}{', ...' if len(unread) > 5 else ''}"
-        distributed.say(f"Note: {len(unread)} pictures have formats that are not read and are left out ({shown}).")
+        distributed.say(f"Note: {len(unread)} pictures are of other formats than those looked for and are left out "
+                        f"({shown}): save them as JPEG or PNG.")  # fmt: skip
     folder = ResultFolder(options.out, options.max_megapixels, options.redo, options.machine)
     if not options.tagged:
         model = options.segmenter()

@@ -63,7 +63,7 @@ def command(work: Callable[[], int | None], problems: tuple[type[Exception], ...
     tell the user what to do and are printed without a traceback. 130: Ctrl-C; ``interrupted``, or what it returns then,
     is printed. 141 (as in a shell): the reader of the output has gone (``| head``).
 
-    Letters that the output's encoding lacks, as in file names that are not in UTF-8, are printed as ``\\x..``.
+    Letters that the output's encoding lacks, as in file names that are not in UTF-8, are printed as escapes.
     """
     status = 0
     if isinstance(sys.stdout, io.TextIOWrapper):

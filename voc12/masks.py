@@ -26,7 +26,7 @@ _ARRAYS = {".npy", ".npz", ".mat", ".json", ".nii"}
 
 def is_foreign_mask(path: str) -> bool:
     """Whether a file among the masks is one in a format that is not read, by its ending."""
-    return PurePosixPath(path).suffix.lower() in (image_suffixes() | _ARRAYS) - {".png"}
+    return PurePosixPath(path.lower().removesuffix(".gz")).suffix in (image_suffixes() | _ARRAYS) - {".png"}
 
 
 def compare_masks(catalog: Catalog, ids: Sequence[str], workers: int = 4) -> tuple[list[str], list[str]]:
@@ -55,13 +55,15 @@ def compare_masks(catalog: Catalog, ids: Sequence[str], workers: int = 4) -> tup
     for image_id, present, tags in read:
         classes = present[(present > 0) & (present <= catalog.num_classes)] - 1
         drawn |= len(classes) > 0
-        if present[-1] == IGNORE and not ((present > 0) & (present < IGNORE)).any() and (tags.any() or from_masks):
+        only_ignored = present[-1] == IGNORE and not ((present > 0) & (present < IGNORE)).any()
+        is_hidden = only_ignored and (tags.any() or from_masks)
+        if is_hidden:
             hidden.append(image_id)
         lacking = [catalog.classes[c] for c in classes if not tags[c]]
         if lacking:
             differing.append(image_id)
             names.update(lacking)
-        elif image_id not in hidden and not catalog.hides_objects:
+        elif not is_hidden and not catalog.hides_objects:
             absent = [catalog.classes[c] for c in np.flatnonzero(tags) if c not in classes]
             undrawn += [image_id] if absent else []
             lost.update(absent)
@@ -105,6 +107,5 @@ def tell_foreign_masks(paths: Sequence[str]) -> str:
     folder = paths[0].rpartition("/")[0]
     return (
         f"{folder}/ holds {len(paths)} files that are not PNG and are not read ({shorten(paths)}): save masks "
-        f"as PNG (JPEG "
-        "changes the values)."
+        "as PNG (JPEG changes the values)."
     )

@@ -131,10 +131,8 @@ def _refuse_head(path: Path, heads: Sequence[str], rows: Sequence[tuple[int, Seq
     if named or titled or (len(firsts) > 1 and all(map(_is_image, firsts))):
         raise DataError(
             f"{path}, line {rows[0][0]}: {','.join(heads)[:200]!r} looks like a header, and its first column "
-            f"has no name "
-            f"that is known. Call the column of images one of {', '.join(FILE_HEADS)}, put it first, and call a "
-            f"column of "
-            f"class names one of {', '.join(CLASSES_HEADS)} (or give each class a column of 1 and 0)."
+            f"has no name that is known. Call the column of images one of {', '.join(FILE_HEADS)}, put it first, and "
+            f"call a column of class names one of {', '.join(CLASSES_HEADS)} (or give each class a column of 1 and 0)."
         )
 
 
@@ -230,8 +228,7 @@ def separate_names(path: Path, names: Mapping[K, Sequence[str]]) -> dict[K, list
     if numbers:
         raise DataError(
             f"{path}: the class {numbers[0]!r} is a number. If 1 and 0 say whether an image has a class, name "
-            f"the class in "
-            f"the header (file,tumor); otherwise write class names, {listed}."
+            f"the class in the header (file,tumor); otherwise write class names, {listed}."
         )
     for name in sorted(occurring):
         if _LIST.fullmatch(name):

@@ -25,8 +25,7 @@ _PAIR = re.compile(
     re.IGNORECASE,
 )
 """A line of more than an image: its first file and another path or numbers; or its id and a path or a mark as VOC's
-lists
-of one class have it (``2008_000008  1``, ``2008_000015 -1``)."""
+lists of one class have it (``2008_000008  1``, ``2008_000015 -1``)."""
 
 
 @cache

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from misc.files.ids import IMAGE_SUFFIXES, unread_suffixes, walk_files
+from misc.files.ids import IMAGE_SUFFIXES, image_suffixes, unread_suffixes
+
+_NO_PICTURES = {".bufr", ".grib", ".h5", ".hdf", ".mpeg", ".mpg"}
+"""Endings of data and films, which Pillow names among its formats."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""What stands for a byte of a file name that is not in UTF-8."""
 
 
 def find_images(words: Sequence[str], leave_out: Path | None = None) -> dict[str, Path]:
@@ -31,7 +37,9 @@ def find_images(words: Sequence[str], leave_out: Path | None = None) -> dict[str
     found: dict[Path, str] = {}  # the file itself -> its name below its folder
     paths: dict[Path, Path] = {}
     for word in words:
-        for path, name in _named(word, None if leave_out is None else real_path(leave_out)):
+        for path, name in _files(word, leave_out):
+            if _is_searched(word) and path.suffix.lower() not in IMAGE_SUFFIXES:
+                continue
             paths.setdefault(real_path(path), path)
             found.setdefault(real_path(path), name)
     if not found:
@@ -52,13 +60,16 @@ def find_images(words: Sequence[str], leave_out: Path | None = None) -> dict[str
     return images
 
 
-def unread_pictures(words: Sequence[str]) -> list[str]:
-    """Pictures in the folders among these words whose format is not read, and which ``find_images`` passes over."""
-    return sorted(
-        os.path.join(word, path)
-        for word in words if os.path.isdir(word)
-        for path in walk_files(Path(word)) if os.path.splitext(path)[1].lower() in unread_suffixes()
-    )  # fmt: skip
+def unread_pictures(words: Sequence[str], leave_out: Path | None = None) -> list[str]:
+    """Paths of the pictures of other formats that ``find_images`` passes over in these folders and globs, each once."""
+    unread = (image_suffixes() | unread_suffixes()) - {*IMAGE_SUFFIXES, *_NO_PICTURES}
+    taken = {real_path(Path(word)) for word in words if not _is_searched(word)}
+    found: dict[Path, str] = {}
+    for word in words:
+        for path, _ in _files(word, leave_out):
+            if path.suffix.lower() in unread and real_path(path) not in taken:
+                found.setdefault(real_path(path), str(path))
+    return sorted(found.values())
 
 
 def real_path(path: Path) -> Path:
@@ -69,22 +80,25 @@ def real_path(path: Path) -> Path:
 def safe_name(name: str) -> str:
     """A relative path without what may not stand in an id (``ids.checked_id``): drives, backslashes, ``..``,
     letters that are not in UTF-8."""
-    parts = name.encode(errors="replace").decode().replace("\\", "_").replace(":", "_").split("/")
+    parts = _SURROGATE.sub("_", name).replace("\\", "_").replace(":", "_").split("/")
     return "/".join("_" if part in ("", ".", "..") else part for part in parts)
 
 
-def _named(word: str, leave_out: Path | None) -> Iterator[tuple[Path, str]]:
-    """(path, name below its folder) of what one word means."""
-    path = Path(word)
-    if path.is_dir():
-        yield from _below(path, leave_out)
-    elif path.exists() or not glob.has_magic(word):
+def _is_searched(word: str) -> bool:
+    """Whether a word is a folder or a glob; the others are files, whatever their ending."""
+    return os.path.isdir(word) or (glob.has_magic(word) and not os.path.exists(word))
+
+
+def _files(word: str, leave_out: Path | None) -> Iterator[tuple[Path, str]]:
+    """(path, name below its folder) of what one word means, files of any ending."""
+    path, out = Path(word), None if leave_out is None else real_path(leave_out)
+    if not _is_searched(word):
         yield path, path.name
+    elif path.is_dir():
+        yield from _below(path, out)
     else:
         for match in map(Path, sorted(glob.glob(word, recursive=True))):
-            if match.is_dir():
-                continue
-            if match.suffix.lower() in IMAGE_SUFFIXES and not _inside(real_path(match), leave_out):
+            if not match.is_dir() and not _inside(real_path(match), out):
                 yield match, match.name
 
 
@@ -92,7 +106,7 @@ def _below(folder: Path, leave_out: Path | None) -> Iterator[tuple[Path, str]]:
     for top, inner, names in os.walk(folder):
         inner[:] = sorted(n for n in inner if not n.startswith(".") and not _inside(real_path(Path(top, n)), leave_out))
         for name in sorted(names):
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith("."):
+            if not name.startswith("."):
                 path = Path(top, name)
                 yield path, path.relative_to(folder).as_posix()
 

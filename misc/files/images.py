@@ -176,8 +176,7 @@ def read_mask(path: Path, largest: float = LARGEST_MEGAPIXELS) -> np.ndarray:
     """(H, W) uint8 indices of a mask: palette or grey, or in colours of which nothing is lost.
 
     Those are: VOC's colours, those of a ``labelmap.txt`` in the mask's folder or the one above it, and equal channels;
-    a
-    second or fourth channel must be opaque throughout. 16-bit values may not pass 255.
+    a second or fourth channel must be opaque throughout. 16-bit values may not pass 255.
 
     Raises FileNotFoundError; ValueError for a damaged file, a JPEG, one of more than ``largest`` megapixels, and a
     colour that is no class's.

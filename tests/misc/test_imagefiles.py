@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from misc.files.ids import checked_id
-from misc.files.imagefiles import find_images, safe_name
+from misc.files.imagefiles import find_images, safe_name, unread_pictures
 
 
 def touch(root: Path, *names: str) -> None:
@@ -46,6 +46,16 @@ def test_names_that_would_meet_are_kept_apart_or_refused(tmp_path: Path) -> None
     assert set(find_images([str(tmp_path)])) == {"a/1.jpg", "a/1.png", "b/1", "c_d.jpg", "c_d.png"}
 
 
+def test_pictures_that_are_passed_over_are_those_of_the_same_search(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "b.avif", "c.HEIC", "deep/d.psd", "e.eps", "film.mpg", "notes.txt", "out/f.heic")
+    folder, out = str(tmp_path), tmp_path / "out"
+    passed = [str(tmp_path / name) for name in ("b.avif", "c.HEIC", "deep/d.psd", "e.eps")]
+    assert unread_pictures([folder, f"{folder}/", f"{folder}/deep"], leave_out=out) == passed
+    assert unread_pictures([f"{folder}/*.*"]) == [passed[0], passed[1], passed[3]]
+    assert unread_pictures([folder, passed[0]], leave_out=out) == passed[1:]  # a file that is named is not passed over
+    assert list(find_images([folder, passed[0]], leave_out=out)) == ["a", "b"]
+
+
 def test_no_image_at_all_is_an_error(tmp_path: Path) -> None:
     touch(tmp_path, "a.txt")
     for words in ([str(tmp_path)], [str(tmp_path / "*.jpg")]):
@@ -56,3 +66,4 @@ def test_no_image_at_all_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a:b", "..", "a/../b", "C:\\x", "/x", ".", "a//b", "ä ö"])
 def test_safe_names_are_ids(name: str) -> None:
     assert checked_id(safe_name(name)) == safe_name(name)
+    assert safe_name("K\udcf6ter") == "K_ter"

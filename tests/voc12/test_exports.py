@@ -331,7 +331,9 @@ def test_label_studio_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         "3,1,,2024-01-01,3,/data/local-files/?d=x/c.jpg,2.0\n",
     ]
     write(source / "tags.csv", HEAD + "".join(lines))
-    data, _ = made("labelstudio", source / "tags.csv", capsys)
+    (source / "images/phone.HEIC").write_bytes(b"?")
+    data, told = made("labelstudio", source / "tags.csv", capsys)
+    assert "1 pictures have formats that are not read and are left out (images/phone.HEIC)" in told
     assert tags(data) == {"a": ["cat", "dog"], "b 1": ["cat"], "c": []}
     write(source / "tags.csv", "image,first,second\na.jpg,cat,dog\n")
     refused("labelstudio", source, capsys, "tags.csv", "first, second may be the choices")
@@ -358,7 +360,13 @@ def test_label_studio_tasks(minimal: bool, tmp_path: Path, capsys: pytest.Captur
     assert ("annotations that are no choices are passed over: rectanglelabels (2)" in told) != minimal
     if minimal:
         write(source / "export.json", '[{"image": "a.jpg", "text": "a cat on a mat", "label": "cat"}]')
-        refused("labelstudio", source, capsys, "export.json, task 1", "text, label may be the choices")
+        refused("labelstudio", source, capsys, "export.json: text, label may be the choices")
+        told = '[{"image": "a.jpg", "text": "a cat", "choice": "cat"}, {"image": "b.jpg", "text": "nothing here"}]'
+        write(source / "export.json", told)
+        shutil.rmtree(source.parent / "made")
+        assert tags(made("labelstudio", source, capsys)[0]) == {"a": ["cat"], "b": []}
+        write(source / "export.json", '[{"image": "a.jpg"}, {"image": "b.jpg"}]')
+        refused("labelstudio", source, capsys, "export.json: no task has choices")
     write(source / "export.json", '[{"data": {"image": "a.jpg"}, "annotations": 3}]')
     refused("labelstudio", source, capsys, "export.json, task 1", "no list of annotations")
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -18,6 +19,7 @@ from misc.files.imagefiles import find_images, unread_pictures
 from misc.files.images import check_image, read_image, read_indices, read_mask
 from misc.image.draw import palette
 from voc12.catalog import open_catalog
+from voc12.masks import compare_masks, is_foreign_mask
 from voc12.prepare.__main__ import main
 from voc12.prepare.folder import _draw_lists
 from voc12.tags import DataError
@@ -143,6 +145,33 @@ def test_lists_that_meet_or_are_missing_are_reported(tmp_path: Path, capsys: pyt
     assert "1 images of train are in test too (a)" in prepare(capsys, root)[1]
 
 
+@pytest.mark.parametrize("other", ["val", "test"])
+def test_a_list_that_is_a_copy_of_train_is_reported(
+    other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = folder(tmp_path, TAGS)
+    for name, text in {"train": "a\nb\n", "val": "c\n", other: "a\nb\n"}.items():
+        write(root / f"splits/{name}.txt", text)
+    status, text = prepare(capsys, root)
+    assert status == 1 and f"2 images of train are in {other} too (a, b): mend the lists" in text
+
+
+def test_a_folder_with_a_list_of_test_images_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = folder(tmp_path, TAGS + "d.jpg,cat\ne.jpg,dog\n", names="abcde")
+    write(root / "splits/test.txt", "a\ne\n")
+    status, text = prepare(capsys, root)
+    assert status == 0 and "NOTE: 2 images of test.txt are trained on too (a, e)" in text and "mend the" not in text
+    status, text = prepare(capsys, root, "--val-share", "0.4")
+    assert status == 0 and "trained on too" not in text
+    lists = {name: set((root / f"splits/{name}.txt").read_text().split()) for name in ("train", "val")}
+    assert lists["val"] and lists["train"] | lists["val"] == {"b.jpg", "c.jpg", "d.jpg"}
+    for path in (root / "splits").glob("*.txt"):
+        path.unlink()
+    write(root / "splits/test.txt", "a\nb\nc\nd\ne\n")
+    status, text = prepare(capsys, root, "--val-share", "0.4")
+    assert status == 1 and "no image can be put into val, as each is in test.txt" in text
+
+
 def test_lists_of_other_names_do_not_pass_unseen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = folder(tmp_path, TAGS)
     write(root / "splits/training.txt", "a\nb\n")
@@ -212,6 +241,29 @@ def test_masks_drawn_as_255_are_a_problem(tmp_path: Path, capsys: pytest.Capture
     assert status == 0 and "NOTE: 2 of 3 masks hold only" in text  # images without an object may be meant
     mask(root / "masks/a.png", 255)
     assert prepare(capsys, root)[0] == 1
+
+
+def test_masks_drawn_as_255_are_counted_in_linear_time(tmp_path: Path) -> None:
+    class Id(str):
+        compared = 0
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            Id.compared += 1
+            return str.__eq__(self, other)
+
+    mask(tmp_path / "a.png", 255)
+    catalog = SimpleNamespace(
+        mask_path=lambda _: tmp_path / "a.png", tags=lambda _: np.ones(1), num_classes=1, classes=("cat",),
+        tag_source="labels.csv", hides_objects=False,
+    )  # fmt: skip
+    problems, notes = compare_masks(catalog, [Id(f"{n:03}") for n in range(50)], workers=1)  # type: ignore[arg-type]
+    assert "50 of 50 masks hold only" in problems[0] and not notes and Id.compared < 50
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "A.NII.GZ", "a.jpg", "sub.x/a.npy"])
+def test_masks_in_other_formats_are_known_by_their_endings(name: str) -> None:
+    assert is_foreign_mask(name) and not is_foreign_mask("a.png") and not is_foreign_mask("notes.txt")
 
 
 def test_masks_of_other_classes_than_the_tags_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -458,4 +510,4 @@ def test_file_names_in_another_encoding_are_reported(tmp_path: Path, capsys: pyt
         pytest.skip("this file system takes UTF-8 alone")
     status, text = prepare(capsys, root)
     assert status == 1 and "its letters are not in UTF-8. Rename the file" in text
-    assert "K?ter" in find_images([str(root / "images")])
+    assert "K_ter" in find_images([str(root / "images")])

@@ -7,7 +7,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -126,18 +126,19 @@ def _choices(cell: Any, where: str) -> list[str]:
 def _tasks(path: Path, passed_over: Counter[str]) -> Iterator[tuple[str, list[str]]]:
     """(image as written, names) of every task of the JSON, which has a list of annotations or is JSON-MIN; kinds of
     annotations that are no choices are counted in ``passed_over``."""
-    for number, task in enumerate(read_annotations(path, [dict])):
+    tasks = list(read_annotations(path, [dict]))
+    columns = _choice_keys(tasks)
+    if len(columns) > 1 or (tasks and not columns and not any("annotations" in task for task in tasks)):
+        told = f"{', '.join(columns)} may be the choices. Take the others out." if columns else "no task has choices."
+        raise DataError(f"{path}: {told}")
+    for number, task in enumerate(tasks):
         where = f"{path}, task {number + 1}"
         fields = task.get("data") if isinstance(task.get("data"), dict) else task
         written = [v for v in fields.values() if isinstance(v, str) and _is_image(v)]
         if len(written) != 1:
             raise DataError(f"{where} names {len(written)} images, one is needed: {written[:3]}.")
         if "annotations" not in task:
-            other = {k: v for k, v in task.items() if k.lower() not in _OWN and v != written[0]}
-            columns = [k for k in other if "choice" in k.lower()] or list(other)
-            if len(columns) > 1:
-                raise DataError(f"{where}: {', '.join(columns)} may be the choices. Take the others out.")
-            yield written[0], _choices(other[columns[0]], where) if columns else []
+            yield written[0], _choices(task[columns[0]], where) if columns and columns[0] in task else []
             continue
         names: list[str] = []
         for annotation in _list(task["annotations"], where):
@@ -148,6 +149,14 @@ def _tasks(path: Path, passed_over: Counter[str]) -> Iterator[tuple[str, list[st
                     else:
                         passed_over[str(result.get("type"))[:60]] += 1
         yield written[0], names
+
+
+def _choice_keys(tasks: Sequence[dict[str, Any]]) -> list[str]:
+    """Keys that may be the choices, of all tasks of JSON-MIN: one that a task lacks is none of that task alone."""
+    minimal = [task for task in tasks if "annotations" not in task]
+    images = {k for task in minimal for k, v in task.items() if isinstance(v, str) and _is_image(v)}
+    rest = [k for k in dict.fromkeys(k for task in minimal for k in task) if k.lower() not in _OWN and k not in images]
+    return [k for k in rest if "choice" in k.lower()] or rest
 
 
 def _list(value: Any, where: str) -> list[dict[str, Any]]:

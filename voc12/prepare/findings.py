@@ -163,8 +163,7 @@ class _Look:
             if turned:
                 raise DataError(
                     f"{path} lies as the photo is stored, which its EXIF orientation turns: turn the mask as "
-                    f"the photo is "
-                    "shown, or save the photo upright without the orientation."
+                    "the photo is shown, or save the photo upright without the orientation."
                 )
             raise DataError(f"{path} is {mask.shape} pixels high and wide, the image {image.shape[:2]}. Replace it.")
         try:
@@ -214,10 +213,10 @@ def tell_unread_pictures(root: Path, folder: str, findings: Findings) -> None:
 
 
 def check_lists(lists: dict[str, list[str]], findings: Findings) -> None:
-    """Tell images that are trained on and tested on."""
+    """Tell images that are trained on and tested on, by lists that somebody wrote."""
     for name, other in itertools.product(("train", "train_aug"), ("val", "test")):
         both = sorted(set(lists.get(name, ())) & set(lists.get(other, ())))
-        if both and lists[name] != lists[other]:
+        if both:
             findings.tell(f"{len(both)} images of {name} are in {other} too ({', '.join(both[:5])}): mend the lists.")
 
 
@@ -239,8 +238,7 @@ def check_classes(catalog: Catalog, lists: dict[str, list[str]], findings: Findi
     if nowhere and len(nowhere) < catalog.num_classes:
         findings.note(
             f"no image of any list has the class {shorten(nowhere)}: take it out of the list of classes, unless "
-            f"the masks "
-            "count it (each class is one mask value)."
+            "the masks count it (each class is one mask value)."
         )
     trained = "train_aug" if "train_aug" in lists else "train"
     if 0 < len(lists.get(trained, ())) < _FEW_IMAGES:
@@ -263,8 +261,7 @@ def check_classes(catalog: Catalog, lists: dict[str, list[str]], findings: Findi
         if name.strip("_ ").lower().replace(" ", "") in _NO_CLASS:
             findings.note(
                 f"the class {name!r} sounds like no class at all: an image without any object has a line "
-                f"without a class, "
-                "and pixels without a label are 255 in the masks."
+                "without a class, and pixels without a label are 255 in the masks."
             )
     letters: dict[str, list[str]] = {}
     for name in catalog.classes:
@@ -273,8 +270,7 @@ def check_classes(catalog: Catalog, lists: dict[str, list[str]], findings: Findi
         if len(names) > 1 and len(names[0]) > 2 and catalog.classes_are_guessed:
             findings.tell(
                 f"The classes {' and '.join(map(repr, names))} have the same letters: mend the one that is "
-                f"misspelt, or, if "
-                "all are right, list all class names in classes.txt, one a line."
+                "misspelt, or, if all are right, list all class names in classes.txt, one a line."
             )
 
 

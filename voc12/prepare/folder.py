@@ -39,7 +39,7 @@ def prepare_folder(
     Args:
         root: Folder with images/ and labels.csv.
         val_share: Fraction of the tagged images that splits/val.txt gets, chosen at random (the same on every call);
-            the others go to splits/train.txt. 0: no lists are written.
+            the others go to splits/train.txt, but those of splits/test.txt to neither. 0: no lists are written.
         decode: Read every image and mask; otherwise only look whether the files are there.
         overwrite: Replace lists and classes.txt that are there with other content.
         workers: Processes.
@@ -58,15 +58,18 @@ def prepare_folder(
     names = sorted(path.stem for path in (root / "splits").glob("*.txt"))
     drawn = _draw_lists(catalog, val_share) if val_share else {}
     if val_share and "val" not in drawn:
-        findings.tell("--val-share: no image can be put into val, as each is the only tagged one of a class: tag more.")
+        alone = f"is {'in test.txt, or ' if 'test' in names else ''}the only tagged one of a class"
+        findings.tell(f"--val-share: no image can be put into val, as each {alone}: tag more.")
         drawn = {}
     for name, ids in drawn.items():
         findings.put(root / "splits" / f"{name}.txt", join_lines(catalog.table.files[i] for i in ids))
+    made_up: tuple[str, ...] = ()
     if drawn and not findings.count:
         names = [name for name in names if name not in drawn]
     elif not {"train", "val"} & set(names):  # made up then
-        names += ["train", "val"]
-        for name in ("train", "val") if not val_share else ():
+        made_up = ("train", "val")
+        names += made_up
+        for name in made_up if not val_share else ():
             findings.note(catalog.tell_made_up(name))
     lists = {name: catalog.ids(name) for name in names} | ({} if findings.count else drawn)
     for name in sorted({"train", "val"} - lists.keys()):
@@ -76,7 +79,13 @@ def prepare_folder(
         untagged = [i for i in ids if catalog.tag_source == "labels.csv" and i not in catalog.table.tags]
         if untagged:
             print(f"{len(untagged)} images of {name} have no line in labels.csv ({', '.join(untagged[:5])}).")
-    check_lists(lists, findings)
+    check_lists({name: ids for name, ids in lists.items() if name not in made_up}, findings)
+    tested = sorted(set(lists.get("train", ())) & set(lists.get("test", ()))) if made_up and not val_share else []
+    if tested:
+        findings.note(
+            f"{len(tested)} images of test.txt are trained on too ({shorten(tested)}), as there is no train.txt: write "
+            "splits/train.txt and val.txt without them, or let --val-share 0.2 draw these lists."
+        )
     stray = sorted(set(catalog.masks) - set(catalog.images))
     if stray:
         shown = ", ".join(stray[:5])
@@ -91,8 +100,10 @@ def prepare_folder(
 
 
 def _draw_lists(catalog: FolderCatalog, val_share: float) -> dict[str, list[str]]:
-    """The tagged images, shared out by chance between train and val; every class keeps an image in train."""
-    ids = list(catalog.table.tags)
+    """The tagged images that are in no test.txt, shared out by chance between train and val; every class of them keeps
+    an image in train."""
+    tested = set(catalog.ids("test")) if (catalog.root / "splits" / "test.txt").is_file() else set()
+    ids = [image_id for image_id in catalog.table.tags if image_id not in tested]
     left = np.sum([catalog.tags(i) for i in ids], 0) if ids else np.zeros(catalog.num_classes)
     wanted, chosen = max(1, round(val_share * len(ids))), set()
     for number in np.random.default_rng(0).permutation(len(ids)).tolist():
@@ -142,6 +153,6 @@ def tell_pictures(catalog: Catalog, findings: Findings) -> None:
 
 _DEEP = (
     "more than 8 bits a channel: the values are taken for those of the smallest depth of 8, 10, 12, 14 and 16 "
-    "bits that "
-    "holds the largest of an image, and their upper 8 bits are used; save them with 8 bits to scale them otherwise"
+    "bits that holds the largest of an image, and their upper 8 bits are used; save them with "
+    "8 bits to scale them otherwise"
 )

@@ -104,8 +104,7 @@ def prepare_from(
     findings = Findings(overwrite)
     for note in export.notes:
         findings.note(note)
-    if source.is_dir():
-        tell_unread_pictures(source, ".", findings)
+    tell_unread_pictures(source if source.is_dir() else source.parent, ".", findings)
     images: dict[str, ExportedImage] = {}
     tops = ("JPEGImages", "images", "Images")
     for name, image in without_folder([(image.name, image) for image in export.images], *tops):
