@@ -172,9 +172,9 @@ def _end_interrupted(number: int, frame: object) -> None:
 
 
 @contextmanager
-def starting_workers() -> Iterator[None]:
-    """While worker processes are started, forked or spawned: they inherit that Ctrl-C is not for them, from their first
-    moment on. In this process it takes effect at the end of the block."""
+def holding_interrupts() -> Iterator[None]:
+    """Ctrl-C takes effect at the end of the block. For starting worker processes, forked or spawned, which inherit
+    from their first moment on that it is not for them; and for what would lose it, such as a ``__del__``."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from misc.commandline import starting_workers
+from misc.commandline import holding_interrupts
 from misc.config import Augment, View
 from misc.distributed import quiet_threads
 from misc.files.images import read_image
@@ -263,8 +263,9 @@ class _Loader(DataLoader[dict[str, Tensor]]):
     """A DataLoader whose errors say what to do."""
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
+        batches: Iterator[dict[str, Tensor]] | None = None
         try:
-            with starting_workers():
+            with holding_interrupts():
                 batches = super().__iter__()
             yield from batches
         except DataError as error:  # errors from a worker contain the worker's traceback
@@ -276,6 +277,9 @@ class _Loader(DataLoader[dict[str, Tensor]]):
                 f"A process that reads training images was killed or crashed ({str(error).strip()}). Most often the "
                 "memory, or the shared memory of a container, is too small: use fewer workers, or 0."
             ) from error
+        finally:
+            with holding_interrupts():  # it waits for its processes in its __del__
+                del batches
 
 
 def _start_worker(_: int) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from misc import distributed
-from misc.commandline import starting_workers
+from misc.commandline import holding_interrupts
 from misc.distributed import quiet_threads
 from misc.files import atomic
 from misc.loop.pool import worker_pool
@@ -283,7 +283,7 @@ def _processes(
         with worker_pool(workers, context, _start_worker, work) as pool:
             while True:
                 while len(waiting) < 4 * workers and (image_id := next(rest, None)) is not None:
-                    with starting_workers():  # one at most for each image that is submitted
+                    with holding_interrupts():  # one at most for each image that is submitted
                         waiting.append((image_id, pool.submit(_in_worker, image_id)))
                 if not waiting:
                     break

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from misc.commandline import starting_workers
+from misc.commandline import holding_interrupts
 from misc.distributed import quiet_threads
 from misc.image.labels import holds_only_ignored
 from misc.loop.pool import worker_pool
@@ -146,7 +146,7 @@ class _Job:
             if workers > 1:  # spawned, not forked: safe beside threads and accelerators
                 context = multiprocessing.get_context("spawn")
                 pool = stack.enter_context(worker_pool(workers, context, quiet_threads))
-                with starting_workers():  # one for each of the first chunks
+                with holding_interrupts():  # one for each of the first chunks
                     counted = pool.map(self.count, chunks)
             else:
                 counted = map(self.count, chunks)

@@ -215,7 +215,7 @@ def test_ctrl_c_during_imports(program: str) -> None:
 
 def test_workers_begin_without_ctrl_c() -> None:
     code = "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('lives')"
-    with commandline.starting_workers():
+    with commandline.holding_interrupts():
         started = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert started.communicate(timeout=60)[0] == "lives\n" and started.returncode == 0
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())

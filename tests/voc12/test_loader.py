@@ -318,3 +318,24 @@ def test_a_worker_is_silent_about_a_batch_that_nobody_fetches(monkeypatch: pytes
         thread.join()
         hook()  # of the worker's own work: nothing is kept back
     assert [type(error) for error in told] == [EOFError, ConnectionResetError, ValueError, ValueError]
+
+
+def test_ctrl_c_is_not_lost_while_reading_processes_are_waited_for(
+    data: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Batches:
+        def __iter__(self) -> Batches:
+            return self
+
+        def __next__(self) -> dict[str, torch.Tensor]:
+            return {}
+
+        def __del__(self) -> None:  # whose errors are told and forgotten
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", lambda self: Batches())
+    dataset = TrainSet(data, IDS, RECIPE, "imagenet", 0)
+    batches = iter(make_loader(dataset, Draws(7, 7, "epochs", 0), 0, 1, 7, 0, 1, 0))
+    next(batches)
+    with pytest.raises(KeyboardInterrupt):
+        batches.close()
