@@ -227,7 +227,7 @@ def test_number_of_classes_counts_the_background(data: Data, capsys: pytest.Capt
         ("npz", ["--curve", "--step", "nan"], "positive --step"),
         ("npz", ["--curve", "--end", "inf"], "--end above --start"),
         ("npz", ["--curve", "--step", "1e-9"], "5.9e+08 background scores, 10000 are the most"),
-        ("npz", ["--threshold", "nan"], "--threshold nan is no number"),
+        ("npz", ["--threshold", "nan"], "--threshold nan must be a finite number"),
         ("png", ["--num-classes", "1"], "--num-classes"),
         ("png", ["--erosion", "7"], "--erosion 7"),
         ("npz", ["--curve", "--erosion", "4"], "must be odd"),

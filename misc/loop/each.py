@@ -12,7 +12,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
@@ -24,7 +24,6 @@ from misc import distributed
 from misc.commandline import holding_interrupts
 from misc.distributed import quiet_threads
 from misc.files import atomic
-from misc.loop.pool import worker_pool
 from misc.loop.progress import Progress
 
 
@@ -279,26 +278,28 @@ def _processes(
     context = multiprocessing.get_context(method)
     waiting: deque[tuple[str, Future[None]]] = deque()
     rest = iter(ids)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(work,))
     try:
-        with worker_pool(workers, context, _start_worker, work) as pool:
-            while True:
-                while len(waiting) < 4 * workers and (image_id := next(rest, None)) is not None:
-                    with holding_interrupts():  # one at most for each image that is submitted
-                        waiting.append((image_id, pool.submit(_in_worker, image_id)))
-                if not waiting:
-                    break
-                image_id, result = waiting[0]
-                if isinstance(result.exception(), BrokenProcessPool):
-                    raise result.exception()
-                waiting.popleft()
-                _guarded(image_id, result.result, failures)
-                bar.update()
+        while True:
+            while len(waiting) < 4 * workers and (image_id := next(rest, None)) is not None:
+                with holding_interrupts():  # one at most for each image that is submitted
+                    waiting.append((image_id, pool.submit(_in_worker, image_id)))
+            if not waiting:
+                break
+            image_id, result = waiting[0]
+            if isinstance(result.exception(), BrokenProcessPool):
+                raise result.exception()
+            waiting.popleft()
+            _guarded(image_id, result.result, failures)
+            bar.update()
     except BrokenProcessPool:
         begun = [i for i, r in waiting if not r.done() or r.exception()] or [image_id]
         raise WorkerDied(
             f"A worker process died (often: out of memory) at one of the images {', '.join(begun[: 2 * workers])}. "
             "Finished images are kept: start the same command again, with fewer --machine.workers if it happens again."
         ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start_worker(work: Callable[[str], None]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +20,6 @@ import numpy as np
 from misc.commandline import holding_interrupts
 from misc.distributed import quiet_threads
 from misc.image.labels import holds_only_ignored
-from misc.loop.pool import worker_pool
 from misc.loop.progress import Progress
 from misc.score.erosion import ErodedCurve, erode
 from misc.score.metrics import (
@@ -145,7 +145,8 @@ class _Job:
             counted: Iterator[Any]
             if workers > 1:  # spawned, not forked: safe beside threads and accelerators
                 context = multiprocessing.get_context("spawn")
-                pool = stack.enter_context(worker_pool(workers, context, quiet_threads))
+                pool = ProcessPoolExecutor(workers, context, initializer=quiet_threads)
+                stack.callback(pool.shutdown, cancel_futures=True)  # Ctrl-C waits for the chunks in work alone
                 with holding_interrupts():  # one for each of the first chunks
                     counted = pool.map(self.count, chunks)
             else:

@@ -399,5 +399,5 @@ def test_selection_without_masks_is_refused_before_anything_is_trained(data: Pat
     next((own / "SegmentationClass").glob("2025*")).unlink()
     with pytest.raises(ValueError, match="train_miou needs the masks of the list train, but 1 images have none"):
         scored_masks(open_job(replace(open_config(own), run=tmp_path / "run")))
-    assert run_sample.main(arguments(own, tmp_path / "run", "--cam.selection", "train_miou")) == 1
+    assert run_sample.main(arguments(own, tmp_path / "run", "--cam.selection", "train_miou")) == 2
     assert not list((tmp_path / "run").glob("weights/*"))
