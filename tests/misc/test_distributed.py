@@ -126,36 +126,36 @@ def test_a_missing_gpu_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
         distributed.start("auto")
 
 
+ON_GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
+
+
+def number_printed(*lines: str) -> int:
+    """What a program of these lines prints in a process of its own, after a run's start on the CPU."""
+    begin = ("import torch", "from misc import distributed", "distributed.start('cpu')")
+    ended = start(["-c", "\n".join((*begin, *lines))])
+    assert ended.returncode == 0, ended.stderr
+    return int(ended.stdout)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
+@ON_GLIBC
 def test_freed_memory_is_used_again() -> None:
-    lines = (
-        "import resource, torch",
-        "from misc import distributed",
-        "distributed.start('cpu')",
+    assert number_printed(
+        "import resource",
         "for _ in range(40):",  # the first ones find their places
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt",
         "    torch.ones(32 << 20)",
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)",
-    )
-    ended = start(["-c", "\n".join(lines)])
-    assert ended.returncode == 0, ended.stderr
-    assert int(ended.stdout) < 1000, "of some 32,800 pages"
+    ) < 1000, "of some 32,800 pages"  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
+@ON_GLIBC
 def test_unused_memory_is_given_back() -> None:
-    lines = (
-        "import torch",
-        "from misc import distributed",
+    assert number_printed(
         "size = lambda: int(open('/proc/self/statm').read().split()[1]) >> 8",  # MB
-        "distributed.start('cpu')",
         "torch.ones(64 << 20)",
         "kept = size()",
         "distributed.give_memory_back()",
         "print(kept - size())",
-    )
-    ended = start(["-c", "\n".join(lines)])
-    assert ended.returncode == 0, ended.stderr
-    assert int(ended.stdout) > 200, "of 256 MB"
+    ) > 200, "of 256 MB"  # fmt: skip

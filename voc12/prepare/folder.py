@@ -153,6 +153,6 @@ def tell_pictures(catalog: Catalog, findings: Findings) -> None:
 
 _DEEP = (
     "more than 8 bits a channel: the values are taken for those of the smallest depth of 8, 10, 12, 14 and 16 "
-    "bits that holds the largest of an image, and their upper 8 bits are used; save them with "
-    "8 bits to scale them otherwise"
+    "bits that holds the largest of an image, and their upper 8 bits are used; save them with 8 bits to scale them "
+    "otherwise"
 )
