@@ -25,7 +25,6 @@ if __name__ == "__main__" and (done := commandline.answer_early(Path(__file__), 
 import math
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -39,6 +38,7 @@ from misc.files.ids import IdReader, file_of_id, read_ids
 from misc.files.images import read_mask
 from misc.files.store import read_text, write_json
 from misc.loop.each import WorkerDied
+from misc.loop.pool import WorkerKilled
 from misc.score.evaluate import EvaluationError, Scores, evaluate_cams, evaluate_masks
 from misc.score.metrics import Convention, Maps
 from misc.tables import ResultTable
@@ -301,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = commandline.parse_options(EvaluationOptions, words, description=__doc__, prog="evaluation.py")
         try:
             result = evaluate(options)
-        except BrokenProcessPool:
+        except WorkerKilled:
             raise WorkerDied(
                 "A worker process died (often: out of memory). Start again, with fewer --workers."
             ) from None

@@ -18,6 +18,7 @@ import re
 import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,15 +175,26 @@ def _end_interrupted(number: int, frame: object) -> None:
 @contextmanager
 def holding_interrupts() -> Iterator[None]:
     """Ctrl-C takes effect at the end of the block. For starting worker processes, forked or spawned, which inherit
-    from their first moment on that it is not for them; and for what would lose it, such as a ``__del__``."""
+    from their first moment on that it is not for them; and for what would lose it, such as a ``__del__``.
+
+    What processes inherit is this thread's mask of signals. It is not enough for this process, in which another thread
+    (of a math library, of a progress bar) may be given the signal: Python acts on it in the main thread even then.
+    """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    held: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number)) if main else None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if main:
+            signal.signal(signal.SIGINT, handler)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _unread() -> bool:

@@ -7,13 +7,10 @@ and a per-image report of what failed live here and nowhere else.
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -21,9 +18,8 @@ from typing import Any
 import torch
 
 from misc import distributed
-from misc.commandline import holding_interrupts
-from misc.distributed import quiet_threads
 from misc.files import atomic
+from misc.loop.pool import WorkerKilled, in_workers
 from misc.loop.progress import Progress
 
 
@@ -275,48 +271,13 @@ def _processes(
 ) -> None:
     # fork is fast, but a forked child cannot use a GPU context that its parent has opened
     method = "spawn" if torch.cuda.is_initialized() or "fork" not in multiprocessing.get_all_start_methods() else "fork"
-    context = multiprocessing.get_context(method)
-    waiting: deque[tuple[str, Future[None]]] = deque()
-    rest = iter(ids)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(work,))
     try:
-        while True:
-            while len(waiting) < 4 * workers and (image_id := next(rest, None)) is not None:
-                with holding_interrupts():  # one at most for each image that is submitted
-                    waiting.append((image_id, pool.submit(_in_worker, image_id)))
-            if not waiting:
-                break
-            image_id, result = waiting[0]
-            if isinstance(result.exception(), BrokenProcessPool):
-                raise result.exception()
-            waiting.popleft()
-            _guarded(image_id, result.result, failures)
-            bar.update()
-    except BrokenProcessPool:
-        begun = [i for i, r in waiting if not r.done() or r.exception()] or [image_id]
+        with closing(in_workers(work, ids, workers, method)) as outcomes:
+            for image_id, outcome in zip(ids, outcomes, strict=True):
+                _guarded(image_id, outcome.result, failures)
+                bar.update()
+    except WorkerKilled as killed:
         raise WorkerDied(
-            f"A worker process died (often: out of memory) at one of the images {', '.join(begun[: 2 * workers])}. "
-            "Finished images are kept: start the same command again, with fewer --machine.workers if it happens again."
+            f"A worker process died (often: out of memory) at one of the images {', '.join(killed.items)}. Finished "
+            "images are kept: start the same command again, with fewer --machine.workers if it happens again."
         ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_worker(work: Callable[[str], None]) -> None:
-    """Receive the function once per worker process instead of once per image."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which waits for images
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    quiet_threads()
-    _in_worker.work = work  # type: ignore[attr-defined]
-
-
-def _end_with_parent() -> None:
-    """End this worker when its parent is killed; it would wait for images for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _in_worker(image_id: str) -> None:
-    _in_worker.work(image_id)  # type: ignore[attr-defined]

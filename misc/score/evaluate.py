@@ -7,19 +7,16 @@ checked before problems are reported, and a set with a problem gets no score.
 from __future__ import annotations
 
 import math
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from misc.commandline import holding_interrupts
-from misc.distributed import quiet_threads
 from misc.image.labels import holds_only_ignored
+from misc.loop.pool import in_workers
 from misc.loop.progress import Progress
 from misc.score.erosion import ErodedCurve, erode
 from misc.score.metrics import (
@@ -144,11 +141,8 @@ class _Job:
         with ExitStack() as stack:
             counted: Iterator[Any]
             if workers > 1:  # spawned, not forked: safe beside threads and accelerators
-                context = multiprocessing.get_context("spawn")
-                pool = ProcessPoolExecutor(workers, context, initializer=quiet_threads)
-                stack.callback(pool.shutdown, cancel_futures=True)  # Ctrl-C waits for the chunks in work alone
-                with holding_interrupts():  # one for each of the first chunks
-                    counted = pool.map(self.count, chunks)
+                outcomes = stack.enter_context(closing(in_workers(self.count, chunks, workers, "spawn")))
+                counted = (outcome.result() for outcome in outcomes)
             else:
                 counted = map(self.count, chunks)
             hidden = None if progress else True  # None: shown on terminals only

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -200,8 +201,9 @@ PROGRAMS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_ctrl_c_during_imports(program: str) -> None:
-    started = subprocess.Popen([sys.executable, *PROGRAMS[program]], cwd=ROOM, stderr=subprocess.PIPE, text=True)
+def test_ctrl_c_during_imports(program: str, tmp_path: Path) -> None:
+    own = ["--out", str(tmp_path)] if program == "run_sample.py" else []  # not a run of one's own
+    started = subprocess.Popen([sys.executable, *PROGRAMS[program], *own], cwd=ROOM, stderr=subprocess.PIPE, text=True)
     until = time.time() + 60
     while time.time() < until:  # NumPy's library is mapped while the program imports
         maps = Path(f"/proc/{started.pid}/maps").read_text() if started.poll() is None else ""
@@ -210,7 +212,8 @@ def test_ctrl_c_during_imports(program: str) -> None:
         time.sleep(0.002)
     started.send_signal(signal.SIGINT)
     _, error = started.communicate(timeout=60)
-    assert started.returncode == 130 and error.strip().startswith("interrupted: ") and len(error.splitlines()) == 2
+    assert started.returncode == 130 and error.strip().startswith("interrupted: "), error
+    assert len(error.splitlines()) == 2
 
 
 def test_workers_begin_without_ctrl_c() -> None:
@@ -221,6 +224,27 @@ def test_workers_begin_without_ctrl_c() -> None:
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
     plain = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "lives" not in plain.stdout
+
+
+def test_ctrl_c_that_another_thread_is_given_is_held_too() -> None:
+    """Linux gives a signal to any thread that does not block it."""
+    asleep, reached = threading.Event(), []
+    other = threading.Thread(target=asleep.wait)
+    other.start()
+    try:
+        with pytest.raises(KeyboardInterrupt), commandline.holding_interrupts():
+            with commandline.holding_interrupts():
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.05)
+                reached.append("inner")
+            reached.append("outer")
+    finally:
+        asleep.set()
+        other.join()
+    assert reached == ["inner", "outer"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with commandline.holding_interrupts():
+        pass
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_killed_process_that_nobody_waited_for_writes_no_more(tmp_path: Path) -> None:
