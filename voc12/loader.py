@@ -24,6 +24,7 @@ from misc.files.images import read_image
 from misc.image.labels import IGNORE
 from misc.image.pixels import to_tensor
 from misc.loop.each import WorkerDied
+from misc.loop.pool import end_with_parent
 from voc12.catalog import Catalog
 from voc12.tags import DataError
 from voc12.transforms import TrainSample, augment_sample
@@ -283,6 +284,7 @@ class _Loader(DataLoader[dict[str, Tensor]]):
 
 
 def _start_worker(_: int) -> None:
+    end_with_parent()
     quiet_threads()
     parent, told = os.getppid(), sys.excepthook
 

@@ -94,7 +94,7 @@ def in_workers(
                         outcomes[in_work.pop(pipe)] = outcome  # type: ignore[arg-type]
                         give(pipe)  # type: ignore[arg-type]
                 yield outcomes.pop(number)
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # before, or in, an answer
             raise WorkerKilled([items[number] for number in sorted(in_work.values())]) from None
     finally:
         for _, pipe in crew:
@@ -110,7 +110,7 @@ def in_workers(
 
 def _serve(pipe: connection.Connection, work: Callable[[Any], Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which waits for images
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     quiet_threads()
     with suppress(EOFError, ConnectionError):  # without a parent there is nothing to do
         while (task := pipe.recv()) is not None:
@@ -130,9 +130,14 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-def _end_with_parent() -> None:
-    """End this worker when its parent is killed: forked workers hold the ends of each other's pipes."""
+def end_with_parent() -> None:
+    """Makes this worker process end when its parent is killed, whatever it is at. Forked workers hold the ends of each
+    other's pipes, by which they would wait for each other."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
-    os._exit(1)
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

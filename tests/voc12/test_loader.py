@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing.connection
 import os
 import signal
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -310,6 +312,7 @@ def test_a_worker_is_silent_about_a_batch_that_nobody_fetches(monkeypatch: pytes
     told: list[BaseException] = []
     monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: told.append(error))
     monkeypatch.setattr(loader, "quiet_threads", lambda: None)  # this process keeps its threads
+    monkeypatch.setattr(loader, "end_with_parent", lambda: None)  # it has none
     loader._start_worker(0)
     for error in (EOFError(), ConnectionResetError(), ValueError("wrong")):
         hook = functools.partial(sys.excepthook, type(error), error, None)
@@ -339,3 +342,39 @@ def test_ctrl_c_is_not_lost_while_reading_processes_are_waited_for(
     next(batches)
     with pytest.raises(KeyboardInterrupt):
         batches.close()
+
+
+def read_for_ever(self: TrainSet, draw: object) -> None:
+    time.sleep(600)
+
+
+def start_reading(data: Catalog, children: multiprocessing.connection.Connection) -> None:
+    TrainSet.__getitem__ = read_for_ever  # type: ignore[assignment]
+    dataset = TrainSet(data, IDS, RECIPE, "imagenet", 0)
+    batches = iter(make_loader(dataset, Draws(7, 7, "epochs", 0), 0, 1, 1, 0, 7, 2))
+    threading.Timer(1, lambda: children.send([child.pid for child in multiprocessing.active_children()])).start()
+    next(batches)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_reading_processes_end_with_a_main_process_that_is_killed(data: Catalog) -> None:
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    main = context.Process(target=start_reading, args=(data, theirs))
+    main.start()
+    assert ours.poll(60)
+    children = ours.recv()
+    main.kill()
+    main.join()
+    until = time.monotonic() + 30
+    while time.monotonic() < until and any(is_running(child) for child in children):
+        time.sleep(0.05)
+    assert len(children) == 2 and not any(is_running(child) for child in children)
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process exists and is not one that has ended and that nobody waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
