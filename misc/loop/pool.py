@@ -13,14 +13,14 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import connection
-from typing import Any, Generic, TypeVar
+from multiprocessing import connection, resource_tracker
+from typing import Any, Generic, TypeVar, cast
 
 from misc.commandline import holding_interrupts
 from misc.distributed import quiet_threads
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
+Answer = TypeVar("Answer")
 
 
 class WorkerKilled(RuntimeError):
@@ -36,14 +36,14 @@ class _InWorker(Exception):
 
 
 @dataclass(frozen=True)
-class Outcome(Generic[Result]):
+class Outcome(Generic[Answer]):
     """What came of one item."""
 
-    value: Result | None
+    value: Answer | None
     error: Exception | None = None
     trace: str = ""
 
-    def result(self) -> Result:
+    def result(self) -> Answer:
         """The value, or the item's error, raised."""
         if self.error is not None:
             raise self.error from _InWorker(f"\n{self.trace}")
@@ -51,8 +51,8 @@ class Outcome(Generic[Result]):
 
 
 def in_workers(
-    work: Callable[[Item], Result], items: Sequence[Item], workers: int, method: str
-) -> Iterator[Outcome[Result]]:
+    work: Callable[[Item], Answer], items: Sequence[Item], workers: int, method: str
+) -> Iterator[Outcome[Answer]]:
     """Calls ``work`` for every item in worker processes and gives the outcomes in the items' order. Closed early
     (``contextlib.closing``), or at an error, what is in work is finished and the rest is dropped.
 
@@ -65,60 +65,67 @@ def in_workers(
         WorkerKilled: one of them died.
     """
     context = multiprocessing.get_context(method)
+    forked = context.get_start_method() == "fork"
+    if not forked:
+        resource_tracker.ensure_running()  # when it starts, Ctrl-C is no longer held
     crew: list[tuple[Any, connection.Connection]] = []
     in_work: dict[connection.Connection, int] = {}
-    outcomes: dict[int, Outcome[Result]] = {}
-    rest = iter(range(len(items)))
-
-    def give(pipe: connection.Connection) -> None:
-        number = next(rest, None)
-        if number is not None:
-            in_work[pipe] = number
-            pipe.send((items[number],))
-
+    outcomes: dict[int, Outcome[Answer]] = {}
+    given = 0
     try:
         for _ in range(min(workers, len(items))):
             with holding_interrupts():
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs, work))
+                # a forked worker has the main process's ends of all pipes so far; each end must have one owner, so that
+                # its death is the pipe's end. A spawned one is sent its work, by a pipe that ends if it is killed
+                inherited = [*(pipe for _, pipe in crew), ours] if forked else []
+                process = context.Process(target=_serve, args=(theirs, inherited, work if forked else None))
                 process.start()
-                theirs.close()  # the worker's is the only one, so that its death is the pipe's end
+                theirs.close()
                 crew.append((process, ours))
         try:
-            for _, pipe in crew:
-                give(pipe)
+            idle = [pipe for _, pipe in crew]
+            for pipe in idle if not forked else ():
+                pipe.send(work)
             for number in range(len(items)):
-                while number not in outcomes:
-                    for pipe in connection.wait(list(in_work)):
-                        outcome = pipe.recv()  # type: ignore[union-attr]
-                        outcomes[in_work.pop(pipe)] = outcome  # type: ignore[arg-type]
-                        give(pipe)  # type: ignore[arg-type]
+                while True:
+                    while idle and given < min(len(items), number + 4 * workers):
+                        in_work[idle[-1]], given = given, given + 1
+                        idle.pop().send((items[given - 1],))
+                    if number in outcomes:
+                        break
+                    for pipe in cast(list[connection.Connection], connection.wait(list(in_work))):
+                        outcome = pickle.loads(pipe.recv_bytes())
+                        outcomes[in_work.pop(pipe)] = outcome
+                        idle.append(pipe)
                 yield outcomes.pop(number)
         except (EOFError, OSError):  # before, or in, an answer
             raise WorkerKilled([items[number] for number in sorted(in_work.values())]) from None
     finally:
-        for _, pipe in crew:
-            with suppress(OSError):
-                pipe.send(None)
-        for process, pipe in crew:
-            with suppress(EOFError, OSError):
-                while True:  # an answer that nobody waits for any more would keep its worker from ending
-                    pipe.recv_bytes()
+        with holding_interrupts():
+            for _, pipe in crew:
+                pipe.close()  # each worker finishes what it is at, and finds nobody to answer or to ask
+        for process, _ in crew:
             process.join()
-            pipe.close()
 
 
-def _serve(pipe: connection.Connection, work: Callable[[Any], Any]) -> None:
+def _serve(
+    pipe: connection.Connection, inherited: Sequence[connection.Connection], work: Callable[[Any], Any] | None
+) -> None:
+    for end in inherited:
+        end.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which waits for images
     end_with_parent()
     quiet_threads()
-    with suppress(EOFError, ConnectionError):  # without a parent there is nothing to do
-        while (task := pipe.recv()) is not None:
+    with suppress(EOFError, ConnectionError):  # when nobody asks any more
+        work = pipe.recv() if work is None else work
+        while True:
+            (item,) = pipe.recv()
             try:
-                outcome = Outcome(work(*task))
+                answer = pickle.dumps(Outcome(work(item)))
             except Exception as error:
-                outcome = Outcome(None, _portable(error), traceback.format_exc())
-            pipe.send(outcome)
+                answer = pickle.dumps(Outcome(None, _portable(error), traceback.format_exc()))
+            pipe.send_bytes(answer)
 
 
 def _portable(error: Exception) -> Exception:
@@ -131,8 +138,7 @@ def _portable(error: Exception) -> Exception:
 
 
 def end_with_parent() -> None:
-    """Makes this worker process end when its parent is killed, whatever it is at. Forked workers hold the ends of each
-    other's pipes, by which they would wait for each other."""
+    """Makes this worker process end when its parent is killed, whatever it is at."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import signal
@@ -62,11 +62,58 @@ def die(item: int) -> int:
 
 
 def test_one_that_is_killed_is_told_with_what_was_in_work() -> None:
-    outcomes = in_workers(die, range(40), 2, "fork")
-    assert [next(outcomes).result(), next(outcomes).result()] == [0, 1]
     with pytest.raises(WorkerKilled) as caught:
-        list(outcomes)
+        list(in_workers(die, range(40), 2, "fork"))
     assert 2 in caught.value.items and not multiprocessing.active_children()
+
+
+class Large:
+    """More than a pipe holds, and a worker that is killed before it has read it."""
+
+    def __init__(self) -> None:
+        self.content = bytes(1_000_000)
+
+    def __setstate__(self, state: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def __call__(self, item: int) -> int:
+        return item
+
+
+def test_one_that_is_killed_at_its_start_is_told() -> None:
+    with pytest.raises(WorkerKilled):
+        list(in_workers(Large(), range(3), 2, "spawn"))
+    assert not multiprocessing.active_children()
+
+
+def wait_for_the_first(item: int) -> int:
+    time.sleep(0.5 * (item == 0))
+    return time.monotonic_ns()
+
+
+def test_nobody_runs_far_ahead_of_a_slow_item() -> None:
+    ends = [outcome.result() for outcome in in_workers(wait_for_the_first, range(40), 2, "fork")]
+    assert sum(end < ends[0] for end in ends) <= 7  # four for each worker, the slow one aside
+
+
+def return_a_function(item: int) -> object:
+    return lambda: item
+
+
+def test_a_result_that_cannot_be_sent_is_an_error_of_its_item() -> None:
+    (outcome,) = in_workers(return_a_function, [1], 1, "fork")
+    with pytest.raises(Exception, match="pickle"):
+        outcome.result()
+
+
+def test_ctrl_c_in_the_middle_of_an_answer_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: object) -> bytes:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(multiprocessing.connection.Connection, "recv_bytes", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(in_workers(large, range(8), 3, "fork"))
+    assert not multiprocessing.active_children()
 
 
 def large(item: int) -> bytes:
