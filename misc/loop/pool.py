@@ -90,8 +90,10 @@ def in_workers(
             for number in range(len(items)):
                 while True:
                     while idle and given < min(len(items), number + 4 * workers):
-                        in_work[idle[-1]], given = given, given + 1
-                        idle.pop().send((items[given - 1],))
+                        pipe = idle.pop()
+                        in_work[pipe] = given
+                        pipe.send(items[given])
+                        given += 1
                     if number in outcomes:
                         break
                     for pipe in cast(list[connection.Connection], connection.wait(list(in_work))):
@@ -120,7 +122,7 @@ def _serve(
     with suppress(EOFError, ConnectionError):  # when nobody asks any more
         work = pipe.recv() if work is None else work
         while True:
-            (item,) = pipe.recv()
+            item = pipe.recv()
             try:
                 answer = pickle.dumps(Outcome(work(item)))
             except Exception as error:
