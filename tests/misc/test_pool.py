@@ -67,14 +67,22 @@ def test_one_that_is_killed_is_told_with_what_was_in_work() -> None:
     assert 2 in caught.value.items and not multiprocessing.active_children()
 
 
+def end_now() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Deadly:
+    """Kills the process that unpickles it."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return end_now, ()
+
+
 class Large:
-    """More than a pipe holds, and a worker that is killed before it has read it."""
+    """More than a pipe holds, in a worker that is killed before it has read all."""
 
     def __init__(self) -> None:
-        self.content = bytes(1_000_000)
-
-    def __setstate__(self, state: object) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+        self.first, self.rest = Deadly(), bytes(10_000_000)
 
     def __call__(self, item: int) -> int:
         return item
