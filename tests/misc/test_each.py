@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from running import gone, wait_for
 
 from misc.files import atomic, store
 from misc.loop import each as each_module
@@ -178,24 +179,6 @@ class Sleeper:
     def __call__(self, image_id: str) -> None:
         (self.folder / str(os.getpid())).touch()
         time.sleep(600)
-
-
-def gone(process: int) -> bool:
-    """Whether a process has ended (or only waits for somebody to take note of it)."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
-def wait_for(condition) -> None:
-    """Until it is true, at most a minute."""
-    waiting = threading.Event()
-    for _ in range(600):
-        if condition():
-            return
-        waiting.wait(0.1)
-    raise AssertionError("waited in vain")
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from running import gone, wait_for
 
 from misc.config import Augment, View
 from misc.files.images import read_mask
@@ -366,15 +367,5 @@ def test_reading_processes_end_with_a_main_process_that_is_killed(data: Catalog)
     children = ours.recv()
     main.kill()
     main.join()
-    until = time.monotonic() + 30
-    while time.monotonic() < until and any(is_running(child) for child in children):
-        time.sleep(0.05)
-    assert len(children) == 2 and not any(is_running(child) for child in children)
-
-
-def is_running(pid: int) -> bool:
-    """Whether the process exists and is not one that has ended and that nobody waited for."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    assert len(children) == 2
+    wait_for(lambda: all(gone(child) for child in children))
