@@ -75,9 +75,10 @@ def without_steps(argv: Sequence[str]) -> list[str]:
 
 def main(argv: Sequence[str]) -> int:
     """Command line. Returns the exit status: 2 if the call is refused before any work, 1 if the work failed."""
+    # the first call after a change of the sources imports PyTorch here; libraries lose a KeyboardInterrupt then
     if commandline.wants_help(argv):
-        return commandline.command(lambda: print(choices.help_text(argv)))
-    if wrong := commandline.command(lambda: choices.check_words(argv)):
+        return commandline.command(lambda: print(choices.help_text(argv)), interrupted=None)
+    if wrong := commandline.command(lambda: choices.check_words(argv), interrupted=None):
         return wrong
 
     # these import PyTorch, which takes seconds

@@ -57,12 +57,13 @@ def end(status: int) -> NoReturn:
 
 
 def command(work: Callable[[], int | None], problems: tuple[type[Exception], ...] = (),
-            interrupted: str | Callable[[], str] = "") -> int:  # fmt: skip
+            interrupted: str | Callable[[], str] | None = "") -> int:  # fmt: skip
     """Run the work of a command line and return its exit status.
 
     0, or what ``work`` returns: finished. 2: ``WrongCall``. 1: one of the errors in ``problems``, the work failed. Both
     tell the user what to do and are printed without a traceback. 130: Ctrl-C; ``interrupted``, or what it returns then,
-    is printed. 141 (as in a shell): the reader of the output has gone (``| head``).
+    is printed; None: the work only prepares, and Ctrl-C stays what ``begin`` made it. 141 (as in a shell): the reader
+    of the output has gone (``| head``).
 
     Letters that the output's encoding lacks, as in file names that are not in UTF-8, are printed as escapes.
     """
@@ -70,7 +71,7 @@ def command(work: Callable[[], int | None], problems: tuple[type[Exception], ...
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with _raising_interrupts():
+        with contextlib.nullcontext() if interrupted is None else _raising_interrupts():
             try:
                 status = work() or 0
             finally:
@@ -85,7 +86,7 @@ def command(work: Callable[[], int | None], problems: tuple[type[Exception], ...
         print(f"\nerror: {error}", file=sys.stderr)
         return 2 if isinstance(error, WrongCall) else 1
     except KeyboardInterrupt:
-        print(f"\ninterrupted: {interrupted if isinstance(interrupted, str) else interrupted()}", file=sys.stderr)
+        print(f"\ninterrupted: {interrupted() if callable(interrupted) else interrupted or ''}", file=sys.stderr)
         return 130
     return status
 

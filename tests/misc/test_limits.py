@@ -216,6 +216,33 @@ def test_ctrl_c_during_imports(program: str, tmp_path: Path) -> None:
     assert len(error.splitlines()) == 2
 
 
+FIRST_CALL = """
+import os, signal, sys
+import run_sample
+from misc import commandline
+from step.lib import choices
+
+def import_numpy():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+    except KeyboardInterrupt:
+        raise ImportError("cannot load module more than once per process")
+
+commandline.begin("__main__")
+choices._index = import_numpy
+run_sample.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("flags", [(), ("--help",)])
+def test_ctrl_c_in_the_first_call_after_a_change_of_the_sources(flags: tuple[str, ...]) -> None:
+    """It imports PyTorch to list the flags; NumPy makes another error of a KeyboardInterrupt."""
+    command = [sys.executable, "-c", FIRST_CALL, "psa", "--steps", "1", *flags]
+    ended = subprocess.run(command, cwd=ROOM, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 130 and ended.stderr.split() == "interrupted: nothing was begun.".split()
+
+
 def test_workers_begin_without_ctrl_c() -> None:
     code = "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('lives')"
     with commandline.holding_interrupts():
