@@ -273,8 +273,7 @@ def crf_inputs() -> tuple[Any, ...]:
 
 def crf_ours(image: np.ndarray, stacks: list[np.ndarray]) -> np.ndarray:
     """misc/crf/dense.py: the lattices are built once for both stacks."""
-    crf = DenseCRF(image, CRFSettings())
-    return np.stack([crf(scores) for scores in stacks])
+    return DenseCRF(image, CRFSettings())(np.stack(stacks))
 
 
 def crf_pydensecrf(image: np.ndarray, stacks: list[np.ndarray]) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -68,15 +69,15 @@ class Lattice:
         )
         self.vertices = len(packed)
         """Number of lattice vertices, M."""
-        self._neighbours = _neighbours(packed, strides)
-        self._blur_weights = weights.new_tensor([1.0, 0.5, 0.5]).repeat(self.vertices + 1, 1)
-        self._splat_starts, self._splat_points, self._splat_weights = _by_vertex(vertices, weights, self.vertices)
-        self._slice_vertices, self._slice_weights = vertices, weights * (1 / (1 + 2.0**-d))
+        blur = weights.new_tensor([1.0, 0.5, 0.5]).repeat(self.vertices + 1, 1)
+        self._splat = _Rows(*_by_vertex(vertices, weights, self.vertices))
+        self._blur = [_Rows.of_table(neighbours, blur) for neighbours in _neighbours(packed, strides)]
+        self._slice = _Rows.of_table(vertices, weights * (1 / (1 + 2.0**-d)))
         if normalised:
             mass = self.filter(weights.new_ones(*self.shape, 1)).flatten()
             scale = torch.rsqrt(mass + 1e-20)
-            self._splat_weights *= scale.index_select(0, self._splat_points)
-            self._slice_weights *= scale[:, None]
+            self._splat.weights.mul_(scale.index_select(0, self._splat.columns))
+            self._slice.weights.view_as(weights).mul_(scale[:, None])
 
     @torch.no_grad()
     def filter(self, values: Tensor) -> Tensor:
@@ -93,32 +94,36 @@ class Lattice:
         """
         if values.ndim != len(self.shape) + 1 or tuple(values.shape[:-1]) != self.shape:
             raise ValueError(f"values must be {(*self.shape, 'K')} as the features were, got {tuple(values.shape)}")
-        return self._slice(self._blur(self._splat(values)))
+        lattice = self._splat(values.float().reshape(-1, values.shape[-1]))  # (B*N, K) -> (M + 1, K), the last row zero
+        for along in self._blur:  # by (1/2, 1, 1/2) along each of the d + 1 directions in turn
+            lattice = along(lattice)
+        return self._slice(lattice).reshape(*self.shape, -1)
 
-    # An embedding bag is a product with a sparse matrix given by rows: the fastest form in torch on a CPU, and the
-    # same code runs on a GPU.
 
-    def _splat(self, values: Tensor) -> Tensor:
-        """Spread the points' values over the lattice: (N, K) or (B, N, K) -> (M + 1, K), the last row zero."""
+@dataclass(frozen=True)
+class _Rows:
+    """A sparse matrix by rows. Its product is an embedding bag: the fastest form in torch on a CPU (as fast as loops
+    that are compiled for it), and the same code runs on a GPU."""
+
+    starts: Tensor
+    """(R + 1,) int32 start of each row's entries, and their number."""
+    columns: Tensor
+    """(E,) int32 column of each entry."""
+    weights: Tensor
+    """(E,) float32."""
+
+    @classmethod
+    def of_table(cls, columns: Tensor, weights: Tensor) -> _Rows:
+        """From (R, C) columns and weights: as many entries in every row."""
+        rows, width = columns.shape
+        starts = torch.arange(0, rows * width + 1, width, dtype=torch.int32, device=columns.device)
+        return cls(starts, columns.flatten(), weights.flatten())
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """The product with (columns, K) values: (R, K)."""
         return F.embedding_bag(
-            self._splat_points,
-            values.float().reshape(-1, values.shape[-1]),  # (B*N, K)
-            self._splat_starts,
-            mode="sum",
-            per_sample_weights=self._splat_weights,
-            include_last_offset=True,
+            self.columns, values, self.starts, mode="sum", per_sample_weights=self.weights, include_last_offset=True
         )
-
-    def _blur(self, lattice: Tensor) -> Tensor:
-        """Blur the (M + 1, K) vertex values along each of the d + 1 lattice directions in turn, by (1/2, 1, 1/2)."""
-        for neighbours in self._neighbours:
-            lattice = F.embedding_bag(neighbours, lattice, mode="sum", per_sample_weights=self._blur_weights)
-        return lattice
-
-    def _slice(self, lattice: Tensor) -> Tensor:
-        """Read values back at the points: (M + 1, K) -> (N, K) or (B, N, K)."""
-        out = F.embedding_bag(self._slice_vertices, lattice, mode="sum", per_sample_weights=self._slice_weights)
-        return out.reshape(*self.shape, -1)
 
 
 def _enclosing_simplices(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,9 +135,9 @@ def _enclosing_simplices(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         features: (d, N).
 
     Returns:
-        (d, N) int32 nearest remainder-0 vertex, in units of d + 1; (d, N) int32 rank of each coordinate's distance to
-        it, 0 = largest (the last coordinate of both follows from the others); (d+1, N) float32 barycentric weights of
-        the simplex's vertices with remainder 0..d.
+        (d, N) int32 nearest remainder-0 vertex, in units of d + 1, without its last coordinate, which follows from the
+        others; (d+1, N) int8 rank of each coordinate's distance to it, 0 = largest; (d+1, N) float32 barycentric
+        weights of the simplex's vertices with remainder 0..d.
     """
     d, n = features.shape
     expected_std = float(np.float32(math.sqrt(2 / 3) * (d + 1)))
@@ -150,17 +155,20 @@ def _enclosing_simplices(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         excess += row
     nearest *= d + 1
 
+    # Comparisons straight into float32: several times as fast as by way of booleans.
     residual = elevated - nearest
     rank = torch.arange(d + 1, device=features.device, dtype=torch.float32)[:, None].repeat(1, n)
+    smaller = torch.empty_like(excess)
     for i in range(d):
         # Rank i to begin with: of two coordinates the earlier one goes first, unless it is smaller.
         for j in range(i + 1, d + 1):
-            smaller = (residual[i] < residual[j]).float()
+            torch.lt(residual[i], residual[j], out=smaller)
             rank[i] += smaller
             rank[j] -= smaller
     # Rounding may leave the plane sum = 0: the coordinates that were rounded furthest come back by one cell.
     rank += excess
-    shift = ((rank < 0).float() - (rank > d).float()).mul_(d + 1)
+    too_low = torch.lt(rank, 0, out=residual)
+    shift = too_low.sub_(torch.gt(rank, d, out=torch.empty_like(rank))).mul_(d + 1)
     rank += shift
     nearest += shift
 
@@ -169,7 +177,7 @@ def _enclosing_simplices(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     weights = by_rank.clone()
     weights[1:] -= by_rank[:-1]
     weights[0] += 1 - by_rank[-1]
-    return torch.div(nearest[:d], d + 1).int(), rank[:d].int(), weights
+    return torch.div(nearest[:d], d + 1).int(), rank.to(torch.int8), weights
 
 
 def _strides(spans: Sequence[int]) -> list[int]:
@@ -195,42 +203,56 @@ def _pack(coordinates: Sequence[Tensor], strides: Sequence[int]) -> Tensor:
 def _vertices(cells: Tensor, rank: Tensor, sets: int) -> tuple[Tensor, Tensor, list[int]]:
     """Assign numbers to the lattice vertices around all points.
 
-    Neighbouring pixels mostly share a simplex, so the distinct simplices are found first, and only their vertices are
+    A vertex is its simplex's remainder-0 vertex (the cell) and the set of coordinates that have come down by d + 1 on
+    the way to it. Points share few cells, so a table of cells and sets finds the distinct vertices, and only these are
     sorted.
 
     Args:
-        cells, rank: (d, N) as from ``_enclosing_simplices``.
+        cells: (d, N) as from ``_enclosing_simplices``.
+        rank: (d+1, N) from there.
         sets: number of point sets, N / sets points each, that share no vertex.
 
     Returns:
         (N, d+1) int32 number 0..M-1 of the vertices around each point; (M,) sorted packed coordinates of the vertices;
         the strides of that packing, set first.
     """
-    d, n = rank.shape
-    group = torch.arange(sets, device=rank.device).repeat_interleave(n // sets)
+    d, n = cells.shape
+    group = torch.arange(sets, device=cells.device).repeat_interleave(n // sets)
     low, high = cells.aminmax(dim=1, keepdim=True)
     cells -= low
     spans = (high - low + 1).flatten().tolist()
 
-    keys = _pack([group, *cells, *rank], _strides([sets, *spans, *[d + 1] * d]))
+    keys = _pack([group, *cells], _strides([sets, *spans]))
     runs, run = torch.unique_consecutive(keys, return_inverse=True)  # fewer to sort
-    simplices, owner = torch.unique(runs, return_inverse=True)
+    distinct, owner = torch.unique(runs, return_inverse=True)
     owner = owner.index_select(0, run)
-    # Any point of a simplex can represent it.
-    example = torch.empty_like(simplices).scatter_(0, owner, torch.arange(n, device=rank.device))
-    group, cells, rank = (table.index_select(-1, example).long() for table in (group, cells, rank))
+    # Any point of a cell can represent it.
+    example = torch.empty_like(distinct).scatter_(0, owner, torch.arange(n, device=cells.device))
 
-    # A vertex lies up to d away from the remainder-0 one, its neighbours d further: margins keep packed sums unique.
-    strides = _strides([sets, *((d + 1) * (span + 3) for span in spans)])
-    keys = [_pack([group, *cells.add_(2).mul_(d + 1)], strides)]
     # From one vertex of a simplex to the next: 1 up in all coordinates, d + 1 down in the one whose turn it is, from
-    # the last rank to the first. The coordinate that isn't stored has stride 0.
-    stride = torch.tensor(strides[1:], device=rank.device)[:, None].expand_as(rank)
-    turn = rank.new_zeros(d + 1, rank.shape[1]).scatter_(0, rank, stride)
-    for step in turn.flip(0)[:d]:
-        keys.append(torch.add(keys[-1] + sum(strides[1:]), step, alpha=-(d + 1)))
-    packed, numbers = torch.unique(torch.stack(keys, dim=1), return_inverse=True)  # (M,), (simplices, d+1)
-    return numbers.int().index_select(0, owner), packed, strides
+    # the last rank to the first. Bit i of a code stands for coordinate i.
+    size = len(distinct) << (d + 1)
+    codes = owner.new_empty(d + 1, n, dtype=torch.int32 if size < 2**31 else torch.int64)
+    codes[0] = owner << (d + 1)
+    down = torch.empty_like(codes[0])
+    for remainder in range(1, d + 1):
+        codes[remainder] = codes[0]
+        for i in range(d + 1):
+            codes[remainder].add_(torch.gt(rank[i], d - remainder, out=down), alpha=1 << i)
+    codes = codes.t().flatten()  # (N*(d+1),)
+    seen = torch.zeros(size, dtype=torch.bool, device=cells.device).index_fill_(0, codes.long(), True)
+    found = seen.nonzero().squeeze(1)
+
+    # A vertex lies up to d away from the cell's, its neighbours d further: margins keep packed sums unique.
+    strides = _strides([sets, *((d + 1) * (span + 3) for span in spans)])
+    start = _pack([group[example], *cells[:, example].long().add_(2).mul_(d + 1)], strides)
+    packed = start.index_select(0, found >> (d + 1))
+    for i in range(d + 1):
+        # The coordinate that isn't stored moves nothing when its turn comes.
+        packed.add_((found >> i) & 1, alpha=sum(strides[1:]) - ((d + 1) * strides[1 + i] if i < d else 0))
+    packed, numbers = torch.unique(packed, return_inverse=True)  # (M,), (found,)
+    table = numbers.new_empty(size, dtype=torch.int32).scatter_(0, found, numbers.int())
+    return table.index_select(0, codes).view(n, d + 1), packed, strides
 
 
 def _by_vertex(vertices: Tensor, weights: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

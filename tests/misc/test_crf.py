@@ -171,6 +171,27 @@ def test_weights_and_iterations_of_zero_leave_out() -> None:
     np.testing.assert_array_equal(DenseCRF(image, gauss_only)(scores), inverted)
 
 
+@pytest.mark.parametrize("weight", [40.0, 1e4])
+def test_weights_whose_exponentials_overflow(weight: float) -> None:
+    image, scores = picture(18, 22), smooth(3, 18, 22)
+    settings = CRFSettings(2, weight, 2.5, 12, 20, weight)
+    expected = mean_field(image, scores, settings, lattice_matrix)
+    np.testing.assert_allclose(DenseCRF(image, settings)(scores), expected, atol=1e-3, rtol=0)
+
+
+def test_a_single_label_without_confidence() -> None:
+    """Its exponential vanishes in float32."""
+    labels = np.zeros((6, 8), int)
+    np.testing.assert_array_equal(DenseCRF(picture(6, 8)).from_labels(labels, 1, 1e-60), np.ones((1, 6, 8)))
+
+
+def test_autocast_changes_nothing() -> None:
+    image, scores = picture(15, 20), smooth(3, 15, 20)
+    expected = DenseCRF(image)(scores)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        np.testing.assert_array_equal(DenseCRF(image)(scores), expected)
+
+
 def test_refuses_impossible_settings() -> None:
     for field in ("gauss_sxy", "bilateral_sxy", "bilateral_srgb"):
         with pytest.raises(ValueError, match=f"{field} = 0 is not possible: it must be above 0"):
