@@ -357,7 +357,9 @@ class Machine(Checked):
     of the published training. The other values are explained there; use fast where speed matters more than the last
     digit."""
     workers: Annotated[int, Range(least=0)] = dataclasses.field(default_factory=lambda: min(8, usable_cores()))
-    """Worker processes for reading training images and for per-image work on the CPU. 0: none."""
+    """Worker processes for reading training images and for per-image work. On a CPU (Linux), each of them computes
+    CAMs, walks and predictions by one thread, as many as there is memory for. 0: none; 1: all threads compute one
+    image."""
     images: Annotated[int | None, Range(least=1)] = None
     """Images of equal size that are computed at once in make_cam and infer_seg: better use of a GPU, more of its
     memory; fewer where that is too small. The results are the same to rounding. None: 4 on a GPU, 1 on a CPU."""

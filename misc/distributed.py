@@ -10,6 +10,7 @@ import ctypes
 import os
 import re
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import cv2
@@ -23,6 +24,7 @@ _T = TypeVar("_T")
 
 # at the end of a step processes wait for each other, possibly for hours: their images take different times
 _LONGEST_WAIT = timedelta(days=7)
+_PROC, _GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def start(device: str) -> torch.device:
@@ -67,6 +69,36 @@ def give_memory_back() -> None:
     the kept memory in pieces that fit no other."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def used_memory(largest: bool = False) -> int:
+    """Bytes of memory that this process has now, or the most so far; 0 where the system doesn't tell (Linux does)."""
+    return _kilobytes("self/status").get("VmHWM" if largest else "VmRSS", 0) * 1024
+
+
+def free_memory() -> int:
+    """Bytes of memory that new processes can have: of the machine, or of the control groups (container, batch job) that
+    this process is in. 0 where the system doesn't tell (Linux does)."""
+    free = _kilobytes("meminfo").get("MemAvailable", 0) * 1024
+    with contextlib.suppress(OSError, ValueError, KeyError, StopIteration):  # no control groups of the second version
+        entry = next(line for line in (_PROC / "self/cgroup").read_text().splitlines() if line.startswith("0::"))
+        group = _GROUPS / entry[3:].lstrip("/")
+        for inside in (group, *group.parents[: len(group.parts) - len(_GROUPS.parts)]):
+            limit = (inside / "memory.max").read_text().strip() if (inside / "memory.max").exists() else "max"
+            if limit != "max":
+                kept = dict(line.split() for line in (inside / "memory.stat").read_text().splitlines())
+                cached = int(kept["inactive_file"])  # counted as used, but given up when needed
+                free = min(free, max(0, int(limit) - int((inside / "memory.current").read_text()) + cached))
+    return free
+
+
+def _kilobytes(file: str) -> dict[str, int]:
+    """The sizes in a file of /proc, by name."""
+    try:
+        text = (_PROC / file).read_text()
+    except OSError:
+        return {}
+    return {name: int(size) for name, size in re.findall(r"(\w+):\s+(\d+) kB", text)}
 
 
 def _choose_device(device: str) -> torch.device:

@@ -48,6 +48,7 @@ def run(job: Job, device: torch.device) -> None:
         "infer_seg", job.predicted_ids(), work, prepare=prepare, done=lambda i: job.run.seg(i).exists(),
         workers=job.cfg.machine.workers, part=job.cfg.shard_part(),
         together=Together(machine.images_at_once(device), lambda prepared: prepared[0].shape, work_together),
+        in_processes=device.type == "cpu",
     )
     overlays.draw(job, job.run.seg, job.predicted_ids())
     write_full_masks(job, job.run.seg, job.predicted_ids())

@@ -99,4 +99,5 @@ def localise_list(job: Job, device: torch.device, kind: str = "") -> None:
     each(
         f"localise {kind}".strip(), catalog.ids(job.cfg.val_list), work, prepare=prepare,
         done=lambda i: job.run.box(i, kind).exists(), workers=job.cfg.machine.workers, part=job.cfg.shard_part(),
+        in_processes=device.type == "cpu",
     )

@@ -56,5 +56,5 @@ def infer_list(job: Job, device: torch.device, ids: list[str], kind: str = "") -
     each(
         f"make_cam {kind}".strip(), ids, work, prepare=prepare, done=lambda i: job.run.cam(i, kind).exists(),
         workers=job.cfg.machine.workers, part=job.cfg.shard_part(),
-        together=Together(machine.images_at_once(device), size, work_together),
+        together=Together(machine.images_at_once(device), size, work_together), in_processes=device.type == "cpu",
     )

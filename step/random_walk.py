@@ -52,7 +52,7 @@ def run(job: Job, device: torch.device) -> None:
 
     each(
         "random_walk", job.cam_ids(), work, prepare=prepare, done=lambda i: job.run.label(i).exists(),
-        workers=job.cfg.machine.workers, part=job.cfg.shard_part(),
+        workers=job.cfg.machine.workers, part=job.cfg.shard_part(), in_processes=device.type == "cpu",
     )
     overlays.draw(job, job.run.label, job.cam_ids())
     write_full_masks(job, job.run.label, job.cam_ids())

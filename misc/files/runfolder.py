@@ -359,12 +359,8 @@ def _reset_peak() -> None:
 
 def _peak() -> dict[str, float]:
     peak: dict[str, float] = {}
-    try:
-        status = Path("/proc/self/status").read_text()
-        kib = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-        peak["peak_memory_mb"] = round(kib / 1024, 1)
-    except (OSError, StopIteration):
-        pass
+    if used := distributed.used_memory(largest=True):
+        peak["peak_memory_mb"] = round(used / 2**20, 1)
     if torch.cuda.is_initialized():
         peak["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
     return peak

@@ -7,6 +7,7 @@ and a per-image report of what failed live here and nowhere else.
 from __future__ import annotations
 
 import multiprocessing
+import sys
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +34,10 @@ class Failure:
 
 _GIVE_BACK_EVERY = 32
 """Number of images, or of groups that are computed at once, after which memory that nothing uses is given back."""
+_GIVE_BACK_EVERY_IN_WORKERS = 8
+"""The same for each of several processes."""
+_FIRST = 3
+"""Images of which one process alone tells how much memory others will need."""
 
 Rest = Callable[[], None]
 """What is left of an image's work: writing its files."""
@@ -86,6 +91,7 @@ def each(
     workers: int = 0,
     part: tuple[int, int] = (0, 1),
     together: Together | None = None,
+    in_processes: bool = False,
 ) -> None:
     """Call ``work`` for every id that is not done.
 
@@ -100,6 +106,9 @@ def each(
         workers: processes for ``work`` (which must then be picklable), or look-ahead threads for ``prepare``.
             0: everything in this process.
         part: (i, n): only every n-th id, from the i-th on (``--shard``).
+        in_processes: with ``prepare``: read, compute and write each image in one of ``workers`` forked processes of one
+            thread each, where there are as many as two, images enough and memory for them. A CPU computes one image a
+            core faster than one image on all cores. ``work`` must then leave nothing in this process but its files.
         together: with ``prepare``: images that follow each other closely may be computed at once. Where that fails,
             each is worked at alone; out of GPU memory, fewer are computed at once from then on.
 
@@ -114,8 +123,11 @@ def each(
     failures: list[Failure] = []
     with Progress(total=len(left), desc=name, unit="image", disable=not distributed.is_main()) as bar:
         if prepare is not None:
-            groups = _Groups(name, together) if together and together.most > 1 else None
-            _look_ahead(left, work, prepare, max(1, workers), failures, bar, groups)
+            groups, here = _Groups(name, together) if together and together.most > 1 else None, left
+            # by all images, not those left: an interrupted step goes on in the same way, to the last bit
+            if in_processes and not groups and 1 < workers < len(mine) - _FIRST and _can_fork():
+                here = _measured_processes(name, left, _Whole(work, prepare), workers, failures, bar)
+            _look_ahead(here, work, prepare, max(1, workers), failures, bar, groups)
         elif workers > 0 and len(left) > 1:
             _processes(left, work, workers, failures, bar)
         else:
@@ -266,18 +278,64 @@ def _look_ahead(
                 ready.cancel()
 
 
+def _can_fork() -> bool:
+    """Whether worker processes can be forked, which is fast and hands down everything, and can compute then: not where
+    this process has opened a GPU, and not by Apple's libraries."""
+    return sys.platform == "linux" and not torch.cuda.is_initialized()
+
+
+class _Whole:
+    """All that is to be done for an image, in a worker process."""
+
+    def __init__(self, work: Callable[..., Rest | None], prepare: Callable[[str], Any]):
+        self.work, self.prepare = work, prepare
+        self.images, self.memory = 0, 0  # of this process, and what it had before the first
+
+    def __call__(self, image_id: str) -> int:
+        """Returns the most memory that the images of this process have needed, in bytes."""
+        self.memory = self.memory or distributed.used_memory()
+        write = self.work(image_id, self.prepare(image_id))
+        if write is not None:
+            write()
+        self.images += 1
+        if self.images % _GIVE_BACK_EVERY_IN_WORKERS == 0:
+            distributed.give_memory_back()
+        return distributed.used_memory(largest=True) - self.memory
+
+
+def _measured_processes(
+    name: str, ids: list[str], work: _Whole, workers: int, failures: list[Failure], bar: Progress
+) -> list[str]:
+    """Work at images in as many processes as memory permits, and return those that are left where that is but one."""
+    needed = max(_processes(ids[:_FIRST], work, 1, failures, bar), default=0)
+    # Twice that: the next images may be larger, and pages are shared with this process until they are written.
+    room = distributed.free_memory() // (2 * needed) if needed else workers
+    if room < 2:
+        needs = f"{needed / 1e9:.1g} GB"
+        distributed.say(f"{name}: one process computes all images, as there is no memory for two of some {needs}.")
+        return ids[_FIRST:]
+    _processes(ids[_FIRST:], work, min(workers, room), failures, bar)
+    return []
+
+
 def _processes(
-    ids: list[str], work: Callable[[str], None], workers: int, failures: list[Failure], bar: Progress
-) -> None:
-    # fork is fast, but a forked child cannot use a GPU context that its parent has opened
+    ids: list[str], work: Callable[[str], Any], workers: int, failures: list[Failure], bar: Progress
+) -> list[Any]:
+    """Work at images in worker processes; returns what ``work`` did for those that succeeded."""
+    # a forked child cannot use a GPU context that its parent has opened
     method = "spawn" if torch.cuda.is_initialized() or "fork" not in multiprocessing.get_all_start_methods() else "fork"
+    found = []
     try:
         with closing(in_workers(work, ids, workers, method)) as outcomes:
             for image_id, outcome in zip(ids, outcomes, strict=True):
-                _guarded(image_id, outcome.result, failures)
+                known = len(failures)
+                value = _guarded(image_id, outcome.result, failures)
+                if len(failures) == known:
+                    found.append(value)
                 bar.update()
     except WorkerKilled as killed:
         raise WorkerDied(
             f"A worker process died (often: out of memory) at one of the images {', '.join(killed.items)}. Finished "
             "images are kept: start the same command again, with fewer --machine.workers if it happens again."
         ) from None
+    return found

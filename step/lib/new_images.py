@@ -23,7 +23,7 @@ from misc.files import atomic, store
 from misc.files.camfiles import read_cam, write_cam
 from misc.files.ids import result_path
 from misc.files.imagefiles import safe_name
-from misc.files.images import jpeg_bytes, read_image, write_mask
+from misc.files.images import jpeg_bytes, read_image, read_size, write_mask
 from misc.files.schema import Each
 from misc.files.segments import read_segments
 from misc.image import draw, pixels
@@ -130,7 +130,7 @@ def segment_images(
 
     made = ["probabilities/*.npz"] if probabilities else []
     settings = {"fast": fast, "probabilities": probabilities}
-    _each_image(scores, images, folder, model, settings, made)
+    _each_image(scores, images, folder, model, settings, made, device)
 
 
 def map_images(
@@ -194,7 +194,7 @@ def map_images(
 
     settings = {"tags": source, "fast": fast, **rule.record()}
     made = ["maps/*.npz", "maps/*.jpg"]
-    _each_image(scores, images, folder, cam, settings, made, ignore_below=rule.settings.ignore_below)
+    _each_image(scores, images, folder, cam, settings, made, device, ignore_below=rule.settings.ignore_below)
 
 
 def class_file(classes: Sequence[str], key: int) -> str:
@@ -227,13 +227,12 @@ def shrunk(image: np.ndarray, megapixels: float) -> np.ndarray:
 
 def _each_image(
     scores: ScoreImage, images: Mapping[str, Path], folder: ResultFolder, model: Model, settings: dict[str, Any],
-    made: Sequence[str], ignore_below: float = 0.0,
+    made: Sequence[str], device: torch.device, ignore_below: float = 0.0,
 ) -> None:
     """Write mask and overlay of every image that has none yet; pixels whose largest score is below ``ignore_below``
     become 255."""
     megapixels = usual_megapixels(model.recipe) if folder.max_megapixels is None else folder.max_megapixels
     _begin(folder, model.classes, {"model": model.fingerprint, **settings, "max_megapixels": megapixels})
-    shrunken: list[str] = []
 
     def done(image_id: str) -> bool:
         mask, image = folder.file("masks", image_id, "png"), images[image_id]
@@ -246,8 +245,6 @@ def _each_image(
 
     def work(image_id: str, prepared: tuple[np.ndarray, np.ndarray]) -> None:
         image, small = prepared
-        if small.shape != image.shape:
-            shrunken.append(image_id)
         found, values = scores(image_id, small, image.shape[:2])
         every = np.full(256, IGNORE, np.uint8)
         every[: len(values)] = values
@@ -257,12 +254,16 @@ def _each_image(
         write_mask(folder.file("masks", image_id, "png"), mask)  # written last: its presence means that all are written
 
     failed: EachFailed | None = None
+    left = [image_id for image_id in images if not done(image_id)]
     try:
-        each("predict", list(images), work, prepare=prepare, done=done, workers=folder.machine.workers)
+        each(
+            "predict", list(images), work, prepare=prepare, done=done, workers=folder.machine.workers,
+            in_processes=device.type == "cpu",
+        )
     except EachFailed as error:  # also report the finished ones
         failed = error
-    count = len(distributed.joined(shrunken))
-    if count:
+    written = [i for i in left if megapixels and os.path.exists(folder.file("masks", i, "png"))]
+    if count := sum(math.prod(read_size(images[i])) > megapixels * 1e6 for i in written):
         distributed.say(
             f"{count} images were downscaled to {megapixels:.2g} megapixels for the network (--max-megapixels); their "
             "masks keep the images' size."

@@ -139,6 +139,34 @@ def number_printed(*lines: str) -> int:
 
 @pytest.mark.slow
 @ON_GLIBC
+def test_free_memory_is_that_of_the_tightest_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    job = groups / "batch" / "job"
+    for folder in (proc / "self", job):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(distributed, "_PROC", proc)
+    monkeypatch.setattr(distributed, "_GROUPS", groups)
+    assert distributed.free_memory() == 0 == distributed.used_memory()
+    (proc / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:  5000 kB\n")
+    (proc / "self/status").write_text("VmHWM:\t    30 kB\nVmRSS:\t    20 kB\n")
+    assert (distributed.used_memory(), distributed.used_memory(largest=True)) == (20 * 1024, 30 * 1024)
+    assert distributed.free_memory() == 5000 * 1024
+    (proc / "self/cgroup").write_text("4:memory:/old\n0::/batch/job\n")
+    assert distributed.free_memory() == 5000 * 1024
+
+    def limit(group: Path, most: str) -> int:
+        (group / "memory.max").write_text(f"{most}\n")
+        (group / "memory.current").write_text("1000\n")
+        (group / "memory.stat").write_text("anon 900\ninactive_file 100\n")
+        return distributed.free_memory()
+
+    assert limit(job, "max") == 5000 * 1024
+    assert limit(groups / "batch", "3000") == 2100
+    assert limit(job, "4000") == 2100
+    assert limit(job, "2000") == 1100
+    assert limit(job, "500") == 0
+
+
 def test_freed_memory_is_used_again() -> None:
     assert number_printed(
         "import resource",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -54,6 +55,10 @@ def prepare(image_id: str) -> str:
 
 
 MODES = {"here": {}, "processes": {"workers": 2}, "look-ahead": {"prepare": str, "workers": 3}}
+FORKED = {"prepare": str, "workers": 2, "in_processes": True}
+if sys.platform == "linux":
+    MODES["all in processes"] = FORKED
+forks = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -72,6 +77,59 @@ def test_processes_are_other_processes_and_look_ahead_is_not(tmp_path: Path) -> 
         each("step", IDS, work, done=work.done, **MODES[mode])
         makers = {int(p.read_text().split()[0]) for p in work.folder.iterdir()}
         assert (makers == {os.getpid()}) == here, mode
+
+
+@forks
+def test_images_are_read_and_computed_in_processes_and_so_are_those_left(tmp_path: Path) -> None:
+    """The last one too, alone: by one thread, as in an undisturbed run."""
+    work, readers = Work(tmp_path / "made"), tmp_path / "read"
+
+    def read(image_id: str) -> int:
+        (readers / image_id).write_text(str(os.getpid()))
+        return torch.get_num_threads()
+
+    readers.mkdir()
+    settings = {**FORKED, "prepare": read}
+    for processes in (3, 4):  # one that tells how much memory it needs, then two; another one for the last
+        each("step", IDS, work, done=work.done, **settings)
+        made = [p.read_text().split() for p in work.folder.iterdir()]
+        assert {threads for _, threads in made} == {"1"}
+        assert [pid for pid, _ in made] == [(readers / p.name).read_text() for p in work.folder.iterdir()]
+        assert len({pid for pid, _ in made} - {str(os.getpid())}) == processes
+        (work.folder / "im7").unlink()
+
+
+@forks
+def test_what_is_left_of_an_image_is_done_in_its_process(tmp_path: Path) -> None:
+    each("step", IDS, lambda i, _: lambda: Work(tmp_path)(i), done=lambda _: False, **FORKED)
+    assert len({p.read_text().split()[0] for p in tmp_path.iterdir()} - {str(os.getpid())}) == 3
+
+
+@forks
+def test_as_many_processes_as_there_is_memory_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept: list[bytes] = []
+    for free, processes in ((4.5 * 200e6, 1 + 2), (3.5 * 200e6, 1 + 1)):
+        work = Work(tmp_path / str(processes))
+
+        def take(image_id: str, prepared: str, work: Work = work) -> None:
+            kept.append(b"1" * 200_000_000 if image_id == "im0" else b"")
+            work(image_id, prepared)
+
+        monkeypatch.setattr(each_module.distributed, "free_memory", lambda free=free: int(free))
+        each("step", IDS, take, done=work.done, **{**FORKED, "workers": 4})
+        assert work.made() == IDS
+        assert len({p.read_text().split()[0] for p in work.folder.iterdir()}) == processes
+    told = "step: one process computes all images, as there is no memory for two of some 0.2 GB."
+    assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("settings", [{"workers": 1}, {"workers": 9}, {"workers": 0}])
+def test_in_this_process_where_there_is_one_worker_or_few_images(settings: dict[str, int], tmp_path: Path) -> None:
+    work = Work(tmp_path)
+    each("step", IDS, work, done=work.done, **{**FORKED, **settings})
+    assert {p.read_text().split()[0] for p in tmp_path.iterdir()} == {str(os.getpid())}
 
 
 def test_what_was_prepared_belongs_to_its_image(tmp_path: Path) -> None:

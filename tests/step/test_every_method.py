@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from shutil import rmtree
 
 import numpy as np
 import pytest
@@ -72,3 +74,19 @@ def test_every_step_of_every_method(method: str, data: str, roots: dict[str, Pat
             mask = read_mask(out / folder / f"{image_id}.png")
             assert mask.shape == read_image(catalog.image_path(image_id)).shape[:2] and mask.max() <= 2
     assert (out / "report.html").exists()
+    if data == "folder" and sys.platform == "linux":
+        again_in_processes(method, flags, out, catalog.ids("train"))
+
+
+def again_in_processes(method: str, flags: list[str], out: Path, ids: list[str]) -> None:
+    """The per-image steps by forked processes: the same files."""
+    before = {image_id: read_cam(out / "cam" / f"{image_id}.npz") for image_id in ids}
+    masks = {path: path.read_bytes() for folder in ("label", "seg") for path in sorted((out / folder).glob("*.png"))}
+    rmtree(out / "cam")
+    for path in masks:
+        path.unlink()
+    steps = ["make_cam", *(["random_walk"] if (out / "label").exists() else []), "infer_seg"]
+    assert run_sample.main([method, *flags, "--machine.workers", "2", "--steps", *steps]) == 0
+    for image_id, was in before.items():
+        np.testing.assert_allclose(read_cam(out / "cam" / f"{image_id}.npz").maps, was.maps, atol=1e-6)
+    assert all(path.read_bytes() == content for path, content in masks.items())
