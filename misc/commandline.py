@@ -6,6 +6,7 @@ The help text of a field is its docstring, read from the source file.
 
 from __future__ import annotations
 
+import _thread
 import ast
 import contextlib
 import dataclasses
@@ -161,11 +162,33 @@ def _raising_interrupts() -> Iterator[None]:
     while_importing = signal.getsignal(signal.SIGINT) is _end_interrupted
     if while_importing:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    told, again = sys.unraisablehook, threading.Timer(0, _interrupt_main)
+
+    def send_again(lost: Any) -> None:
+        nonlocal again
+        if not issubclass(lost.exc_type, KeyboardInterrupt):
+            told(lost)
+        elif not sys.is_finalizing():
+            again = threading.Timer(0.01, _interrupt_main)  # not from here, where it would be lost again
+            again.daemon = True
+            again.start()
+
+    sys.unraisablehook = send_again  # a __del__ or a weak reference's callback can't pass on what arrives in it
     try:
         yield
     finally:
+        again.cancel()
+        sys.unraisablehook = told
         if while_importing:
             signal.signal(signal.SIGINT, _end_interrupted)
+
+
+def _interrupt_main() -> None:
+    """Ctrl-C once more, for the main thread, which it also wakes where the system can do that."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
 
 
 def _end_interrupted(number: int, frame: object) -> None:

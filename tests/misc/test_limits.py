@@ -243,6 +243,48 @@ def test_ctrl_c_in_the_first_call_after_a_change_of_the_sources(flags: tuple[str
     assert ended.returncode == 130 and ended.stderr.split() == "interrupted: nothing was begun.".split()
 
 
+LOST = {
+    "a __del__": "class Doomed:\n    def __del__(self): signal.raise_signal(signal.SIGINT)",
+    "a weak reference": "class Doomed:\n    def __init__(self):\n"
+    "        self.watch = weakref.ref(self, lambda _: signal.raise_signal(signal.SIGINT)); kept.append(self.watch)",
+    "a generator": "def doomed():\n    try: yield\n    finally: signal.raise_signal(signal.SIGINT)\n"
+    "def Doomed():\n    begun = doomed(); next(begun); return begun",
+}
+
+
+@pytest.mark.parametrize("place", LOST)
+def test_ctrl_c_that_python_would_ignore(place: str) -> None:
+    script = f"""
+import signal, sys, time, weakref
+from misc.commandline import begin, command
+begin(__name__)
+kept = []
+{LOST[place]}
+def work():
+    doomed = Doomed()
+    del doomed
+    time.sleep(60)
+sys.exit(command(work, interrupted="so it is"))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOM, capture_output=True, text=True, timeout=50)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "\ninterrupted: so it is\n")
+
+
+def test_other_errors_that_python_ignores_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    class Doomed:
+        def __del__(self) -> None:
+            raise ValueError("of a __del__")
+
+    told: list[object] = []
+    before, sys.unraisablehook = sys.unraisablehook, told.append
+    try:
+        assert commandline.command(lambda: Doomed() and None) == 0
+    finally:
+        assert sys.unraisablehook == told.append
+        sys.unraisablehook = before
+    assert len(told) == 1
+
+
 def test_workers_begin_without_ctrl_c() -> None:
     code = "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('lives')"
     with commandline.holding_interrupts():
