@@ -73,12 +73,14 @@ def give_memory_back() -> None:
 
 def used_memory(largest: bool = False) -> int:
     """Bytes of memory that this process has now, or the most so far; 0 where the system doesn't tell (Linux does)."""
-    return _kilobytes("self/status").get("VmHWM" if largest else "VmRSS", 0) * 1024
+    told = _kilobytes("self/status")
+    return max(told.get("VmRSS", 0), told.get("VmHWM", 0) if largest else 0) * 1024
 
 
 def free_memory() -> int:
-    """Bytes of memory that new processes can have: of the machine, or of the control groups (container, batch job) that
-    this process is in. 0 where the system doesn't tell (Linux does)."""
+    """Bytes of memory that new processes can have: of the machine, or of the control groups (version 2; a container, a
+    batch job) that this process is in, divided over the processes that torchrun started on this machine. 0 where the
+    system doesn't tell (Linux does)."""
     free = _kilobytes("meminfo").get("MemAvailable", 0) * 1024
     with contextlib.suppress(OSError, ValueError, KeyError, StopIteration):  # no control groups of the second version
         entry = next(line for line in (_PROC / "self/cgroup").read_text().splitlines() if line.startswith("0::"))
@@ -89,7 +91,7 @@ def free_memory() -> int:
                 kept = dict(line.split() for line in (inside / "memory.stat").read_text().splitlines())
                 cached = int(kept["inactive_file"])  # counted as used, but given up when needed
                 free = min(free, max(0, int(limit) - int((inside / "memory.current").read_text()) + cached))
-    return free
+    return free // _local_processes()
 
 
 def _kilobytes(file: str) -> dict[str, int]:
@@ -129,7 +131,12 @@ def usable_cores() -> int:
     """Processor cores for this process: those that it may use, divided over the processes that torchrun started on
     this machine; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, cores // _local_processes())
+
+
+def _local_processes() -> int:
+    """Number of processes that torchrun started on this machine; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def stop() -> None:

@@ -34,10 +34,10 @@ class Failure:
 
 _GIVE_BACK_EVERY = 32
 """Number of images, or of groups that are computed at once, after which memory that nothing uses is given back."""
-_GIVE_BACK_EVERY_IN_WORKERS = 8
-"""The same for each of several processes."""
 _FIRST = 3
 """Images of which one process alone tells how much memory others will need."""
+_LEAST_NEEDED = 256 << 20
+"""Bytes of memory that a process is reckoned with at least: the first images may be small, or have no tag."""
 
 Rest = Callable[[], None]
 """What is left of an image's work: writing its files."""
@@ -124,7 +124,8 @@ def each(
     with Progress(total=len(left), desc=name, unit="image", disable=not distributed.is_main()) as bar:
         if prepare is not None:
             groups, here = _Groups(name, together) if together and together.most > 1 else None, left
-            # by all images, not those left: an interrupted step goes on in the same way, to the last bit
+            # by all images, not those left: where there is memory enough, an interrupted step goes on in the same way,
+            # to the last bit
             if in_processes and not groups and 1 < workers < len(mine) - _FIRST and _can_fork():
                 here = _measured_processes(name, left, _Whole(work, prepare), workers, failures, bar)
             _look_ahead(here, work, prepare, max(1, workers), failures, bar, groups)
@@ -289,27 +290,26 @@ class _Whole:
 
     def __init__(self, work: Callable[..., Rest | None], prepare: Callable[[str], Any]):
         self.work, self.prepare = work, prepare
-        self.images, self.memory = 0, 0  # of this process, and what it had before the first
+        self.before = 0  # the memory of this process when it was given its first image
 
     def __call__(self, image_id: str) -> int:
         """Returns the most memory that the images of this process have needed, in bytes."""
-        self.memory = self.memory or distributed.used_memory()
+        self.before = self.before or distributed.used_memory()
         write = self.work(image_id, self.prepare(image_id))
         if write is not None:
             write()
-        self.images += 1
-        if self.images % _GIVE_BACK_EVERY_IN_WORKERS == 0:
-            distributed.give_memory_back()
-        return distributed.used_memory(largest=True) - self.memory
+        distributed.give_memory_back()  # freed pieces of all sizes would add up, and be other processes' memory
+        return distributed.used_memory(largest=True) - self.before
 
 
 def _measured_processes(
     name: str, ids: list[str], work: _Whole, workers: int, failures: list[Failure], bar: Progress
 ) -> list[str]:
     """Work at images in as many processes as memory permits, and return those that are left where that is but one."""
-    needed = max(_processes(ids[:_FIRST], work, 1, failures, bar), default=0)
+    distributed.give_memory_back()  # else freed memory, such as a training's, would serve the first images unseen
+    needed = max([_LEAST_NEEDED, *_processes(ids[:_FIRST], work, 1, failures, bar)])
     # Twice that: the next images may be larger, and pages are shared with this process until they are written.
-    room = distributed.free_memory() // (2 * needed) if needed else workers
+    room = distributed.free_memory() // (2 * needed)
     if room < 2:
         needs = f"{needed / 1e9:.1g} GB"
         distributed.say(f"{name}: one process computes all images, as there is no memory for two of some {needs}.")

@@ -16,6 +16,8 @@ class Progress(tqdm):
     """tqdm on stderr. If that is not a terminal (a file, a scheduler's log), it writes whole lines with the remaining
     time, at most one per ``LOG_INTERVAL`` seconds, the first after that time: short work writes none."""
 
+    _begun = False
+
     def __init__(self, iterable: Iterable[Any] | None = None, **settings: Any):
         self.in_log = not sys.stderr.isatty()
         if self.in_log:
@@ -25,6 +27,11 @@ class Progress(tqdm):
         else:
             how = {"dynamic_ncols": True}
         super().__init__(iterable, file=sys.stderr, **settings, **how)
+        self._begun = True
+
+    def __del__(self) -> None:
+        if self._begun:  # else Ctrl-C came first, and there is nothing to close
+            super().__del__()
 
     @staticmethod
     def status_printer(file: Any) -> Callable[[str], None]:

@@ -53,7 +53,7 @@ OPTIONS = (
     ("--cam.fit.lr RATE", "learning rate"),
     ("--machine.device NAME", "auto, cpu or cuda"),
     ("--machine.amp KIND", "precision: recipe, off (float32), bf16, fp16, fast"),
-    ("--machine.workers N", "processes that read images"),
+    ("--machine.workers N", "processes that read images, and on a CPU compute them"),
 )
 """Options in the short help; --help-all shows all of them with values and ranges."""
 

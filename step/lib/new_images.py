@@ -7,6 +7,7 @@ overlays/ID.jpg, and optional files.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -262,8 +263,12 @@ def _each_image(
         )
     except EachFailed as error:  # also report the finished ones
         failed = error
-    written = [i for i in left if megapixels and os.path.exists(folder.file("masks", i, "png"))]
-    if count := sum(math.prod(read_size(images[i])) > megapixels * 1e6 for i in written):
+    count = 0
+    for image_id in left if megapixels and distributed.is_main() else ():
+        with contextlib.suppress(OSError, ValueError):  # one that failed, or that is gone meanwhile
+            there = os.path.exists(folder.file("masks", image_id, "png"))
+            count += there and math.prod(read_size(images[image_id])) > megapixels * 1e6
+    if count:
         distributed.say(
             f"{count} images were downscaled to {megapixels:.2g} megapixels for the network (--max-megapixels); their "
             "masks keep the images' size."

@@ -137,8 +137,6 @@ def number_printed(*lines: str) -> int:
     return int(ended.stdout)
 
 
-@pytest.mark.slow
-@ON_GLIBC
 def test_free_memory_is_that_of_the_tightest_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     proc, groups = tmp_path / "proc", tmp_path / "cgroup"
     job = groups / "batch" / "job"
@@ -167,6 +165,8 @@ def test_free_memory_is_that_of_the_tightest_group(tmp_path: Path, monkeypatch: 
     assert limit(job, "500") == 0
 
 
+@pytest.mark.slow
+@ON_GLIBC
 def test_freed_memory_is_used_again() -> None:
     assert number_printed(
         "import resource",

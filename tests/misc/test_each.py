@@ -15,6 +15,7 @@ import pytest
 import torch
 from running import gone, wait_for
 
+from misc import distributed
 from misc.files import atomic, store
 from misc.loop import each as each_module
 from misc.loop.each import EachFailed, WorkerDied, each, shard
@@ -80,7 +81,9 @@ def test_processes_are_other_processes_and_look_ahead_is_not(tmp_path: Path) -> 
 
 
 @forks
-def test_images_are_read_and_computed_in_processes_and_so_are_those_left(tmp_path: Path) -> None:
+def test_images_are_read_and_computed_in_processes_and_so_are_those_left(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """The last one too, alone: by one thread, as in an undisturbed run."""
     work, readers = Work(tmp_path / "made"), tmp_path / "read"
 
@@ -89,6 +92,9 @@ def test_images_are_read_and_computed_in_processes_and_so_are_those_left(tmp_pat
         return torch.get_num_threads()
 
     readers.mkdir()
+    before = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(before))
+    torch.set_num_threads(2)
     settings = {**FORKED, "prepare": read}
     for processes in (3, 4):  # one that tells how much memory it needs, then two; another one for the last
         each("step", IDS, work, done=work.done, **settings)
@@ -106,23 +112,45 @@ def test_what_is_left_of_an_image_is_done_in_its_process(tmp_path: Path) -> None
 
 
 @forks
+@pytest.mark.parametrize("freed", [False, True])
 def test_as_many_processes_as_there_is_memory_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    freed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kept: list[bytes] = []
-    for free, processes in ((4.5 * 200e6, 1 + 2), (3.5 * 200e6, 1 + 1)):
+    """Also where this process has freed as much before, which its processes would use unseen."""
+    distributed.keep_freed_memory()
+    if freed:
+        torch.ones(400 << 18)
+    for free, processes in ((4.5 * 400e6, 1 + 2), (3.5 * 400e6, 1 + 1)):
         work = Work(tmp_path / str(processes))
 
         def take(image_id: str, prepared: str, work: Work = work) -> None:
-            kept.append(b"1" * 200_000_000 if image_id == "im0" else b"")
+            if image_id in ("im0", "im1", "im2"):  # each time the same memory
+                torch.ones(100_000_000)
             work(image_id, prepared)
 
         monkeypatch.setattr(each_module.distributed, "free_memory", lambda free=free: int(free))
         each("step", IDS, take, done=work.done, **{**FORKED, "workers": 4})
         assert work.made() == IDS
         assert len({p.read_text().split()[0] for p in work.folder.iterdir()}) == processes
-    told = "step: one process computes all images, as there is no memory for two of some 0.2 GB."
+    told = "step: one process computes all images, as there is no memory for two of some 0.4 GB."
     assert told in capsys.readouterr().out
+
+
+@forks
+def test_images_that_need_hardly_any_memory_may_be_followed_by_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = Work(tmp_path)
+    monkeypatch.setattr(each_module.distributed, "free_memory", lambda: 900 << 20)
+    each("step", IDS, work, done=work.done, **FORKED)
+    assert os.getpid() in {int(p.read_text().split()[0]) for p in tmp_path.iterdir()}
+
+
+def test_in_this_process_where_a_gpu_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    work = Work(tmp_path)
+    each("step", IDS, work, done=work.done, **FORKED)
+    assert {p.read_text().split()[0] for p in tmp_path.iterdir()} == {str(os.getpid())}
 
 
 @pytest.mark.parametrize("settings", [{"workers": 1}, {"workers": 9}, {"workers": 0}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import re
 import sys
@@ -35,6 +36,31 @@ def test_a_log_gets_a_line_every_half_minute(clock: list[float], monkeypatch: py
     lines = log.getvalue().splitlines()
     assert len(lines) == 3 and "\r" not in log.getvalue()  # 100 seconds
     assert re.search(r"cam:  30%.* 300/1000 \[00:30<01:10, 10.00update/s", lines[0]), lines[0]
+
+
+@pytest.mark.parametrize("place", ["begin", "middle"])
+def test_a_bar_that_ctrl_c_did_not_let_begin_says_nothing(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupting(io.StringIO):
+        def isatty(self) -> bool:
+            raise KeyboardInterrupt
+
+    def interrupt(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    if place == "begin":
+        monkeypatch.setattr(sys, "stderr", Interrupting())
+    else:
+        monkeypatch.setattr(Progress, "_get_free_pos", interrupt)
+    lost: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lost.append)
+    try:
+        Progress(total=3)
+    except KeyboardInterrupt:
+        pass
+    else:
+        pytest.fail("it was not interrupted")
+    gc.collect()
+    assert not lost
 
 
 def test_quick_work_writes_nothing_into_a_log(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
