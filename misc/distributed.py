@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import re
 from datetime import timedelta
@@ -78,20 +79,32 @@ def used_memory(largest: bool = False) -> int:
 
 
 def free_memory() -> int:
-    """Bytes of memory that new processes can have: of the machine, or of the control groups (version 2; a container, a
-    batch job) that this process is in, divided over the processes that torchrun started on this machine. 0 where the
-    system doesn't tell (Linux does)."""
-    free = _kilobytes("meminfo").get("MemAvailable", 0) * 1024
-    with contextlib.suppress(OSError, ValueError, KeyError, StopIteration):  # no control groups of the second version
-        entry = next(line for line in (_PROC / "self/cgroup").read_text().splitlines() if line.startswith("0::"))
-        group = _GROUPS / entry[3:].lstrip("/")
-        for inside in (group, *group.parents[: len(group.parts) - len(_GROUPS.parts)]):
-            limit = (inside / "memory.max").read_text().strip() if (inside / "memory.max").exists() else "max"
-            if limit != "max":
-                kept = dict(line.split() for line in (inside / "memory.stat").read_text().splitlines())
-                cached = int(kept["inactive_file"])  # counted as used, but given up when needed
-                free = min(free, max(0, int(limit) - int((inside / "memory.current").read_text()) + cached))
-    return free // _local_processes()
+    """Bytes of memory that new processes can have: of the machine, or of the control groups (container, batch job) that
+    this process is in, divided over the processes that torchrun started on this machine. 0 where the system doesn't
+    tell (Linux does)."""
+    free: float = _kilobytes("meminfo").get("MemAvailable", 0) * 1024
+    try:
+        groups = [line.split(":", 2) for line in (_PROC / "self/cgroup").read_text().splitlines()]
+    except OSError:
+        groups = []
+    for number, controllers, path in groups:
+        if number == "0":
+            free = min(free, _left_in(_GROUPS, path, "memory.max", "memory.current", "inactive_file"))
+        elif "memory" in controllers.split(","):  # version 1 of control groups
+            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            free = min(free, _left_in(_GROUPS / "memory", path, *files))
+    return int(free) // _local_processes()
+
+
+def _left_in(root: Path, path: str, limit: str, used: str, cached: str) -> float:
+    """Bytes left in the tightest of a control group and those around it; inf where none has a limit."""
+    group, left = root / path.lstrip("/"), math.inf
+    for inside in (group, *group.parents[: len(group.parts) - len(root.parts)]):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # no such file, or "max"
+            most, now = (int((inside / name).read_text()) for name in (limit, used))
+            kept = dict(line.split() for line in (inside / "memory.stat").read_text().splitlines())
+            left = min(left, max(0, most - now + int(kept[cached])))  # files' pages are given up when needed
+    return left
 
 
 def _kilobytes(file: str) -> dict[str, int]:

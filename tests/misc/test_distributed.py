@@ -163,6 +163,17 @@ def test_free_memory_is_that_of_the_tightest_group(tmp_path: Path, monkeypatch: 
     assert limit(job, "4000") == 2100
     assert limit(job, "2000") == 1100
     assert limit(job, "500") == 0
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert limit(job, "2000") == 550
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    old = groups / "memory" / "old"
+    old.mkdir(parents=True)
+    (proc / "self/cgroup").write_text("4:cpu,memory:/old\n0::/\n")
+    for group, most in ((old.parent, 2**63 - 4096), (old, 1700)):
+        (group / "memory.limit_in_bytes").write_text(f"{most}\n")
+        (group / "memory.usage_in_bytes").write_text("1000\n")
+        (group / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 200\n")
+    assert distributed.free_memory() == 900
 
 
 @pytest.mark.slow
