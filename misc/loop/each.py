@@ -307,7 +307,7 @@ def _measured_processes(
 ) -> list[str]:
     """Work at images in as many processes as memory permits, and return those that are left where that is but one."""
     distributed.give_memory_back()  # else freed memory, such as a training's, would serve the first images unseen
-    needed = max([_LEAST_NEEDED, *_processes(ids[:_FIRST], work, 1, failures, bar)])
+    needed = max([_LEAST_NEEDED, *filter(None, _processes(ids[:_FIRST], work, 1, failures, bar))])
     # Twice that: the next images may be larger, and pages are shared with this process until they are written.
     room = distributed.free_memory() // (2 * needed)
     if room < 2:
@@ -321,17 +321,14 @@ def _measured_processes(
 def _processes(
     ids: list[str], work: Callable[[str], Any], workers: int, failures: list[Failure], bar: Progress
 ) -> list[Any]:
-    """Work at images in worker processes; returns what ``work`` did for those that succeeded."""
+    """Work at images in worker processes; returns what ``work`` did, None where it failed."""
     # a forked child cannot use a GPU context that its parent has opened
     method = "spawn" if torch.cuda.is_initialized() or "fork" not in multiprocessing.get_all_start_methods() else "fork"
     found = []
     try:
         with closing(in_workers(work, ids, workers, method)) as outcomes:
             for image_id, outcome in zip(ids, outcomes, strict=True):
-                known = len(failures)
-                value = _guarded(image_id, outcome.result, failures)
-                if len(failures) == known:
-                    found.append(value)
+                found.append(_guarded(image_id, outcome.result, failures))
                 bar.update()
     except WorkerKilled as killed:
         raise WorkerDied(
