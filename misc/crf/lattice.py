@@ -21,8 +21,8 @@ from torch.nn import functional as F
 _BLOCK = 4
 """Block size of the published code; it pads its last block with points at the origin."""
 
-_CHUNK = 1 << 16
-"""Points per chunk when simplices are found, so that intermediate tensors stay in the processor's cache."""
+_CHUNK, _CHUNK_CPU = 1 << 20, 1 << 16
+"""Points per chunk when simplices and vertices are found; on a CPU, intermediate tensors stay in its cache."""
 
 _FARTHEST = 1e6
 """Beyond this, float32 can no longer distinguish lattice coordinates."""
@@ -58,21 +58,26 @@ class Lattice:
         # Published oddity: the filler points of the last block leave their (empty) vertices in the lattice, and the
         # blur passes through them.
         padded = F.pad(features.float().reshape(-1, points, d), (0, 0, 0, -points % _BLOCK))  # (B, N', d)
-        sets = len(padded)
-        parts = [_enclosing_simplices(chunk.t().contiguous()) for chunk in padded.reshape(-1, d).split(_CHUNK)]
-        cells, rank, weights = (torch.cat(tables, dim=-1) for tables in zip(*parts, strict=True))
+        sets, padded = len(padded), padded.reshape(-1, d)
+        cells = padded.new_empty(d, len(padded), dtype=torch.int32)
+        rank = padded.new_empty(d + 1, len(padded), dtype=torch.int8)
+        weights = padded.new_empty(len(padded), d + 1)
+        for chunk in _chunks(padded):
+            cells[:, chunk], rank[:, chunk], corners = _enclosing_simplices(padded[chunk].t().contiguous())
+            weights[chunk] = corners.t()
+        del padded  # as every large table is, once it isn't needed: their sum would be the peak of a run
         vertices, packed, strides = _vertices(cells, rank, sets)
+        del cells, rank
         # The filler points end here: (B*N', d+1) -> (B*N, d+1)
         vertices, weights = (
-            table.reshape(sets, -1, d + 1)[:, :points].reshape(-1, d + 1).contiguous()
-            for table in (vertices, weights.t())
+            table.reshape(sets, -1, d + 1)[:, :points].reshape(-1, d + 1).contiguous() for table in (vertices, weights)
         )
         self.vertices = len(packed)
         """Number of lattice vertices, M."""
         blur = weights.new_tensor([1.0, 0.5, 0.5]).repeat(self.vertices + 1, 1)
         self._splat = _Rows(*_by_vertex(vertices, weights, self.vertices))
         self._blur = [_Rows.of_table(neighbours, blur) for neighbours in _neighbours(packed, strides)]
-        self._slice = _Rows.of_table(vertices, weights * (1 / (1 + 2.0**-d)))
+        self._slice = _Rows.of_table(vertices, weights.mul_(1 / (1 + 2.0**-d)))
         if normalised:
             mass = self.filter(weights.new_ones(*self.shape, 1)).flatten()
             scale = torch.rsqrt(mass + 1e-20)
@@ -124,6 +129,12 @@ class _Rows:
         return F.embedding_bag(
             self.columns, values, self.starts, mode="sum", per_sample_weights=self.weights, include_last_offset=True
         )
+
+
+def _chunks(points: Tensor) -> list[slice]:
+    """Parts of the first axis, of a size that suits the device."""
+    size = _CHUNK_CPU if points.device.type == "cpu" else _CHUNK
+    return [slice(start, start + size) for start in range(0, len(points), size)]
 
 
 def _enclosing_simplices(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -232,15 +243,18 @@ def _vertices(cells: Tensor, rank: Tensor, sets: int) -> tuple[Tensor, Tensor, l
     # From one vertex of a simplex to the next: 1 up in all coordinates, d + 1 down in the one whose turn it is, from
     # the last rank to the first. Bit i of a code stands for coordinate i.
     size = len(distinct) << (d + 1)
-    codes = owner.new_empty(d + 1, n, dtype=torch.int32 if size < 2**31 else torch.int64)
-    codes[0] = owner << (d + 1)
-    down = torch.empty_like(codes[0])
-    for remainder in range(1, d + 1):
-        codes[remainder] = codes[0]
-        for i in range(d + 1):
-            codes[remainder].add_(torch.gt(rank[i], d - remainder, out=down), alpha=1 << i)
-    codes = codes.t().flatten()  # (N*(d+1),)
-    seen = torch.zeros(size, dtype=torch.bool, device=cells.device).index_fill_(0, codes.long(), True)
+    codes = owner.new_empty(n, d + 1, dtype=torch.int32 if size < 2**31 else torch.int64)
+    seen = torch.zeros(size, dtype=torch.bool, device=cells.device)
+    for chunk in _chunks(codes):
+        turns = codes.new_empty(d + 1, len(codes[chunk]))
+        turns[0] = owner[chunk] << (d + 1)
+        down = torch.empty_like(turns[0])
+        for remainder in range(1, d + 1):
+            turns[remainder] = turns[0]
+            for i in range(d + 1):
+                turns[remainder].add_(torch.gt(rank[i, chunk], d - remainder, out=down), alpha=1 << i)
+        codes[chunk] = turns.t()
+        seen.index_fill_(0, codes[chunk].flatten().long(), True)
     found = seen.nonzero().squeeze(1)
 
     # A vertex lies up to d away from the cell's, its neighbours d further: margins keep packed sums unique.
@@ -252,7 +266,7 @@ def _vertices(cells: Tensor, rank: Tensor, sets: int) -> tuple[Tensor, Tensor, l
         packed.add_((found >> i) & 1, alpha=sum(strides[1:]) - ((d + 1) * strides[1 + i] if i < d else 0))
     packed, numbers = torch.unique(packed, return_inverse=True)  # (M,), (found,)
     table = numbers.new_empty(size, dtype=torch.int32).scatter_(0, found, numbers.int())
-    return table.index_select(0, codes).view(n, d + 1), packed, strides
+    return table.index_select(0, codes.flatten()).view(n, d + 1), packed, strides
 
 
 def _by_vertex(vertices: Tensor, weights: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

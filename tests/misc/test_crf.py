@@ -140,6 +140,11 @@ def test_any_memory_layout() -> None:
     turned_image = np.ascontiguousarray(image[:, ::-1])[:, ::-1]
     turned_scores = np.asfortranarray(scores.astype(np.float64))
     np.testing.assert_allclose(DenseCRF(turned_image)(turned_scores), expected, atol=1e-6)
+    for stack in (scores, scores[:1]):
+        channels_last = np.moveaxis(np.ascontiguousarray(np.moveaxis(stack, 0, -1)), -1, 0)
+        kept = channels_last.copy()
+        DenseCRF(image)(channels_last)
+        np.testing.assert_array_equal(channels_last, kept)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (2, 3), (16, 20)])

@@ -159,7 +159,7 @@ def test_same_numbers_each_time_and_no_side_effects() -> None:
 def test_built_in_pieces_or_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     features, values = smooth_pixels(12, 15), random_values(180, 4)
     expected = Lattice(features).filter(values)
-    monkeypatch.setattr("misc.crf.lattice._CHUNK", 37)
+    monkeypatch.setattr("misc.crf.lattice._CHUNK_CPU", 37)
     assert torch.equal(Lattice(features).filter(values), expected)
 
 
