@@ -1,28 +1,34 @@
 """How time and memory of every per-image step grow with the number of images: ``python -m scripts.growth``.
 
-Runs a method's sample recipe, with hardly any training, on generated sets of growing size, in one process and (by
-torchrun) in two. Prints milliseconds an image and the peak memory of the main process for each step: both should not
-depend on the number of images.
+Runs a method's sample recipe, at one scale and with hardly any training, on growing parts of a generated set of small
+pictures: in one process of one thread, in one that forks several of one thread each (``--workers``), and in several by
+torchrun. Prints milliseconds an image and, on Linux, the largest memory of all processes of a step together (PSS:
+shared pages count once): neither should depend on the number of images.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from misc.checked import Checked, Count, Range
+from misc.checked import Checked, Range
 from misc.files.runfolder import RunFolder
 from misc.tables import ResultTable
 from scripts import ROOT
 from step import STEPS
+from voc12.generated.sets import generate
 
-SHORT_TRAININGS = "--cam.fit.steps 2 --aff.fit.steps 2 --seg.fit.steps 2".split()
+SHORT = "--cam.fit.steps 2 --aff.fit.steps 2 --seg.fit.steps 2 --cam.infer.scales 1 --seg.infer.scales 1".split()
+"""Hardly any training, and maps at one scale: growth is what is looked for."""
+EVERY = 0.25  # seconds between two looks at the memory
 
 
 @dataclass(frozen=True)
@@ -33,36 +39,115 @@ class GrowthOptions(Checked):
     """CAM method."""
     images: Annotated[tuple[int, ...], Range(least=2)] = (100, 1000)
     """Numbers of training images; as many again are predicted."""
-    processes: Annotated[tuple[int, ...], Range(least=1)] = (1, 2)
-    """Numbers of processes."""
-    workers: Count = 1
-    """--machine.workers of each process."""
+    workers: Annotated[tuple[int, ...], Range(least=1)] = (1, 2)
+    """--machine.workers: on a CPU the processes that compute images."""
+    processes: Annotated[tuple[int, ...], Range(least=1)] = (1,)
+    """Processes of torchrun."""
+    long_side: Annotated[tuple[int, int], Range(least=64)] = (64, 80)
+    """Least and greatest long side of a picture, pixels."""
 
 
-def grow(options: GrowthOptions, images: int, processes: int, folder: Path) -> list[list[str]]:
-    """Rows of the per-image steps of one run. Raises CalledProcessError if it fails."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "run_sample.py"), options.method]
-    flags = ["--sample.images", str(images), "--sample.val", str(images), "--machine.workers", str(options.workers)]
-    out = folder / f"run-{images}-{processes}"
-    subprocess.run([*command, *flags, *SHORT_TRAININGS, "--out", str(out)], cwd=folder, check=True)
-    steps = RunFolder(out).record()["steps"]
-    return [
-        [step.name, str(images), str(processes), f"{1e3 * steps[step.name]['seconds'] / images:.1f}",
-         f"{steps[step.name].get('peak_memory_mb', float('nan')):.0f}"]
-        for step in STEPS if step.per_image and step.name in steps
-    ]  # fmt: skip
+@dataclass(frozen=True)
+class GrowthRun:
+    """One run of all steps: how many images, worker processes and processes of torchrun."""
+
+    images: int
+    workers: int
+    processes: int
+
+    @property
+    def name(self) -> str:
+        """Name of the run folder."""
+        return f"{self.images}-images-{self.workers}-workers-{self.processes}-processes"
+
+    def command(self, method: str, root: Path) -> list[str]:
+        """The driver's command line but for --steps and --out."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes)]
+        return [
+            sys.executable, *(launcher if self.processes > 1 else []), str(ROOT / "run_sample.py"), method,
+            "--preset", "sample", "--data", "voc12", "--root", str(root), "--train-list", f"train_{self.images}",
+            "--score-list", f"train_{self.images}", "--val-list", f"val_{self.images}",
+            "--machine.workers", str(self.workers), *SHORT,
+        ]  # fmt: skip
+
+
+def write_pictures(root: Path, images: Sequence[int], long_side: tuple[int, int]) -> None:
+    """Write the largest set, and lists of its first images for every number."""
+    generate(root, images=max(images), val=max(images), long_side=long_side)
+    lists = root / "ImageSets" / "Segmentation"
+    for name in ("train", "val"):
+        ids = (lists / f"{name}.txt").read_text().splitlines()
+        for number in images:
+            (lists / f"{name}_{number}.txt").write_text("\n".join(ids[:number]) + "\n")
+
+
+def process_tree(pid: int) -> Iterator[int]:
+    """A process and all below it (Linux)."""
+    yield pid
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children = task.read_text().split()
+        except OSError:  # the thread has ended
+            continue
+        for child in children:
+            yield from process_tree(int(child))
+
+
+def memory_of_tree(pid: int) -> int:
+    """Kilobytes of a process and all below it; pages that several share count once. 0 where the system doesn't tell."""
+    total = 0
+    for one in process_tree(pid):
+        try:
+            lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
+        except OSError:  # the process has ended
+            continue
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total
+
+
+def run_watched(command: Sequence[str], folder: Path) -> int:
+    """Run a command; returns the largest memory of its processes together, in kilobytes. Raises CalledProcessError."""
+    most = 0
+    with subprocess.Popen(command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        while True:
+            try:
+                status = process.wait(EVERY)
+                break
+            except subprocess.TimeoutExpired:
+                most = max(most, memory_of_tree(process.pid))
+    if status:
+        raise subprocess.CalledProcessError(status, command)
+    return most
+
+
+def grow(method: str, run: GrowthRun, root: Path, folder: Path) -> list[list[str]]:
+    """Rows of the per-image steps of one run."""
+    out = folder / run.name
+    rows = []
+    for step in STEPS:
+        if step.name in ("localise", "report"):
+            continue
+        most = run_watched([*run.command(method, root), "--steps", step.name, "--out", str(out)], folder)
+        if step.per_image:
+            seconds = RunFolder(out).record()["steps"][step.name]["seconds"]
+            counts = (run.images, run.workers, run.processes)
+            rows.append([step.name, *map(str, counts), f"{1e3 * seconds / run.images:.1f}", f"{most / 1024:.0f}"])
+    return rows
 
 
 def main(options: GrowthOptions) -> None:
     """Run all sizes and print the table."""
     rows: list[list[str]] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_pictures(folder / "pictures", options.images, options.long_side)
         for images in options.images:
-            for processes in options.processes:
-                rows += grow(options, images, processes, Path(folder))
+            for workers in options.workers:
+                for processes in options.processes:
+                    rows += grow(options.method, GrowthRun(images, workers, processes), folder / "pictures", folder)
     rows.sort(key=lambda row: [step.name for step in STEPS].index(row[0]))
-    print(ResultTable(("step", "images", "processes", "ms an image", "MB"), rows, range(1, 5)).markdown())
+    head = ("step", "images", "workers", "processes", "ms an image", "MB")
+    print(ResultTable(head, rows, range(1, 6)).markdown())
 
 
 if __name__ == "__main__":
