@@ -164,8 +164,8 @@ class PhotoStudy:
         elif row.variant:
             walk = VARIANTS.get(row.variant, ("", ()))[1]
             trained = self.out / PhotoRow(row.method, row.refiner, row.seed).name / "weights" / "aff.pt"
-            released = ["--aff.released", str(trained)] if row.refiner in TRAINED else []
-            flags += ["--refiner", row.refiner, *walk, *released, "--steps", "random_walk"]
+            again = ["--aff.released", str(trained), "--steps", "train_aff"] if row.refiner in TRAINED else ["--steps"]
+            flags += ["--refiner", row.refiner, *walk, *again, "random_walk"]
         else:
             steps = ["3-7"] if row.refiner in TRAINED else ["random_walk", "train_seg", "infer_seg"]
             flags += ["--refiner", row.refiner, "--steps", *steps]
