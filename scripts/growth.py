@@ -13,21 +13,23 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from misc import commandline
 from misc.checked import Checked, Range
 from misc.files.runfolder import RunFolder
 from misc.tables import ResultTable
-from scripts import ROOT
+from scripts import ROOT, options_and_flags
 from step import STEPS
 from voc12.generated.sets import generate
 
 SHORT = "--cam.fit.steps 2 --aff.fit.steps 2 --seg.fit.steps 2 --cam.infer.scales 1 --seg.infer.scales 1".split()
 """Hardly any training, and maps at one scale: growth is what is looked for."""
+PICTURES = "pictures"
 EVERY = 0.25  # seconds between two looks at the memory
 
 
@@ -43,6 +45,8 @@ class GrowthOptions(Checked):
     """--machine.workers: on a CPU the processes that compute images."""
     processes: Annotated[tuple[int, ...], Range(least=1)] = (1,)
     """Processes of torchrun."""
+    flags: tuple[str, ...] = ()
+    """More flags for run_sample.py; last, behind --."""
     long_side: Annotated[tuple[int, int], Range(least=64)] = (64, 80)
     """Least and greatest long side of a picture, pixels."""
 
@@ -120,14 +124,15 @@ def run_watched(command: Sequence[str], folder: Path) -> int:
     return most
 
 
-def grow(method: str, run: GrowthRun, root: Path, folder: Path) -> list[list[str]]:
+def grow(run: GrowthRun, options: GrowthOptions, folder: Path) -> list[list[str]]:
     """Rows of the per-image steps of one run."""
     out = folder / run.name
+    command = [*run.command(options.method, folder / PICTURES), *options.flags, "--out", str(out)]
     rows = []
     for step in STEPS:
         if step.name in ("localise", "report"):
             continue
-        most = run_watched([*run.command(method, root), "--steps", step.name, "--out", str(out)], folder)
+        most = run_watched([*command, "--steps", step.name], folder)
         if step.per_image:
             seconds = RunFolder(out).record()["steps"][step.name]["seconds"]
             counts = (run.images, run.workers, run.processes)
@@ -135,20 +140,22 @@ def grow(method: str, run: GrowthRun, root: Path, folder: Path) -> list[list[str
     return rows
 
 
-def main(options: GrowthOptions) -> None:
+def main() -> None:
     """Run all sizes and print the table."""
+    options, flags = options_and_flags(GrowthOptions, prog="python -m scripts.growth", description=__doc__)
+    options = replace(options, flags=flags)
     rows: list[list[str]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_pictures(folder / "pictures", options.images, options.long_side)
+        write_pictures(folder / PICTURES, options.images, options.long_side)
         for images in options.images:
             for workers in options.workers:
                 for processes in options.processes:
-                    rows += grow(options.method, GrowthRun(images, workers, processes), folder / "pictures", folder)
+                    rows += grow(GrowthRun(images, workers, processes), options, folder)
     rows.sort(key=lambda row: [step.name for step in STEPS].index(row[0]))
     head = ("step", "images", "workers", "processes", "ms an image", "MB")
     print(ResultTable(head, rows, range(1, 6)).markdown())
 
 
 if __name__ == "__main__":
-    main(tyro.cli(GrowthOptions, prog="python -m scripts.growth"))
+    commandline.end(commandline.command(main, (ValueError, OSError)))

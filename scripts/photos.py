@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from misc.files.images import read_mask
 from misc.files.runfolder import RunFolder
 from misc.score.evaluate import evaluate_masks
 from misc.tables import ResultTable
-from scripts import ROOT
+from scripts import ROOT, options_and_flags
 from voc12.catalog import Catalog, open_catalog
 
 PHOTO_METHODS = ("irn_cam", "puzzlecam", "seam", "psa")
@@ -336,11 +336,8 @@ class PhotosOptions:
 
 def main() -> None:
     """Command line: options, and after -- further ones of run_sample.py."""
-    argv = sys.argv[1:]
-    more = argv[argv.index("--") + 1 :] if "--" in argv else []
-    argv = argv[: argv.index("--")] if "--" in argv else argv
-    options = commandline.parse_options(PhotosOptions, argv, prog="python -m scripts.photos", description=__doc__)
-    PhotoStudy(PhotosOptions(**{**vars(options), "flags": tuple(more)})).run()
+    options, flags = options_and_flags(PhotosOptions, prog="python -m scripts.photos", description=__doc__)
+    PhotoStudy(replace(options, flags=flags)).run()
 
 
 if __name__ == "__main__":
