@@ -24,9 +24,11 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor
+from torch.nn import functional as F
 
 from misc import commandline
 from misc.crf.dense import CRFSettings, DenseCRF
+from misc.propagate.par import PAMR, PAR, Kernel, PixelAdaptive
 from misc.propagate.walk import (
     by_path_length,
     half_circle,
@@ -292,6 +294,37 @@ def crf_pydensecrf(image: np.ndarray, stacks: list[np.ndarray]) -> np.ndarray:
     return np.stack(results)
 
 
+# ------------------------------------------------------------------------------------------------ PAR and PAMR
+
+
+def crops() -> tuple[Tensor, Tensor]:
+    """Four smooth crops of 256 pixels in grey levels and maps of two classes each, as GETAM refines in an update."""
+    seeded = torch.Generator().manual_seed(0)
+    sources = torch.rand(4, 5, 40, 40, generator=seeded)
+    planes = F.interpolate(sources, size=(256, 256), mode="bicubic", align_corners=False).clamp(0, 1)
+    return planes[:, :3] * 255, planes[:, 3:]
+
+
+@dataclass(frozen=True)
+class Refined:
+    """misc/propagate/par.py: neighbours are views, one at a time."""
+
+    kernel: Kernel
+
+    def __call__(self, images: Tensor, maps: Tensor) -> Tensor:
+        return PixelAdaptive(images, self.kernel)(maps)
+
+
+@dataclass(frozen=True)
+class StackedRefined:
+    """The published form: a stack of all neighbours."""
+
+    kernel: Kernel
+
+    def __call__(self, images: Tensor, maps: Tensor) -> Tensor:
+        return plain.pixel_adaptive(images, maps, self.kernel, 10)
+
+
 THRESHOLDS = tuple(i / 100 for i in range(60))
 
 CASES: dict[str, BenchCase] = {
@@ -333,6 +366,12 @@ CASES: dict[str, BenchCase] = {
     "crf": BenchCase(
         "dense CRF, 375 x 500, 4 labels, 10 iterations, two alphas",
         crf_inputs, crf_ours, crf_pydensecrf if find_spec("pydensecrf") else None, bound=5e-3,
+    ),
+    "pamr": BenchCase(
+        "PAMR of GETAM, 4 crops of 256 x 256, maps of 2 classes", crops, Refined(PAMR), StackedRefined(PAMR)
+    ),
+    "par": BenchCase(
+        "PAR of AReAM, 4 crops of 256 x 256, maps of 2 classes", crops, Refined(PAR), StackedRefined(PAR)
     ),
 }  # fmt: skip
 

@@ -151,6 +151,39 @@ def gathered_path_affinity(boundary: Tensor, paths: list[Tensor]) -> Tensor:
     return torch.cat([1 - flat[:, cells].amax(dim=2) for cells in paths], dim=1)
 
 
+def stacked_neighbours(maps: Tensor, dilations: tuple[int, ...]) -> Tensor:
+    """(B, C, H, W) -> (B, C, 8 D, H, W), by a convolution for each dilation, as published (aream.md section 5)."""
+    batch, channels, height, width = maps.shape
+    kernels = torch.eye(9)[[0, 1, 2, 3, 5, 6, 7, 8]].view(8, 1, 3, 3)
+    found = []
+    for d in dilations:
+        padded = F.pad(maps, (d,) * 4, mode="replicate").flatten(0, 1)[:, None]
+        found.append(F.conv2d(padded, kernels, dilation=d).view(batch, channels, 8, height, width))
+    return torch.cat(found, 2)
+
+
+def pixel_weights(images: Tensor, kernel: Any) -> Tensor:
+    """aream.md section 5 and getam.md section 4, from the stacked neighbours: (B, 8 D, H, W)."""
+    around = stacked_neighbours(images, kernel.dilations)
+    apart = (around - images[:, :, None]).abs()
+    if kernel.deviation_of_centre:
+        centres = images[:, :, None].expand(-1, -1, len(kernel.dilations), -1, -1)
+        exponents = -apart / (1e-8 + 0.1 * torch.cat([around, centres], 2).std(2, keepdim=True))
+        return exponents.mean(1).softmax(1)
+    colour = -((apart / (around.std(2, keepdim=True) + 1e-8) / 0.3) ** 2)
+    place = torch.tensor([d * f for d in kernel.dilations for f in (2**0.5, 1, 2**0.5, 1, 1, 2**0.5, 1, 2**0.5)])
+    place = -((place / (place.std() + 1e-8) / 0.3) ** 2)
+    return colour.mean(1).softmax(1) + 0.01 * place.softmax(0)[:, None, None]
+
+
+def pixel_adaptive(images: Tensor, maps: Tensor, kernel: Any, iterations: int) -> Tensor:
+    """Refined maps, from the stacked neighbours: (B, C, H, W)."""
+    weights = pixel_weights(images, kernel)[:, None]
+    for _ in range(iterations):
+        maps = (stacked_neighbours(maps, kernel.dilations) * weights).sum(2)
+    return maps
+
+
 def picture_of(values: Tensor, normalisation: str = "imagenet") -> Picture:
     """The picture whose network values (3, H, W) these are: its RGB is the nearest there is."""
     norm = NORMALISATIONS[normalisation]

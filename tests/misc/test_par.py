@@ -2,38 +2,13 @@
 
 from __future__ import annotations
 
+import plain
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from misc.propagate.par import PAMR, PAR, Kernel, PixelAdaptive, distances, neighbours
-
-
-def plain_neighbours(maps: Tensor, dilations: tuple[int, ...]) -> Tensor:
-    """(B, C, H, W) -> (B, C, 8 D, H, W), each by its own index with the border clamped."""
-    height, width = maps.shape[-2:]
-    found = []
-    for d in dilations:
-        for row, column in ((-d, -d), (-d, 0), (-d, d), (0, -d), (0, d), (d, -d), (d, 0), (d, d)):
-            rows = (torch.arange(height) + row).clamp(0, height - 1)
-            columns = (torch.arange(width) + column).clamp(0, width - 1)
-            found.append(maps[:, :, rows][..., columns])
-    return torch.stack(found, 2)
-
-
-def plain_weights(images: Tensor, kernel: Kernel) -> Tensor:
-    """aream.md section 5 and getam.md section 4, from the stacked neighbours: (B, 8 D, H, W)."""
-    around = plain_neighbours(images, kernel.dilations)
-    apart = (around - images[:, :, None]).abs()
-    if kernel.deviation_of_centre:
-        centres = images[:, :, None].expand(-1, -1, len(kernel.dilations), -1, -1)
-        exponents = -apart / (1e-8 + 0.1 * torch.cat([around, centres], 2).std(2, keepdim=True))
-        return exponents.mean(1).softmax(1)
-    colour = -((apart / (around.std(2, keepdim=True) + 1e-8) / 0.3) ** 2)
-    place = torch.tensor([d * f for d in kernel.dilations for f in (2**0.5, 1, 2**0.5, 1, 1, 2**0.5, 1, 2**0.5)])
-    place = -((place / (place.std() + 1e-8) / 0.3) ** 2)
-    return colour.mean(1).softmax(1) + 0.01 * place.softmax(0)[:, None, None]
 
 
 def images(height: int = 11, width: int = 14) -> Tensor:
@@ -47,10 +22,10 @@ def test_equals_the_plain_form(kernel: Kernel, size: tuple[int, int]) -> None:
     """On images that are smaller than the largest dilation too."""
     image, maps = images(*size), torch.rand(2, 4, *size)
     refine = PixelAdaptive(image, kernel)
-    expected = plain_weights(image, kernel)
+    expected = plain.pixel_weights(image, kernel)
     torch.testing.assert_close(refine.weights, expected, rtol=1e-4, atol=1e-6)
     for _ in range(3):
-        maps, before = (plain_neighbours(maps, kernel.dilations) * expected[:, None]).sum(2), maps
+        maps, before = (plain.stacked_neighbours(maps, kernel.dilations) * expected[:, None]).sum(2), maps
         torch.testing.assert_close(refine(before, 1), maps, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(refine(refine(before, 2), 3), refine(before, 5))
 
@@ -89,7 +64,7 @@ def test_neighbours_are_views_and_in_order() -> None:
     maps = torch.arange(42.0).view(1, 1, 6, 7)
     found = list(neighbours(maps, (1, 3)))
     assert len(found) == 16 and len({n.untyped_storage().data_ptr() for n in found}) == 1
-    assert torch.equal(torch.stack(found, 2), plain_neighbours(maps, (1, 3)))
+    assert torch.equal(torch.stack(found, 2), plain.stacked_neighbours(maps, (1, 3)))
     torch.testing.assert_close(distances((1, 3))[:4], torch.tensor([2**0.5, 1, 2**0.5, 1]))
     assert F.mse_loss(distances((1, 3))[8:], 3 * distances((1,))) < 1e-10
 
