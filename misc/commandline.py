@@ -119,7 +119,7 @@ def _in_one_line(text: str) -> str:
         told += "" if is_rule else f" {line}"
     told = " ".join(told.split())
     if found := re.fullmatch(r"Error parsing ([\w.-]+): (\w+) = (.*)", told):
-        return f"{flag(f'{found[1]}.{found[2]}')} {found[3]}"
+        return f"{flag(re.sub(r'^[A-Z][A-Za-z]*[.]', '', f'{found[1]}.{found[2]}'))} {found[3]}"
     if found := re.fullmatch(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\.", told):
         among = found[3].replace("'", "").strip(", ")
         return f"{found[2]} {found[1]} is not possible: it must be one of {among}."

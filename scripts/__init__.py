@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 """The checkout."""
 
 
-def options_and_flags(kind: Callable[..., Any], **texts: str) -> tuple[Any, tuple[str, ...]]:
-    """A script's own options and, behind ``--``, flags that it hands on to run_sample.py. Raises WrongCall."""
+def options_with_flags(kind: Callable[..., Any], **texts: str) -> Any:
+    """A script's options; what stands behind ``--`` becomes their field ``flags``, which run_sample.py is given. Raises
+    WrongCall."""
     argv = sys.argv[1:]
     end = argv.index("--") if "--" in argv else len(argv)
-    return commandline.parse_options(kind, argv[:end], **texts), tuple(argv[end + 1 :])
+    return replace(commandline.parse_options(kind, argv[:end], **texts), flags=tuple(argv[end + 1 :]))

@@ -2,18 +2,21 @@
 
 Runs a method's sample recipe, at one scale and with hardly any training, on growing parts of a generated set of small
 pictures: in one process of one thread, in one that forks several of one thread each (``--workers``), and in several by
-torchrun. Prints milliseconds an image and, on Linux, the largest memory of all processes of a step together (PSS:
-shared pages count once): neither should depend on the number of images.
+torchrun. Prints milliseconds an image and, on Linux, the largest memory of all processes of a step together: neither
+should depend on the number of images. A page that several processes share is divided among them (PSS), also among those
+of other programs: leave no other PyTorch program running beside it. For methods whose sample recipe trains a refiner
+and a segmentation network, on images at scales; flags behind ``--`` go to run_sample.py.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +26,7 @@ from misc import commandline
 from misc.checked import Checked, Range
 from misc.files.runfolder import RunFolder
 from misc.tables import ResultTable
-from scripts import ROOT, options_and_flags
+from scripts import ROOT, options_with_flags
 from step import STEPS
 from voc12.generated.sets import generate
 
@@ -39,16 +42,16 @@ class GrowthOptions(Checked):
 
     method: Annotated[str, tyro.conf.Positional] = "irn_cam"
     """CAM method."""
-    images: Annotated[tuple[int, ...], Range(least=2)] = (100, 1000)
+    images: Annotated[tuple[int, ...], Range(least=2, filled=True)] = (100, 1000)
     """Numbers of training images; as many again are predicted."""
-    workers: Annotated[tuple[int, ...], Range(least=1)] = (1, 2)
+    workers: Annotated[tuple[int, ...], Range(least=1, filled=True)] = (1, 2)
     """--machine.workers: on a CPU the processes that compute images."""
-    processes: Annotated[tuple[int, ...], Range(least=1)] = (1,)
+    processes: Annotated[tuple[int, ...], Range(least=1, filled=True)] = (1,)
     """Processes of torchrun."""
-    flags: tuple[str, ...] = ()
-    """More flags for run_sample.py; last, behind --."""
     long_side: Annotated[tuple[int, int], Range(least=64)] = (64, 80)
     """Least and greatest long side of a picture, pixels."""
+    flags: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """More flags for run_sample.py: given behind --."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,13 @@ def write_pictures(root: Path, images: Sequence[int], long_side: tuple[int, int]
 def process_tree(pid: int) -> Iterator[int]:
     """A process and all below it (Linux)."""
     yield pid
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+    try:
+        tasks = os.listdir(f"/proc/{pid}/task")
+    except OSError:  # the process has ended
+        return
+    for task in tasks:
         try:
-            children = task.read_text().split()
+            children = Path(f"/proc/{pid}/task/{task}/children").read_text().split()
         except OSError:  # the thread has ended
             continue
         for child in children:
@@ -110,7 +117,8 @@ def memory_of_tree(pid: int) -> int:
 
 
 def run_watched(command: Sequence[str], folder: Path) -> int:
-    """Run a command; returns the largest memory of its processes together, in kilobytes. Raises CalledProcessError."""
+    """Run a command; returns the largest memory of its processes together, in kilobytes. Raises RuntimeError where it
+    fails, and has said why."""
     most = 0
     with subprocess.Popen(command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
         while True:
@@ -120,7 +128,7 @@ def run_watched(command: Sequence[str], folder: Path) -> int:
             except subprocess.TimeoutExpired:
                 most = max(most, memory_of_tree(process.pid))
     if status:
-        raise subprocess.CalledProcessError(status, command)
+        raise RuntimeError(f"a step ended with status {status}; its message is above.")
     return most
 
 
@@ -130,32 +138,36 @@ def grow(run: GrowthRun, options: GrowthOptions, folder: Path) -> list[list[str]
     command = [*run.command(options.method, folder / PICTURES), *options.flags, "--out", str(out)]
     rows = []
     for step in STEPS:
-        if step.name in ("localise", "report"):
+        if "masks" not in step.aims or step.name == "report":
             continue
         most = run_watched([*command, "--steps", step.name], folder)
         if step.per_image:
             seconds = RunFolder(out).record()["steps"][step.name]["seconds"]
             counts = (run.images, run.workers, run.processes)
-            rows.append([step.name, *map(str, counts), f"{1e3 * seconds / run.images:.1f}", f"{most / 1024:.0f}"])
+            shown = f"{most / 1024:.0f}" if most else ""
+            rows.append([step.name, *map(str, counts), f"{1e3 * seconds / run.images:.1f}", shown])
+            print(f"{run.name} {step.name}: {rows[-1][-2]} ms an image, {shown} MB", flush=True)
     return rows
 
 
 def main() -> None:
     """Run all sizes and print the table."""
-    options, flags = options_and_flags(GrowthOptions, prog="python -m scripts.growth", description=__doc__)
-    options = replace(options, flags=flags)
+    options = options_with_flags(GrowthOptions, prog="python -m scripts.growth", description=__doc__)
     rows: list[list[str]] = []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+        folder, trial = Path(temporary), Path(temporary) / "trial"
+        # wrong names and flags are found before a large set is drawn
+        write_pictures(trial / PICTURES, (2,), options.long_side)
+        first = GrowthRun(2, 1, 1).command(options.method, trial / PICTURES)
+        run_watched([*first, *options.flags, "--steps", "train_cam", "--out", str(trial / "run")], trial)
         write_pictures(folder / PICTURES, options.images, options.long_side)
-        for images in options.images:
-            for workers in options.workers:
-                for processes in options.processes:
-                    rows += grow(GrowthRun(images, workers, processes), options, folder)
+        runs = itertools.product(*map(dict.fromkeys, (options.images, options.workers, options.processes)))
+        for run in runs:
+            rows += grow(GrowthRun(*run), options, folder)
     rows.sort(key=lambda row: [step.name for step in STEPS].index(row[0]))
     head = ("step", "images", "workers", "processes", "ms an image", "MB")
     print(ResultTable(head, rows, range(1, 6)).markdown())
 
 
 if __name__ == "__main__":
-    commandline.end(commandline.command(main, (ValueError, OSError)))
+    commandline.end(commandline.command(main, (ValueError, OSError, RuntimeError)))

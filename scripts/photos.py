@@ -5,6 +5,7 @@ Every row is a CAM method x a refiner x a segmentation network x a seed, by the 
 val is there to tune on, the others are reported. Lines of JSON and a Markdown table are written to the folder --out as
 soon as a row is finished; a finished one is not run again, a part of one neither. The rows are tried in the
 order of what they tell: plain rows, the best one with other seeds, variants of a setting (their masks only), others.
+Flags behind ``--`` go to run_sample.py, in every row.
 """
 
 from __future__ import annotations
@@ -17,19 +18,20 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import tyro
 
 from misc import commandline
 from misc.files.images import read_mask
 from misc.files.runfolder import RunFolder
 from misc.score.evaluate import evaluate_masks
 from misc.tables import ResultTable
-from scripts import ROOT, options_and_flags
+from scripts import ROOT, options_with_flags
 from voc12.catalog import Catalog, open_catalog
 
 PHOTO_METHODS = ("irn_cam", "puzzlecam", "seam", "psa")
@@ -326,8 +328,8 @@ class PhotosOptions:
     """Another list of training images, for a trial."""
     val_list: str = "val"
     """List of validation images."""
-    flags: tuple[str, ...] = ()
-    """More flags for run_sample.py, in every row; last, behind --."""
+    flags: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """More flags for run_sample.py, in every row: given behind --."""
 
     def wants(self, row: PhotoRow) -> bool:
         """Whether a row is to be run."""
@@ -336,8 +338,7 @@ class PhotosOptions:
 
 def main() -> None:
     """Command line: options, and after -- further ones of run_sample.py."""
-    options, flags = options_and_flags(PhotosOptions, prog="python -m scripts.photos", description=__doc__)
-    PhotoStudy(replace(options, flags=flags)).run()
+    PhotoStudy(options_with_flags(PhotosOptions, prog="python -m scripts.photos", description=__doc__)).run()
 
 
 if __name__ == "__main__":

@@ -315,12 +315,15 @@ def _where(packed: Tensor, wanted: Tensor) -> Tensor:
     are sorted, without duplicates."""
     m = len(packed)
     if packed.device.type == "cpu":  # timsort merges two sorted lists in one pass: quicker than a search for each
-        both = np.concatenate([wanted.numpy(), packed.numpy()])
-        order = np.argsort(both, kind="stable")
-        ordered = both[order]
-        first = np.flatnonzero(ordered[1:] == ordered[:-1])
-        places = np.full(len(wanted), m)
-        places[order[first]] = order[first + 1] - len(wanted)
-        return torch.from_numpy(places)
+        places = torch.full_like(wanted, m)
+        for chunk in _chunks(wanted):
+            numbers, these = packed.numpy(), wanted[chunk].numpy()
+            low, high = np.searchsorted(numbers, these[[0, -1]])
+            both = np.concatenate([these, numbers[low : high + 1]])
+            order = np.argsort(both, kind="stable")
+            both = both[order]
+            first = np.flatnonzero(both[1:] == both[:-1])
+            places[chunk].numpy()[order[first]] = order[first + 1] + (low - len(these))
+        return places
     found = torch.searchsorted(packed, wanted).clamp_(max=m - 1)
     return torch.where(packed.index_select(0, found) == wanted, found, m)
