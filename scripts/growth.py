@@ -119,14 +119,16 @@ def memory_of_tree(pid: int) -> int:
 def run_watched(command: Sequence[str], folder: Path) -> int:
     """Run a command; returns the largest memory of its processes together, in kilobytes. Raises RuntimeError where it
     fails, and has said why."""
-    most = 0
+    most = before = 0
     with subprocess.Popen(command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
         while True:
             try:
                 status = process.wait(EVERY)
                 break
             except subprocess.TimeoutExpired:
-                most = max(most, memory_of_tree(process.pid))
+                # the smaller one of two looks: while a process forks, pages are counted twice
+                now = memory_of_tree(process.pid)
+                most, before = max(most, min(before, now)), now
     if status:
         raise RuntimeError(f"a step ended with status {status}; its message is above.")
     return most
