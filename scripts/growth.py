@@ -30,9 +30,9 @@ from scripts import ROOT, options_with_flags
 from step import STEPS
 from voc12.generated.sets import generate
 
-SHORT = "--cam.fit.steps 2 --aff.fit.steps 2 --seg.fit.steps 2 --cam.infer.scales 1 --seg.infer.scales 1".split()
+LITTLE_WORK = "--cam.fit.steps 2 --aff.fit.steps 2 --seg.fit.steps 2 --cam.infer.scales 1 --seg.infer.scales 1".split()
 """Hardly any training, and maps at one scale: growth is what is looked for."""
-PICTURES = "pictures"
+DRAWN = "pictures"
 EVERY = 0.25  # seconds between two looks at the memory
 
 
@@ -74,7 +74,7 @@ class GrowthRun:
             sys.executable, *(launcher if self.processes > 1 else []), str(ROOT / "run_sample.py"), method,
             "--preset", "sample", "--data", "voc12", "--root", str(root), "--train-list", f"train_{self.images}",
             "--score-list", f"train_{self.images}", "--val-list", f"val_{self.images}",
-            "--machine.workers", str(self.workers), *SHORT,
+            "--machine.workers", str(self.workers), *LITTLE_WORK,
         ]  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def run_watched(command: Sequence[str], folder: Path) -> int:
 def grow(run: GrowthRun, options: GrowthOptions, folder: Path) -> list[list[str]]:
     """Rows of the per-image steps of one run."""
     out = folder / run.name
-    command = [*run.command(options.method, folder / PICTURES), *options.flags, "--out", str(out)]
+    command = [*run.command(options.method, folder / DRAWN), *options.flags, "--out", str(out)]
     rows = []
     for step in STEPS:
         if "masks" not in step.aims or step.name == "report":
@@ -159,10 +159,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder, trial = Path(temporary), Path(temporary) / "trial"
         # wrong names and flags are found before a large set is drawn
-        write_pictures(trial / PICTURES, (2,), options.long_side)
-        first = GrowthRun(2, 1, 1).command(options.method, trial / PICTURES)
+        write_pictures(trial / DRAWN, (2,), options.long_side)
+        first = GrowthRun(2, 1, 1).command(options.method, trial / DRAWN)
         run_watched([*first, *options.flags, "--steps", "train_cam", "--out", str(trial / "run")], trial)
-        write_pictures(folder / PICTURES, options.images, options.long_side)
+        write_pictures(folder / DRAWN, options.images, options.long_side)
         runs = itertools.product(*map(dict.fromkeys, (options.images, options.workers, options.processes)))
         for run in runs:
             rows += grow(GrowthRun(*run), options, folder)
