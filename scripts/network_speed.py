@@ -2,7 +2,8 @@
 
 Both precisions take turns in one process on the same random batch; times are medians. Each is also given as a share of
 the ideal: the floating-point operations of its matrix products and convolutions, done at the rate at which this machine
-multiplies large matrices in that precision.
+multiplies large matrices in that precision. With ``--compile`` only training steps in the precision fast, with
+torch.compile and without.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +35,7 @@ from net.contract import Network, SeedNetwork, SeedRecipe
 from scripts.measured_networks import CLASSES, Task, build, loss_terms, make_batch, tasks
 
 COMPARED: tuple[Precision, ...] = ("off", "fast")
+COMPILE_COLUMNS = ("network", "fast", "compiled", "gain", "to compile")
 COLUMNS = ("network", "of", "float32", "ideal", "fast", "ideal", "gain")
 
 
@@ -57,6 +59,8 @@ class SpeedOptions(Checked):
     """Its width."""
     repeats: Count = 5
     """Timed repeats of each precision, after one that does not count."""
+    compile: bool = False
+    """Measure what torch.compile gains, and how long it takes to compile."""
     json: Path | None = None
     """Also write all figures to this file."""
 
@@ -80,17 +84,20 @@ def matrix_rate(kind: torch.dtype, device: torch.device) -> float:
     return 2 * side**3 / best
 
 
-def training_step(network: Network, task: Task, options: SpeedOptions, machine: Machine) -> Callable[[], None]:
+def training_step(
+    network: Network, task: Task, options: SpeedOptions, machine: Machine, compiled: bool = False
+) -> Callable[[], None]:
     """A function that makes one update."""
     device = torch.device(options.device)
     place(network.train(), machine, device)
     rules = make_rules(network.param_groups(), task.phase.fit, device)
     batch = make_batch(task, options.batch, device)
+    model = torch.compile(network) if compiled else network
 
     def step() -> None:
         for optimiser, _ in rules:
             optimiser.zero_grad(set_to_none=True)
-        sum(loss_terms(network, network, batch, 0.9, autocast(machine, device)).values()).backward()
+        sum(loss_terms(network, model, batch, 0.9, autocast(machine, device)).values()).backward()
         for optimiser, _ in rules:
             optimiser.step()
 
@@ -116,24 +123,63 @@ def cam_inference(network: Network, task: Task, options: SpeedOptions, machine: 
 
 def measure_both(make: Callable[[Machine], Callable[[], None]], options: SpeedOptions) -> dict[str, Any]:
     """Median seconds in each precision, taking turns, and the floating-point operations."""
-    device = torch.device(options.device)
     forms = {amp: make(Machine(amp=amp)) for amp in COMPARED}
     flops: int | None = None
     with contextlib.suppress(RuntimeError):  # PyTorch can't count where the forward pass asks for gradients
         with FlopCounterMode(display=False) as counter:
             forms["off"]()
         flops = counter.get_total_flops()
-    for form in forms.values():
-        form()
-    seconds: dict[str, list[float]] = {amp: [] for amp in COMPARED}
-    for _ in range(options.repeats):
-        for amp, form in forms.items():
+    seconds = medians(forms, options)
+    return {"flops": flops, **seconds}
+
+
+def medians(forms: Mapping[str, Callable[[], None]], options: SpeedOptions) -> dict[str, float]:
+    """Median seconds of each form, taking turns, after one call of each that does not count."""
+    device = torch.device(options.device)
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    for repeat in range(-1, options.repeats):
+        for name, form in forms.items():
             wait_for(device)
             begin = time.perf_counter()
             form()
             wait_for(device)
-            seconds[amp].append(time.perf_counter() - begin)
-    return {"flops": flops, **{amp: statistics.median(times) for amp, times in seconds.items()}}
+            if repeat >= 0:
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def measure_compiled(task: Task, options: SpeedOptions) -> dict[str, float]:
+    """Median seconds of a training step without and with torch.compile, and of the calls in which it compiles."""
+    device, machine = torch.device(options.device), Machine(amp="fast")
+    torch.compiler.reset()
+    plain, compiled = (
+        training_step(build(task, device, machine), task, options, machine, compiled=kind) for kind in (False, True)
+    )
+    begin = time.perf_counter()
+    for _ in range(2):  # what the first call assumed to be constant may be compiled again
+        compiled()
+    wait_for(device)
+    compiling = time.perf_counter() - begin
+    return {**medians({"fast": plain, "compiled": compiled}, options), "to compile": compiling}
+
+
+def compare_compiled(listed: Iterable[Task], options: SpeedOptions) -> None:
+    """Measure and print a row for each network that is trained."""
+    rows: list[list[str]] = []
+    results: dict[str, Any] = {}
+    for task in (task for task in listed if task.phase.fit.steps != 0):
+        try:
+            found = results[task.name] = measure_compiled(task, options)
+            times = [f"{1e3 * found[name]:.0f} ms" for name in ("fast", "compiled")]
+            row = [task.name, *times, f"{found['fast'] / found['compiled']:.2f}", f"{found['to compile']:.0f} s"]
+        except Exception as error:  # what PyTorch can't compile is a result too
+            results[task.name] = {"error": str(error)}
+            row = [task.name, "", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}", "", ""]
+        rows.append(row)
+        print("  ".join(row), flush=True)
+        if options.json is not None:
+            options.json.write_text(json.dumps(results, indent=1))
+    print("\n" + ResultTable(COMPILE_COLUMNS, rows, range(1, len(COMPILE_COLUMNS))).markdown())
 
 
 def main(options: SpeedOptions) -> int:
@@ -145,13 +191,17 @@ def main(options: SpeedOptions) -> int:
     if unknown := sorted(set(options.names) - {task.name for task in listed}):
         print(f"error: no network {', '.join(unknown)}: there are {', '.join(t.name for t in listed)}", file=sys.stderr)
         return 2
+    listed = [task for task in listed if not options.names or task.name in options.names]
+    if options.compile:
+        compare_compiled(listed, options)
+        return 0
     kinds = {"off": torch.float32, "fast": Machine(amp="fast").amp_dtype(device) or torch.float32}
     rates = {amp: matrix_rate(kind, device) for amp, kind in kinds.items()}
     print(f"{device_name(device)}, {options.threads} thread(s), PyTorch {torch.__version__}; matrix products: "
           + ", ".join(f"{kinds[amp]} {rate / 1e9:.0f} GFLOP/s" for amp, rate in rates.items()), flush=True)  # fmt: skip
     rows: list[list[str]] = []
     results: dict[str, Any] = {"rates": rates}
-    for task in (task for task in listed if not options.names or task.name in options.names):
+    for task in listed:
         made = {"training": training_step, "CAM": cam_inference}
         if task.phase.fit.steps == 0:
             del made["training"]

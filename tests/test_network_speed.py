@@ -1,0 +1,41 @@
+"""scripts/network_speed.py: a row for every step that is measured, also where torch.compile fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts.network_speed import SpeedOptions, main
+
+
+def rows_of(text: str) -> list[list[str]]:
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+
+
+def test_training_and_cams_in_both_precisions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(SpeedOptions(("tscam",), batch=2, repeats=1, json=tmp_path / "speed.json")) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert [row[:2] for row in rows] == [["tscam", "training"], ["tscam", "CAM"]]
+    found = json.loads((tmp_path / "speed.json").read_text())
+    assert all(found[f"tscam {what}"][amp] > 0 for what in ("training", "CAM") for amp in ("off", "fast", "flops"))
+    assert main(SpeedOptions(("nosuch",))) == 2
+
+
+def test_compiled_or_the_reason_why_not(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    options = SpeedOptions(("tscam",), batch=2, repeats=1, compile=True)
+    monkeypatch.setattr(torch, "compile", lambda network: network)
+    assert main(options) == 0
+    (row,) = rows_of(capsys.readouterr().out)
+    assert row[0] == "tscam" and row[1].endswith("ms") and row[2].endswith("ms") and float(row[3]) > 0
+
+    def refuse(network: object) -> None:
+        raise RuntimeError("not this one\nbecause")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    assert main(options) == 0
+    (row,) = rows_of(capsys.readouterr().out)
+    assert row[:3] == ["tscam", "", "RuntimeError: not this one"]
