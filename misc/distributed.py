@@ -74,7 +74,7 @@ def give_memory_back() -> None:
 
 def used_memory(largest: bool = False) -> int:
     """Bytes of memory that this process has now, or the most so far; 0 where the system doesn't tell (Linux does)."""
-    told = _kilobytes("self/status")
+    told = kilobytes("self/status")
     return max(told.get("VmRSS", 0), told.get("VmHWM", 0) if largest else 0) * 1024
 
 
@@ -82,7 +82,7 @@ def free_memory() -> int:
     """Bytes of memory that new processes can have: of the machine, or of the control groups (container, batch job) that
     this process is in, divided over the processes that torchrun started on this machine. 0 where the system doesn't
     tell (Linux does)."""
-    free: float = _kilobytes("meminfo").get("MemAvailable", 0) * 1024
+    free: float = kilobytes("meminfo").get("MemAvailable", 0) * 1024
     try:
         groups = [line.split(":", 2) for line in (_PROC / "self/cgroup").read_text().splitlines()]
     except OSError:
@@ -107,7 +107,7 @@ def _left_in(root: Path, path: str, limit: str, used: str, cached: str) -> float
     return left
 
 
-def _kilobytes(file: str) -> dict[str, int]:
+def kilobytes(file: str) -> dict[str, int]:
     """The sizes in a file of /proc, by name."""
     try:
         text = (_PROC / file).read_text()

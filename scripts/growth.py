@@ -22,11 +22,12 @@ from typing import Annotated
 
 import tyro
 
-from misc import commandline
+from misc import commandline, distributed
 from misc.checked import Checked, Range
 from misc.files.runfolder import RunFolder
 from misc.tables import ResultTable
 from scripts import ROOT, options_with_flags
+from scripts.hostile.children import children_of
 from step import STEPS
 from voc12.generated.sets import generate
 
@@ -91,29 +92,13 @@ def write_pictures(root: Path, images: Sequence[int], long_side: tuple[int, int]
 def process_tree(pid: int) -> Iterator[int]:
     """A process and all below it (Linux)."""
     yield pid
-    try:
-        tasks = os.listdir(f"/proc/{pid}/task")
-    except OSError:  # the process has ended
-        return
-    for task in tasks:
-        try:
-            children = Path(f"/proc/{pid}/task/{task}/children").read_text().split()
-        except OSError:  # the thread has ended
-            continue
-        for child in children:
-            yield from process_tree(int(child))
+    for child in children_of(pid):
+        yield from process_tree(child)
 
 
 def memory_of_tree(pid: int) -> int:
-    """Kilobytes of a process and all below it; pages that several share count once. 0 where the system doesn't tell."""
-    total = 0
-    for one in process_tree(pid):
-        try:
-            lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
-        except OSError:  # the process has ended
-            continue
-        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return total
+    """Kilobytes of a process and all below it (PSS). 0 where the system doesn't tell."""
+    return sum(distributed.kilobytes(f"{one}/smaps_rollup").get("Pss", 0) for one in process_tree(pid))
 
 
 def run_watched(command: Sequence[str], folder: Path) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from misc import commandline
+from misc import commandline, distributed
 from misc.files.images import jpeg_bytes, png_bytes, read_image
 from misc.files.runfolder import RunFolder
 from misc.loop.each import Rest, Together, each
@@ -51,8 +51,7 @@ def make_large_set(root: Path, run: RunFolder, images: int, classes: int = 80) -
 
 def memory() -> float:
     """Memory of this process now, MB (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
+    return distributed.used_memory() / 2**20
 
 
 def measure(what: str, action: Callable[[], object]) -> None:

@@ -46,7 +46,7 @@ def test_memory_of_a_process_and_its_children_and_of_one_that_has_ended() -> Non
     assert list(growth.process_tree(process.pid)) == [process.pid] and growth.memory_of_tree(process.pid) == 0
 
 
-def test_flags_behind_the_dashes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_behind_the_dashes(monkeypatch: pytest.MonkeyPatch) -> None:
     def parsed(*argv: str) -> growth.GrowthOptions:
         monkeypatch.setattr(sys, "argv", ["growth", *argv])
         return options_with_flags(growth.GrowthOptions)

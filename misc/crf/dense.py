@@ -70,7 +70,6 @@ class DenseCRF:
         self.size: tuple[int, int] = image.shape[:2]
         """Height and width of the image."""
         self._device = torch.device(device)
-        self._iterations = s.iterations
         self._kernels: list[tuple[float, Lattice]] = []
         if s.gauss_weight:  # depends on the image's size alone
             make = _plane_lattice if image.shape[0] * image.shape[1] <= _LARGEST_KEPT else _plane_lattice.__wrapped__
@@ -80,6 +79,7 @@ class DenseCRF:
             plane = _plane(self.size, self._device) / s.bilateral_sxy
             appearance = torch.cat([plane, colours / s.bilateral_srgb], dim=1)
             self._kernels.append((s.bilateral_weight, Lattice(appearance, normalised=True)))
+        self._iterations = s.iterations if self._kernels else 0  # without a kernel they change nothing
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
         """Sharpen class scores by mean-field inference.
@@ -141,7 +141,7 @@ class DenseCRF:
                 for weight, lattice in self._kernels:  # in place, or it would take twice the memory
                     message = lattice.filter(posterior.flatten(1)).view_as(logits)
                     logits = torch.add(logits, message, alpha=weight, out=message)
-                posterior = _softmax_(logits if self._kernels else evidence.clone())
+                posterior = _softmax_(logits)
         return posterior.movedim(0, -1).unflatten(-1, self.size).cpu().numpy()
 
 

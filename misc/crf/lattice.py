@@ -303,21 +303,21 @@ def _neighbours(packed: Tensor, strides: list[int]) -> list[Tensor]:
         if direction + 1 < len(strides):
             step += len(strides) * strides[direction + 1]
         up = torch.full_like(every, m)
-        up[:m] = _where(packed, packed + step)
+        up[:m] = _places(packed, packed + step)
         down = torch.full_like(every, m).scatter_(0, up, every)
         down[m] = m  # every vertex without a neighbour has written there
         tables.append(torch.stack([every, up, down], dim=1).int())
     return tables
 
 
-def _where(packed: Tensor, wanted: Tensor) -> Tensor:
+def _places(packed: Tensor, wanted: Tensor) -> Tensor:
     """For each of the wanted numbers its place among the packed ones, as many as these if it is not there: int64. Both
     are sorted, without duplicates."""
     m = len(packed)
     if packed.device.type == "cpu":  # timsort merges two sorted lists in one pass: quicker than a search for each
-        places = torch.full_like(wanted, m)
+        places, numbers = torch.full_like(wanted, m), packed.numpy()
         for chunk in _chunks(wanted):
-            numbers, these = packed.numpy(), wanted[chunk].numpy()
+            these = wanted[chunk].numpy()
             low, high = np.searchsorted(numbers, these[[0, -1]])
             both = np.concatenate([these, numbers[low : high + 1]])
             order = np.argsort(both, kind="stable")

@@ -271,9 +271,12 @@ def alive_in_group(pid: int) -> list[int]:
 
 def children_of(pid: int) -> list[int]:
     """Processes that a process has started and that live."""
-    with contextlib.suppress(OSError):
-        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return []
+    found: list[int] = []
+    with contextlib.suppress(OSError):  # the process has ended
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):  # the thread has ended
+                found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
+    return found
 
 
 def fresh(folder: Path) -> Path:
