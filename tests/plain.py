@@ -151,6 +151,16 @@ def gathered_path_affinity(boundary: Tensor, paths: list[Tensor]) -> Tensor:
     return torch.cat([1 - flat[:, cells].amax(dim=2) for cells in paths], dim=1)
 
 
+def correlate(values: Tensor, features: Tensor) -> Tensor:
+    """SEAM's pixel correlation, values (B, K, h, w) and features (B, D, h, w) -> (B, K, h, w): the whole matrix, its
+    columns normalised, then multiplied (seam.md section 3, step 4)."""
+    g = features.flatten(2)
+    g = g / (g.norm(dim=1, keepdim=True) + 1e-5)
+    matrix = F.relu(torch.matmul(g.transpose(1, 2), g))
+    matrix = matrix / (matrix.sum(1, keepdim=True) + 1e-5)
+    return torch.matmul(values.flatten(2), matrix).view_as(values)
+
+
 def stacked_neighbours(maps: Tensor, dilations: tuple[int, ...]) -> Tensor:
     """(B, C, H, W) -> (B, C, 8 D, H, W), by a convolution for each dilation, as published (aream.md section 5)."""
     batch, channels, height, width = maps.shape

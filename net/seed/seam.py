@@ -31,7 +31,7 @@ from net.start_weights import REQUIRED
 
 _EPSILON = 1e-5
 _BLOCK = 512
-"""Side of the blocks of the similarity matrix on the CPU."""
+"""Side of the blocks of the similarity matrix on the CPU. A matrix of one such block is kept for the backward pass."""
 
 
 @seed("seam")
@@ -218,8 +218,8 @@ def correlate(values: Tensor, features: Tensor) -> Tensor:
     """PCM: each pixel gets the mean of all pixels' values, weighted by the positive cosine of their features.
 
     The similarity matrix has N x N entries, N = h x w: 0.55 GB for one image of 1000 x 750 (seam.md section 7.11). It
-    is symmetric and never held: half of its blocks are computed, each used twice, in the backward pass again. Always in
-    float32.
+    is symmetric and, but for grids of at most 512 pixels, never held: half of its blocks are computed, each used twice,
+    in the backward pass again. Always in float32.
 
     Args:
         values: (B, K, h, w); they get no gradient.
@@ -252,21 +252,22 @@ class _Correlation(torch.autograd.Function):
                 total[:, :, here] += stacked[:, :, there] @ similarity.transpose(1, 2)
         weight = total[:, -1:] + _EPSILON  # (B, 1, N)
         revised = total[:, :-1] / weight
-        ctx.save_for_backward(vectors, values, revised, weight)
+        whole = similarity if vectors.shape[2] <= _BLOCK else None
+        ctx.save_for_backward(vectors, values, revised, weight, whole)
         return revised
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        vectors, values, revised, weight = ctx.saved_tensors
+        vectors, values, revised, weight, whole = ctx.saved_tensors
         gradient = gradient / weight
         # of the similarity of i and j: values_i gradient_j - revised_j gradient_j, here as one product of two factors
         left = torch.cat([values, torch.ones_like(weight)], 1)  # (B, K + 1, N)
         right = torch.cat([gradient, -(gradient * revised).sum(1, keepdim=True)], 1)
         total = torch.zeros_like(vectors)
         for here, there in _block_pairs(vectors):
-            similarity = vectors[:, :, here].transpose(1, 2) @ vectors[:, :, there]  # (B, m, n)
-            change = left[:, :, here].transpose(1, 2) @ right[:, :, there]
+            similarity = vectors[:, :, here].transpose(1, 2) @ vectors[:, :, there] if whole is None else whole
+            change = left[:, :, here].transpose(1, 2) @ right[:, :, there]  # (B, m, n)
             change += right[:, :, here].transpose(1, 2) @ left[:, :, there]  # the same entry, mirrored
             change.mul_(similarity > 0)
             total[:, :, there] += vectors[:, :, here] @ change

@@ -15,6 +15,7 @@ from net.backbone.resnet38 import ResNet38Options
 from net.refine.psa import PSA
 from net.seed import seam
 from net.seed.seam import Seam, SeamOptions
+from tests import plain
 
 CLASSES = 3
 TINY = SeamOptions(
@@ -33,22 +34,13 @@ def batch(size: tuple[int, int] = (40, 56), images: int = 2) -> dict[str, Tensor
     return {"image": torch.randn(images, 3, *size), "tags": tags}
 
 
-def plain_correlation(values: Tensor, features: Tensor) -> Tensor:
-    """The published form: the whole matrix, its columns normalised, then multiplied."""
-    g = features.flatten(2)
-    g = g / (g.norm(dim=1, keepdim=True) + 1e-5)
-    matrix = F.relu(torch.matmul(g.transpose(1, 2), g))
-    matrix = matrix / (matrix.sum(1, keepdim=True) + 1e-5)
-    return torch.matmul(values.flatten(2), matrix).view_as(values)
-
-
 @pytest.mark.parametrize("block", [7, 512])
 def test_correlation_by_blocks_and_its_gradient_are_the_plain_ones(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seam, "_BLOCK", block)
     torch.manual_seed(0)
     values, features = torch.rand(2, 4, 6, 9), torch.randn(2, 16, 6, 9, requires_grad=True)
     results = []
-    for form in (plain_correlation, seam.correlate):
+    for form in (plain.correlate, seam.correlate):
         spread = form(values, features)
         (spread * torch.linspace(-1, 1, spread.numel()).view_as(spread)).sum().backward()
         results.append((spread.detach(), features.grad))
