@@ -65,9 +65,15 @@ def dense_energy(
         grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).flip(0)  # (2, h, w), x first
         place = grid.expand(len(p), -1, -1, -1) / (options.sigma_xy * options.scale)
         features = torch.cat([place, nearest(colours) / options.sigma_rgb], 1)  # (B, 5, h, w)
-        lattice = Lattice(features.flatten(2).transpose(1, 2))
-        filtered = lattice.filter((p * inside).flatten(2).transpose(1, 2))  # (B, h * w, C + 1)
-        filtered = filtered.transpose(1, 2).unflatten(2, p.shape[-2:])
+        filtered = _filter(p * inside, features)
     energy = -options.weight / len(p) * (p * inside * gate * filtered).sum()
     # the value counts a pair once, the gradient twice: at both ends
     return 2 * energy - energy.detach()
+
+
+@torch.compiler.disable  # the sizes of a lattice depend on the picture
+def _filter(maps: Tensor, features: Tensor) -> Tensor:
+    """Maps (B, K, h, w) filtered by the positions (B, D, h, w) of their pixels: the same shape."""
+    lattice = Lattice(features.flatten(2).transpose(1, 2))
+    filtered = lattice.filter(maps.flatten(2).transpose(1, 2))  # (B, h * w, K)
+    return filtered.transpose(1, 2).unflatten(2, maps.shape[-2:])
