@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -150,21 +152,37 @@ def medians(forms: Mapping[str, Callable[[], None]], options: SpeedOptions) -> d
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def measure_compiled(task: Task, options: SpeedOptions) -> dict[str, float]:
-    """Median seconds of a training step without and with torch.compile, and of the calls in which it compiles."""
+def measure_compiled(name: str, options: SpeedOptions) -> dict[str, float]:
+    """Median seconds of a network's training step without and with torch.compile, and of the calls in which it
+    compiles."""
+    registry.load_methods()
+    torch.set_num_threads(options.threads)
     device, machine = torch.device(options.device), Machine(amp="fast")
-    torch.compiler.reset()
+    task = next(task for task in tasks(options.preset) if task.name == name)
     plain, compiled = (
         training_step(build(task, device, machine), task, options, machine, compiled=kind) for kind in (False, True)
     )
-    with tempfile.TemporaryDirectory() as kept:  # not what was compiled before
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = kept
-        begin = time.perf_counter()
-        for _ in range(2):  # what the first call assumed to be constant may be compiled again
-            compiled()
-        wait_for(device)
-        compiling = time.perf_counter() - begin
-        return {**medians({"fast": plain, "compiled": compiled}, options), "to compile": compiling}
+    begin = time.perf_counter()
+    for _ in range(2):  # what the first call assumed to be constant may be compiled again
+        compiled()
+    wait_for(device)
+    compiling = time.perf_counter() - begin
+    return {**medians({"fast": plain, "compiled": compiled}, options), "to compile": compiling}
+
+
+def use_caches(folder: str) -> None:
+    """Where PyTorch's compilers keep what they compiled."""
+    os.environ |= {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
+
+
+def measure_compiled_alone(name: str, options: SpeedOptions) -> dict[str, float]:
+    """``measure_compiled`` in a process of its own that finds nothing compiled."""
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(1, mp_context=spawn, initializer=use_caches, initargs=(folder,)) as process,
+    ):
+        return process.submit(measure_compiled, name, options).result()
 
 
 def compare_compiled(listed: Iterable[Task], options: SpeedOptions) -> None:
@@ -173,7 +191,7 @@ def compare_compiled(listed: Iterable[Task], options: SpeedOptions) -> None:
     results: dict[str, Any] = {}
     for task in (task for task in listed if task.phase.fit.steps != 0):
         try:
-            found = results[task.name] = measure_compiled(task, options)
+            found = results[task.name] = measure_compiled_alone(task.name, options)
             times = [f"{1e3 * found[name]:.0f} ms" for name in ("fast", "compiled")]
             row = [task.name, *times, f"{found['fast'] / found['compiled']:.2f}", f"{found['to compile']:.0f} s"]
         except Exception as error:  # what PyTorch can't compile is a result too

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from scripts import network_speed
 from scripts.network_speed import SpeedOptions, main
 
 
@@ -27,6 +29,7 @@ def test_training_and_cams_in_both_precisions(tmp_path: Path, capsys: pytest.Cap
 
 def test_compiled_or_the_reason_why_not(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     options = SpeedOptions(("tscam",), batch=2, repeats=1, compile=True)
+    monkeypatch.setattr(network_speed, "measure_compiled_alone", network_speed.measure_compiled)
     monkeypatch.setattr(torch, "compile", lambda network: network)
     assert main(options) == 0
     (row,) = rows_of(capsys.readouterr().out)
@@ -39,3 +42,16 @@ def test_compiled_or_the_reason_why_not(monkeypatch: pytest.MonkeyPatch, capsys:
     assert main(options) == 0
     (row,) = rows_of(capsys.readouterr().out)
     assert row[:3] == ["tscam", "", "RuntimeError: not this one"]
+
+
+def where_it_is_kept(name: str, options: SpeedOptions) -> tuple[str, int]:
+    """In place of a measurement: the compiler's cache and the process."""
+    return os.environ["TORCHINDUCTOR_CACHE_DIR"], os.getpid()
+
+
+def test_every_network_is_compiled_from_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = dict(os.environ)
+    monkeypatch.setattr(network_speed, "measure_compiled", where_it_is_kept)
+    kept, pids = zip(*(network_speed.measure_compiled_alone("tscam", SpeedOptions()) for _ in range(2)), strict=True)
+    assert len(set(kept)) == len(set(pids)) == 2 and os.getpid() not in pids
+    assert os.environ == before and not any(Path(folder).parent.exists() for folder in kept)

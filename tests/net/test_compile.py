@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from misc.crf.energy import DenseOptions, dense_energy
 from net import registry
 from scripts.measured_networks import build, loss_terms, make_batch, tasks
 
@@ -33,3 +34,25 @@ def test_progress_costs_one_graph_more(name: str) -> None:
     torch.compiler.reset()
     assert 1 <= len(graphs) <= 2
     torch.testing.assert_close(terms, plain)
+
+
+def test_the_lattice_of_the_dense_energy_is_left_out() -> None:
+    """Its sizes depend on the picture; what is around it is compiled."""
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 12, 16, requires_grad=True)
+    rest = torch.zeros(2, 12, 16, dtype=torch.int64), 255 * torch.rand(2, 3, 12, 16), torch.ones(2, 12, 16).bool()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    results = []
+    for form in (dense_energy, torch.compile(dense_energy, backend=count)):
+        energy = form(logits, *rest, DenseOptions())
+        results.append((energy.detach(), *torch.autograd.grad(energy, logits)))
+    torch.compiler.reset()
+    torch.testing.assert_close(results[0], results[1])
+    assert len(graphs) == 2  # before and after
+    assert not any("sort" in str(node.target) for graph in graphs for node in graph.graph.nodes)

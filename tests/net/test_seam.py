@@ -34,7 +34,7 @@ def batch(size: tuple[int, int] = (40, 56), images: int = 2) -> dict[str, Tensor
     return {"image": torch.randn(images, 3, *size), "tags": tags}
 
 
-@pytest.mark.parametrize("block", [7, 512])
+@pytest.mark.parametrize("block", [7, 54, 512])
 def test_correlation_by_blocks_and_its_gradient_are_the_plain_ones(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seam, "_BLOCK", block)
     torch.manual_seed(0)
@@ -48,6 +48,22 @@ def test_correlation_by_blocks_and_its_gradient_are_the_plain_ones(block: int, m
     (expected, wanted), (spread, gradient) = results
     torch.testing.assert_close(spread, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("block", "kept"), [(53, False), (54, True)])
+def test_a_matrix_of_one_block_is_kept_for_the_backward_pass(
+    block: int, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seam, "_BLOCK", block)
+    saved: list[int] = []
+
+    def save(values: Tensor) -> Tensor:
+        saved.append(values.numel())
+        return values
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda values: values):
+        seam.correlate(torch.rand(1, 2, 6, 9), torch.randn(1, 4, 6, 9, requires_grad=True))
+    assert (54 * 54 in saved) == kept and max(saved) <= 54 * 54
 
 
 @pytest.mark.parametrize("trained", [False, True])
