@@ -2,8 +2,8 @@
 
 Every form runs in its own process. Memory: how much a first run adds to the process's peak resident memory, the inputs
 being in memory before (Linux; elsewhere 0); code that is read for the first time counts, some 25 MB. Time: the best of
-the repeats after it. Both forms get the same inputs; the largest difference
-of their results is printed and must stay below the bound of the case.
+the repeats after it. Both forms get the same inputs; the largest difference of their results is printed and must stay
+below the bound of the case.
 """
 
 from __future__ import annotations
