@@ -47,7 +47,7 @@ from net.shared.edge import propagate_scores
 from tests import plain  # the plain forms live with the tests
 
 _ENOUGH = 20.0
-"""Seconds."""
+"""Seconds of timed runs after which none begins."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class BenchCase:
     bound: float = 1e-4
     """Largest absolute difference allowed between the results."""
     repeats: int = 3
-    """Timed runs of each form after one that gets new memory; none begins once they have taken ``_ENOUGH``."""
+    """Timed runs of each form after one that gets new memory, as far as ``_ENOUGH`` allows."""
 
 
 # ------------------------------------------------------------------------------------------------ random walk
