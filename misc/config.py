@@ -17,7 +17,7 @@ from misc.checked import Checked, Range, When, check
 from misc.crf.dense import CRFSettings
 from misc.distributed import usable_cores
 from misc.image.labels import IGNORE
-from misc.precision import has_fast_bf16
+from misc.precision import has_fast_bf16, prefers_channels_last
 
 _T = TypeVar("_T")
 
@@ -29,7 +29,7 @@ COSINE = When("schedule", "cosine", "timm_cosine")
 Precision = Literal["off", "bf16", "fp16", "fast"]
 """off: float32 everywhere, without TF32. bf16, fp16: mixed precision; matrix products and convolutions of the forward
 pass in this type (fp16 with loss scaling). fast: bf16 where the hardware is fast at it (GPUs with bf16, processors with
-AMX), else float32; also TF32 on GPUs, and on those processors the channels-last memory format."""
+AMX or bf16 in AVX-512), else float32; also TF32 on GPUs, and the channels-last memory format on x86 processors."""
 
 
 @dataclass(frozen=True)
@@ -395,7 +395,7 @@ class Machine(Checked):
         """Whether networks are in the channels-last memory format on a device."""
         if self.channels_last is not None:
             return self.channels_last
-        return device.type == "cpu" and self.amp == "fast" and self.amp_dtype(device) is not None
+        return self.amp == "fast" and prefers_channels_last(device.type)
 
     def precision(self, device: torch.device) -> str:
         """The precision to use on a device, in words."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from misc.config import Machine
 
+_BF16 = frozenset({"amx_bf16", "avx512_bf16"})
+"""What processors are said to have that multiply in bf16: AMX, or AVX-512 (AMD since Zen 4)."""
+_CPUINFO = Path("/proc/cpuinfo")
 _NARROW = 256
 """Linear layers with fewer inputs or outputs gain less from bf16 on the CPU than the conversions around them cost."""
 
@@ -22,17 +26,25 @@ _NARROW = 256
 @functools.cache
 def has_fast_bf16(kind: str) -> bool:
     """Whether matrix products in bf16 are several times as fast as in float32 on devices of a type: on GPUs that have
-    them in hardware (emulated they are slow), and on processors with AMX (whose PyTorch says so, or Linux)."""
+    them in hardware (emulated they are slow), and on processors with such instructions (whose PyTorch says so, or
+    Linux)."""
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if kind != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if hasattr(torch.cpu, "get_capabilities"):  # PyTorch 2.6 has no such function yet
-        return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+        return any(torch.cpu.get_capabilities().get(name, False) for name in _BF16)
     try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text().split()
+        return not _BF16.isdisjoint(_CPUINFO.read_text().split())
     except OSError:
         return False
+
+
+@functools.cache
+def prefers_channels_last(kind: str) -> bool:
+    """Whether convolutions are faster with channels last, in bf16 and in float32, on devices of a type: on x86
+    processors, where oneDNN computes them; others were not measured, and GPUs were slower."""
+    return kind == "cpu" and torch.backends.mkldnn.is_available() and platform.machine().lower() in {"x86_64", "amd64"}
 
 
 def allow_tf32(allowed: bool) -> None:

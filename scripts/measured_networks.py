@@ -33,16 +33,18 @@ class Task:
 
 
 def tasks(preset: str) -> Iterator[Task]:
-    """Every network of a preset: CAM networks and their earlier phases, refiners that are trained, segmenters."""
+    """Every network that has a recipe of this preset: CAM networks and their earlier phases, refiners that are trained,
+    segmenters."""
     for name, method in registry.SEEDS.items():
-        listed = method.recipes[preset].cam.phases()
+        listed = method.recipes[preset].cam.phases() if preset in method.recipes else ()
         for number, (part, phase) in enumerate(listed):
             yield Task(name if part == "cam" else f"{name}.{part}", phase, listed[:number])
     for name, refiner in registry.REFINERS.items():
-        if refiner.is_trained:
+        if refiner.is_trained and preset in refiner.recipes:
             yield Task(f"refiner {name}", refiner.recipes[preset], (), STRIDES[name])  # type: ignore[arg-type]
     for name, segmenter in registry.SEGMENTERS.items():
-        yield Task(name, segmenter.recipes[preset])
+        if preset in segmenter.recipes:
+            yield Task(name, segmenter.recipes[preset])
 
 
 def build(task: Task, device: torch.device, machine: Machine | None = None) -> Network:

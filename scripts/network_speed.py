@@ -1,22 +1,23 @@
 """Speed of every network's training step and CAMs, in float32 and fast: ``python -m scripts.network_speed [NAME ...]``.
 
 Both precisions take turns in one process on the same random batch; times are medians. Each is also given as a share of
-the ideal: the floating-point operations of its matrix products and convolutions, done at the rate at which this machine
-multiplies large matrices in that precision. With ``--compile`` only training steps in the precision fast, with
-torch.compile and without.
+the ideal: the floating-point operations of its matrix products and convolutions, done at the highest rate this machine
+reaches in that precision in a product of large matrices or a large convolution. With ``--compile`` only training steps
+in the precision fast, with torch.compile and without.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from misc.checked import Checked, Count
@@ -75,17 +77,47 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def matrix_rate(kind: torch.dtype, device: torch.device) -> float:
-    """Floating-point operations a second in products of large matrices: the best of several."""
-    side = 8192 if device.type == "cuda" else 1024
+def highest_rate(kind: torch.dtype, device: torch.device) -> float:
+    """Floating-point operations a second in products of large matrices and in large convolutions, which other code
+    computes: the better one's best of several."""
+    side, batch = (8192, 256) if device.type == "cuda" else (1024, 8)
     a = torch.randn(side, side, device=device, dtype=kind)
-    best = float("inf")
-    for _ in range(8):
-        begin = time.perf_counter()
-        a @ a
-        wait_for(device)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * side**3 / best
+    layer = nn.Conv2d(128, 128, 3, padding=1, bias=False)
+    layer.to(device, kind, memory_format=torch.channels_last)
+    maps = torch.randn(batch, 128, 64, 64, device=device, dtype=kind).to(memory_format=torch.channels_last)
+    rates = []
+    with torch.inference_mode():
+        for form in (lambda: a @ a, lambda: layer(maps)):
+            operations = count_operations(form)
+            for _ in range(8):
+                wait_for(device)
+                begin = time.perf_counter()
+                form()
+                wait_for(device)
+                rates.append(operations / (time.perf_counter() - begin))
+    return max(rates)
+
+
+def count_operations(form: Callable[[], object]) -> int:
+    """Floating-point operations in matrix products and convolutions of a call.
+
+    Raises:
+        RuntimeError: a forward pass asks for gradients.
+    """
+    mapping = {torch.ops.aten.convolution_backward: backward_operations}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        form()
+    return counter.get_total_flops()
+
+
+def backward_operations(
+    gradient: Sequence[int], inputs: Sequence[int], weights: Sequence[int], *more: Any, out_shape: object = None
+) -> int:
+    """Of a convolution's backward pass, by shapes: as many as forward for each of the two gradients that are wanted.
+    PyTorch's own count is too high by the number of groups."""
+    *_, transposed, _, _, wanted = more
+    cells = inputs if transposed else gradient
+    return 2 * math.prod(cells) * math.prod(weights[1:]) * sum(wanted[:2])
 
 
 def training_step(
@@ -130,9 +162,7 @@ def measure_both(make: Callable[[Machine], Callable[[], None]], options: SpeedOp
     forms = {amp: make(Machine(amp=amp)) for amp in COMPARED}
     flops: int | None = None
     with contextlib.suppress(RuntimeError):  # PyTorch can't count where the forward pass asks for gradients
-        with FlopCounterMode(display=False) as counter:
-            forms["off"]()
-        flops = counter.get_total_flops()
+        flops = count_operations(forms["off"])
     seconds = medians(forms, options)
     return {"flops": flops, **seconds}
 
@@ -210,6 +240,10 @@ def main(options: SpeedOptions) -> int:
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     listed = list(tasks(options.preset))
+    if not listed:
+        presets = sorted({preset for method in registry.SEEDS.values() for preset in method.recipes})
+        print(f"error: no preset {options.preset}: there are {', '.join(presets)}", file=sys.stderr)
+        return 2
     if unknown := sorted(set(options.names) - {task.name for task in listed}):
         print(f"error: no network {', '.join(unknown)}: there are {', '.join(t.name for t in listed)}", file=sys.stderr)
         return 2
@@ -218,8 +252,8 @@ def main(options: SpeedOptions) -> int:
         compare_compiled(listed, options)
         return 0
     kinds = {"off": torch.float32, "fast": Machine(amp="fast").amp_dtype(device) or torch.float32}
-    rates = {amp: matrix_rate(kind, device) for amp, kind in kinds.items()}
-    print(f"{device_name(device)}, {options.threads} thread(s), PyTorch {torch.__version__}; matrix products: "
+    rates = {amp: highest_rate(kind, device) for amp, kind in kinds.items()}
+    print(f"{device_name(device)}, {options.threads} thread(s), PyTorch {torch.__version__}; highest rates: "
           + ", ".join(f"{kinds[amp]} {rate / 1e9:.0f} GFLOP/s" for amp, rate in rates.items()), flush=True)  # fmt: skip
     rows: list[list[str]] = []
     results: dict[str, Any] = {"rates": rates}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from scripts import network_speed
 from scripts.network_speed import SpeedOptions, main
@@ -25,6 +26,26 @@ def test_training_and_cams_in_both_precisions(tmp_path: Path, capsys: pytest.Cap
     found = json.loads((tmp_path / "speed.json").read_text())
     assert all(found[f"tscam {what}"][amp] > 0 for what in ("training", "CAM") for amp in ("off", "fast", "flops"))
     assert main(SpeedOptions(("nosuch",))) == 2
+
+
+def test_networks_without_a_recipe_of_the_preset_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(SpeedOptions(("tscam",), preset="photos")) == 2  # it has no such recipe
+    told = capsys.readouterr().err
+    assert "seam" in told and "deeplabv1" in told and "toco" not in told
+    assert main(SpeedOptions(preset="nosuch")) == 2
+    assert "photos, published" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_operations_of_a_grouped_convolution_are_counted_once(kind: type[nn.Conv2d], groups: int) -> None:
+    """One multiplication and one addition for each weight that meets an input; two gradients cost as much each."""
+    layer, images = kind(8, 16, 3, stride=2, padding=1, groups=groups), torch.randn(2, 8, 6, 6, requires_grad=True)
+    cells = 36 if kind is nn.ConvTranspose2d else 9  # each of them meets the whole filter
+    forward = 2 * 2 * cells * (8 // groups) * 16 * 9
+    assert network_speed.count_operations(lambda: layer(images)) == forward
+    assert network_speed.count_operations(lambda: layer(images).sum().backward()) == 3 * forward
+    assert network_speed.count_operations(lambda: layer(images.detach()).sum().backward()) == 2 * forward
 
 
 def test_compiled_or_the_reason_why_not(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

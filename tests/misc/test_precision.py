@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,11 +36,26 @@ def has_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return request.param
 
 
+@pytest.fixture(params=["x86_64", "AMD64", "aarch64"])
+def is_x86(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """Whether this machine's processor is one of x86, for the time of a test."""
+    monkeypatch.setattr("platform.machine", lambda: request.param)
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: True)
+    precision.prefers_channels_last.cache_clear()
+    yield request.param != "aarch64"
+    precision.prefers_channels_last.cache_clear()
+
+
 def test_fast_is_bf16_where_the_hardware_is_fast_at_it(has_bf16: bool) -> None:
     fast, words = Machine(amp="fast"), "bfloat16 autocast" if has_bf16 else "float32"
     assert fast.precision(GPU) == f"{words} with TF32" and fast.precision(CPU) == words
+
+
+def test_fast_is_channels_last_on_x86_in_whatever_precision(has_bf16: bool, is_x86: bool) -> None:
+    fast = Machine(amp="fast")
     for device in (CPU, GPU):
-        assert fast.uses_channels_last(device) == (has_bf16 and device == CPU)
+        assert fast.uses_channels_last(device) == (is_x86 and device == CPU)
+        assert not Machine(amp="off").uses_channels_last(device)
         assert not Machine(amp="bf16").uses_channels_last(device)
         assert Machine(amp="bf16", channels_last=True).uses_channels_last(device)
         assert not Machine(amp="fast", channels_last=False).uses_channels_last(device)
@@ -48,6 +65,26 @@ def test_emulated_bf16_of_a_gpu_does_not_count(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     precision.has_fast_bf16.cache_clear()
     assert not precision.has_fast_bf16("cuda")
+    precision.has_fast_bf16.cache_clear()
+
+
+@pytest.mark.parametrize("source", ["pytorch", "linux"])
+@pytest.mark.parametrize(("instructions", "fast"), [
+    ("amx_bf16", True), ("avx512_bf16", True), ("amx_int8", False), ("avx512f", False), ("avx512_fp16", False),
+])  # fmt: skip
+def test_processors_that_multiply_in_bf16_are_known(
+    source: str, instructions: str, fast: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By PyTorch's list of what the processor has; PyTorch 2.6 has none, there Linux's is read."""
+    if source == "pytorch":
+        listed = {"amx_bf16": False, "avx512_bf16": False, instructions: True}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: listed, raising=False)
+    else:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+        (tmp_path / "cpuinfo").write_text(f"flags\t\t: fpu vme {instructions} sse\n")
+        monkeypatch.setattr(precision, "_CPUINFO", tmp_path / "cpuinfo")
+    precision.has_fast_bf16.cache_clear()
+    assert precision.has_fast_bf16("cpu") is (fast and torch.backends.mkldnn.is_available())
     precision.has_fast_bf16.cache_clear()
 
 
@@ -66,7 +103,7 @@ class _Mixed(nn.Module):
         return {"dense": dense, "grouped": grouped, "wide": wide, "block": self.block(wide)}
 
 
-def test_each_kind_of_layer_has_its_precision_on_the_cpu(has_bf16: bool) -> None:
+def test_each_kind_of_layer_has_its_precision_on_the_cpu(has_bf16: bool, is_x86: bool) -> None:
     torch.manual_seed(0)
     network, machine, images = _Mixed(), Machine(amp="fast"), torch.randn(2, 3, 8, 8)
     wanted = network(images)
@@ -78,8 +115,8 @@ def test_each_kind_of_layer_has_its_precision_on_the_cpu(has_bf16: bool) -> None
     for name, value in found.items():
         assert value.dtype == (torch.bfloat16 if name in low else torch.float32), name
         torch.testing.assert_close(value.float(), wanted[name], atol=0.03, rtol=0.03)
-    assert found["dense"].is_contiguous(memory_format=torch.channels_last) == has_bf16
-    assert found["dense"].is_contiguous() != has_bf16
+    assert found["dense"].is_contiguous(memory_format=torch.channels_last) == is_x86
+    assert found["dense"].is_contiguous() != is_x86
     sum(value.float().sum() for value in found.values()).backward()
     after = network(images)  # without autocast everything is float32
     assert {value.dtype for value in after.values()} == {torch.float32}
