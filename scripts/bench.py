@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 import torch
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from misc import commandline, distributed
@@ -38,6 +38,7 @@ from misc.propagate.walk import (
     walk,
 )
 from misc.score.metrics import Confusion, ThresholdCurve, mask_at
+from net.backbone.depthwise import DepthwiseConv2d
 from net.refine.psa import pair_affinity
 from net.seed.aream_conformer import AreamConformer
 from net.seed.aream_mctformer import AreamMCTformer
@@ -356,6 +357,39 @@ class CorrelationGradient:
         return features.grad
 
 
+# ------------------------------------------------------------------------------------------------ depthwise layers
+
+
+@dataclass(frozen=True)
+class DepthwiseInputs:
+    """Maps of so many channels of 4 crops of 352 pixels at stride 16, channels last, and a filter for each."""
+
+    channels: int
+    dilation: int
+
+    def __call__(self) -> tuple[Tensor, Tensor, int]:
+        seeded = torch.Generator().manual_seed(0)
+        maps = torch.randn(4, self.channels, 22, 22, generator=seeded).to(memory_format=torch.channels_last)
+        return maps, torch.randn(self.channels, 1, 5, 5, generator=seeded), self.dilation
+
+
+@dataclass(frozen=True)
+class DepthwiseGradients:
+    """A layer's result and both gradients of the sum of its squares, as multiples of their largest values."""
+
+    layer: type[nn.Conv2d]
+
+    def __call__(self, maps: Tensor, filters: Tensor, dilation: int) -> Tensor:
+        count = len(filters)
+        layer = self.layer(count, count, 5, padding=2 * dilation, dilation=dilation, groups=count, bias=False)
+        layer.weight.data = filters
+        maps = maps.detach().requires_grad_()
+        result = layer(maps)
+        result.square().sum().backward()
+        found = (x.detach().flatten() for x in (result, maps.grad, layer.weight.grad))
+        return torch.cat([x / x.abs().max() for x in found])
+
+
 THRESHOLDS = tuple(i / 100 for i in range(60))
 
 CASES: dict[str, BenchCase] = {
@@ -415,6 +449,14 @@ CASES: dict[str, BenchCase] = {
     "pcm_training_small": BenchCase(
         "the same, 16 images of 14 x 14 cells",
         CorrelationInputs(16, 14), CorrelationGradient(correlate), CorrelationGradient(plain.correlate), repeats=9,
+    ),
+    "depthwise": BenchCase(
+        "depthwise convolution of 5 x 5 and its gradients, 4 maps of 22 x 22 cells, 672 channels",
+        DepthwiseInputs(672, 1), DepthwiseGradients(DepthwiseConv2d), DepthwiseGradients(nn.Conv2d), bound=1e-5,
+    ),
+    "depthwise_dilated": BenchCase(
+        "the same with dilation 2, 1152 channels",
+        DepthwiseInputs(1152, 2), DepthwiseGradients(DepthwiseConv2d), DepthwiseGradients(nn.Conv2d), bound=1e-5,
     ),
 }  # fmt: skip
 

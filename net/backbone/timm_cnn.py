@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from misc.checked import Checked, When
 from misc.image.pixels import name_normalisation
 from misc.precision import at_least_float32
+from net.backbone.depthwise import speed_up_depthwise
 from net.backbone.resnet import STAGES, Stage
 from net.foreign.loading import load_tensors
 from net.foreign.reading import read_tensors
@@ -112,6 +113,7 @@ class TimmCNN(nn.Module):
         self.channels = self._geometries[False].channels
         self.model = _create(self.name, self.options.stride)
         self._layouts = {True: {}, False: {}} if strides[True] == strides[False] else self._find_layouts(strides[True])
+        speed_up_depthwise(self.model)
         config = self.model.pretrained_cfg
         self.normalisation = name_normalisation(config["mean"], config["std"])
         named = config.get("classifier") or ()
