@@ -153,6 +153,7 @@ def scale_entropy(entropy: Sequence[float]) -> list[float]:
 # ------------------------------------------------------------------------------------- labels (aream.md section 6)
 
 
+@torch.compiler.disable  # as many planes as an image has classes
 @torch.no_grad()
 def pseudo_labels(
     colours: Tensor, cams: Tensor, tags: Tensor, backgrounds: Sequence[float], box: Tensor | None = None

@@ -9,6 +9,7 @@ import torch
 
 from misc.crf.energy import DenseOptions, dense_energy
 from net import registry
+from net.shared.aream import pseudo_labels
 from scripts.measured_networks import build, loss_terms, make_batch, tasks
 
 registry.load_methods()
@@ -56,3 +57,23 @@ def test_the_lattice_of_the_dense_energy_is_left_out() -> None:
     torch.testing.assert_close(results[0], results[1])
     assert len(graphs) == 2  # before and after
     assert not any("sort" in str(node.target) for graph in graphs for node in graph.graph.nodes)
+
+
+def test_labels_of_aream_are_left_out() -> None:
+    """They have as many planes as an image has classes: PyTorch failed on that number, with a page of messages."""
+    torch.manual_seed(0)
+    images, cams, tags = torch.rand(2, 3, 16, 16), torch.rand(2, 4, 16, 16), torch.tensor([[1, 0, 1, 0], [0, 0, 0, 1]])
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    def label(maps: torch.Tensor) -> torch.Tensor:
+        return pseudo_labels(images, maps.square(), tags, (0.3, 0.7)) + 1
+
+    torch.compiler.reset()
+    plain, compiled = label(cams), torch.compile(label, backend=count)(cams)
+    torch.compiler.reset()
+    assert torch.equal(plain, compiled)
+    assert len(graphs) == 2  # before and after
