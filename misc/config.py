@@ -368,7 +368,7 @@ class Machine(Checked):
     gives other weights than without; mixing both in one training is harmless."""
     channels_last: bool | None = None
     """Keep the weights of convolutions, and with them all maps, in the channels-last memory format, which is often
-    faster. None: on processors that are fast at bf16, where the precision is fast; not on GPUs."""
+    faster. None: on x86 processors, where the precision is fast; not on GPUs."""
     checkpoint_every: Annotated[int | None, Range(least=1)] = None
     """Updates between two resume points. None: twenty resume points per training."""
 

@@ -25,7 +25,7 @@ _NARROW = 256
 
 @functools.cache
 def has_fast_bf16(kind: str) -> bool:
-    """Whether matrix products in bf16 are several times as fast as in float32 on devices of a type: on GPUs that have
+    """Whether matrix products in bf16 are at least twice as fast as in float32 on devices of a type: on GPUs that have
     them in hardware (emulated they are slow), and on processors with such instructions (whose PyTorch says so, or
     Linux)."""
     if kind == "cuda":

@@ -1,4 +1,4 @@
-"""The networks of all recipes and batches for them, as scripts.bench and scripts.gpu_check measure them."""
+"""The networks of all recipes and batches for them, as scripts.network_speed and scripts.gpu_check measure them."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from misc.config import Machine, Precision
 from misc.distributed import device_name
 from misc.infer import cams
 from misc.loop.fit import make_rules
-from misc.precision import autocast, place
+from misc.precision import allow_tf32, autocast, place
 from misc.tables import ResultTable
 from net import registry
 from net.contract import Network, SeedNetwork, SeedRecipe
@@ -114,7 +114,7 @@ def backward_operations(
     gradient: Sequence[int], inputs: Sequence[int], weights: Sequence[int], *more: Any, out_shape: object = None
 ) -> int:
     """Of a convolution's backward pass, by shapes: as many as forward for each of the two gradients that are wanted.
-    PyTorch's own count is too high by the number of groups."""
+    PyTorch's own count of it is too high by the number of groups."""
     *_, transposed, _, _, wanted = more
     cells = inputs if transposed else gradient
     return 2 * math.prod(cells) * math.prod(weights[1:]) * sum(wanted[:2])
@@ -252,7 +252,10 @@ def main(options: SpeedOptions) -> int:
         compare_compiled(listed, options)
         return 0
     kinds = {"off": torch.float32, "fast": Machine(amp="fast").amp_dtype(device) or torch.float32}
-    rates = {amp: highest_rate(kind, device) for amp, kind in kinds.items()}
+    rates = {}
+    for amp, kind in kinds.items():
+        allow_tf32(amp == "fast")
+        rates[amp] = highest_rate(kind, device)
     print(f"{device_name(device)}, {options.threads} thread(s), PyTorch {torch.__version__}; highest rates: "
           + ", ".join(f"{kinds[amp]} {rate / 1e9:.0f} GFLOP/s" for amp, rate in rates.items()), flush=True)  # fmt: skip
     rows: list[list[str]] = []

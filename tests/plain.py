@@ -1,6 +1,6 @@
 """Plain forms of what the product computes in a faster way: as the publications have it, dense, nothing saved.
 
-Tests compare with them, scripts/bench.py measures against them.
+Tests compare with them, scripts/bench_cases.py measures against them.
 """
 
 from __future__ import annotations

@@ -86,8 +86,8 @@ class Geometry:
         needed = 0
         for stage, stride in self.strides.items():
             first, part = self.place(stage)
-            needed = max(needed, stride * (first - (-side // stride) + (part > 0)))
-        return self.lead, -(-needed // total) * total - self.lead - side
+            needed = max(needed, stride * (first + cells(side, stride) + int(part > 0)))
+        return self.lead, cells(needed, total) * total - self.lead - side
 
 
 class TimmCNN(nn.Module):
@@ -202,7 +202,7 @@ class TimmCNN(nn.Module):
         ceil(W / stride)) each; finer maps are averaged, coarser ones interpolated."""
         taps, (height, width) = self.forward_stages(images), images.shape[-2:]
         return [
-            to_stride(taps[stage], self.strides[stage], stride)[..., : -(-height // stride), : -(-width // stride)]
+            to_stride(taps[stage], self.strides[stage], stride)[..., : cells(height, stride), : cells(width, stride)]
             for stage in stages
         ]
 
@@ -210,7 +210,7 @@ class TimmCNN(nn.Module):
         """The cells that cover an image of ``size``, on their centres: (B, C, h', w') -> (B, C, h, w)."""
         first, part = self.geometry.place(stage)
         for axis, side in zip((2, 3), size, strict=True):
-            count = -(-side // self.strides[stage])
+            count = cells(side, self.strides[stage])
             here = x.narrow(axis, first, count)
             x = here if part == 0 else here.lerp(x.narrow(axis, first + 1, count), part)
         return x
@@ -226,6 +226,11 @@ class TimmCNN(nn.Module):
         whole = [side * stride for side in maps.shape[-2:]]
         maps = F.interpolate(at_least_float32(maps), size=whole, mode="bilinear", align_corners=False)
         return maps[..., : size[0], : size[1]]
+
+
+def cells(side: int, stride: int) -> int:
+    """Cells that cover so many pixels. Without negative numbers, whose division ONNX rounds up."""
+    return (side + stride - 1) // stride
 
 
 def to_stride(x: Tensor, old: int, new: int) -> Tensor:

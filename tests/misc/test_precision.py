@@ -61,13 +61,21 @@ def test_fast_is_channels_last_on_x86_in_whatever_precision(has_bf16: bool, is_x
         assert not Machine(amp="fast", channels_last=False).uses_channels_last(device)
 
 
+@pytest.fixture
+def _nothing_known() -> Iterator[None]:
+    """What is known of the hardware is found out anew, in a test and after it."""
+    precision.has_fast_bf16.cache_clear()
+    yield
+    precision.has_fast_bf16.cache_clear()
+
+
+@pytest.mark.usefixtures("_nothing_known")
 def test_emulated_bf16_of_a_gpu_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    precision.has_fast_bf16.cache_clear()
     assert not precision.has_fast_bf16("cuda")
-    precision.has_fast_bf16.cache_clear()
 
 
+@pytest.mark.usefixtures("_nothing_known")
 @pytest.mark.parametrize("source", ["pytorch", "linux"])
 @pytest.mark.parametrize(("instructions", "fast"), [
     ("amx_bf16", True), ("avx512_bf16", True), ("amx_int8", False), ("avx512f", False), ("avx512_fp16", False),
@@ -83,9 +91,7 @@ def test_processors_that_multiply_in_bf16_are_known(
         monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
         (tmp_path / "cpuinfo").write_text(f"flags\t\t: fpu vme {instructions} sse\n")
         monkeypatch.setattr(precision, "_CPUINFO", tmp_path / "cpuinfo")
-    precision.has_fast_bf16.cache_clear()
     assert precision.has_fast_bf16("cpu") is (fast and torch.backends.mkldnn.is_available())
-    precision.has_fast_bf16.cache_clear()
 
 
 class _Mixed(nn.Module):

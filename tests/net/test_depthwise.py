@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from net.backbone import depthwise
@@ -59,6 +60,7 @@ def test_maps_and_gradients_are_those_of_pytorch(name: str, memory: torch.memory
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_own_gradients_where_they_are_quicker(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, quick = pair(**LAYOUTS[name])
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: True)
     called = []
     own = depthwise._Depthwise.apply
     monkeypatch.setattr(depthwise._Depthwise, "apply", lambda *inputs: called.append(1) or own(*inputs))
@@ -71,7 +73,31 @@ def test_own_gradients_where_they_are_quicker(name: str, monkeypatch: pytest.Mon
     with torch.autocast("cpu", torch.bfloat16):
         assert quick(images).dtype == torch.bfloat16
     quick(images[0])
+    quick(images[:0])
+    copy.deepcopy(quick).double()(images.double())
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
+    quick(images)
     assert not called
+
+
+def test_the_gradients_are_float32_within_autocast() -> None:
+    """As PyTorch's own; a compiled backward pass is traced within the autocast of the forward pass."""
+    plain, quick = pair(**LAYOUTS["large and dilated"])
+    images = torch.randn(2, 6, 13, 16, requires_grad=True)
+    found = []
+    for layer in (plain, quick):
+        loss = layer(images).square().sum()
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(torch.autograd.grad(loss, (images, layer.weight)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=["first", "last"])
+def test_the_filters_gradient_lies_in_memory_as_they_do(memory: torch.memory_format) -> None:
+    _, quick = pair(**LAYOUTS["dilated"])
+    quick.to(memory_format=memory)
+    (found,) = torch.autograd.grad(quick(torch.randn(2, 6, 9, 9)).sum(), quick.weight)
+    assert found.stride() == quick.weight.stride()
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -87,13 +113,15 @@ def test_gradients_of_gradients(name: str) -> None:
 
 def test_only_the_gradients_that_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     _, quick = pair(**LAYOUTS["dilated"])
-    quick.weight.requires_grad_(False)
-    images = torch.randn(1, 6, 8, 8, requires_grad=True)
-    quick(images).sum().backward()
-    assert images.grad is not None and quick.weight.grad is None
-    quick.weight.requires_grad_(True)
-    quick(images.detach()).sum().backward()
-    assert quick.weight.grad is not None
+    images = torch.randn(1, 6, 8, 8)
+    for of_images, of_weights in ((True, False), (False, True), (True, True)):
+        quick.weight.requires_grad_(of_weights)
+        loss = quick(images.requires_grad_(of_images)).sum()
+        calls: list[int] = []
+        with monkeypatch.context() as patched:
+            patched.setattr(depthwise.F, "conv2d", lambda *a, own=F.conv2d, c=calls: c.append(1) or own(*a))
+            loss.backward()
+        assert len(calls) == of_images + of_weights
 
 
 def test_a_layout_that_changes_later_counts() -> None:
@@ -107,16 +135,15 @@ def test_a_layout_that_changes_later_counts() -> None:
 
 
 def test_the_network_stays_what_it_was() -> None:
-    """Parameters, their names, the mode, random numbers; other layers are let alone."""
+    """Parameters, their names, random numbers; other layers are let alone."""
     torch.manual_seed(0)
     others = nn.Sequential(nn.Conv2d(4, 8, 3, groups=4)), nn.Conv2d(8, 8, 1)
     network = nn.Sequential(nn.Conv2d(4, 4, 5, groups=4), *others)
-    before, kept = dict(network.named_parameters()), list(network)[1:]
-    network.eval()
+    before, layers = dict(network.named_parameters()), list(network.modules())
     state = torch.get_rng_state()
     speed_up_depthwise(network)
     after = dict(network.named_parameters())
     assert list(before) == list(after) and all(before[name] is after[name] for name in before)
-    assert torch.equal(state, torch.get_rng_state()) and not network[0].training
-    assert isinstance(network[0], DepthwiseConv2d) and list(network)[1:] == kept
-    assert type(network[1][0]) is nn.Conv2d
+    assert torch.equal(state, torch.get_rng_state()) and list(network.modules()) == layers
+    assert type(network[0]) is DepthwiseConv2d
+    assert type(network[1][0]) is type(network[2]) is nn.Conv2d

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +23,29 @@ SIZES = ((1, 8, 8), (1, 48, 64), (3, 31, 90), (1, 200, 9), (2, 129, 128))
 
 
 OWN = {name for name, cls in registry.SEEDS.items() if issubclass(cls, SingleStage)}
+PREDICTING = {**registry.SEGMENTERS, **{name: registry.SEEDS[name] for name in OWN}}
+PRESETS = [
+    (name, preset) for name, cls in PREDICTING.items() for preset in cls.recipes if preset in ("sample", "photos")
+]
 
 
-def network(name: str) -> Segmenter | SingleStage:
+def network(name: str, preset: str = "sample", **changed: str) -> Segmenter | SingleStage:
     torch.manual_seed(0)
-    recipe = registry.SEEDS[name].recipes["sample"].cam if name in OWN else registry.SEGMENTERS[name].recipes["sample"]
-    return recipe.network.build(len(CLASSES), {}).eval()  # type: ignore
+    recipe = PREDICTING[name].recipes[preset]
+    options = replace(getattr(recipe, "cam", recipe).network, **changed)
+    return options.build(len(CLASSES), {}).eval()  # type: ignore
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted({*registry.SEGMENTERS, *OWN}))
-def test_the_file_computes_what_the_network_computes(name: str, tmp_path: Path) -> None:
-    path, net, corners = tmp_path / "deep" / "seg.onnx", network(name), name != "deeplabv1"
+@pytest.mark.parametrize(
+    ("name", "preset", "changed"),
+    [*((name, preset, {}) for name, preset in PRESETS), ("deeplabv1", "photos", {"backbone": "timm/resnet18"})],
+)
+def test_the_file_computes_what_the_network_computes(
+    name: str, preset: str, changed: dict[str, str], tmp_path: Path
+) -> None:
+    path, corners = tmp_path / "deep" / "seg.onnx", name != "deeplabv1"
+    net = network(name, preset, **changed)
     assert export.export_onnx(net, path, CLASSES, corners) < 1e-4
     assert [p.name for p in path.parent.iterdir()] == ["seg.onnx"]  # weights inside
     session = onnxruntime.InferenceSession(str(path))

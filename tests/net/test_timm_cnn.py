@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from misc.config import override
 from misc.files import store
 from net import registry
 from net.backbone import timm_cnn
+from net.backbone.depthwise import DepthwiseConv2d
 from net.backbone.resnet import STAGES
 from net.backbone.timm_cnn import TimmCNN, TimmOptions, find_geometry, load_timm
 
@@ -158,6 +160,30 @@ def test_training_at_another_stride_is_that_network_by_the_same_weights(name: st
         maps = net.train(mode).forward_stages(images)
         assert net.strides == plain.strides
         assert all(torch.equal(maps[stage], expected) for stage, expected in plain.forward_stages(images).items())
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("tf_efficientnet_lite0", TimmOptions(stride=16)),
+    ("tf_efficientnet_lite0", TimmOptions(stride=16, training_stride=32)),
+    ("convnext_atto", TimmOptions(stride=32)),
+])  # fmt: skip
+def test_depthwise_layers_have_quick_gradients(name: str, options: TimmOptions) -> None:
+    """Networks with such layers have some of that kind, and the gradients of one without."""
+    torch.manual_seed(0)
+    network = TimmCNN(name, options)
+    plain, images, found = copy.deepcopy(network), torch.randn(2, 3, 64, 96), []
+    quick = [layer for layer in plain.modules() if isinstance(layer, DepthwiseConv2d)]
+    assert len(quick) >= 10
+    for layer in quick:
+        layer.__class__ = nn.Conv2d  # type: ignore[assignment]
+    for one in (plain, network):
+        maps = one(images)
+        maps.square().mean().backward()
+        found.append([maps.detach(), *(p.grad for p in one.parameters() if p.grad is not None)])
+    largest = max(float(gradient.abs().max()) for gradient in found[0][1:])
+    assert torch.equal(found[0][0], found[1][0])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3 * largest)
 
 
 def test_a_network_whose_layers_depend_on_the_stride_is_not_trained_at_another() -> None:
