@@ -65,12 +65,12 @@ class _Depthwise(Function):
                 margin = [reach - one for reach, one in zip(reaches, padding, strict=True)]
                 of_maps = F.conv2d(gradient, filters.flip(2, 3), None, 1, margin, dilation, len(filters))
             if ctx.needs_input_grad[1]:  # an image's gradient is the filter, and the filter's dilation the stride
-                count, channels, *size = maps.shape
-                images = maps.reshape(1, count * channels, *size)
-                gradients = gradient.reshape(count * channels, 1, *gradient.shape[2:])
-                each = F.conv2d(images, gradients, None, dilation, padding, 1, count * channels)
+                each = (
+                    F.conv2d(image[None].contiguous(), one[:, None].contiguous(), None, dilation, padding, 1, len(one))
+                    for image, one in zip(maps, gradient, strict=True)
+                )
                 # in the memory layout of the filters, which DDP asks for
-                of_filters = torch.empty_like(filters).copy_(each.view(count, *filters.shape).sum(0))
+                of_filters = torch.empty_like(filters).copy_(sum(each).view_as(filters))
         return of_maps, of_filters, None, None
 
 
