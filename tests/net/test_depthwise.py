@@ -113,6 +113,7 @@ def test_gradients_of_gradients(name: str) -> None:
 
 def test_only_the_gradients_that_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     _, quick = pair(**LAYOUTS["dilated"])
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: True)
     images = torch.randn(1, 6, 8, 8)
     for of_images, of_weights in ((True, False), (False, True), (True, True)):
         quick.weight.requires_grad_(of_weights)
