@@ -22,7 +22,7 @@ CLASSES = ("dog", "Tür")
 SIZES = ((1, 8, 8), (1, 48, 64), (3, 31, 90), (1, 200, 9), (2, 129, 128))
 
 
-OWN = {name for name, cls in registry.SEEDS.items() if issubclass(cls, SingleStage)}
+OWN = sorted(name for name, cls in registry.SEEDS.items() if issubclass(cls, SingleStage))
 PREDICTING = {**registry.SEGMENTERS, **{name: registry.SEEDS[name] for name in OWN}}
 PRESETS = [
     (name, preset) for name, cls in PREDICTING.items() for preset in cls.recipes if preset in ("sample", "photos")
