@@ -40,7 +40,6 @@ def has_fast_bf16(kind: str) -> bool:
         return False
 
 
-@functools.cache
 def prefers_channels_last(kind: str) -> bool:
     """Whether convolutions are faster with channels last, in bf16 and in float32, on devices of a type: on x86
     processors, where oneDNN computes them; others were not measured, and GPUs were slower."""

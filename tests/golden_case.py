@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +18,18 @@ import torch
 
 GOLDEN = Path(__file__).parent / "golden"
 """The project's own cases."""
+
+
+@contextlib.contextmanager
+def several_threads() -> Iterator[None]:
+    """PyTorch's arithmetic with two threads at least, as the cases were recorded: with one, the enlargement in
+    fill.image and sums have other last bits, and these move gradients behind many ReLUs by more than the tolerance."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(2, threads))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def load_fill(folder: Path) -> ModuleType:
@@ -134,14 +148,8 @@ class Case:
         """The tensor that an expression of the JSON describes, such as ``2 * fill.image('a', 1, 3, 8, 8)``."""
         names = {"fill": self.fill, "np": np, "torch": torch, "zeros": torch.zeros, "sigmoid": torch.sigmoid,
                  "relu": torch.relu}
-        threads = torch.get_num_threads()
-        # the cases were recorded with several threads: the enlargement in fill.image has other last bits with one, and
-        # these move gradients behind many ReLUs by more than the tolerance
-        torch.set_num_threads(max(2, threads))
-        try:
+        with several_threads():
             return eval(text, {"__builtins__": {}}, names)  # noqa: S307 - our own test data
-        finally:
-            torch.set_num_threads(threads)
 
     def sample(self, name: str, value: Any) -> np.ndarray:
         """The stored part of a full value: all of it, or the strided sample that the JSON names."""

@@ -28,14 +28,17 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Maps of N x C x H x W give maps of N x C x H' x W'."""
-        if not (torch.is_grad_enabled() and maps.device.type == "cpu" and torch.backends.mkldnn.is_available()):
-            return super().forward(maps)
-        if maps.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-            return super().forward(maps)
-        if maps.dim() != 4 or len(maps) == 0 or not self._gains():
+        if not (torch.is_grad_enabled() and self._is_fast_for(maps) and self._gains()):
             return super().forward(maps)
         result: Tensor = _Depthwise.apply(maps, self.weight, self.padding, self.dilation)
         return result if self.bias is None else result + self.bias[:, None, None]
+
+    @staticmethod
+    def _is_fast_for(maps: Tensor) -> bool:
+        """Whether convolutions forward of such maps, a batch of at least one image, are quick."""
+        if maps.device.type != "cpu" or not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
+            return False
+        return maps.dtype == torch.float32 and maps.dim() == 4 and len(maps) > 0
 
     def _gains(self) -> bool:
         """Whether the layer, whose stride, dilation and margin may have changed, has quicker gradients here."""

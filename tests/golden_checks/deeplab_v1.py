@@ -6,14 +6,13 @@ CRF settings.
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from golden_case import several_threads
 from torch import Tensor
 
 from misc.config import SegInference, override
@@ -84,17 +83,6 @@ def _check_gradients(case: Any, network: Segmenter) -> None:
             case.check(name, parameters[name.removeprefix("grad_")].grad, of_largest=REACHED.get(name))
 
 
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """So many threads of PyTorch, on which the order of its sums depends."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def check_deeplabv1_seam(case: Any) -> None:
     """Logits of form A in evaluation mode."""
     network = _network(case, DeepLabV1, "cls_conv.weight")
@@ -114,7 +102,7 @@ def check_deeplabv1_seam_train(case: Any) -> None:
     logits = []
     inner = network.logits
     network.logits = lambda images: logits.append(inner(images)) or logits[-1]
-    with _threads(2):
+    with several_threads():
         loss = network(batch, 0.0)["ce"]
         loss.backward()
     case.check("logits", logits[0])

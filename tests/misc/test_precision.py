@@ -37,13 +37,11 @@ def has_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture(params=["x86_64", "AMD64", "aarch64"])
-def is_x86(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+def is_x86(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether this machine's processor is one of x86, for the time of a test."""
     monkeypatch.setattr("platform.machine", lambda: request.param)
     monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: True)
-    precision.prefers_channels_last.cache_clear()
-    yield request.param != "aarch64"
-    precision.prefers_channels_last.cache_clear()
+    return request.param != "aarch64"
 
 
 def test_fast_is_bf16_where_the_hardware_is_fast_at_it(has_bf16: bool) -> None:

@@ -52,7 +52,7 @@ def test_maps_and_gradients_are_those_of_pytorch(name: str, memory: torch.memory
     plain, quick = (layer.to(memory_format=memory) for layer in pair(**LAYOUTS[name]))
     images = torch.randn(3, 6, 13, 16).to(memory_format=memory)
     wanted, found = results(plain, images), results(quick, images)
-    assert len(wanted) == len(found) == 4 if "bias" in LAYOUTS[name] else 3
+    assert len(wanted) == len(found) == (4 if "bias" in LAYOUTS[name] else 3)
     for a, b in zip(wanted, found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
